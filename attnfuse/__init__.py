@@ -1,0 +1,37 @@
+"""attnfuse finds every attention in a PyTorch model and runs it on the best fused kernel the device has.
+
+    torch.compile(model, backend="attnfuse")
+
+needs no import. For looking into what was done: `explain`, `reports`, `reset`, `Report`; for checking it: `verify`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attnfuse.reporting import Report, explain, reports, reset
+    from attnfuse.verification import Verification, verify
+
+__version__ = "0.1.0"
+__all__ = ["Report", "Verification", "__version__", "explain", "reports", "reset", "verify"]
+
+_HOMES = {
+    "Report": "reporting",
+    "explain": "reporting",
+    "reports": "reporting",
+    "reset": "reporting",
+    "Verification": "verification",
+    "verify": "verification",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on use, so that `import attnfuse` (which TORCH_LOGS="+attnfuse" does while torch is imported) stays light."""
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'attnfuse' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"attnfuse.{home}"), name)
+    globals()[name] = value
+    return value

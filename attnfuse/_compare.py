@@ -1,0 +1,111 @@
+"""One tensor of a compiled call against eager's and against float64: the errors, the bar, and whether it holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Kind = Literal["output", "state", "gradient", "zero gradient"]
+
+#: Of the largest gradient of a layer: what rounding in float64 leaves of a gradient that is zero by construction.
+_ZERO = 1e-10
+
+
+@dataclass(frozen=True)
+class Check:
+    """One tensor, compared. Errors are absolute, against float64, over the elements that are finite.
+
+    bar_max, bar_mean   what the compiled errors must not exceed; None where there is no such bar
+    reason              why it does not hold; None where it does
+    """
+
+    name: str
+    kind: Kind
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    compiled_max: float
+    compiled_mean: float
+    eager_max: float
+    eager_mean: float
+    bar_max: float | None
+    bar_mean: float | None
+    reason: str | None
+
+    @property
+    def holds(self) -> bool:
+        return self.reason is None
+
+
+def compare(
+    name: str,
+    exact: torch.Tensor,
+    eager: torch.Tensor,
+    compiled: torch.Tensor,
+    kind: Kind = "output",
+    largest: float | None = None,
+) -> Check:
+    """Compare one tensor of the compiled call with eager's and with the float64 one, all of one shape.
+
+    Outputs: max error <= 2x eager's + 1e-5; mean error <= 1.1x eager's in float16 and bfloat16, 10x in float32 and
+    float64, plus 2**-23 of the mean magnitude, so that an eager error of exactly zero leaves room for one rounding.
+    Gradients: max error <= 2x eager's + eps(dtype) * `largest`, the largest gradient of the layer (its own by default).
+    A gradient that is zero by construction is nothing but rounding in both: 10x eager's + eps(dtype) * `largest`.
+    NaN and infinities must be where eager's are, each of its kind; integers and bools must be equal.
+    """
+    error = _mismatch(exact, eager, compiled)
+    floating = eager.is_floating_point() or eager.is_complex()
+    if error is not None or not floating or not eager.numel():
+        if error is None and not floating and not torch.equal(eager, compiled):
+            error = f"{int((eager != compiled).sum())} elements are not equal to eager's"
+        return Check(name, kind, eager.dtype, tuple(eager.shape), 0.0, 0.0, 0.0, 0.0, None, None, error)
+    with torch.no_grad():
+        finite = torch.isfinite(eager) & torch.isfinite(compiled) & torch.isfinite(exact)
+        error = _not_finite(exact, eager, compiled)
+        exact = exact[finite]
+        far = [(t[finite].to(exact.dtype) - exact).abs() for t in (compiled, eager)]
+        (compiled_max, compiled_mean), (eager_max, eager_mean) = [(_max(f), float(f.mean()) if len(f) else 0.0) for f in far]
+        own, size = _max(exact.abs()), float(exact.abs().mean()) if len(exact) else 0.0
+    bar_mean = None
+    eps = torch.finfo(eager.dtype).eps
+    if kind in ("output", "state"):
+        bar_max = 2.0 * eager_max + 1e-5
+        low = eager.dtype in (torch.float16, torch.bfloat16)
+        bar_mean = (1.1 if low else 10.0) * eager_mean + 2.0**-23 * size
+    else:
+        largest = own if largest is None else largest
+        if own <= _ZERO * largest:
+            kind = "zero gradient"
+        bar_max = (10.0 if kind == "zero gradient" else 2.0) * eager_max + eps * largest
+    if error is None and not compiled_max <= bar_max:
+        error = f"max error {compiled_max:.3g} > {bar_max:.3g}"
+    if error is None and bar_mean is not None and not compiled_mean <= bar_mean:
+        error = f"mean error {compiled_mean:.3g} > {bar_mean:.3g}"
+    shape = tuple(eager.shape)
+    return Check(
+        name, kind, eager.dtype, shape, compiled_max, compiled_mean, eager_max, eager_mean, bar_max, bar_mean, error
+    )
+
+
+def _max(values: torch.Tensor) -> float:
+    return float(values.max()) if values.numel() else 0.0
+
+
+def _mismatch(exact: torch.Tensor, eager: torch.Tensor, compiled: torch.Tensor) -> str | None:
+    for what, given, expected in (("compiled", compiled, eager), ("the oracle", exact, eager)):
+        if given.shape != expected.shape:
+            return f"{what} has shape {list(given.shape)}, eager {list(expected.shape)}"
+    return None if compiled.dtype == eager.dtype else f"compiled has dtype {compiled.dtype}, eager {eager.dtype}"
+
+
+def _not_finite(exact: torch.Tensor, eager: torch.Tensor, compiled: torch.Tensor) -> str | None:
+    for what, test in (("NaN", torch.isnan), ("inf", torch.isposinf), ("-inf", torch.isneginf)):
+        if eager.is_complex() and test is not torch.isnan:
+            continue
+        differ = test(eager) != test(compiled)
+        if differ.any():
+            return f"{what} in {int(test(compiled).sum())} elements, eager in {int(test(eager).sum())} (of {eager.numel()})"
+    # an element that only the oracle lacks would be compared with nothing
+    unknown = ~torch.isfinite(exact) & torch.isfinite(eager)
+    return f"the oracle is not finite in {int(unknown.sum())} elements where eager is" if unknown.any() else None

@@ -1,0 +1,216 @@
+"""Every private torch name that attnfuse uses, in one place; tests/test_compat.py has a test for each."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental import proxy_tensor
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
+
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "alias_key",
+    "aot_eager",
+    "compile_fx",
+    "detect_fake_mode",
+    "free_unbacked_symbols",
+    "inductor_mode_options",
+    "inductor_options",
+    "is_functorch_tensor",
+    "keep_global_state",
+    "no_proxies",
+    "options_error",
+    "pytree",
+    "record_opaque",
+    "statically_known_true",
+    "trace",
+    "traced_graph",
+    "traced_node",
+    "without_sdpa_patterns",
+]
+
+
+def trace(run: Callable[..., Any], args: list[Any], fake_mode: FakeTensorMode) -> fx.GraphModule:
+    """The ATen graph, before dispatch, of run(*args) under `fake_mode`; composite ops such as matmul stay whole."""
+    shape_env = fake_mode.shape_env
+    quiet = shape_env.ignore_fresh_unbacked_symbols() if shape_env is not None else contextlib.nullcontext()
+    with fake_mode, quiet:
+        return proxy_tensor.make_fx(run, pre_dispatch=True)(*args)
+
+
+def _tracer() -> Any:
+    mode = proxy_tensor.get_innermost_proxy_mode()
+    if mode is None:
+        raise RuntimeError("no trace is in progress")
+    return mode.tracer
+
+
+def traced_graph() -> fx.Graph:
+    """The graph being recorded by `trace`."""
+    graph: fx.Graph = _tracer().graph
+    return graph
+
+
+def traced_node(value: Any) -> fx.Node | None:
+    """The node that made `value` (tensor or symbolic number) in the trace in progress; None if it is not traced."""
+    tracer = _tracer()
+    if isinstance(value, torch.Tensor):
+        if not proxy_tensor.has_proxy_slot(value, tracer):
+            return None
+        slot = proxy_tensor.get_proxy_slot(value, tracer)
+        proxy = getattr(slot, "proxy", slot)
+    else:
+        slot = None if value.node.is_constant() else proxy_tensor.get_proxy_slot(value, tracer, None)
+        # symbolic numbers have something that makes the proxy on demand
+        proxy = slot.force() if hasattr(slot, "force") else slot
+    return proxy.node if isinstance(proxy, fx.Proxy) else None
+
+
+def record_opaque(target: Callable[..., Any], args: tuple[Any, ...], value: Any) -> Any:
+    """Record target(*args) -> value in the trace in progress without running it; `value` holds fresh fake tensors."""
+    tracer = _tracer()
+    proxy = tracer.create_proxy("call_function", target, args, {})
+    return proxy_tensor.track_tensor_tree(value, proxy, constant=None, tracer=tracer)
+
+
+def no_proxies() -> contextlib.AbstractContextManager[Any]:
+    """What runs inside is not recorded by the trace in progress."""
+    return proxy_tensor.disable_proxy_modes_tracing()
+
+
+def detect_fake_mode(values: list[Any]) -> FakeTensorMode | None:
+    """The fake mode of the first fake tensor among `values`."""
+    return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+
+
+def is_functorch_tensor(value: Any) -> bool:
+    """True for a tensor inside vmap, grad or another functorch transform."""
+    return isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
+def alias_key(tensor: torch.Tensor) -> int:
+    """Equal for tensors that share memory."""
+    return tensor.untyped_storage()._cdata
+
+
+@contextlib.contextmanager
+def keep_global_state() -> Iterator[None]:
+    """Restore grad mode, autocast and inference state, whatever the traced graph did to them."""
+    grad = torch.is_grad_enabled()
+    devices = ("cpu", "cuda")
+    autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
+    cache = torch.is_autocast_cache_enabled()
+    try:
+        yield
+    finally:
+        torch._C._set_grad_enabled(grad)
+        for device, enabled, dtype in autocast:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+        torch.set_autocast_cache_enabled(cache)
+
+
+def inductor_options() -> list[str]:
+    """The names of all options that Inductor knows."""
+    from torch._inductor import list_options
+
+    return list(list_options())
+
+
+def inductor_mode_options(mode: str) -> dict[str, Any]:
+    """What `mode` sets in Inductor. Raises ValueError for an unknown mode."""
+    from torch._inductor import list_mode_options
+
+    known = list_mode_options()
+    if mode not in known:
+        raise ValueError(f"unknown mode {mode!r}; the modes are {', '.join(known)}")
+    return dict(known[mode])
+
+
+def options_error() -> type[ValueError]:
+    """A ValueError that Dynamo hands to the user as it is, instead of wrapping it in BackendCompilerFailed."""
+    from torch._dynamo.exc import ShortenTraceback
+
+    class OptionsError(ValueError, ShortenTraceback):
+        def __init__(self, message: str) -> None:
+            ShortenTraceback.__init__(self, message, first_useful_frame=None)
+
+    return OptionsError
+
+
+def compile_fx(gm: fx.GraphModule, example_inputs: Sequence[Any], config_patches: dict[str, Any]) -> Callable[..., Any]:
+    """Inductor, as torch.compile calls it."""
+    from torch._inductor.compile_fx import compile_fx as inductor
+
+    return inductor(gm, example_inputs, config_patches=config_patches)  # type: ignore[no-any-return]
+
+
+def aot_eager(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """AOTAutograd, with the resulting graphs run op by op."""
+    from torch._dynamo.backends.registry import lookup_backend
+
+    return lookup_backend("aot_eager")(gm, example_inputs)
+
+
+def _current_passes(name: str, patches: dict[str, Any]) -> list[Any]:
+    from torch._inductor import config
+
+    current = patches.get(name, getattr(config, name))
+    if current is None:
+        return []
+    return list(current) if isinstance(current, (list, tuple)) else [current]
+
+
+def without_sdpa_patterns(patches: dict[str, Any], identity: str) -> dict[str, Any]:
+    """Config patches under which Inductor's own attention patterns do not fire, and whose cache keys hold `identity`.
+
+    Inductor fuses softmax over any dim, wrongly for all but the last. Its patterns fix how often an `exp` is used, so
+    while they run every `exp` has one user more. Passes that the user set stay in force, inside of these two.
+    """
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class _Composed(CustomGraphPass):
+        def __init__(self, name: str, passes: list[Any]) -> None:
+            self.name, self.passes = name, passes
+
+        def __call__(self, graph: fx.Graph) -> None:
+            for run in self.passes:
+                run(graph)
+
+        def uuid(self) -> Any:
+            inner = [p.uuid() if hasattr(p, "uuid") else None for p in self.passes if not isinstance(p, _Guard)]
+            if any(x is None for x in inner):
+                return None
+            return (identity, self.name, *inner)
+
+    before, after = "joint_custom_pre_pass", "joint_custom_post_pass"
+    return {
+        **patches,
+        before: _Composed(before, [*_current_passes(before, patches), _Guard(add=True)]),
+        after: _Composed(after, [_Guard(add=False), *_current_passes(after, patches)]),
+    }
+
+
+class _Guard:
+    """Gives every exp a dead user, or takes it away again."""
+
+    def __init__(self, add: bool) -> None:
+        self.add = add
+
+    def __call__(self, graph: fx.Graph) -> None:
+        exp, dead = torch.ops.aten.exp.default, torch.ops.aten.neg.default
+        for node in list(graph.nodes):
+            if self.add and node.target is exp:
+                with graph.inserting_after(node):
+                    guard = graph.call_function(dead, (node,))
+                    guard.meta.update({k: v for k, v in node.meta.items() if k in ("val", "tensor_meta")})
+                    guard.meta["attnfuse_guard"] = True
+            elif not self.add and node.meta.get("attnfuse_guard") and not node.users:
+                graph.erase_node(node)

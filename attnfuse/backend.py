@@ -1,0 +1,300 @@
+"""The backend: capture, find, read, simplify, choose, emit; then the inner compiler."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import logging
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnfuse import _compat, ops, reporting, settings
+from attnfuse.kernels import Choice, Unsupported, choose
+from attnfuse.passes.capture import CaptureError, View, capture, source_line, value_of
+from attnfuse.passes.emit import Emitter
+from attnfuse.passes.find import find
+from attnfuse.passes.read import read
+from attnfuse.passes.site import Refusal, Site
+from attnfuse.settings import Settings
+
+log = logging.getLogger("attnfuse")
+
+Compiled = Callable[..., Any]
+
+
+def backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """Compile a Dynamo graph; the entry point `attnfuse` of the group torch_dynamo_backends.
+
+    mode and options as torch.compile takes them; see attnfuse.settings for attnfuse's own options.
+    Raises ValueError for bad options. Whatever goes wrong after that leaves the graph as it was, unless strict is set.
+    """
+    try:
+        chosen, patches = settings.parse(options, mode)
+    except ValueError as error:
+        raise _compat.options_error()(str(error)) from None
+    original = _copied(gm)
+    work = rewrite(gm, chosen)
+    report = work.report
+    try:
+        compiled = _inner(original if work.spoiled else gm, example_inputs, chosen, patches)
+    except Exception as error:
+        if chosen.strict or not work.fused:
+            raise
+        message = f"the rewritten graph did not compile ({type(error).__name__}: {error}); the original is used"
+        _warn(message)
+        compiled = _inner(original, example_inputs, chosen, patches)
+        report = _undone(report, message)
+    reporting.record(report)
+    return _verifying(compiled, original, chosen) if chosen.verify and report.fused else compiled
+
+
+def _undone(report: reporting.Report, message: str) -> reporting.Report:
+    """The report of a graph whose rewrites were taken back."""
+    sites = tuple(
+        replace(s, status="refused", kernel=None, reason=message) if s.status == "fused" else s for s in report.sites
+    )
+    return replace(report, sites=sites, after=report.before, warnings=(*report.warnings, message))
+
+
+@dataclass
+class Work:
+    """What `rewrite` did to a graph. spoiled: it broke off half-way, and the graph must not be used."""
+
+    report: reporting.Report
+    fused: list[Site] = field(default_factory=list)
+    spoiled: bool = False
+
+
+def rewrite(gm: fx.GraphModule, chosen: Settings) -> Work:
+    """Rewrite every attention of `gm` in place that can be, and report on all of them.
+
+    An unexpected error leaves a graph that must not be used (the caller has a copy), with a warning in the report; in
+    strict mode it is raised.
+    """
+    before = readable(gm)
+    name = _name(gm)
+    seconds: dict[str, float] = {}
+    reports: list[reporting.SiteReport] = []
+    fused: list[Site] = []
+    notes: list[str] = []
+    if not _may_hold_attention(gm):
+        return Work(reporting.Report((), before, before, name))
+    try:
+        with _timed(seconds, "capture"):
+            view = capture(gm)
+        with _timed(seconds, "read"):
+            found = _read_all(view)
+        with _timed(seconds, "emit"):
+            emitter = Emitter(view)
+            for result in found:
+                reports.append(_treat(result, emitter, chosen, fused))
+            if fused:
+                emitter.finish(fused)
+    except CaptureError as error:
+        if chosen.strict:
+            raise
+        if str(error) != "the graph has no tensor input":
+            notes.append(f"the graph could not be viewed: {error}")
+    except Unsupported:
+        raise
+    except Exception as error:
+        if chosen.strict:
+            raise
+        message = f"{type(error).__name__}: {error}"
+        _warn(f"a graph is left as it was: {message}")
+        log.debug("while rewriting", exc_info=True)
+        notes.append(f"left as it was after an unexpected error: {message}")
+        report = reporting.Report(tuple(reports), before, before, name, tuple(notes), seconds)
+        return Work(_undone(report, message), spoiled=True)
+    after = readable(gm) if fused else before
+    return Work(reporting.Report(tuple(reports), before, after, name, tuple(notes), seconds), fused)
+
+
+def _name(gm: fx.GraphModule) -> str:
+    """Where the graph begins, as 'model.py:12', for want of a name."""
+    return next((line for line in map(source_line, gm.graph.nodes) if line), "graph")
+
+
+def _may_hold_attention(gm: fx.GraphModule) -> bool:
+    """Whether it is worth looking: a graph of fewer than three nodes cannot hold two products and a softmax."""
+    return len(gm.graph.nodes) >= 3
+
+
+def _read_all(view: View) -> list[Site | Refusal]:
+    found: list[Site | Refusal] = []
+    for anchor in find(view):
+        result = read(view, anchor)
+        if result is None:
+            continue
+        if isinstance(result, Refusal):
+            result = _Refused(result.reason, result.node, anchor.weights, view.where(anchor.weights))
+        found.append(result)
+    return found
+
+
+@dataclass(frozen=True)
+class _Refused(Refusal):
+    anchor: fx.Node | None = None
+    where: str = ""
+
+
+def _treat(result: Site | Refusal, emitter: Emitter, chosen: Settings, fused: list[Site]) -> reporting.SiteReport:
+    """Choose a kernel for a site and emit it; what happened, for the report."""
+    if isinstance(result, _Refused):
+        name = result.anchor.name if result.anchor is not None else ""
+        return reporting.SiteReport("refused", result.reason, None, None, result.where, name)
+    assert isinstance(result, Site)
+    spec = replace(result.spec, nan_policy=chosen.nan_policy)
+    result.spec = spec
+    report = functools.partial(reporting.SiteReport, spec=spec, where=result.where, node=result.anchor.name)
+    if chosen.fuel is not None and len(fused) >= chosen.fuel:
+        return report(status="left", reason=f"fuel: {chosen.fuel} rewrites are done", kernel=None)
+    choice = choose(spec, value_of(result.q.node).device, chosen.kernel)
+    problem = _problem(choice, chosen)
+    if problem is not None:
+        return report(status="refused", reason=problem, kernel=None)
+    assert choice.kernel is not None
+    if choice.leave is not None:
+        return report(status="left", reason=choice.leave, kernel=None)
+    refusal = emitter.emit(result, choice.kernel.name)
+    if refusal is not None:
+        return report(status="refused", reason=refusal.reason, kernel=None)
+    fused.append(result)
+    return report(status="fused", reason=None, kernel=choice.kernel.name)
+
+
+def _problem(choice: Choice, chosen: Settings) -> str | None:
+    if choice.kernel is not None:
+        return None
+    text = "; ".join(choice.reasons)
+    if chosen.strict and chosen.kernel is not None:
+        raise Unsupported(text)
+    return text
+
+
+def _inner(gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Settings, patches: dict[str, Any]) -> Compiled:
+    if chosen.inner == "eager":
+        return gm.forward
+    if chosen.inner == "aot_eager":
+        return _compat.aot_eager(gm, example_inputs)
+    return _compat.compile_fx(gm, example_inputs, _compat.without_sdpa_patterns(patches, identity(chosen)))
+
+
+def identity(chosen: Settings) -> str:
+    """What attnfuse contributes to cache keys: its code and its settings."""
+    return f"attnfuse {_code_hash()} {chosen}"
+
+
+@functools.lru_cache(maxsize=1)
+def _code_hash() -> str:
+    """A hash of all of attnfuse's source files, so that a change to a kernel or a pass misses the caches."""
+    import attnfuse
+
+    root = Path(attnfuse.__file__).parent
+    digest = hashlib.sha256(attnfuse.__version__.encode())
+    for folder in (root, root / "passes", root / "kernels"):
+        pattern = "*" if folder == root else "**/*"
+        for path in sorted(folder.resolve().glob(pattern)):
+            if path.suffix in (".py", ".cpp", ".h"):
+                digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy with graphs of its own, checkpointed regions included; parameters and metadata are shared."""
+    twin = fx.GraphModule(gm, _graph_copy(gm.graph), class_name=type(gm).__name__)
+    twin.meta = dict(gm.meta)
+    for name, value in vars(gm).items():
+        if name not in vars(twin) and not name.startswith("_modules"):
+            setattr(twin, name, value)
+    for name, child in list(twin.named_children()):
+        if isinstance(child, fx.GraphModule):
+            setattr(twin, name, _copied(child))
+    return twin
+
+
+def _graph_copy(graph: fx.Graph) -> fx.Graph:
+    new = fx.Graph(tracer_cls=getattr(graph, "_tracer_cls", None))
+    mapping: dict[fx.Node, fx.Node] = {}
+    result = new.graph_copy(graph, mapping)
+    made = new.output(result)
+    old = next(n for n in reversed(graph.nodes) if n.op == "output")
+    made.meta = dict(old.meta)
+    new._codegen = copy.deepcopy(graph._codegen)
+    return new
+
+
+def readable(gm: fx.GraphModule) -> str:
+    """The graph as code, with the bodies of checkpointed regions."""
+    return str(gm.print_readable(print_output=False))
+
+
+def _verifying(compiled: Compiled, original: fx.GraphModule, chosen: Settings) -> Compiled:
+    """Compare the first calls with the original graph, on copies of the inputs."""
+    left = chosen.verify
+
+    @functools.wraps(compiled)
+    def checked(*args: Any) -> Any:
+        nonlocal left
+        if left <= 0:
+            return compiled(*args)
+        left -= 1
+        copies = [a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args]
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            expected = original(*copies)
+        found = compiled(*args)
+        _compare(found, expected, chosen)
+        return found
+
+    return checked
+
+
+def _compare(found: Any, expected: Any, chosen: Settings) -> None:
+    for index, (a, b) in enumerate(zip(_compat.pytree.tree_leaves(found), _compat.pytree.tree_leaves(expected))):
+        if not isinstance(a, torch.Tensor):
+            continue
+        same = torch.equal(a.isnan(), b.isnan()) if a.is_floating_point() else torch.equal(a, b)
+        if a.is_floating_point() and same and a.numel():
+            eps = torch.finfo(a.dtype).eps
+            error = float((a.detach().double() - b.detach().double()).nan_to_num().abs().max())
+            scale = float(b.detach().double().nan_to_num().abs().max())
+            same = error <= 32 * eps * max(scale, 1.0) + 1e-5
+        if not same:
+            message = f"output {index} of a compiled graph differs from eager"
+            if chosen.strict:
+                raise RuntimeError(f"attnfuse: {message}")
+            _warn(message)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"attnfuse: {message}", RuntimeWarning, stacklevel=3)
+
+
+class _timed:
+    """Adds the seconds its block took to `into[name]`."""
+
+    def __init__(self, into: dict[str, float], name: str) -> None:
+        self.into, self.name = into, name
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *exc: object) -> None:
+        self.into[self.name] = self.into.get(self.name, 0.0) + time.perf_counter() - self.start
+
+
+assert ops.__doc__, "importing attnfuse.ops registers the ops that rewritten graphs call"

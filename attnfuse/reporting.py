@@ -1,0 +1,307 @@
+"""What happened at each attention site: `Report`, the list of all reports of this process, and `explain` for one call."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import inspect
+import io
+import json
+import logging
+import os
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import rich.console
+    import rich.table
+
+    from attnfuse.spec import Attention
+
+Status = Literal["fused", "left", "refused"]
+
+#: Where this is set to anything but '' or '0', every report is printed to stderr as it is recorded.
+EXPLAIN_VARIABLE = "ATTNFUSE_EXPLAIN"
+
+_STYLES: Mapping[str, str] = types.MappingProxyType({"fused": "green", "left": "yellow", "refused": "red"})
+_WIDTH = 140
+
+logger = logging.getLogger("attnfuse")
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One attention, or what looked like one.
+
+    status   'fused': runs on `kernel`; 'left': is an attention, stays as it was because that is better or was asked for;
+             'refused': could not be read, or no kernel serves it
+    reason   why it is not fused; None where it is
+    spec     what was read off the graph; None where reading failed
+    where    'file.py:123', the user's line that made the node `node` of the graph
+    """
+
+    status: Status
+    reason: str | None
+    kernel: str | None
+    spec: Attention | None
+    where: str
+    node: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; the spec as the object that its text holds, and `reads`, the spec in words."""
+        return {
+            "status": self.status,
+            "reason": self.reason,
+            "kernel": self.kernel,
+            "reads": None if self.spec is None else self.spec.describe(),
+            "spec": None if self.spec is None else json.loads(self.spec.text),
+            "where": self.where,
+            "node": self.node,
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done to one graph, or, from `explain`, to all graphs of one call.
+
+    before, after   the graph as readable code
+    warnings        what the user should know and that belongs to no single site
+    seconds         time spent per stage
+    """
+
+    sites: tuple[SiteReport, ...]
+    before: str
+    after: str
+    name: str
+    warnings: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def fused(self) -> int:
+        return self._count("fused")
+
+    @property
+    def left(self) -> int:
+        return self._count("left")
+
+    @property
+    def refused(self) -> int:
+        return self._count("refused")
+
+    def _count(self, status: Status) -> int:
+        return sum(site.status == status for site in self.sites)
+
+    @property
+    def summary(self) -> str:
+        """One line, such as 'attnfuse: forward: 12 fused, 0 left, 1 refused'."""
+        return f"attnfuse: {self.name}: {self.fused} fused, {self.left} left, {self.refused} refused"
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """JSON text with every field of the report and of its sites."""
+        return json.dumps(
+            {
+                "name": self.name,
+                "fused": self.fused,
+                "left": self.left,
+                "refused": self.refused,
+                "sites": [site.to_dict() for site in self.sites],
+                "warnings": list(self.warnings),
+                "seconds": dict(self.seconds),
+                "before": self.before,
+                "after": self.after,
+            },
+            indent=indent,
+        )
+
+    def __rich__(self) -> rich.table.Table:
+        from rich.table import Table
+        from rich.text import Text
+
+        # Text, not str: what a graph holds (names, dtypes with brackets) must not be taken for markup
+        caption = "\n".join(f"warning: {w}" for w in self.warnings)
+        table = Table(title=Text(self.summary), caption=Text(caption) if caption else None, caption_justify="left")
+        table.add_column("site", justify="right", no_wrap=True)
+        for column in ("where", "what was read", "kernel", "status", "reason"):
+            table.add_column(column, overflow="fold")
+        for number, site in enumerate(self.sites):
+            read = "" if site.spec is None else site.spec.describe()
+            cells = (str(number), site.where, read, site.kernel or "")
+            table.add_row(
+                *map(Text, cells), Text(site.status, style=_STYLES.get(site.status, "")), Text(site.reason or "")
+            )
+        return table
+
+    def __str__(self) -> str:
+        if not self.sites:
+            return "\n".join([f"{self.summary} (no attention found)", *(f"warning: {w}" for w in self.warnings)])
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        from rich.console import Console
+
+        console = Console(record=True, width=_WIDTH, file=io.StringIO())
+        console.print(self)
+        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+
+def as_text(renderable: rich.console.RenderableType, width: int = _WIDTH) -> str:
+    """A rich renderable as plain text of at most `width` columns, the same on every terminal."""
+    from rich.console import Console
+
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=width, color_system=None, force_terminal=False, _environ={})
+    console.print(renderable)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+
+
+_lock = threading.Lock()
+_recorded: list[Report] = []
+_collector: contextvars.ContextVar[list[Report] | None] = contextvars.ContextVar("attnfuse_collector", default=None)
+
+
+def record(report: Report) -> None:
+    """Keep `report` for `reports()`, log it at INFO, and print it to stderr where ATTNFUSE_EXPLAIN is set.
+
+    Inside `collecting()` it goes to the collector instead, unseen.
+    """
+    collector = _collector.get()
+    if collector is not None:
+        collector.append(report)
+        return
+    with _lock:
+        _recorded.append(report)
+    if logger.isEnabledFor(logging.INFO):
+        logger.info("%s", report)
+    if os.environ.get(EXPLAIN_VARIABLE, "0") not in ("", "0"):
+        print(report, file=sys.stderr, flush=True)
+
+
+def reports() -> list[Report]:
+    """The reports of all graphs compiled in this process since it began or since `reset()`, oldest first."""
+    with _lock:
+        return list(_recorded)
+
+
+def reset() -> None:
+    """Forget all reports. Compiled graphs stay as they are."""
+    with _lock:
+        _recorded.clear()
+
+
+@contextlib.contextmanager
+def collecting() -> Iterator[list[Report]]:
+    """Reports made by this thread inside the block go to the list that is yielded, not to `reports()`."""
+    collected: list[Report] = []
+    token = _collector.set(collected)
+    try:
+        yield collected
+    finally:
+        _collector.reset(token)
+
+
+def merge(parts: Sequence[Report], name: str) -> Report:
+    """One report of several graphs: sites and warnings in order, graph texts joined under headings, times added."""
+    if len(parts) == 1:
+        only = parts[0]
+        return Report(only.sites, only.before, only.after, name, only.warnings, dict(only.seconds))
+    seconds: dict[str, float] = {}
+    for part in parts:
+        for stage, spent in part.seconds.items():
+            seconds[stage] = seconds.get(stage, 0.0) + spent
+
+    def joined(texts: list[str]) -> str:
+        heads = (f"# graph {i} of {len(parts)}: {part.name}" for i, part in enumerate(parts, 1))
+        return "\n\n".join(f"{head}\n{text}" for head, text in zip(heads, texts, strict=True))
+
+    return Report(
+        sites=tuple(site for part in parts for site in part.sites),
+        before=joined([part.before for part in parts]),
+        after=joined([part.after for part in parts]),
+        name=name,
+        # the same warning from several graphs is one warning
+        warnings=tuple(dict.fromkeys(w for part in parts for w in part.warnings)),
+        seconds=seconds,
+    )
+
+
+def explain(model_or_function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
+    """Make one call, `model_or_function(*args, **kwargs)`, and say what attnfuse does to each attention in it.
+
+    The call is compiled anew with the rest of the graph run eagerly (options={'inner': 'eager'}), whatever has been
+    compiled before; code that is compiled already stays as it is and `reports()` does not list this call. The call is
+    really made: what it mutates is mutated, and grad mode, train or eval mode and autocast are taken as they are.
+
+    Raises TypeError for something that cannot be called.
+    """
+    from attnfuse.backend import backend
+
+    def explaining(gm: Any, example_inputs: Any) -> Any:
+        return backend(gm, example_inputs, options={"inner": "eager"})
+
+    with collecting() as collected:
+        compile_fresh(model_or_function, explaining)(*args, **kwargs)
+    name = name_of(model_or_function)
+    if not collected:
+        return Report((), "", "", name, ("no graph was compiled: is torch.compile disabled, or did Dynamo skip the call?",))
+    return merge(collected, name)
+
+
+def compile_fresh(
+    model_or_function: Callable[..., Any], backend: Callable[..., Any], **settings: Any
+) -> Callable[..., Any]:
+    """torch.compile of `model_or_function` that finds nothing in Dynamo's caches and leaves what is there as it is.
+
+    backend: called with (graph module, example inputs). settings: more keywords of torch.compile.
+    What is compiled already (a compiled module or function) is unwrapped first.
+    """
+    import torch
+
+    from attnfuse._compat_verify import original
+
+    if not callable(model_or_function):
+        raise TypeError(
+            f"expected an nn.Module or a function, got {type(model_or_function).__name__}: "
+            "pass the callable first and its arguments after it"
+        )
+    target = original(model_or_function)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return target(*args, **kwargs)
+
+    # Dynamo keeps compiled code by code object, and compares backends: a copy of each starts empty
+    fresh = types.FunctionType(
+        call.__code__.replace(), call.__globals__, name_of(target), call.__defaults__, call.__closure__
+    )
+
+    def fresh_backend(gm: Any, example_inputs: Any) -> Any:
+        return backend(gm, example_inputs)
+
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        # frames after a graph break are the user's own code objects: count their recompiles apart
+        settings["isolate_recompiles"] = True
+    return torch.compile(fresh, backend=fresh_backend, **settings)
+
+
+def name_of(model_or_function: Callable[..., Any]) -> str:
+    """A name to show: the function's own, or the class of a module."""
+    from attnfuse._compat_verify import original
+
+    target = original(model_or_function)
+    name: str | None = getattr(target, "__name__", None)
+    if name == "_call_impl":
+        # a module that was compiled in place comes back as its bound call
+        name = type(target.__self__).__name__  # type: ignore[attr-defined]
+    return name or type(target).__name__
+
+
+def note_failure(kernel: str, message: str) -> None:
+    """Add a warning to every recorded report that has a site on `kernel`."""
+    text = f"kernel {kernel!r} failed and the reference kernel runs instead: {message}"
+    with _lock:
+        for index, report in enumerate(_recorded):
+            if any(site.kernel == kernel for site in report.sites):
+                _recorded[index] = replace(report, warnings=(*report.warnings, text))

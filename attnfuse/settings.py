@@ -1,0 +1,84 @@
+"""The options of torch.compile(..., backend="attnfuse", options={...})."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from attnfuse import _compat
+from attnfuse.kernels import KERNELS
+
+KERNEL_VARIABLE = "ATTNFUSE_KERNEL"
+FUEL_VARIABLE = "ATTNFUSE_FUEL"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """attnfuse's own options.
+
+    inner        what compiles the rewritten graph: 'inductor', 'aot_eager' or 'eager' (run as it is)
+    strict       raise where attnfuse would fall back with a warning
+    kernel       run every attention on this kernel, by name; also $ATTNFUSE_KERNEL
+    nan_policy   'skip': keys that are provably hidden contribute nothing, NaN or not; 'eager': nothing is skipped
+    fuel         stop after this many rewrites in each graph, to bisect; also $ATTNFUSE_FUEL
+    verify       compare this many first calls of each compiled graph with the same graph run eagerly
+    """
+
+    inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
+    strict: bool = False
+    kernel: str | None = None
+    nan_policy: Literal["skip", "eager"] = "skip"
+    fuel: int | None = None
+    verify: int = 0
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {"inner": ("inductor", "aot_eager", "eager"), "nan_policy": ("skip", "eager")}
+_NUMBERS = {"fuel", "verify"}
+
+
+def parse(options: Mapping[str, Any] | None, mode: str | None) -> tuple[Settings, dict[str, Any]]:
+    """attnfuse's settings and Inductor's config patches. `options` is not changed.
+
+    Raises ValueError for an unknown mode or key, naming the nearest match, and for a value that a key does not take.
+    """
+    given = {str(k).replace("-", "_"): v for k, v in (options or {}).items()}
+    names = [f.name for f in fields(Settings)]
+    own = {k: v for k, v in given.items() if k in names}
+    rest = {k: v for k, v in given.items() if k not in names}
+    known = _compat.inductor_options() if rest else []
+    for key in rest:
+        if key not in known:
+            near = difflib.get_close_matches(key, [*names, *known], n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"unknown option {key!r}{hint} attnfuse's options are {', '.join(names)}")
+    for key, value in own.items():
+        _check(key, value)
+    if own.get("kernel") is None and os.environ.get(KERNEL_VARIABLE):
+        own["kernel"] = os.environ[KERNEL_VARIABLE]
+        _check("kernel", own["kernel"])
+    if own.get("fuel") is None and os.environ.get(FUEL_VARIABLE):
+        text = os.environ[FUEL_VARIABLE]
+        if not text.isdigit():
+            raise ValueError(f"${FUEL_VARIABLE} must be a whole number, got {text!r}")
+        own["fuel"] = int(text)
+    patches = _compat.inductor_mode_options(mode) if mode else {}
+    return Settings(**own), {**patches, **rest}
+
+
+def _check(key: str, value: Any) -> None:
+    if key in _CHOICES and value not in _CHOICES[key]:
+        near = difflib.get_close_matches(str(value), _CHOICES[key], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"option {key!r} takes {', '.join(map(repr, _CHOICES[key]))}, got {value!r}{hint}")
+    if key == "strict" and not isinstance(value, bool):
+        raise ValueError(f"option 'strict' takes True or False, got {value!r}")
+    if key in _NUMBERS and value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise ValueError(f"option {key!r} takes a whole number from 0 up, got {value!r}")
+    if key == "kernel" and value is not None and value not in [k.name for k in KERNELS]:
+        names = [k.name for k in KERNELS]
+        near = difflib.get_close_matches(str(value), names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"there is no kernel {value!r}; the kernels are {', '.join(names)}{hint}")

@@ -1,0 +1,322 @@
+"""What an attention computes, free of any graph: the `Attention` spec and the steps it is made of.
+
+Shapes, everywhere in attnfuse:
+
+    q [*batch, Q, D]   k [*batch, K, D]   v [*batch, K, E]   operands [*batch, Q, K]   out [*batch, Q, E]
+
+Every batch dim of q, k, v and of an operand is either full or 1 (broadcast); an operand's Q and K may be 1 too. Grouped
+query attention is a broadcast like any other: q [B, Hkv, G, Q, D] against k [B, Hkv, 1, K, D].
+
+A spec holds no tensor, no graph node and no symbolic size. It is hashable and survives a trip through JSON text, which is
+how it reaches the op: `Attention.parse(spec.text) == spec`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, Literal, Union
+
+import torch
+
+from attnfuse.mask import Causal, Dense, Mask
+
+#: Part of every spec's text, so that a compiled graph cached under an older meaning of a spec is never reused.
+OP_VERSION = 1
+
+#: What a row whose scores are all -inf gives: NaN as softmax does, 0 as scaled_dot_product_attention does, or 0 for every
+#: row that is NaN for whatever reason (softmax followed by nan_to_num).
+Hidden = Literal["nan", "zero", "nan_to_zero"]
+
+#: 'plain' is softmax. 'unshifted' is exp(s) / sum(exp(s)) without subtracting the maximum: the same where that sum is a
+#: finite positive float32, NaN elsewhere.
+Softmax = Literal["plain", "unshifted"]
+
+
+def _number(x: float) -> str:
+    return f"{x:.6g}"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """s * value; `value` is a number, or the index of an operand that is multiplied in (and may need a gradient)."""
+
+    kind: ClassVar[str] = "scale"
+    value: float = 1.0
+    operand: int | None = None
+
+    def __str__(self) -> str:
+        return f"scale {_number(self.value)}" if self.operand is None else f"times operand {self.operand}"
+
+
+@dataclass(frozen=True)
+class Bias:
+    """s + alpha * operand; the operand may need a gradient."""
+
+    kind: ClassVar[str] = "bias"
+    operand: int
+    alpha: float = 1.0
+
+    def __str__(self) -> str:
+        return f"bias {self.operand}" if self.alpha == 1.0 else f"{_number(self.alpha)} * bias {self.operand}"
+
+
+@dataclass(frozen=True)
+class Shift:
+    """s + value for a number."""
+
+    kind: ClassVar[str] = "shift"
+    value: float
+
+    def __str__(self) -> str:
+        return f"shift {_number(self.value)}"
+
+
+@dataclass(frozen=True)
+class Softcap:
+    """cap * tanh(s / cap)."""
+
+    kind: ClassVar[str] = "softcap"
+    cap: float
+
+    def __str__(self) -> str:
+        return f"softcap {_number(self.cap)}"
+
+
+@dataclass(frozen=True)
+class Tanh:
+    """tanh(s)."""
+
+    kind: ClassVar[str] = "tanh"
+
+    def __str__(self) -> str:
+        return "tanh"
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """min(max(s, low), high); the gradient is that of torch.clamp (1 on the bounds)."""
+
+    kind: ClassVar[str] = "clamp"
+    low: float = -math.inf
+    high: float = math.inf
+
+    def __str__(self) -> str:
+        return f"clamp [{_number(self.low)}, {_number(self.high)}]"
+
+
+@dataclass(frozen=True)
+class ReplaceFill:
+    """where(keep, s, value): no gradient reaches q and k where keep is false."""
+
+    kind: ClassVar[str] = "replace"
+    keep: Mask
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.keep} else {_number(self.value)}"
+
+
+@dataclass(frozen=True)
+class AddFill:
+    """s + where(keep, 0, value): the gradient passes everywhere."""
+
+    kind: ClassVar[str] = "add"
+    keep: Mask
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.keep} plus {_number(self.value)}"
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Scores are held in `dtype` from here on.
+
+    Kernels compute in float32 and do not round; they only reproduce what a reader can see, a float16 overflow to inf.
+    """
+
+    kind: ClassVar[str] = "cast"
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"in {self.dtype}"
+
+
+Step = Union[Scale, Bias, Shift, Softcap, Tanh, Clamp, ReplaceFill, AddFill, Cast]
+_STEPS: dict[str, type] = {c.kind: c for c in (Scale, Bias, Shift, Softcap, Tanh, Clamp, ReplaceFill, AddFill, Cast)}
+_MASKS: dict[str, type] = {c.kind: c for c in (Dense, Causal)}
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A side tensor of the score path: dtype, and the dims it has ('1' where it is broadcast), aligned to [*batch, Q, K]."""
+
+    dtype: str
+    dims: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(self.dims)}]"
+
+
+@dataclass(frozen=True)
+class Attention:
+    """out = dropout(weight_steps(softmax(steps(q @ k^T)))) @ v.
+
+    batch        names of the batch dims, outermost first, such as ('B', 'H') or ('B', 'Hkv', 'G')
+    sizes        the size of each dim in batch + (Q, K, D, E), None where it is symbolic
+    broadcast    for q, k and v, the names of the batch dims in which it has size 1 while the batch has more (or may have)
+    qk_dtype     dtype of q and k; v_dtype of v; out_dtype of the result
+    steps        applied to the scores in order; weight_steps (ReplaceFill with 0, Scale) to the weights after softmax
+    dropout      probability of dropping a weight, 0 for none
+    out_order    the dims of out from the slowest to the fastest in memory
+    """
+
+    batch: tuple[str, ...]
+    sizes: tuple[int | None, ...]
+    qk_dtype: str
+    v_dtype: str
+    out_dtype: str
+    steps: tuple[Step, ...] = ()
+    operands: tuple[Operand, ...] = ()
+    weight_steps: tuple[Step, ...] = ()
+    softmax: Softmax = "plain"
+    hidden: Hidden = "nan"
+    dropout: float = 0.0
+    broadcast: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]] = ((), (), ())
+    layout: Literal["dense"] = "dense"
+    out_order: tuple[int, ...] = ()
+    nan_policy: Literal["skip", "eager"] = "skip"
+    version: int = field(default=OP_VERSION)
+
+    def __post_init__(self) -> None:
+        rank = len(self.batch) + 2
+        if len(self.sizes) != rank + 2:
+            raise ValueError(f"sizes must name batch + (Q, K, D, E), {rank + 2} entries; got {self.sizes}")
+        if not self.out_order:
+            object.__setattr__(self, "out_order", tuple(range(rank)))
+        if sorted(self.out_order) != list(range(rank)):
+            raise ValueError(f"out_order must be a permutation of range({rank}); got {self.out_order}")
+        for used in self.used_operands:
+            if not 0 <= used < len(self.operands):
+                raise ValueError(f"a step names operand {used} of {len(self.operands)}")
+        for operand in self.operands:
+            if len(operand.dims) != rank:
+                raise ValueError(f"operand {operand} must have {rank} dims, as [*batch, Q, K]")
+
+    @property
+    def used_operands(self) -> tuple[int, ...]:
+        """Indices of the operands the steps read, in order of use."""
+        used = []
+        for step in self.steps + self.weight_steps:
+            keep = getattr(step, "keep", None)
+            index = keep.operand if isinstance(keep, Dense) else getattr(step, "operand", None)
+            if index is not None:
+                used.append(index)
+        return tuple(used)
+
+    @property
+    def Q(self) -> int | None:
+        return self.sizes[-4]
+
+    @property
+    def K(self) -> int | None:
+        return self.sizes[-3]
+
+    @property
+    def D(self) -> int | None:
+        return self.sizes[-2]
+
+    @property
+    def E(self) -> int | None:
+        return self.sizes[-1]
+
+    @property
+    def groups(self) -> int | None:
+        """Query heads per key head where k is broadcast over the innermost batch dim, else 1; None if symbolic."""
+        if self.batch and self.batch[-1] in self.broadcast[1] and self.batch[-1] in self.broadcast[2]:
+            return self.sizes[len(self.batch) - 1]
+        return 1
+
+    @functools.cached_property
+    def text(self) -> str:
+        """JSON text; equal specs have equal text."""
+        return json.dumps(_encode(self), sort_keys=True, separators=(",", ":"))
+
+    @staticmethod
+    @functools.lru_cache(maxsize=1024)
+    def parse(text: str) -> Attention:
+        """The spec that `text` was made from. Raises ValueError if it is not one, or is of another OP_VERSION."""
+        data = json.loads(text)
+        if not isinstance(data, dict) or data.get("version") != OP_VERSION:
+            raise ValueError(f"not an attention spec of version {OP_VERSION}: {text[:80]!r}")
+        return Attention(**{f.name: _decode(data[f.name]) for f in fields(Attention)})
+
+    def describe(self) -> str:
+        """One line for the report, such as 'scale 0.125, causal, GQA 4:1'."""
+        parts = [str(s) for s in self.steps if not isinstance(s, (Cast, Bias, ReplaceFill, AddFill))]
+        for step in self.steps:
+            if isinstance(step, Bias):
+                parts.append(f"{step} {self.operands[step.operand]}")
+            elif isinstance(step, (ReplaceFill, AddFill)):
+                dense = isinstance(step.keep, Dense)
+                parts.append(f"{step} {self.operands[step.keep.operand]}" if dense else str(step))  # type: ignore[union-attr]
+            elif isinstance(step, Cast):
+                parts.append(str(step))
+        parts += [f"weights {s}" for s in self.weight_steps]
+        if self.softmax != "plain":
+            parts.append(f"softmax {self.softmax}")
+        if self.dropout:
+            parts.append(f"dropout {_number(self.dropout)}")
+        if self.groups not in (1, None) and len(self.batch) >= 2:
+            parts.append(f"GQA {self.groups}:1")
+        if self.E != self.D:
+            parts.append(f"E {self.E} != D {self.D}")
+        return ", ".join(parts) or "plain"
+
+    def __str__(self) -> str:
+        return self.describe()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """'float32' for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """torch.float32 for 'float32'. Raises ValueError for anything that is not a dtype's name."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} is not the name of a torch dtype")
+    return dtype
+
+
+def _encode(value: Any) -> Any:
+    """To plain JSON values. Infinities become strings, since JSON has none."""
+    if isinstance(value, Attention):
+        return {f.name: _encode(getattr(value, f.name)) for f in fields(value)}
+    if hasattr(value, "kind"):
+        return {"kind": value.kind, **{f.name: _encode(getattr(value, f.name)) for f in fields(value)}}
+    if isinstance(value, Operand):
+        return {"kind": "operand", **{k: _encode(v) for k, v in asdict(value).items()}}
+    if isinstance(value, tuple):
+        return [_encode(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"kind": "float", "value": str(value)}
+    return value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_decode(v) for v in value)
+    if isinstance(value, dict):
+        kind = value["kind"]
+        if kind == "float":
+            return float(value["value"])
+        rest = {k: _decode(v) for k, v in value.items() if k != "kind"}
+        if kind == "operand":
+            return Operand(**rest)
+        return (_STEPS.get(kind) or _MASKS[kind])(**rest)
+    return value

@@ -1,0 +1,128 @@
+"""Fused attention on the CPU: one C++ source that interprets a spec's steps on cache-sized score tiles.
+
+Memory is linear in Q + K. Everything is computed in float32 whatever the inputs are.
+Source: Dao 2023, arXiv:2307.08691 (tiling and recomputation); Milakov and Gimelshein 2018, arXiv:1805.02867 (online softmax).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from attnfuse.kernels.cpu.build import BuildError, available, load, warm_up
+from attnfuse.kernels.cpu.plan import plan_of, reverse_words
+from attnfuse.kernels.layout import allocate
+from attnfuse.spec import Attention
+
+__all__ = ["BuildError", "allocate", "available", "backward", "forward", "warm_up"]
+
+
+def forward(
+    spec: Attention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [*batch, Q, E] of spec.out_dtype in spec.out_order; stats float32 [2, *batch, Q].
+
+    q [*batch, Q, D], k [*batch, K, D], v [*batch, K, E] in float32, bfloat16 or float16; operands [*batch, Q, K]; any
+    strides. seed int64 with one element, needed with dropout. stats are the row maximum m and the row sum of exp(s - m).
+    Raises BuildError if the kernels cannot be built, ValueError for tensors that do not fit the spec, MemoryError.
+    """
+    library = load()
+    plan = plan_of(spec)
+    key: tuple[object, ...] = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype)
+    for o in operands:
+        key += (o.shape, o.stride(), o.dtype)
+    words = plan.forward.get(key) or plan.lay_out(key, q, k, v, operands)
+    out = torch.empty_strided(words.out_shape, words.out_stride, dtype=plan.out)
+    stats = torch.empty(words.stats_shape, dtype=torch.float32)
+    if words.empty:
+        return out, stats
+    pointers = words.pointers.pack(
+        torch.get_num_threads(),
+        _seed(spec, seed),
+        stats.data_ptr(),
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        out.data_ptr(),
+        *[o.data_ptr() for o in operands],
+    )
+    if library.attnfuse_forward(plan.words, words.words, pointers):
+        raise MemoryError("no memory for the tiles of an attention")
+    return out, stats
+
+
+def backward(
+    spec: Attention,
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    seed: torch.Tensor | None,
+    out: torch.Tensor,
+    stats: torch.Tensor,
+    needs: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """Gradients of q, k, v and the operands where `needs` asks for them, each with its input's shape and dtype.
+
+    out and stats are what forward returned for the same inputs; dout has out's shape and any strides. The same bits come
+    out on every run with the same number of threads. Raises as forward does.
+    """
+    library = load()
+    plan = plan_of(spec)
+    threads = torch.get_num_threads()
+    tensors = (q, k, v, *operands)
+    key = (threads, *needs, *[(x.shape, x.dtype) for x in tensors])
+    made = plan.backward.get(key) or plan.lay_out_reverse(key, tensors, needs, threads, library.attnfuse_key_tile())
+    if made.empty:
+        return [torch.zeros_like(x) if needed else None for x, needed in zip(tensors, needs, strict=True)]
+    if dout.dtype != plan.out:
+        dout = dout.to(plan.out)
+    sums: list[torch.Tensor | None] = []
+    for i, (x, target) in enumerate(zip(tensors, made.targets, strict=True)):
+        if target.mode == 0:
+            sums.append(None)
+        elif target.thin:
+            sums.append(torch.zeros((made.chunks, *(target.shape or ())), dtype=torch.float32))
+        elif target.shape is not None:
+            sums.append(torch.zeros(target.shape, dtype=torch.float32))
+        else:
+            # tiles that are skipped leave an operand's gradient as it was
+            sums.append(torch.empty_like(x) if target.mode == 1 and i < 3 else torch.zeros_like(x))
+    pointers = made.pointers.pack(
+        threads,
+        _seed(spec, seed),
+        stats.data_ptr(),
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        out.data_ptr(),
+        dout.data_ptr(),
+        *[o.data_ptr() for o in operands],
+        *[0 if s is None else s.data_ptr() for s in sums],
+    )
+    if library.attnfuse_backward(plan.words, reverse_words(made, tensors, out, dout, sums), pointers):
+        raise MemoryError("no memory for the tiles of an attention's gradient")
+    for i, (x, target) in enumerate(zip(tensors, made.targets, strict=True)):
+        total = sums[i]
+        if total is not None and target.shape is not None:
+            if target.thin:
+                total = total.sum(0).sum_to_size(x.shape)
+            sums[i] = torch.empty_like(x).copy_(total)
+    return sums
+
+
+def _seed(spec: Attention, seed: torch.Tensor | None) -> int:
+    if seed is None:
+        if spec.dropout > 0.0:
+            raise ValueError("a spec with dropout needs a seed")
+        return 0
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise ValueError(f"the seed must be one int64; got {seed.dtype} {tuple(seed.shape)}")
+    return seed.data_ptr()

@@ -1,0 +1,94 @@
+// Entry points. Arguments are plain arrays of 8-byte words, laid out by plan.py; nothing here knows torch.
+#include "backward.h"
+#include "decode.h"
+
+namespace {
+
+struct Reader {
+  const i64* at;
+  i64 next() { return *at++; }
+  const i64* take(i64 n) {
+    const i64* p = at;
+    at += n;
+    return p;
+  }
+  char* pointer() { return reinterpret_cast<char*>(next()); }
+};
+
+void read_sizes(Problem& p, Reader& layout, i64& chunks) {
+  p.batch = layout.take(BATCH);
+  p.Q = layout.next();
+  p.K = layout.next();
+  p.D = layout.next();
+  p.E = layout.next();
+  chunks = layout.next();
+}
+
+void read_head(Problem& p, Reader& pointers) {
+  p.threads = pointers.next();
+  const char* seed = pointers.pointer();
+  p.seed = seed ? load<uint64_t>(seed) : 0;
+  p.stats = reinterpret_cast<float*>(pointers.pointer());
+}
+
+void read(Ref& r, Reader& layout, Reader& pointers, i64 dtype) {
+  r.data = pointers.pointer();
+  r.stride = layout.take(BATCH + 2);
+  r.dtype = dtype;
+}
+
+void read(Grad& g, Reader& layout, Reader& pointers) {
+  g.mode = layout.next();
+  const i64 dtype = layout.next();
+  g.chunk = layout.next();
+  read(g, layout, pointers, dtype);
+}
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT void attnfuse_set_launch(Launch f) { launch = f; }
+
+// Keys of a tile, which bounds how far the keys can be split.
+EXPORT i64 attnfuse_key_tile() { return KT; }
+
+// 0, or -1 when memory ran out.
+EXPORT int attnfuse_forward(const Plan* plan, const i64* layout_words, const i64* pointer_words) {
+  Problem p;
+  p.plan = plan;
+  Reader layout{layout_words}, pointers{pointer_words};
+  i64 chunks;
+  read_sizes(p, layout, chunks);
+  read_head(p, pointers);
+  read(p.q, layout, pointers, plan->qk_dtype);
+  read(p.k, layout, pointers, plan->qk_dtype);
+  read(p.v, layout, pointers, plan->v_dtype);
+  read(p.out, layout, pointers, plan->out_dtype);
+  for (int i = 0; i < plan->n_operands; ++i) read(p.operand[i], layout, pointers, plan->operand_dtype[i]);
+  finish(p);
+  if (p.elements * p.Q == 0) return 0;
+  return forward_all(p) ? 0 : -1;
+}
+
+// 0, or -1 when memory ran out. Q, K and the batch are not empty.
+EXPORT int attnfuse_backward(const Plan* plan, const i64* layout_words, const i64* pointer_words) {
+  Problem p;
+  p.plan = plan;
+  Reader layout{layout_words}, pointers{pointer_words};
+  i64 chunks;
+  read_sizes(p, layout, chunks);
+  read_head(p, pointers);
+  read(p.q, layout, pointers, plan->qk_dtype);
+  read(p.k, layout, pointers, plan->qk_dtype);
+  read(p.v, layout, pointers, plan->v_dtype);
+  read(p.out, layout, pointers, plan->out_dtype);
+  read(p.dout, layout, pointers, plan->out_dtype);
+  for (int i = 0; i < plan->n_operands; ++i) read(p.operand[i], layout, pointers, plan->operand_dtype[i]);
+  read(p.dq, layout, pointers);
+  read(p.dk, layout, pointers);
+  read(p.dv, layout, pointers);
+  for (int i = 0; i < plan->n_operands; ++i) read(p.doperand[i], layout, pointers);
+  finish(p);
+  return backward_all(p, chunks) ? 0 : -1;
+}

@@ -1,0 +1,294 @@
+// The score program on one row of a score tile: forwards, and backwards for gradients.
+#pragma once
+
+#include "problem.h"
+
+// Where a batch element's operands begin, and one row of each as the steps want it.
+struct Rows {
+  const Problem& p;
+  i64 element = 0, k0 = 0, n = 0;
+  const char* base[MAX_OPERANDS];
+  float* number[MAX_OPERANDS];    // [LD] each, converted
+  uint8_t* keep[MAX_OPERANDS];    // [LD] each
+  i64 number_of[MAX_OPERANDS], keep_of[MAX_OPERANDS];  // the row each holds, -1 for none
+  float* saved = nullptr;         // [n_steps + n_weights][LD], for gradients
+  float* kept = nullptr;          // [LD] dropout factors
+
+  explicit Rows(const Problem& problem) : p(problem) {}
+
+  static i64 bytes(const Plan& plan, bool gradients) {
+    i64 n = plan.n_operands * (LD * 4 + round_up(LD, 64)) + LD * 4;
+    if (gradients) n += (plan.n_steps + plan.n_weights) * LD * 4;
+    return round_up(n, 64) + 64;
+  }
+
+  void carve(Carver& c, bool gradients) {
+    const Plan& plan = *p.plan;
+    char* at = c.bytes(bytes(plan, gradients));
+    if (!c.base) return;
+    for (int i = 0; i < plan.n_operands; ++i) {
+      number[i] = reinterpret_cast<float*>(at);
+      at += LD * 4;
+    }
+    kept = reinterpret_cast<float*>(at);
+    at += LD * 4;
+    if (gradients) {
+      saved = reinterpret_cast<float*>(at);
+      at += (plan.n_steps + plan.n_weights) * LD * 4;
+    }
+    for (int i = 0; i < plan.n_operands; ++i) {
+      keep[i] = reinterpret_cast<uint8_t*>(at);
+      at += round_up(LD, 64);
+    }
+  }
+
+  void enter_element(i64 e, const i64* index) {
+    element = e;
+    for (int i = 0; i < p.plan->n_operands; ++i) base[i] = p.operand[i].at(index);
+    n = 0;
+  }
+  void enter_tile(i64 key, i64 keys) {
+    k0 = key;
+    n = keys;
+    for (int i = 0; i < p.plan->n_operands; ++i) number_of[i] = keep_of[i] = -1;
+  }
+
+  const char* row_of(int i, i64 query) const {
+    const Ref& r = p.operand[i];
+    return base[i] + (query * r.row() + k0 * r.col()) * size_of(r.dtype);
+  }
+  void prefetch(i64 query) const {
+    for (int i = 0; i < p.plan->n_operands; ++i) {
+      const Ref& r = p.operand[i];
+      if (r.row() == 0 || r.col() != 1) continue;
+      const char* at = row_of(i, query);
+      for (i64 b = 0; b < n * size_of(r.dtype); b += 64) __builtin_prefetch(at + b);
+    }
+  }
+
+  // Operand i on this row of the tile as float32.
+  const float* numbers(int i, i64 query) {
+    const Ref& r = p.operand[i];
+    if (r.dtype == F32 && r.col() == 1) return reinterpret_cast<const float*>(row_of(i, query));
+    const i64 row = r.row() ? query : 0;
+    if (number_of[i] == row) return number[i];
+    number_of[i] = row;
+    if (r.col() == 0) {
+      float x;
+      convert(r.dtype, row_of(i, query), 1, &x, 1);
+      for (i64 j = 0; j < n; ++j) number[i][j] = x;
+    } else {
+      convert(r.dtype, row_of(i, query), r.col(), number[i], n);
+    }
+    return number[i];
+  }
+  // Operand i on this row of the tile, nonzero where it is.
+  const uint8_t* truths(int i, i64 query) {
+    const Ref& r = p.operand[i];
+    if (r.dtype == U8 && r.col() == 1) return reinterpret_cast<const uint8_t*>(row_of(i, query));
+    const i64 row = r.row() ? query : 0;
+    if (keep_of[i] == row) return keep[i];
+    keep_of[i] = row;
+    if (r.col() == 0) {
+      uint8_t x;
+      nonzero(r.dtype, row_of(i, query), 1, &x, 1);
+      for (i64 j = 0; j < n; ++j) keep[i][j] = x;
+    } else {
+      nonzero(r.dtype, row_of(i, query), r.col(), keep[i], n);
+    }
+    return keep[i];
+  }
+
+  // f(j) on [lo, hi) where the mask of the step does not keep, by a loop that vectorises.
+  template <class Fill>
+  INLINE void where_hidden(const Step& step, i64 query, i64 lo, i64 hi, Fill fill) {
+    if (step.operand >= 0) {
+      const uint8_t* t = truths(static_cast<int>(step.operand), query);
+      fill(t, step.inverted != 0, lo, hi);
+      return;
+    }
+    // keys below `edge` are within the causal limit
+    i64 edge = query + step.offset + 1 - k0;
+    edge = edge < lo ? lo : (edge > hi ? hi : edge);
+    if (step.inverted) fill(nullptr, false, lo, edge);
+    else fill(nullptr, false, edge, hi);
+  }
+
+  INLINE void replace(const Step& step, float* s, i64 query, i64 lo, i64 hi, float value) {
+    where_hidden(step, query, lo, hi, [s, value](const uint8_t* t, bool inverted, i64 a, i64 b) {
+      if (!t) for (i64 j = a; j < b; ++j) s[j] = value;
+      else if (inverted) for (i64 j = a; j < b; ++j) s[j] = t[j] ? value : s[j];
+      else for (i64 j = a; j < b; ++j) s[j] = t[j] ? s[j] : value;
+    });
+  }
+  INLINE void add(const Step& step, float* s, i64 query, i64 lo, i64 hi, float value) {
+    where_hidden(step, query, lo, hi, [s, value](const uint8_t* t, bool inverted, i64 a, i64 b) {
+      if (!t) for (i64 j = a; j < b; ++j) s[j] += value;
+      else if (inverted) for (i64 j = a; j < b; ++j) s[j] += t[j] ? value : 0.0f;
+      else for (i64 j = a; j < b; ++j) s[j] += t[j] ? 0.0f : value;
+    });
+  }
+
+  // One step on s[lo, hi), keeping in `save`, where given, what its gradient needs.
+  void apply(const Step& step, float* __restrict s, i64 query, i64 lo, i64 hi, float* __restrict save) {
+    const float value = static_cast<float>(step.value), high = static_cast<float>(step.high);
+    switch (step.kind) {
+      case SCALE:
+        if (step.operand >= 0) {
+          const float* x = numbers(static_cast<int>(step.operand), query);
+          if (save) std::memcpy(save + lo, s + lo, (hi - lo) * sizeof(float));
+          for (i64 j = lo; j < hi; ++j) s[j] *= x[j];
+        } else {
+          for (i64 j = lo; j < hi; ++j) s[j] *= value;
+        }
+        return;
+      case BIAS: {
+        const float* x = numbers(static_cast<int>(step.operand), query);
+        if (value == 1.0f) for (i64 j = lo; j < hi; ++j) s[j] += x[j];
+        else for (i64 j = lo; j < hi; ++j) s[j] += value * x[j];
+        return;
+      }
+      case SHIFT:
+        for (i64 j = lo; j < hi; ++j) s[j] += value;
+        return;
+      case SOFTCAP: case TANH: {
+        // whole vectors: the row's padding is overwritten later
+        const bool capped = step.kind == SOFTCAP;
+        const vf cap = splat(capped ? value : 1.0f);
+        for (i64 j = lo / VL * VL; j < hi; j += VL) {
+          const vf t = vtanh(capped ? loadf(s + j) / cap : loadf(s + j));
+          if (save) store(save + j, t);
+          store(s + j, capped ? t * cap : t);
+        }
+        return;
+      }
+      case CLAMP:
+        if (save) std::memcpy(save + lo, s + lo, (hi - lo) * sizeof(float));
+        for (i64 j = lo; j < hi; ++j) s[j] = s[j] < value ? value : (s[j] > high ? high : s[j]);
+        return;
+      case REPLACE: return replace(step, s, query, lo, hi, value);
+      case ADD: return add(step, s, query, lo, hi, value);
+      case HALF:
+        for (i64 j = lo; j < hi; ++j) s[j] = s[j] >= 65520.0f ? INF : (s[j] <= -65520.0f ? -INF : s[j]);
+        return;
+    }
+  }
+
+  // g becomes the gradient of the step's input; that of an operand is added to its target, unless in a dry run.
+  void reverse(const Step& step, float* __restrict g, i64 query, i64 lo, i64 hi, const float* __restrict save,
+               float* __restrict spare, const i64* index, i64 chunk, bool dry) {
+    const float value = static_cast<float>(step.value), high = static_cast<float>(step.high);
+    switch (step.kind) {
+      case SCALE:
+        if (step.operand >= 0) {
+          const float* x = numbers(static_cast<int>(step.operand), query);
+          if (!dry && p.doperand[step.operand].mode) {
+            for (i64 j = lo; j < hi; ++j) spare[j] = g[j] * save[j];
+            give(static_cast<int>(step.operand), spare, 1.0f, query, lo, hi, index, chunk);
+          }
+          for (i64 j = lo; j < hi; ++j) g[j] *= x[j];
+        } else {
+          for (i64 j = lo; j < hi; ++j) g[j] *= value;
+        }
+        return;
+      case BIAS:
+        if (p.doperand[step.operand].mode) give(static_cast<int>(step.operand), g, value, query, lo, hi, index, chunk);
+        return;
+      case SOFTCAP: case TANH:
+        for (i64 j = lo; j < hi; ++j) g[j] *= 1.0f - save[j] * save[j];
+        return;
+      case CLAMP:
+        for (i64 j = lo; j < hi; ++j) g[j] = save[j] >= value && save[j] <= high ? g[j] : 0.0f;
+        return;
+      case REPLACE: return replace(step, g, query, lo, hi, 0.0f);
+      default: return;
+    }
+  }
+
+  void give(int i, const float* g, float alpha, i64 query, i64 lo, i64 hi, const i64* index, i64 chunk) const {
+    const Grad& t = p.doperand[i];
+    char* row = t.at(index) + (chunk * t.chunk + query * t.row() + (k0 + lo) * t.col()) * size_of(t.dtype);
+    const i64 cs = t.col(), count = hi - lo;
+    if (t.mode == 1) {
+      with_float(t.dtype, [&](auto dt) {
+        for (i64 j = 0; j < count; ++j) store1<dt>(row + j * cs * size_of(dt), alpha * g[lo + j]);
+      });
+      return;
+    }
+    float* d = reinterpret_cast<float*>(row);
+    if (cs == 0) {
+      vf sum = splat(0.0f);
+      i64 j = lo;
+      for (; j + VL <= hi; j += VL) sum += loadf(g + j);
+      float total = sum_of(sum);
+      for (; j < hi; ++j) total += g[j];
+      *d += alpha * total;
+    } else if (cs == 1) {
+      for (i64 j = 0; j < count; ++j) d[j] += alpha * g[lo + j];
+    } else {
+      for (i64 j = 0; j < count; ++j) d[j * cs] += alpha * g[lo + j];
+    }
+  }
+
+  void scores(float* s, i64 query, i64 lo, i64 hi, bool save) {
+    const Plan& plan = *p.plan;
+    for (int i = p.first; i < plan.n_steps; ++i) apply(plan.steps[i], s, query, lo, hi, save ? saved + i * LD : nullptr);
+  }
+  void weights(float* w, i64 query, i64 lo, i64 hi, bool save) {
+    const Plan& plan = *p.plan;
+    for (int i = 0; i < plan.n_weights; ++i)
+      apply(plan.weights[i], w, query, lo, hi, save ? saved + (plan.n_steps + i) * LD : nullptr);
+  }
+
+  static INLINE vu mix(vu x) {
+    x ^= x >> 16;
+    x *= splatu(0x7FEB352Du);
+    x ^= x >> 15;
+    x *= splatu(0x846CA68Bu);
+    return x ^ (x >> 16);
+  }
+  static uint32_t mix1(uint32_t x) {
+    x ^= x >> 16;
+    x *= 0x7FEB352Du;
+    x ^= x >> 15;
+    x *= 0x846CA68Bu;
+    return x ^ (x >> 16);
+  }
+
+  // kept[lo, hi): 0 or 1 / (1 - p), by the hash of kernels/dropout.py; w is multiplied by it where given.
+  void drop(float* w, i64 query, i64 lo, i64 hi) {
+    const uint64_t row = static_cast<uint64_t>(element * p.Q + query);
+    uint32_t a = mix1(static_cast<uint32_t>(row >> 32) ^ 0x9E3779B9u);
+    a = mix1(static_cast<uint32_t>(row) + a);
+    a = mix1(static_cast<uint32_t>(p.seed >> 32) + a);
+    a = mix1(static_cast<uint32_t>(p.seed) + a);
+    const vu va = splatu(a), vb = splatu(mix1(a ^ 0x85EBCA6Bu));
+    const vu threshold = splatu(static_cast<uint32_t>(p.plan->threshold));
+    const vf scale = splat(static_cast<float>(p.plan->keep_scale));
+    for (i64 j = lo / VL * VL; j < hi; j += VL) {
+      const vu key = splatu(static_cast<uint32_t>(k0 + j)) + iota();
+      const vu u = mix(mix(key ^ va) + vb);
+      const vf f = bits<vf>(bits<vu>(u >= threshold) & bits<vu>(scale));
+      store(kept + j, f);
+      store(w + j, loadf(w + j) * f);
+    }
+  }
+};
+
+// How a finished row is normalised, from its maximum m and the sum l of exp(s - m).
+struct Finish {
+  float divisor;  // NaN for a row that is NaN
+  bool zero;      // the row's weights are 0 whatever the scores are
+};
+
+inline Finish finish_row(const Plan& plan, float m, float l) {
+  const bool hidden = m == -INF;
+  bool nan = hidden || l != l || m != m;
+  if (!nan && plan.unshifted) {
+    const float total = l * std::exp(m);
+    nan = !(total > 0.0f && total < INF);
+  }
+  if (hidden && plan.hidden == HIDDEN_ZERO) return {1.0f, true};
+  if (nan && plan.hidden == HIDDEN_NAN_TO_ZERO) return {1.0f, true};
+  return {nan ? QNAN : l, false};
+}

@@ -1,0 +1,108 @@
+"""The oracle: what a spec means, in plain PyTorch and in any precision. No other kernel serves as an oracle.
+
+It holds the whole [*batch, Q, K] score tensor and is slow; it is what the others are measured against, and what a failing
+kernel falls back to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from attnfuse.kernels import dropout
+from attnfuse.mask import Causal, Dense, Mask
+from attnfuse.spec import (
+    AddFill,
+    Attention,
+    Bias,
+    Cast,
+    Clamp,
+    ReplaceFill,
+    Scale,
+    Shift,
+    Softcap,
+    Step,
+    Tanh,
+    dtype_of,
+)
+
+
+def attend(
+    spec: Attention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    seed: torch.Tensor | None,
+    compute: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [*batch, Q, E] and stats [2, *batch, Q] (row maximum, row sum of exp(s - maximum)), both in `compute`.
+
+    Differentiable in q, k, v and in floating operands. Fill values are taken as they are, however `compute` rounds; a
+    float16 `Cast` still overflows to inf, as kernels do.
+    """
+    batch = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2], *(o.shape[:-2] for o in operands))
+    s = torch.matmul(q.to(compute), k.to(compute).transpose(-1, -2)).expand(*batch, q.shape[-2], k.shape[-2])
+    for step in spec.steps:
+        s = _apply(step, s, operands)
+    if s.shape[-1] == 0:
+        out = s.new_zeros(*s.shape[:-1], v.shape[-1])
+        return out, torch.stack([s.new_full(s.shape[:-1], -torch.inf), s.new_zeros(s.shape[:-1])])
+    top = s.detach().amax(-1, keepdim=True)
+    shift = torch.zeros_like(top) if spec.softmax == "unshifted" else top
+    e = torch.exp(s - shift)
+    total = e.sum(-1, keepdim=True)
+    p = e / total
+    if spec.hidden == "zero":
+        p = torch.where(top == -torch.inf, 0.0, p)
+    elif spec.hidden == "nan_to_zero":
+        p = torch.where(total.isnan(), 0.0, p)
+    for step in spec.weight_steps:
+        p = _apply(step, p, operands)
+    if spec.dropout > 0.0:
+        if seed is None:
+            raise ValueError("a spec with dropout needs a seed")
+        kept = dropout.keep(seed, tuple(s.shape[:-2]), s.shape[-2], s.shape[-1], spec.dropout)
+        # dropout of 1 multiplies by 0 / 0 nowhere: torch gives zeros
+        p = p * kept * (1.0 / (1.0 - spec.dropout) if spec.dropout < 1.0 else 0.0)
+    stats = torch.stack([top.squeeze(-1), torch.exp(s.detach() - top).sum(-1)])
+    return torch.matmul(p, v.to(compute)), stats
+
+
+def keep_of(mask: Mask, s: torch.Tensor, operands: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Bool, broadcastable to s [*batch, Q, K]: True where the mask keeps."""
+    if isinstance(mask, Dense):
+        kept = operands[mask.operand] != 0
+    elif isinstance(mask, Causal):
+        rows = torch.arange(s.shape[-2], device=s.device)[:, None]
+        kept = torch.arange(s.shape[-1], device=s.device)[None] <= rows + mask.offset
+    else:
+        raise TypeError(f"unknown mask {mask!r}")
+    return ~kept if mask.inverted else kept
+
+
+def _apply(step: Step, s: torch.Tensor, operands: Sequence[torch.Tensor]) -> torch.Tensor:
+    if isinstance(step, Scale):
+        return s * (step.value if step.operand is None else operands[step.operand].to(s.dtype))
+    if isinstance(step, Bias):
+        return s + step.alpha * operands[step.operand].to(s.dtype)
+    if isinstance(step, Shift):
+        return s + step.value
+    if isinstance(step, Softcap):
+        return step.cap * torch.tanh(s / step.cap)
+    if isinstance(step, Tanh):
+        return torch.tanh(s)
+    if isinstance(step, Clamp):
+        return torch.clamp(s, step.low, step.high)
+    if isinstance(step, ReplaceFill):
+        return torch.where(keep_of(step.keep, s, operands), s, step.value)
+    if isinstance(step, AddFill):
+        return s + torch.where(keep_of(step.keep, s, operands), 0.0, step.value).to(s.dtype)
+    if isinstance(step, Cast):
+        if dtype_of(step.dtype) == torch.float16:
+            # 65520 is the first value that rounds to inf in float16
+            s = torch.where(s >= 65520.0, torch.inf, s)
+            s = torch.where(s <= -65520.0, -torch.inf, s)
+        return s
+    raise TypeError(f"unknown step {step!r}")

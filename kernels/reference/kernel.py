@@ -1,0 +1,59 @@
+"""The reference as a kernel, in float32 (float64 for float64 inputs): asked for by name, or taken when another one fails."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from attnfuse.kernels.layout import allocate
+from attnfuse.kernels.reference import attend
+from attnfuse.spec import Attention
+
+
+def forward(
+    spec: Attention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [*batch, Q, E] in spec.out_dtype and stats float32 [2, *batch, Q]."""
+    out, stats = allocate(spec, q, k, v, operands)
+    with torch.no_grad():
+        values, rows = attend(spec, q, k, v, operands, seed, _precision(spec))
+    out.copy_(values)
+    stats.copy_(rows)
+    return out, stats
+
+
+def backward(
+    spec: Attention,
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    seed: torch.Tensor | None,
+    out: torch.Tensor,
+    stats: torch.Tensor,
+    needs: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """Gradients for those of (q, k, v, *operands) that `needs` names, in their shapes and dtypes."""
+    inputs = [q, k, v, *operands]
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() if need else x.detach() for x, need in zip(inputs, needs)]
+        values, _ = attend(spec, leaves[0], leaves[1], leaves[2], leaves[3:], seed, _precision(spec))
+        wanted = [x for x, need in zip(leaves, needs) if need]
+        found = torch.autograd.grad(values, wanted, dout.to(values.dtype), allow_unused=True)
+    grads = iter(found)
+    result: list[torch.Tensor | None] = []
+    for x, need in zip(inputs, needs):
+        grad = next(grads) if need else None
+        result.append(None if not need else torch.zeros_like(x) if grad is None else torch.empty_like(x).copy_(grad))
+    return result
+
+
+def _precision(spec: Attention) -> torch.dtype:
+    return torch.float64 if "float64" in (spec.qk_dtype, spec.v_dtype) else torch.float32

@@ -1,0 +1,313 @@
+"""Dynamo graph -> `View`: the same computation in canonical ATen, to read from. The Dynamo graph is not changed.
+
+Each ATen node knows the Dynamo node it came from (`View.origin`), and each Dynamo node the ATen node that holds its value
+(`Scope.values`). A checkpointed region is viewed in line, in a `Scope` of its own, so that a mask made outside is read
+outside. What cannot be viewed (an autograd.Function, hooks, functorch regions, other higher-order ops) is a node whose
+target is `opaque`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnfuse import _compat
+from attnfuse._compat import pytree
+
+
+class CaptureError(Exception):
+    """The graph cannot be viewed; it is left as it is."""
+
+
+def opaque(*args: Any) -> Any:
+    """Target of view nodes that stand for something that was not looked into."""
+    raise CaptureError("an opaque node cannot be run")
+
+
+class _Unknown:
+    """The value of a node that cannot even be represented, such as a tensor inside vmap."""
+
+
+UNKNOWN = _Unknown()
+
+# Methods whose effect is not on the values of the graph but on autograd or on the tensor object.
+_OPAQUE_METHODS = {
+    "register_hook",
+    "register_post_accumulate_grad_hook",
+    "retain_grad",
+    "requires_grad_",
+    "backward",
+    "set_",
+    "resize_",
+    "detach_",
+}
+
+
+@dataclass(eq=False)
+class Scope:
+    """One Dynamo graph: the main one, or the body of a checkpointed region inside `parent`."""
+
+    module: fx.GraphModule
+    parent: Scope | None = None
+    call: fx.Node | None = None
+    # Dynamo node -> its value, a pytree with ATen nodes for tensors
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+    # ATen node -> the first Dynamo node with that value
+    nodes: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Origin:
+    scope: Scope
+    node: fx.Node
+
+
+@dataclass(eq=False)
+class View:
+    graph: fx.Graph
+    scopes: list[Scope]
+    origin: dict[fx.Node, Origin]
+    # whether autograd records the node
+    grad: dict[fx.Node, bool]
+    fake_mode: _compat.FakeTensorMode
+    order: dict[fx.Node, int] = field(default_factory=dict)
+    live: set[fx.Node] = field(default_factory=set)
+    # memory -> the nodes that write to it, in order
+    writes: dict[int, list[fx.Node]] = field(default_factory=dict)
+
+    def where(self, node: fx.Node) -> str:
+        """'file.py:12' of the user's line that made `node`, or '' if it is not known."""
+        origin = self.origin.get(node)
+        return source_line(origin.node) if origin else ""
+
+
+def source_line(node: fx.Node) -> str:
+    """'file.py:12' for the innermost frame of the stack trace that Dynamo kept for `node`."""
+    trace = node.meta.get("stack_trace") or ""
+    for line in reversed(trace.splitlines()):
+        line = line.strip()
+        if line.startswith('File "') and '", line ' in line:
+            name, rest = line[6:].split('", line ', 1)
+            return f"{name.rsplit('/', 1)[-1]}:{rest.split(',', 1)[0].strip()}"
+    return ""
+
+
+def value_of(node: fx.Node) -> Any:
+    """The fake value of an ATen node."""
+    return node.meta.get("val")
+
+
+def is_mutating(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def written(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose memory `node` writes to."""
+    if not is_mutating(node):
+        return []
+    names = {a.name: a for a in node.target._schema.arguments}  # type: ignore[union-attr]
+    hit: list[fx.Node] = []
+    for argument, value in zip(node.target._schema.arguments, node.args):  # type: ignore[union-attr]
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            hit += [v for v in pytree.tree_leaves(value) if isinstance(v, fx.Node)]
+    for name, value in node.kwargs.items():
+        info = names[name].alias_info
+        if info is not None and info.is_write:
+            hit += [v for v in pytree.tree_leaves(value) if isinstance(v, fx.Node)]
+    return hit
+
+
+def capture(gm: fx.GraphModule) -> View:
+    """View a Dynamo graph. Raises CaptureError if it cannot be viewed."""
+    examples = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
+    fake_mode = _compat.detect_fake_mode(examples)
+    if fake_mode is None:
+        raise CaptureError("the graph has no tensor input")
+    recorder = _Recorder(fake_mode)
+    with _compat.keep_global_state():
+        module = _compat.trace(lambda *args: recorder.run_main(gm, args), examples, fake_mode)
+    view = View(module.graph, recorder.scopes, recorder.origin, recorder.grad, fake_mode)
+    _rename_written(view)
+    view.order = {n: i for i, n in enumerate(view.graph.nodes)}
+    _mark_live(view)
+    return view
+
+
+class _Recorder:
+    """Runs a Dynamo graph node by node while it is traced, noting which ATen nodes each one makes."""
+
+    def __init__(self, fake_mode: _compat.FakeTensorMode) -> None:
+        self.fake_mode = fake_mode
+        self.scopes: list[Scope] = []
+        self.origin: dict[fx.Node, Origin] = {}
+        self.grad: dict[fx.Node, bool] = {}
+        self._seen = 0
+        self._last: fx.Node | None = None
+
+    def run_main(self, gm: fx.GraphModule, args: Sequence[Any]) -> Any:
+        # only tensors may leave a trace; the rest (symbolic numbers, unknowns) is not needed
+        out = self.run(Scope(gm), args)
+        return [x for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+
+    def run(self, scope: Scope, args: Sequence[Any]) -> Any:
+        self.scopes.append(scope)
+        env: dict[fx.Node, Any] = {}
+        inputs = iter(args)
+        for node in scope.module.graph.nodes:
+            if node.op == "output":
+                return fx.node.map_arg(node.args[0], lambda n: env[n])
+            if node.op == "placeholder":
+                env[node] = next(inputs)
+            else:
+                self._skip_existing()
+                env[node] = self._run_node(scope, node, env)
+                self._claim(scope, node)
+            self._note(scope, node, env[node])
+        raise CaptureError("the graph has no output")
+
+    def _run_node(self, scope: Scope, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        args = fx.node.map_arg(node.args, lambda n: env[n])
+        kwargs = fx.node.map_arg(node.kwargs, lambda n: env[n])
+        if node.op == "get_attr":
+            value = _attribute(scope.module, str(node.target))
+            return value if isinstance(value, fx.GraphModule) else self._opaque(node, (), {})
+        if _is_checkpoint(node):
+            return self.run(Scope(args[0], scope, node), args[1:])
+        if self._must_stay_opaque(node, args, kwargs):
+            return self._opaque(node, args, kwargs)
+        try:
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        except Exception:
+            # Whatever cannot be run on fake tensors is not attention; what Dynamo knows of its value is enough.
+            return self._opaque(node, args, kwargs)
+
+    def _must_stay_opaque(self, node: fx.Node, args: Any, kwargs: Any) -> bool:
+        leaves = pytree.tree_leaves((args, kwargs))
+        if any(x is UNKNOWN or isinstance(x, fx.GraphModule) for x in leaves):
+            return True
+        if node.op == "call_module":
+            return True
+        if node.op == "call_method":
+            return node.target in _OPAQUE_METHODS
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return True
+        if "functorch" in str(getattr(node.target, "__module__", "")):
+            return True
+        example = node.meta.get("example_value")
+        known = set().union(*(_unbacked(x) for x in leaves)) if leaves else set()
+        return any(_unbacked(x) - known for x in pytree.tree_leaves(example))
+
+    def _opaque(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        example = node.meta.get("example_value")
+        inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        inputs = [x for x in inputs if not _compat.is_functorch_tensor(x) and _compat.traced_node(x) is not None]
+        proxies = tuple(_proxy(x) for x in inputs)
+        leaves, tree = pytree.tree_flatten(example)
+        if any(_compat.is_functorch_tensor(x) for x in leaves):
+            _compat.record_opaque(opaque, proxies, None)
+            return UNKNOWN
+        with _compat.no_proxies():
+            fresh = [_fresh(x) if isinstance(x, torch.Tensor) else x for x in leaves]
+        value = pytree.tree_unflatten(fresh, tree)
+        if not any(isinstance(x, torch.Tensor) for x in leaves):
+            _compat.record_opaque(opaque, proxies, None)
+            # Numbers keep Dynamo's own symbols. Where Dynamo says nothing, nothing is known.
+            return value if "example_value" in node.meta else UNKNOWN
+        flat = _compat.record_opaque(opaque, proxies, [x if isinstance(x, torch.Tensor) else None for x in fresh])
+        return pytree.tree_unflatten([t if t is not None else x for t, x in zip(flat, fresh)], tree)
+
+    def _skip_existing(self) -> None:
+        nodes = _compat.traced_graph().nodes
+        self._last = next(iter(reversed(nodes)), None)
+
+    def _claim(self, scope: Scope, node: fx.Node) -> None:
+        """All ATen nodes made since `_skip_existing` came from `node`, unless an inner node claimed them."""
+        grad = torch.is_grad_enabled()
+        for made in reversed(_compat.traced_graph().nodes):
+            if made is self._last or made in self.origin:
+                break
+            self.origin[made] = Origin(scope, node)
+            self.grad[made] = grad
+
+    def _note(self, scope: Scope, node: fx.Node, value: Any) -> None:
+        def made_by(x: Any) -> Any:
+            if isinstance(x, torch.Tensor):
+                return None if _compat.is_functorch_tensor(x) else _compat.traced_node(x)
+            if isinstance(x, (torch.SymInt, torch.SymFloat)):
+                return _compat.traced_node(x) or x
+            return x
+
+        leaves, tree = pytree.tree_flatten(value)
+        made = [made_by(x) for x in leaves]
+        scope.values[node] = pytree.tree_unflatten(made, tree)
+        if len(leaves) == 1 and value is leaves[0] and isinstance(made[0], fx.Node):
+            scope.nodes.setdefault(made[0], node)
+
+
+def _attribute(module: fx.GraphModule, target: str) -> Any:
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _is_checkpoint(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() == "tag_activation_checkpoint"
+
+
+def _unbacked(value: Any) -> set[Any]:
+    if isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return set() if _compat.is_functorch_tensor(value) else set(_compat.free_unbacked_symbols(value))
+    return set()
+
+
+def _fresh(example: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(
+        example.shape, example.stride(), dtype=example.dtype, device=example.device, requires_grad=False
+    )
+
+
+def _proxy(tensor: torch.Tensor) -> fx.Proxy:
+    node = _compat.traced_node(tensor)
+    if node is None:
+        raise CaptureError("a tensor is not part of the trace")
+    return fx.Proxy(node)
+
+
+def _rename_written(view: View) -> None:
+    """After x.op_(...), let later readers of x read the op's result, so that reading back from them meets the write."""
+    order = {n: i for i, n in enumerate(view.graph.nodes)}
+    for node in list(view.graph.nodes):
+        for target in written(node):
+            value = value_of(target)
+            if isinstance(value, torch.Tensor):
+                view.writes.setdefault(_compat.alias_key(value), []).append(node)
+            if len(written(node)) == 1 and isinstance(value_of(node), torch.Tensor) and target is not node:
+                later = [u for u in target.users if order[u] > order[node]]
+                for user in later:
+                    user.replace_input_with(target, node)
+                    user.meta.setdefault("renamed", {})[node] = target
+
+
+def _mark_live(view: View) -> None:
+    """Nodes that outputs, writes and opaque nodes depend on."""
+    stack = [n for n in view.graph.nodes if n.op == "output" or n.target is opaque or is_mutating(n)]
+    while stack:
+        node = stack.pop()
+        if node not in view.live:
+            view.live.add(node)
+            stack.extend(node.all_input_nodes)
+
+
+def getitem_source(node: fx.Node) -> tuple[fx.Node, Any] | None:
+    """(sequence node, index) of an operator.getitem node."""
+    if node.op == "call_function" and node.target is operator.getitem:
+        return node.args[0], node.args[1]  # type: ignore[return-value]
+    return None

@@ -1,0 +1,296 @@
+"""Edit the Dynamo graph itself: put the op where a site's result was made, and leave everything else verbatim."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnfuse._compat import FakeTensorMode, pytree
+from attnfuse.passes.aten import shape_of
+from attnfuse.passes.capture import Scope, View, is_mutating, opaque, value_of
+from attnfuse.passes.labels import Dim, Labels, known_equal
+from attnfuse.passes.read import stride_hint
+from attnfuse.passes.site import Leaf, Refusal, Site
+
+_RANDOM = {torch.Tag.nondeterministic_seeded}
+_SEED_LIMIT = 2**62
+
+
+class EmitError(Exception):
+    """A site cannot be written into its graph; its message is the reason."""
+
+
+class Emitter:
+    """Edits the Dynamo graphs of one view, site after site."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        # results that were replaced: (scope, ATen node) -> Dynamo node
+        self.replaced: dict[tuple[Scope, fx.Node], fx.Node] = {}
+        self.touched: set[Scope] = set()
+
+    def emit(self, site: Site, kernel: str) -> Refusal | None:
+        """Replace the site's result. On refusal the graph is as it was."""
+        origin = self.view.origin[site.final]
+        scope, owner = origin.scope, origin.node
+        graph = scope.module.graph
+        before = set(graph.nodes)
+        writer = _Writer(self, scope, owner, value_of(site.q.node).device)
+        try:
+            with graph.inserting_before(owner):
+                result = self._insert(site, kernel, writer)
+                self._redirect(site, scope, owner, result, writer)
+        except EmitError as error:
+            for node in reversed(list(graph.nodes)):
+                if node not in before:
+                    graph.erase_node(node)
+            return Refusal(str(error), site.final)
+        self.touched.add(scope)
+        return None
+
+    def _insert(self, site: Site, kernel: str, writer: _Writer) -> fx.Node:
+        q = writer.canonical(site.q, site.batch, site.q_dim, site.d_dim)
+        k = writer.canonical(site.k, site.batch, site.k_dim, site.d_dim)
+        v = writer.canonical(site.v, site.batch, site.k_dim, site.e_dim)
+        operands = [writer.canonical(leaf, site.batch, site.q_dim, site.k_dim) for leaf in site.operands]
+        seed = None
+        if site.spec.dropout > 0.0:
+            device = value_of(site.q.node).device
+            seed = writer.call(torch.randint, (0, _SEED_LIMIT, (1,)), {"dtype": torch.int64, "device": device})
+        op = torch.ops.attnfuse.attention.default
+        pair = writer.call(op, (q, k, v, operands, seed, site.spec.text, kernel))
+        out = writer.getitem(pair, 0)
+        return writer.shaped(out, (*((a,) for a in site.batch), site.q_dim, site.e_dim), site)
+
+    def _redirect(self, site: Site, scope: Scope, owner: fx.Node, result: fx.Node, writer: _Writer) -> None:
+        """Let everything that used the site's result use `result`."""
+        self.replaced[scope, site.final] = result
+        made = scope.values[owner]
+        if made is site.final:
+            new: Any = result
+        else:
+            try:
+                new = pytree.tree_map_only(fx.Node, writer.node_for, made)
+            except EmitError:
+                del self.replaced[scope, site.final]
+                raise
+        if isinstance(new, fx.Node):
+            owner.replace_all_uses_with(new)
+            if made is not site.final:
+                self.replaced[scope, made] = new
+            return
+        for user in list(owner.users):
+            if user.target is not operator.getitem:
+                del self.replaced[scope, site.final]
+                raise EmitError("the attention lies inside a call whose results cannot be taken apart")
+        for user in list(owner.users):
+            part = new[user.args[1]]  # type: ignore[index]
+            user.replace_all_uses_with(part)
+            value = scope.values[user]
+            if isinstance(value, fx.Node):
+                self.replaced[scope, value] = part
+
+    def finish(self, sites: Sequence[Site]) -> None:
+        """Erase what the ops took over, and what nothing needs any more."""
+        inside = {n for site in sites for n in site.inside}
+        owned: dict[tuple[Scope, fx.Node], list[fx.Node]] = {}
+        for made, origin in self.view.origin.items():
+            owned.setdefault((origin.scope, origin.node), []).append(made)
+        for scope in reversed(self.view.scopes):
+            for node in reversed(list(scope.module.graph.nodes)):
+                if node.users or node.op in ("placeholder", "output"):
+                    continue
+                made = owned.get((scope, node), [])
+                if node in scope.values and all(n in inside or _is_pure(n) for n in made) and _may_go(node, made):
+                    scope.module.graph.erase_node(node)
+            if scope in self.touched:
+                scope.module.graph.lint()
+                scope.module.recompile()
+
+
+def _may_go(node: fx.Node, made: list[fx.Node]) -> bool:
+    """Nodes that made nothing in the view may switch a mode (no_grad, autocast); only plain reads of them may go."""
+    return bool(made) or node.op == "get_attr" or node.target is operator.getitem
+
+
+def _is_pure(node: fx.Node) -> bool:
+    if node.target is opaque or is_mutating(node):
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return not (_RANDOM & set(node.target.tags))
+    return getattr(node.target, "__module__", "") in ("_operator", "math") or _is_symbolic(node)
+
+
+def _is_symbolic(node: fx.Node) -> bool:
+    """Arithmetic on sizes, such as torch.sym_sqrt."""
+    return isinstance(value_of(node), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool))
+
+
+class _Writer:
+    """Writes nodes before one node of a Dynamo graph, in terms of values of the view."""
+
+    def __init__(self, emitter: Emitter, scope: Scope, owner: fx.Node, device: torch.device) -> None:
+        self.emitter = emitter
+        self.device = device
+        self.scope = scope
+        self.owner = owner
+        self.graph = scope.module.graph
+        self.made: dict[fx.Node, fx.Node] = {}
+        self.depth = 0
+
+    def call(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs or {})
+        self._describe(node)
+        return node
+
+    def method(self, name: str, *args: Any) -> fx.Node:
+        node = self.graph.call_method(name, args)
+        self._describe(node)
+        return node
+
+    def getitem(self, node: fx.Node, index: int) -> fx.Node:
+        return self.call(operator.getitem, (node, index))
+
+    def _describe(self, node: fx.Node) -> None:
+        """Metadata as Dynamo gives it: where the code is, and a fake value."""
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            if key in self.owner.meta:
+                node.meta[key] = self.owner.meta[key]
+        example = _example(node, self.emitter.view.fake_mode)
+        if example is not None:
+            node.meta["example_value"] = example
+
+    def node_for(self, made: fx.Node) -> fx.Node:
+        """The Dynamo node with the value of a view node, computing it again from others if there is none."""
+        key = (self.scope, made)
+        if key in self.emitter.replaced:
+            return self.emitter.replaced[key]
+        existing = self.scope.nodes.get(made)
+        if existing is not None and self._comes_first(existing):
+            return existing
+        if made in self.made:
+            return self.made[made]
+        return self._copy(made)
+
+    def _comes_first(self, node: fx.Node) -> bool:
+        return node.op == "placeholder" or (not node._erased and node < self.owner)
+
+    def _copy(self, made: fx.Node) -> fx.Node:
+        if made.op != "call_function":
+            raise EmitError("a value the attention needs is not available where its result is made")
+        if not _is_pure(made):
+            raise EmitError("a value the attention needs comes from code that cannot be repeated")
+        self.depth += 1
+        if self.depth > 200:
+            raise EmitError("the attention is too deep inside one call")
+        args = fx.node.map_arg(made.args, self.node_for)
+        kwargs = fx.node.map_arg(made.kwargs, self.node_for)
+        self.made[made] = self.call(made.target, tuple(args), dict(kwargs))  # type: ignore[arg-type]
+        return self.made[made]
+
+    def size(self, wanted: Any) -> int | fx.Node:
+        """A size as an argument: a number, or a node that gives it."""
+        if isinstance(wanted, int):
+            return wanted
+        number = wanted.node.maybe_as_int()
+        if number is not None:
+            return int(number)
+        for node in self.graph.nodes:
+            if node is self.owner:
+                break
+            example = node.meta.get("example_value")
+            if isinstance(example, torch.SymInt) and known_equal(example, wanted):
+                return node
+            if isinstance(example, torch.Tensor) and not isinstance(example, torch.nn.Parameter):
+                for dim, size in enumerate(example.shape):
+                    if not isinstance(size, int) and known_equal(size, wanted):
+                        return self.method("size", node, dim)
+        raise EmitError(f"no tensor of the graph has the size {wanted}")
+
+    def canonical(self, leaf: Leaf, batch: Dim, row: Dim, column: Dim) -> fx.Node:
+        """The leaf as [*batch, row, column] with 1 where it has no such dim: only views, no copy."""
+        node = self.node_for(leaf.node)
+        if leaf.number:
+            node = self.call(torch.full, ((), node), {"dtype": torch.float64, "device": self.device})
+        if leaf.inverse:
+            node = self.call(torch.reciprocal, (node,))
+        if leaf.cast is not None:
+            node = self.method("to", node, leaf.cast)
+        labels = leaf.labels
+        if any(len(dim) != 1 for dim in labels):
+            node = self.method("view", node, *self._shape([a.size for dim in labels for a in dim])) if self._splits(
+                labels
+            ) else node
+            node = self._squeezed(node, labels)
+        flat = [a for dim in labels for a in dim]
+        wanted = [*((a,) for a in batch), row, column]
+        order = [flat.index(dim[0]) for dim in wanted if dim and dim[0] in flat]
+        if order != list(range(len(order))):
+            node = self.method("permute", node, *order)
+        for at, dim in enumerate(wanted):
+            if not dim or dim[0] not in flat:
+                node = self.method("unsqueeze", node, at)
+        return node
+
+    def _splits(self, labels: Labels) -> bool:
+        return any(len(dim) > 1 for dim in labels)
+
+    def _squeezed(self, node: fx.Node, labels: Labels) -> fx.Node:
+        """Without the dims of size 1; a view that split dims has dropped them already."""
+        if self._splits(labels):
+            return node
+        for at in reversed(range(len(labels))):
+            if not labels[at]:
+                node = self.method("squeeze", node, at)
+        return node
+
+    def _shape(self, sizes: Sequence[Any]) -> list[int | fx.Node]:
+        """Sizes for a view; one that is symbolic is left to be inferred."""
+        symbolic = [i for i, s in enumerate(sizes) if not isinstance(s, int)]
+        if len(symbolic) == 1:
+            return [-1 if i in symbolic else s for i, s in enumerate(sizes)]
+        return [self.size(s) for s in sizes]
+
+    def shaped(self, out: fx.Node, dims: Labels, site: Site) -> fx.Node:
+        """The op's out [*batch, Q, E] in the dims of the site's result."""
+        flat = [a for dim in site.out_labels for a in dim]
+        have = [dim[0] for dim in dims if dim]
+        for at in reversed(range(len(dims))):
+            if not dims[at]:
+                out = self.method("squeeze", out, at)
+        order = [have.index(a) for a in flat]
+        if order != list(range(len(order))):
+            out = self.method("permute", out, *order)
+        shape = shape_of(site.final)
+        if any(len(dim) != 1 for dim in site.out_labels):
+            out = self.method("reshape", out, *self._shape(shape))
+        return self._laid_out(out, value_of(site.final))
+
+    def _laid_out(self, out: fx.Node, eager: torch.Tensor) -> fx.Node:
+        """`out` with the strides of the eager result, since a later view may count on them."""
+        made = out.meta.get("example_value")
+        if made is None or all(known_equal(a, b) for a, b in zip(made.stride(), eager.stride())):
+            return out
+        if eager.is_contiguous():
+            return self.method("contiguous", out)
+        order = sorted(range(eager.dim()), key=lambda i: -stride_hint(eager.stride(i)))
+        moved = self.method("contiguous", self.method("permute", out, *order))
+        return self.method("permute", moved, *[order.index(i) for i in range(len(order))])
+
+
+def _example(node: fx.Node, mode: FakeTensorMode) -> Any:
+    """The fake value of a new node from those of its arguments; None if one of them has none."""
+    inputs = pytree.tree_leaves((node.args, node.kwargs))
+    nodes = [x for x in inputs if isinstance(x, fx.Node)]
+    if any("example_value" not in n.meta for n in nodes):
+        return None
+    args = fx.node.map_arg(node.args, lambda n: n.meta["example_value"])
+    kwargs = fx.node.map_arg(node.kwargs, lambda n: n.meta["example_value"])
+    with mode:
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]

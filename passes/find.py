@@ -1,0 +1,211 @@
+"""View -> anchors: softmax in any spelling, and calls that are attention already."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import fx
+
+from attnfuse.passes import contraction
+from attnfuse.passes.aten import arguments, constant, is_tensor, name_of
+from attnfuse.passes.capture import View, value_of
+from attnfuse.spec import Hidden, Softmax
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A softmax over `dim` of `scores`, giving `weights`; with `late`, weights are unnormalised and `total` divides later.
+
+    inside: the nodes between scores and weights, both excluded from what others may use.
+    """
+
+    scores: fx.Node
+    dim: int
+    weights: fx.Node
+    inside: frozenset[fx.Node]
+    softmax: Softmax = "plain"
+    hidden: Hidden = "nan"
+    kind: Literal["softmax", "late", "sdpa"] = "softmax"
+    total: fx.Node | None = None
+
+
+def find(view: View) -> list[Anchor]:
+    """All anchors among the live nodes, in program order."""
+    anchors = []
+    for node in view.graph.nodes:
+        if node in view.live and node.op == "call_function":
+            anchor = _anchor(view, node)
+            if anchor is not None:
+                anchors.append(anchor)
+    return anchors
+
+
+def _anchor(view: View, node: fx.Node) -> Anchor | None:
+    name = name_of(node)
+    if name == "scaled_dot_product_attention":
+        return Anchor(node, -1, node, frozenset({node}), kind="sdpa", hidden="zero")
+    if name in ("softmax", "_safe_softmax"):
+        args = arguments(node)
+        hidden: Hidden = "zero" if name == "_safe_softmax" else "nan"
+        return Anchor(args["self"], args["dim"], node, frozenset({node}), hidden=hidden)
+    if name == "exp":
+        return _exponential(view, node)
+    if name == "div":
+        return _quotient(node)
+    if name == "mul":
+        return _product(node)
+    return None
+
+
+def _exponential(view: View, node: fx.Node) -> Anchor | None:
+    """exp(log_softmax(s)) and exp(s - logsumexp(s))."""
+    source = node.args[0]
+    if not is_tensor(source):
+        return None
+    if name_of(source) == "log_softmax":  # type: ignore[arg-type]
+        args = arguments(source)  # type: ignore[arg-type]
+        return Anchor(args["self"], args["dim"], node, frozenset({node, source}))  # type: ignore[arg-type]
+    if name_of(source) == "sub":  # type: ignore[arg-type]
+        args = arguments(source)  # type: ignore[arg-type]
+        norm, scores = args["other"], args["self"]
+        if is_tensor(norm) and name_of(norm) == "logsumexp" and constant(args.get("alpha", 1)) == 1.0:
+            normed = arguments(norm)
+            if normed["self"] is scores and normed["keepdim"] and len(normed["dim"]) == 1:
+                return Anchor(scores, normed["dim"][0], node, frozenset({node, source, norm}))  # type: ignore[arg-type]
+    return None
+
+
+def _quotient(node: fx.Node) -> Anchor | None:
+    args = arguments(node)
+    if args.get("rounding_mode") is not None:
+        return None
+    return _normalised(node, args["self"], args["other"], frozenset({node}))
+
+
+def _product(node: fx.Node) -> Anchor | None:
+    """e * reciprocal(sum(e)), either way round."""
+    for a, b in ((node.args[0], node.args[1]), (node.args[1], node.args[0])):
+        if is_tensor(b) and name_of(b) == "reciprocal":  # type: ignore[arg-type]
+            found = _normalised(node, a, b.args[0], frozenset({node, b}))  # type: ignore[union-attr, arg-type]
+            if found is not None:
+                return found
+    return None
+
+
+def _normalised(node: fx.Node, top: object, bottom: object, inside: frozenset[fx.Node]) -> Anchor | None:
+    """exp(..) / sum(exp(..)), or exp(..) @ v / sum(exp(..))."""
+    if not (is_tensor(top) and is_tensor(bottom)):
+        return None
+    passed: set[fx.Node] = set()
+    total: fx.Node = bottom  # type: ignore[assignment]
+    while name_of(total) in ("view", "permute", "expand", "to") and is_tensor(total.args[0]):
+        passed.add(total)
+        total = total.args[0]  # type: ignore[assignment]
+    if name_of(total) != "sum":
+        return None
+    summed = arguments(total)
+    e, dims = summed["self"], summed.get("dim")
+    if not (is_tensor(e) and name_of(e) == "exp" and dims is not None and len(dims) == 1):
+        return None
+    if summed.get("dtype") is not None and summed["dtype"] != value_of(e).dtype:
+        return None
+    dim = dims[0]
+    between = inside | passed | {total, e}
+    scores, softmax, more = _unshifted(e.args[0], dim)
+    if top is e:
+        if not summed["keepdim"] or passed:
+            return None
+        return Anchor(scores, dim, node, between | more, softmax=softmax)
+    if _reaches_product_of(top, e):  # type: ignore[arg-type]
+        return Anchor(scores, dim, e, between | more, softmax=softmax, kind="late", total=total)
+    return None
+
+
+def _reaches_product_of(node: fx.Node, e: fx.Node) -> bool:
+    """Whether node, looked through casts and views, is a product with e."""
+    for _ in range(6):
+        product = contraction.parse(node)
+        if isinstance(product, contraction.Contraction):
+            return any(_behind_views(x) is e for x in (product.a, product.b))
+        if name_of(node) not in ("view", "permute", "to", "clone", "contiguous") or not is_tensor(node.args[0]):
+            return False
+        node = node.args[0]  # type: ignore[assignment]
+    return False
+
+
+def _behind_views(node: fx.Node) -> fx.Node:
+    while name_of(node) in ("view", "permute", "to", "dropout") and is_tensor(node.args[0]):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _unshifted(z: fx.Node, dim: int) -> tuple[fx.Node, Softmax, frozenset[fx.Node]]:
+    """(scores, kind, nodes passed) for z = scores - max(scores) or z = scores."""
+    found = maximum_subtracted(z, dim)
+    if found is not None:
+        scores, passed = found
+        return scores, "plain", passed
+    return z, "unshifted", frozenset()
+
+
+def maximum_subtracted(z: fx.Node, dim: int) -> tuple[fx.Node, frozenset[fx.Node]] | None:
+    """(scores, nodes passed) if z = scores - max(scores, dim, keepdim=True), the maximum detached or not."""
+    if name_of(z) != "sub":
+        return None
+    args = arguments(z)
+    scores, top = args["self"], args["other"]
+    if not (is_tensor(scores) and is_tensor(top)) or constant(args.get("alpha", 1)) != 1.0:
+        return None
+    passed = {z}
+    while is_tensor(top) and name_of(top) in ("detach", "alias"):
+        passed.add(top)
+        top = top.args[0]
+    from attnfuse.passes.capture import getitem_source
+
+    pair = getitem_source(top)
+    if pair is not None and pair[1] == 0:
+        passed.add(top)
+        top = pair[0]
+    if name_of(top) not in ("amax", "max"):
+        return None
+    passed.add(top)
+    reduced = arguments(top)
+    source, over = reduced["self"], reduced.get("dim")
+    while is_tensor(source) and name_of(source) in ("detach", "alias") and source is not scores:
+        passed.add(source)
+        source = source.args[0]
+    over = list(over) if isinstance(over, (list, tuple)) else [over]
+    rank = len(value_of(scores).shape)
+    if source is not scores or not reduced.get("keepdim") or len(over) != 1 or over[0] is None:
+        return None
+    return (scores, frozenset(passed)) if over[0] % rank == dim % rank else None
+
+
+def looks_like_attention(view: View, anchor: Anchor) -> bool:
+    """Whether a product of two computed tensors lies before the softmax and another after it.
+
+    Only used to decide whether a refusal is worth reporting: a classifier's softmax is not.
+    """
+    if anchor.kind == "sdpa":
+        return True
+    return _meets_product(anchor.scores, back=True) and _meets_product(anchor.weights, back=False)
+
+
+_BARRIERS = ("layer_norm", "rms_norm", "group_norm", "embedding", "topk", "sort", "linear", "convolution", "conv2d")
+
+
+def _meets_product(start: fx.Node, back: bool) -> bool:
+    queue, seen = deque([(start, 0)]), {start}
+    while queue:
+        node, depth = queue.popleft()
+        if (back or node is not start) and name_of(node) in contraction.NAMES:
+            return True
+        if depth > 24 or name_of(node) in _BARRIERS:
+            continue
+        for other in node.all_input_nodes if back else node.users:
+            if other not in seen:
+                seen.add(other)
+                queue.append((other, depth + 1))
+    return False

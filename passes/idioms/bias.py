@@ -1,0 +1,92 @@
+"""Terms on the scores: `s + bias`, `s + mask`, `s - c`, in-place or not, sums of smaller terms, causal bands of -inf."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import fx
+
+from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, name_of, shape_of
+from attnfuse.passes.find import maximum_subtracted
+from attnfuse.passes.idioms.band import band_of
+from attnfuse.passes.labels import Labels, known_equal
+from attnfuse.passes.read import Peeled, Reader
+from attnfuse.spec import AddFill, Bias, Cast, Shift, Step, dtype_name
+
+
+def score_term(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled | str]:
+    """Read add, sub and rsub."""
+    name = name_of(node)
+    args = arguments(node)
+    alpha = constant(args.get("alpha", 1))
+    if alpha is None:
+        yield "a term is added to the scores with a factor that is not a constant"
+        return
+    stable = maximum_subtracted(node, reader_dim(reader, labels))
+    if stable is not None:
+        yield Peeled(stable[0], labels, inside=stable[1])
+        return
+    a, b = args["self"], args["other"]
+    cast = Cast(dtype_name(dtype_of(node)))
+    if name == "rsub":
+        yield "the scores are subtracted from something"
+        return
+    sign = -alpha if name == "sub" else alpha
+    options = [(a, b, sign)]
+    if name == "add" and alpha == 1.0:
+        options.append((b, a, 1.0))
+    for tensor, other, factor in options:
+        if not is_tensor(tensor) or not _full(tensor, node):
+            continue
+        number = constant(other)
+        if number is not None:
+            yield Peeled(tensor, labels, lambda n=number, f=factor: (Shift(n * f), cast))  # type: ignore[misc]
+        elif is_tensor(other):
+            yield Peeled(
+                tensor,
+                labels,
+                lambda o=other, f=factor: (*added_steps(reader, o, labels, f), cast),  # type: ignore[misc]
+            )
+
+
+def reader_dim(reader: Reader, labels: Labels) -> int:
+    """Which dim of a tensor with `labels` the softmax runs over; -1 if it is merged with another."""
+    keys = reader.axes.atoms(reader.k_dim)
+    resolved = reader.axes.resolve(labels)
+    return next((i for i, dim in enumerate(resolved) if dim == keys), -1)
+
+
+def _full(tensor: fx.Node, node: fx.Node) -> bool:
+    x, y = shape_of(tensor), shape_of(node)
+    return len(x) == len(y) and all(known_equal(i, j) for i, j in zip(x, y))
+
+
+def added_steps(reader: Reader, term: fx.Node, labels: Labels, factor: float) -> list[Step]:
+    """The steps for adding factor * term, which is broadcast against scores with `labels`."""
+    leaf = reader.side(term, labels)
+    band = band_of(reader, leaf.node, leaf.labels)
+    if band is not None and factor == 1.0:
+        if band.low == 0.0 and band.high != 0.0:
+            return [AddFill(band.keep(), band.high)]
+        if band.high == 0.0 and band.low != 0.0:
+            return [AddFill(band.keep(inverted=True), band.low)]
+    parts = _smaller_terms(leaf.node)
+    if parts is not None:
+        return [s for part in parts for s in added_steps(reader, part, leaf.labels, factor)]
+    return [Bias(reader.operand(leaf), factor)]
+
+
+def _smaller_terms(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(a, b) for a sum a + b that is larger than either: adding them one by one keeps the sum from being made."""
+    if name_of(node) != "add":
+        return None
+    args = arguments(node)
+    a, b = args["self"], args["other"]
+    if not (is_tensor(a) and is_tensor(b)) or constant(args.get("alpha", 1)) != 1.0 or str(node.target).endswith("_.Tensor"):
+        return None
+    if _full(a, node) or _full(b, node) or dtype_of(a) != dtype_of(b):
+        return None
+    return a, b
+
+
+RULES = {"add": score_term, "sub": score_term, "rsub": score_term}

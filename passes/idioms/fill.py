@@ -1,0 +1,68 @@
+"""Hidden scores replaced by a number: `masked_fill(hide, c)`, `where(keep, s, c)`, in-place or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import fx
+
+from attnfuse.mask import Dense, Mask
+from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, name_of, shape_of
+from attnfuse.passes.idioms.band import band_of
+from attnfuse.passes.labels import Labels, known_equal
+from attnfuse.passes.read import Peeled, Reader
+from attnfuse.spec import Cast, ReplaceFill, Step, dtype_name
+
+
+def parts(node: fx.Node) -> tuple[fx.Node, fx.Node, float, bool] | str | None:
+    """(x, condition, value, inverted) for where(condition, x, value), or its opposite if inverted."""
+    args = arguments(node)
+    if name_of(node) == "masked_fill":
+        value = constant(args["value"])
+        if value is None:
+            return "scores are filled with something that is not a constant"
+        return args["self"], args["mask"], value, True
+    x, y = args.get("self"), args.get("other")
+    if x is None or y is None:
+        return None
+    for tensor, other, inverted in ((x, y, False), (y, x, True)):
+        value = constant(other)
+        if is_tensor(tensor) and value is not None and constant(tensor) is None:
+            return tensor, args["condition"], value, inverted
+    return "where between two tensors"
+
+
+def filled(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled | str]:
+    """Read masked_fill and where."""
+    found = parts(node)
+    if found is None or isinstance(found, str):
+        yield found or "where with one argument"
+        return
+    tensor, condition, value, inverted = found
+    if len(shape_of(tensor)) != len(shape_of(node)) or not all(
+        known_equal(a, b) for a, b in zip(shape_of(tensor), shape_of(node))
+    ):
+        yield "a fill makes the scores larger"
+        return
+    cast = Cast(dtype_name(dtype_of(node)))
+    yield Peeled(tensor, labels, lambda: (replaced(reader, condition, labels, value, inverted), cast))
+
+
+def replaced(reader: Reader, condition: fx.Node, labels: Labels, value: float, inverted: bool) -> Step:
+    """The step that puts `value` where `condition` is false (true if inverted)."""
+    return ReplaceFill(mask_of(reader, condition, labels, inverted), value)
+
+
+def mask_of(reader: Reader, condition: fx.Node, labels: Labels, inverted: bool) -> Mask:
+    """A boolean node, broadcast against `labels`, as a mask that keeps where it is true (false if inverted)."""
+    leaf = reader.side(condition, labels)
+    while name_of(leaf.node) in ("logical_not", "bitwise_not"):
+        inverted = not inverted
+        leaf = reader.shrink(leaf.node.args[0], leaf.labels)  # type: ignore[arg-type]
+    band = band_of(reader, leaf.node, leaf.labels)
+    if band is not None and bool(band.low) != bool(band.high):
+        return band.keep(inverted=inverted != bool(band.high))
+    return Dense(reader.operand(leaf), inverted)
+
+
+RULES = {"masked_fill": filled, "where": filled}

@@ -1,0 +1,80 @@
+"""Factors on the scores: `s * c`, `s / c`, `-s`, `s * temperature`, a 0-d tensor or symbolic number as the factor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from attnfuse.passes.aten import arguments, constant, is_tensor, name_of
+from attnfuse.passes.capture import value_of
+from attnfuse.passes.labels import Labels
+from attnfuse.passes.read import Peeled, Reader
+from attnfuse.passes.site import Leaf
+from attnfuse.spec import Scale
+
+
+def constant_factor(node: fx.Node) -> tuple[fx.Node, float] | None:
+    """(x, c) if node is x * c for a finite number c, without change of dtype."""
+    name = name_of(node)
+    if name not in ("mul", "div", "neg"):
+        return None
+    if name == "neg":
+        return (node.args[0], -1.0) if is_tensor(node.args[0]) else None  # type: ignore[return-value]
+    args = arguments(node)
+    if args.get("rounding_mode") is not None:
+        return None
+    a, b = args["self"], args["other"]
+    pairs = [(a, b)] if name == "div" else [(a, b), (b, a)]
+    for tensor, other in pairs:
+        number = constant(other)
+        if not is_tensor(tensor) or number is None or constant(tensor) is not None:
+            continue
+        if value_of(tensor).dtype != value_of(node).dtype or value_of(tensor).shape != value_of(node).shape:
+            continue
+        if name == "div":
+            if number == 0.0:
+                continue
+            number = 1.0 / number
+        if math.isfinite(number):
+            return tensor, number
+    return None
+
+
+def score_factor(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled | str]:
+    """Read mul, div and neg."""
+    found = constant_factor(node)
+    if found is not None:
+        tensor, number = found
+        yield Peeled(tensor, labels, lambda: (Scale(number),))
+        return
+    if name_of(node) == "neg":
+        return
+    args = arguments(node)
+    if args.get("rounding_mode") is not None:
+        yield "the scores are divided with rounding"
+        return
+    divides = name_of(node) == "div"
+    pairs = [(args["self"], args["other"])]
+    if not divides:
+        pairs.append((args["other"], args["self"]))
+    for tensor, other in pairs:
+        if not is_tensor(tensor) or not isinstance(other, fx.Node):
+            continue
+        if tuple(value_of(tensor).shape) != tuple(value_of(node).shape):
+            continue
+        yield Peeled(tensor, labels, lambda other=other: _times(reader, other, labels, divides))  # type: ignore[misc]
+
+
+def _times(reader: Reader, other: fx.Node, labels: Labels, divides: bool) -> tuple[Scale, ...]:
+    if isinstance(value_of(other), torch.Tensor):
+        leaf = reader.side(other, labels)
+        leaf = Leaf(leaf.node, leaf.labels, inverse=divides)
+    else:
+        leaf = Leaf(other, (), inverse=divides, number=True)
+    return (Scale(operand=reader.operand(leaf)),)
+
+
+RULES = {"mul": score_factor, "div": score_factor, "neg": score_factor}

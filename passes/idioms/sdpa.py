@@ -1,0 +1,108 @@
+"""Calls of dense `scaled_dot_product_attention`, read like the rest: boolean or float mask, is_causal, scale, enable_gqa."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from attnfuse.mask import Causal
+from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, shape_of
+from attnfuse.passes.capture import value_of
+from attnfuse.passes.labels import Labels, is_one, known_equal
+from attnfuse.passes.read import Reader, Scores, _one_dtype, _read_factor, build_site, read_value
+from attnfuse.passes.site import Refusal, Site
+from attnfuse.spec import ReplaceFill, Scale, Step
+
+
+def read(reader: Reader) -> Site | Refusal:
+    """Read the call that the anchor is."""
+    node = reader.anchor.weights
+    args = arguments(node)
+    q, k, v, mask = args["query"], args["key"], args["value"], args["attn_mask"]
+    if any(not is_tensor(x) or value_of(x).layout != torch.strided or value_of(x).is_nested for x in (q, k, v)):
+        return Refusal("nested tensors are not supported yet", node)
+    if len(shape_of(q)) < 2:
+        return Refusal("q has fewer than two dims", node)
+    axes = reader.axes
+    labels = _out_batch(reader, [shape_of(x)[:-2] for x in (q, k, v)], bool(args["enable_gqa"]))
+    if labels is None:
+        return Refusal("the batch dims of q, k and v do not line up", node)
+    q_dim, k_dim = axes.fresh(shape_of(q)[-2]), axes.fresh(shape_of(k)[-2])
+    d_dim, e_dim = axes.fresh(shape_of(q)[-1]), axes.fresh(shape_of(v)[-1])
+    if not k_dim:
+        return Refusal("softmax over a single key", node)
+    reader.q_dim, reader.k_dim = q_dim, k_dim
+    reader.protected += [q_dim, k_dim, d_dim, e_dim]
+    batch, key_batch, value_batch = labels
+    dtype = dtype_of(node)
+    q_leaf, q_scale = _read_factor(reader, q, (*batch, q_dim, d_dim), dtype)
+    k_leaf, k_scale = _read_factor(reader, k, (*key_batch, k_dim, d_dim), dtype)
+    q_leaf, k_leaf = _one_dtype(q_leaf, k_leaf, dtype)
+    v_leaf, factor = read_value(reader, v, (*value_batch, k_dim, e_dim), dtype)
+    given = args["scale"]
+    number: float | None
+    if given is None:
+        depth = shape_of(q)[-1]
+        number = 1.0 / math.sqrt(depth) if isinstance(depth, int) and depth > 0 else None
+    else:
+        number = constant(given)
+    if number is None:
+        return Refusal("the scale is not a constant", node)
+    steps: list[Step] = [Scale(number * q_scale * k_scale)]
+    score_labels: Labels = (*batch, q_dim, k_dim)
+    scores = Scores(node, q_leaf, k_leaf, q_dim, d_dim, score_labels, steps, {node})
+    if args["is_causal"]:
+        steps.append(ReplaceFill(Causal(), -math.inf))
+    if mask is not None:
+        steps += _mask_steps(reader, mask, score_labels)
+    weight_steps: list[Step] = [Scale(factor)] if factor != 1.0 else []
+    out_labels = (*batch, q_dim, e_dim)
+    return build_site(
+        reader, scores, v_leaf, e_dim, node, out_labels, {node}, weight_steps, float(args["dropout_p"]), "zero"
+    )
+
+
+def _mask_steps(reader: Reader, mask: object, labels: Labels) -> list[Step]:
+    from attnfuse.passes.idioms import bias, fill
+
+    if dtype_of(mask) == torch.bool:  # type: ignore[arg-type]
+        return [fill.replaced(reader, mask, labels, -math.inf, False)]  # type: ignore[arg-type]
+    return bias.added_steps(reader, mask, labels, 1.0)  # type: ignore[arg-type]
+
+
+def _out_batch(reader: Reader, shapes: list[tuple[object, ...]], grouped: bool) -> tuple[Labels, Labels, Labels] | None:
+    """Labels of the batch dims of q, k and v, broadcast from the right; with `grouped`, heads of k and v are repeated."""
+    axes = reader.axes
+    rank = max(len(s) for s in shapes)
+    padded = [(1,) * (rank - len(s)) + s for s in shapes]
+    labels: list[list[tuple[object, ...]]] = [[], [], []]
+    for at, sizes in enumerate(zip(*padded)):
+        if grouped and at == rank - 1 and not known_equal(sizes[0], sizes[1]):
+            dim = axes.fresh(sizes[0])
+            found = []
+            for size in sizes[1:]:
+                if is_one(size):
+                    found.append(())
+                    continue
+                split = axes.regroup((dim,), (size, sizes[0] // size))  # type: ignore[operator]
+                if split is None:
+                    return None
+                found.append(split[0])
+            for out, label in zip(labels, [dim, *found]):
+                out.append(label)
+            continue
+        full = next((s for s in sizes if not is_one(s)), 1)
+        if any(not is_one(s) and not known_equal(s, full) for s in sizes):
+            return None
+        if not is_one(full) and is_one(sizes[0]) and is_one(sizes[1]):
+            # the weights would be shared by all of v's batch
+            return None
+        dim = axes.fresh(full)
+        for out, size in zip(labels, sizes):
+            out.append(() if is_one(size) else dim)
+    full_q = [d or e for d, e in zip(labels[0], labels[1])]
+    if any(not d and e for d, e in zip(labels[0], labels[1])):
+        return None
+    cut = [tuple(x[rank - len(s) :]) for x, s in zip((full_q, labels[1], labels[2]), shapes)]
+    return cut[0], cut[1], cut[2]  # type: ignore[return-value]

@@ -1,0 +1,36 @@
+"""Bounded scores: `tanh(s / c) * c`, `clamp(s, low, high)`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from torch import fx
+
+from attnfuse.passes.aten import arguments, constant, is_tensor, name_of
+from attnfuse.passes.labels import Labels
+from attnfuse.passes.read import Peeled, Reader
+from attnfuse.spec import Clamp, Tanh
+
+
+def bounded(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled | str]:
+    """Read tanh, clamp, clamp_min and clamp_max."""
+    source = node.args[0]
+    if not is_tensor(source):
+        return
+    if name_of(node) == "tanh":
+        yield Peeled(source, labels, lambda: (Tanh(),))  # type: ignore[arg-type]
+        return
+    args = arguments(node)
+    bounds = []
+    for name, default in (("min", -math.inf), ("max", math.inf)):
+        bound = args.get(name)
+        number = default if bound is None else constant(bound)
+        if number is None:
+            yield "the scores are clamped to something that is not a constant"
+            return
+        bounds.append(number)
+    yield Peeled(source, labels, lambda: (Clamp(*bounds),))  # type: ignore[arg-type]
+
+
+RULES = {"tanh": bounded, "clamp": bounded, "clamp_min": bounded, "clamp_max": bounded}

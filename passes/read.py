@@ -1,0 +1,491 @@
+"""Anchor -> `Site` or `Refusal`, by peeling one op at a time: back from the softmax to q @ k, forward to @ v.
+
+The rules for single ops are in `passes/idioms`. Nothing here knows a model, a library or a whole pattern.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import fx
+
+from attnfuse._compat import alias_key
+from attnfuse.passes import contraction, views
+from attnfuse.passes.aten import dtype_of, is_tensor, name_of, shape_of
+from attnfuse.passes.capture import View, is_mutating, opaque, value_of, written
+from attnfuse.passes.find import Anchor, looks_like_attention
+from attnfuse.passes.labels import Atom, Axes, Dim, Labels, is_one, known_equal
+from attnfuse.passes.site import Leaf, Refusal, Site
+from attnfuse.spec import Attention, Bias, Cast, Operand, Scale, Step, dtype_name
+
+
+@dataclass(frozen=True)
+class Peeled:
+    """One op of the score path, read backwards.
+
+    source, labels    the tensor the scores come from
+    build             gives the steps that lead from it to the op's result, registering operands as it does
+    inside            further nodes that the op takes over
+    """
+
+    source: fx.Node
+    labels: Labels
+    build: Callable[[], tuple[Step, ...]] = tuple
+    inside: frozenset[fx.Node] = frozenset()
+
+
+#: A rule reads one kind of op: all the ways to go on from it, the likeliest first. A string says why there is none.
+Rule = Callable[["Reader", fx.Node, Labels], "Iterator[Peeled | str]"]
+
+
+@dataclass
+class Scores:
+    """The score path as far as it was read: q @ k^T, and the steps after it."""
+
+    product: fx.Node
+    q: Leaf
+    k: Leaf
+    q_dim: Dim
+    d_dim: Dim
+    labels: Labels
+    steps: list[Step] = field(default_factory=list)
+    inside: set[fx.Node] = field(default_factory=set)
+
+
+class Reader:
+    """The state of reading one site."""
+
+    def __init__(self, view: View, anchor: Anchor) -> None:
+        self.view = view
+        self.anchor = anchor
+        self.axes = Axes()
+        self.leaves: list[Leaf] = []
+        self.q_dim: Dim = ()
+        self.k_dim: Dim = ()
+        self.protected: list[Dim] = []
+        self.start: Labels = ()
+        self.budget = 400
+
+    def operand(self, leaf: Leaf) -> int:
+        """The index of `leaf` among the operands of the op."""
+        for index, other in enumerate(self.leaves):
+            if other == leaf:
+                return index
+        self.leaves.append(leaf)
+        return len(self.leaves) - 1
+
+    def side(self, node: fx.Node, labels: Labels) -> Leaf:
+        """A tensor broadcast against one with `labels`, as small as the graph has it."""
+        return self.shrink(node, self.aligned(node, labels))
+
+    def aligned(self, node: fx.Node, labels: Labels) -> Labels:
+        """Labels of a tensor that is broadcast against one with `labels`."""
+        shape = shape_of(node)
+        tail = labels[len(labels) - len(shape) :]
+        return tuple(() if is_one(size) else dim for size, dim in zip(shape, tail))
+
+    def shrink(self, node: fx.Node, labels: Labels) -> Leaf:
+        """Go back through views as long as they repeat or copy elements."""
+        best, kept = Leaf(node, labels), dict(self.axes.parts)
+        while True:
+            step = views.back(self.axes, node, labels)
+            if step is None or not self.whole() or self.view.grad.get(node) != self.view.grad.get(best.node):
+                break
+            node, labels = step.source, step.labels
+            if step.material:
+                best, kept = Leaf(node, labels), dict(self.axes.parts)
+        self.axes.parts = kept
+        return best
+
+    def whole(self) -> bool:
+        """Whether the Q, K, D and E dims are still one atom each."""
+        return all(len(self.axes.atoms(dim)) <= 1 for dim in self.protected)
+
+
+def read(view: View, anchor: Anchor) -> Site | Refusal | None:
+    """The site at `anchor`, why there is none, or None if the softmax has nothing to do with attention."""
+    from attnfuse.passes.idioms import sdpa
+
+    reader = Reader(view, anchor)
+    result = sdpa.read(reader) if anchor.kind == "sdpa" else _read_softmax(reader)
+    if isinstance(result, Site):
+        problem = _isolated(view, result)
+        result = problem or result
+    if isinstance(result, Refusal) and not looks_like_attention(view, anchor):
+        return None
+    return result
+
+
+def _read_softmax(reader: Reader) -> Site | Refusal:
+    from attnfuse.passes.idioms import weights
+
+    anchor = reader.anchor
+    shape = shape_of(anchor.scores)
+    labels = tuple(reader.axes.fresh(size) for size in shape)
+    reader.start = labels
+    reader.k_dim = labels[anchor.dim % len(labels)]
+    if not reader.k_dim:
+        return Refusal("softmax over a single key", anchor.scores)
+    reader.protected.append(reader.k_dim)
+    scores = read_scores(reader, anchor.scores, labels)
+    if isinstance(scores, Refusal):
+        return scores
+    if dtype_of(anchor.weights) == torch.float16:
+        scores.steps.append(Cast("float16"))
+    return weights.read(reader, scores, labels)
+
+
+def read_scores(reader: Reader, node: fx.Node, labels: Labels) -> Scores | Refusal:
+    """Peel back from `node` to the product of q and k."""
+    from attnfuse.passes.idioms import SCORE_RULES
+
+    reader.budget -= 1
+    if reader.budget < 0:
+        return Refusal("the score path is too long", node)
+    if node.target is opaque:
+        return Refusal("the scores pass through code that cannot be viewed (autograd.Function, hook or functorch)", node)
+    product = contraction.parse(node)
+    if isinstance(product, str):
+        return Refusal(product, node)
+    if product is not None:
+        return _read_product(reader, node, product, labels)
+    problem: Refusal | None = None
+    for peeled in _ways_on(reader, node, labels, SCORE_RULES):
+        if isinstance(peeled, str):
+            problem = problem or Refusal(peeled, node)
+            continue
+        kept = dict(reader.axes.parts)
+        found = read_scores(reader, peeled.source, peeled.labels)
+        if isinstance(found, Scores):
+            found.steps += peeled.build()
+            found.inside |= {node} | peeled.inside
+            return found
+        reader.axes.parts = kept
+        problem = problem if problem and not _deeper(found, problem) else found
+    return problem or Refusal(f"{name_of(node) or node.target} on the scores is not read", node)
+
+
+def _deeper(a: Refusal, b: Refusal) -> bool:
+    """Prefer a reason that says more than that an op is not read."""
+    return "is not read" in b.reason and "is not read" not in a.reason
+
+
+def _ways_on(reader: Reader, node: fx.Node, labels: Labels, rules: dict[str, Rule]) -> Iterator[Peeled | str]:
+    if name_of(node) == "expand" and not views.is_identity(node):
+        yield "the scores are expanded"
+        return
+    step = views.back(reader.axes, node, labels)
+    if step is not None:
+        if not reader.whole():
+            yield "a view splits the keys"
+            return
+        yield Peeled(step.source, step.labels)
+        return
+    rule = rules.get(name_of(node))
+    if rule is not None:
+        yield from rule(reader, node, labels)
+
+
+def _read_product(
+    reader: Reader, node: fx.Node, product: contraction.Contraction, labels: Labels
+) -> Scores | Refusal:
+    axes = reader.axes
+    dims = dict(zip(product.out, labels))
+    k_atoms = axes.atoms(reader.k_dim)
+    at = [c for c in product.out if set(axes.atoms(dims[c])) & set(k_atoms)]
+    if len(at) != 1 or axes.atoms(dims[at[0]]) != k_atoms:
+        return Refusal("the softmax runs over something other than one dim of the product", node)
+    key = at[0]
+    in_a, in_b = key in product.a_dims, key in product.b_dims
+    if in_a and in_b:
+        return Refusal("softmax over a batch dim of the product, not over the keys", node)
+    q_node, q_letters = (product.a, product.a_dims) if in_b else (product.b, product.b_dims)
+    k_node, k_letters = (product.b, product.b_dims) if in_b else (product.a, product.a_dims)
+    if len(product.summed) != 1:
+        return Refusal("q and k are contracted over more than one dim", node)
+    inner = product.summed
+    size_d = shape_of(q_node)[q_letters.index(inner)]
+    d_dim = axes.fresh(size_d)
+    dims[inner] = d_dim
+    if any(c not in k_letters + q_letters for c in product.out):
+        return Refusal("the product has a dim of neither q nor k", node)
+    q_only = [c for c in product.out if c in q_letters and (c not in k_letters or _absent(k_node, k_letters, c))]
+    q_dim = _choose_rows(axes, [a for c in q_only for a in axes.atoms(dims[c])])
+    reader.q_dim = q_dim
+    reader.protected += [q_dim, d_dim]
+    q_leaf, q_scale = _read_factor(reader, q_node, _letters(q_node, q_letters, dims), dtype_of(node))
+    k_leaf, k_scale = _read_factor(reader, k_node, _letters(k_node, k_letters, dims), dtype_of(node))
+    q_leaf, k_leaf = _one_dtype(q_leaf, k_leaf, dtype_of(node))
+    scores = Scores(node, q_leaf, k_leaf, q_dim, d_dim, labels, inside={node})
+    scale = q_scale * k_scale * product.alpha
+    if scale != 1.0:
+        scores.steps.append(Scale(scale))
+    scores.steps.append(Cast(dtype_name(dtype_of(node))))
+    if product.added is not None:
+        from attnfuse.passes.idioms.bias import added_steps
+
+        scores.steps += added_steps(reader, product.added, labels, product.beta)
+    return scores
+
+
+def _absent(node: fx.Node, letters: str, letter: str) -> bool:
+    return is_one(shape_of(node)[letters.index(letter)])
+
+
+def _letters(node: fx.Node, letters: str, dims: dict[str, Dim]) -> Labels:
+    return tuple(() if is_one(size) else dims[c] for c, size in zip(letters, shape_of(node)))
+
+
+def _choose_rows(axes: Axes, atoms: list[Atom]) -> Dim:
+    """Which of the query's own dims are the rows: the longest, as far as that is known, the last of equals."""
+    best: Dim = ()
+    for atom in atoms:
+        if not best or _hint(atom) >= _hint(best[0]):
+            best = (atom,)
+    return best
+
+
+def _hint(atom: Atom) -> int:
+    size = atom.size
+    if isinstance(size, int):
+        return size
+    hint = getattr(size.node, "hint", None)
+    return hint if isinstance(hint, int) else 1 << 30
+
+
+_WIDER = {
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+    (torch.bfloat16, torch.float64),
+    (torch.float16, torch.float64),
+    (torch.float32, torch.float64),
+}
+
+
+def _read_factor(reader: Reader, node: fx.Node, labels: Labels, dtype: torch.dtype) -> tuple[Leaf, float]:
+    """q, k or v behind copies, exact casts and constant factors: the leaf, and the factor to multiply by."""
+    from attnfuse.passes.idioms.scale import constant_factor
+
+    factor = 1.0
+    leaf = reader.shrink(node, labels)
+    for _ in range(16):
+        # constant factors and widening casts are looked for behind views, and taken only if they are there
+        kept, seen, at = dict(reader.axes.parts), leaf.node, leaf.labels
+        while True:
+            passed = constant_factor(seen)
+            if passed is not None or _is_widening(seen):
+                break
+            step = views.back(reader.axes, seen, at)
+            if step is None or not reader.whole():
+                break
+            seen, at = step.source, step.labels
+        same_grad = reader.view.grad.get(seen, True) == reader.view.grad.get(node, True)
+        if passed is not None and same_grad and reader.whole():
+            factor *= passed[1]
+            leaf = reader.shrink(passed[0], at)
+        elif _is_widening(seen) and same_grad and reader.whole():
+            leaf = reader.shrink(seen.args[0], at)  # type: ignore[arg-type]
+        else:
+            reader.axes.parts = kept
+            break
+    return leaf, factor
+
+
+def _is_widening(node: fx.Node) -> bool:
+    return (
+        name_of(node) == "to"
+        and is_tensor(node.args[0])
+        and (dtype_of(node.args[0]), dtype_of(node)) in _WIDER  # type: ignore[arg-type]
+        and value_of(node.args[0]).device == value_of(node).device  # type: ignore[arg-type]
+    )
+
+
+def read_value(reader: Reader, node: fx.Node, labels: Labels, dtype: torch.dtype) -> tuple[Leaf, float]:
+    """v behind copies, exact casts and constant factors, in `dtype` at most."""
+    leaf, factor = _read_factor(reader, node, labels, dtype)
+    return _in_dtype(leaf, dtype), factor
+
+
+def _in_dtype(leaf: Leaf, dtype: torch.dtype) -> Leaf:
+    own = dtype_of(leaf.node)
+    exact = own == dtype or (own, dtype) in _WIDER
+    return leaf if exact else replace(leaf, cast=dtype)
+
+
+def _one_dtype(q: Leaf, k: Leaf, dtype: torch.dtype) -> tuple[Leaf, Leaf]:
+    """Both sides in one dtype: their own if it is the same and exact in the product's, else the product's."""
+    q, k = _in_dtype(q, dtype), _in_dtype(k, dtype)
+    if (q.cast or dtype_of(q.node)) == (k.cast or dtype_of(k.node)):
+        return q, k
+    return tuple(x if dtype_of(x.node) == dtype else replace(x, cast=dtype) for x in (q, k))  # type: ignore[return-value]
+
+
+def build_site(
+    reader: Reader,
+    scores: Scores,
+    v: Leaf,
+    e_dim: Dim,
+    final: fx.Node,
+    out_labels: Labels,
+    inside: set[fx.Node],
+    weight_steps: list[Step],
+    dropout: float,
+    hidden: str,
+) -> Site | Refusal:
+    """Put the parts together, in terms of unsplit atoms."""
+    from attnfuse.passes.simplify import simplify
+
+    axes = reader.axes
+    if not reader.whole():
+        return Refusal("a view splits the queries, keys or features of the attention", final)
+    q_dim, k_dim, d_dim = axes.atoms(scores.q_dim), axes.atoms(reader.k_dim), axes.atoms(scores.d_dim)
+    e_dim = axes.atoms(e_dim)
+    rows = set(q_dim + k_dim)
+    batch = tuple(a for dim in axes.resolve(scores.labels) for a in dim if a not in rows)
+    leaves = [scores.q, scores.k, v, *reader.leaves]
+    allowed = set(batch) | rows
+    for leaf, extra in zip(leaves, [d_dim, d_dim, e_dim, *[()] * len(reader.leaves)]):
+        found = [a for dim in axes.resolve(leaf.labels) for a in dim]
+        if len(set(found)) != len(found) or not set(found) <= allowed | set(extra):
+            return Refusal("an operand runs over an index that the scores do not have", leaf.node)
+    fixed = [replace(leaf, labels=axes.resolve(leaf.labels)) for leaf in leaves]
+    names = batch_names(axes, batch, fixed[1])
+    labels_out = axes.resolve(out_labels)
+    if {a for dim in labels_out for a in dim} != set(batch) | set(q_dim) | set(e_dim):
+        return Refusal("the result lacks a dim of the attention, or repeats one", final)
+    spec = Attention(
+        batch=names,
+        sizes=tuple(_static(d) for d in [*((a,) for a in batch), q_dim, k_dim, d_dim, e_dim]),
+        qk_dtype=dtype_name(fixed[0].cast or dtype_of(fixed[0].node)),
+        v_dtype=dtype_name(fixed[2].cast or dtype_of(fixed[2].node)),
+        out_dtype=dtype_name(dtype_of(final)),
+        steps=tuple(scores.steps),
+        operands=tuple(_operand(leaf, batch, q_dim, k_dim, names) for leaf in fixed[3:]),
+        weight_steps=tuple(weight_steps),
+        softmax=reader.anchor.softmax,
+        hidden=hidden,  # type: ignore[arg-type]
+        dropout=dropout,
+        broadcast=tuple(  # type: ignore[arg-type]
+            tuple(n for a, n in zip(batch, names) if all(a not in d for d in leaf.labels)) for leaf in fixed[:3]
+        ),
+        out_order=out_order(final, labels_out, batch, q_dim, e_dim),
+    )
+    return Site(
+        spec=simplify(spec),
+        q=fixed[0],
+        k=fixed[1],
+        v=fixed[2],
+        operands=tuple(fixed[3:]),
+        batch=batch,
+        q_dim=q_dim,
+        k_dim=k_dim,
+        d_dim=d_dim,
+        e_dim=e_dim,
+        anchor=reader.anchor.weights,
+        final=final,
+        out_labels=labels_out,
+        inside=frozenset(inside),
+        where=reader.view.where(reader.anchor.weights) or reader.view.where(final),
+        kind="sdpa" if reader.anchor.kind == "sdpa" else "softmax",
+        hints={n: _hint_of(d) for n, d in zip([*names, "Q", "K", "D", "E"], [*((a,) for a in batch), q_dim, k_dim, d_dim, e_dim])},
+    )
+
+
+def _static(dim: Dim) -> int | None:
+    if not dim:
+        return 1
+    size = dim[0].size
+    if isinstance(size, int):
+        return size
+    number = size.node.maybe_as_int()
+    return None if number is None else int(number)
+
+
+def _hint_of(dim: Dim) -> int | None:
+    if not dim:
+        return 1
+    hint = _hint(dim[0])
+    return None if hint == 1 << 30 else hint
+
+
+def batch_names(axes: Axes, batch: Dim, k: Leaf) -> tuple[str, ...]:
+    """Names for the batch dims: B and H, or B, Hkv and G where k is broadcast over the innermost."""
+    present = {a for dim in axes.resolve(k.labels) for a in dim}
+    count = len(batch)
+    if count >= 2 and batch[-1] not in present and batch[-2] in present:
+        tail = ["Hkv", "G"]
+    elif count >= 1:
+        tail = ["H"]
+    else:
+        tail = []
+    lead = count - len(tail)
+    if lead < 0:
+        tail, lead = tail[-count:], 0
+    return tuple(["B"] * min(lead, 1) + [f"B{i}" for i in range(1, lead)] + tail)
+
+
+def _operand(leaf: Leaf, batch: Dim, q_dim: Dim, k_dim: Dim, names: tuple[str, ...]) -> Operand:
+    present = {a for dim in leaf.labels for a in dim}
+    dims = [n if a in present else "1" for a, n in zip(batch, names)]
+    dims += ["Q" if set(q_dim) & present else "1", "K" if set(k_dim) & present else "1"]
+    value = value_of(leaf.node)
+    dtype = "float64" if leaf.number else dtype_name(leaf.cast or value.dtype)
+    return Operand(dtype, tuple(dims))
+
+
+def out_order(final: fx.Node, labels: Labels, batch: Dim, q_dim: Dim, e_dim: Dim) -> tuple[int, ...]:
+    """The order of the op's dims in memory that gives the result the strides it has in eager, as far as it can."""
+    strides = value_of(final).stride()
+    canonical = [*((a,) for a in batch), q_dim, e_dim]
+    position = {dim[0]: i for i, dim in enumerate(canonical) if dim}
+    dims = sorted(range(len(labels)), key=lambda i: -stride_hint(strides[i]))
+    order = [position[a] for i in dims for a in labels[i]]
+    missing = [i for i in range(len(canonical)) if i not in order]
+    return tuple(missing + order)
+
+
+def stride_hint(stride: object) -> int:
+    if isinstance(stride, int):
+        return stride
+    hint = getattr(stride.node, "hint", None)  # type: ignore[attr-defined]
+    return hint if isinstance(hint, int) else 0
+
+
+def _isolated(view: View, site: Site) -> Refusal | None:
+    """Nothing outside uses or writes to what the op takes over, or to what it reads, in between."""
+    for node in site.inside:
+        if node is site.final:
+            continue
+        for user in node.users:
+            if user in view.live and user not in site.inside:
+                what = "a hook or opaque code" if user.target is opaque else name_of(user) or user.op
+                return Refusal(f"the {_role(site, node)} are used elsewhere ({what})", user)
+    end = view.order[site.final]
+    for node in [*site.inside, *(leaf.node for leaf in (site.q, site.k, site.v, *site.operands))]:
+        value = value_of(node)
+        if not isinstance(value, torch.Tensor):
+            continue
+        for writer in view.writes.get(alias_key(value), ()):
+            if view.order[node] < view.order[writer] < end and writer not in site.inside:
+                return Refusal("a tensor of the attention is written in place before it is done", writer)
+            if writer in site.inside and node not in site.inside and view.order[node] < view.order[writer]:
+                return Refusal("the scores share memory with a tensor the attention reads", writer)
+    grad = view.grad.get(site.final, True)
+    if any(view.grad.get(n, True) != grad for n in site.inside):
+        return Refusal("part of the attention is computed without gradients", site.final)
+    if is_mutating(site.final) and written(site.final):
+        return Refusal("the result is written into an existing tensor", site.final)
+    return None
+
+
+def _role(site: Site, node: fx.Node) -> str:
+    return "weights" if node is site.anchor or site.anchor in node.all_input_nodes else "scores or weights"
+
+
+def added_bias(reader: Reader, leaf: Leaf, alpha: float) -> Step:
+    return Bias(reader.operand(leaf), alpha)
+
+
+__all__ = ["Peeled", "Reader", "Rule", "Scores", "build_site", "known_equal", "read", "read_scores", "read_value"]

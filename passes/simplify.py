@@ -1,0 +1,50 @@
+"""Attention -> an equal Attention in its simplest form."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from attnfuse.spec import Attention, Cast, Clamp, Scale, Softcap, Step, Tanh
+
+
+def simplify(spec: Attention) -> Attention:
+    """Drop casts that cannot be seen, join constant factors, name softcaps. Idempotent."""
+    steps = _joined(_visible(spec.steps))
+    return replace(spec, steps=steps, weight_steps=_joined(spec.weight_steps))
+
+
+def _visible(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """Without casts, except those to float16: only they can turn a finite score into inf."""
+    return tuple(s for s in steps if not isinstance(s, Cast) or s.dtype == "float16")
+
+
+def _joined(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    out: list[Step] = []
+    for step in steps:
+        out.append(step)
+        while _join_tail(out):
+            pass
+    return tuple(s for s in out if s not in (Scale(1.0), Clamp()))
+
+
+def _join_tail(out: list[Step]) -> bool:
+    """Replace the last steps of `out` by fewer ones if they can be joined."""
+    if len(out) >= 2 and _is_factor(out[-1]) and _is_factor(out[-2]):
+        product = out[-2].value * out[-1].value  # type: ignore[union-attr]
+        if math.isfinite(product) and product != 0.0:
+            out[-2:] = [Scale(product)]
+            return True
+    if len(out) >= 2 and isinstance(out[-1], Cast) and out[-1] == out[-2]:
+        out.pop()
+        return True
+    if len(out) >= 3 and _is_factor(out[-1]) and isinstance(out[-2], Tanh) and _is_factor(out[-3]):
+        cap, inner = out[-1].value, out[-3].value  # type: ignore[union-attr]
+        if cap > 0.0:
+            out[-3:] = [Scale(inner * cap), Softcap(cap)]
+            return True
+    return False
+
+
+def _is_factor(step: Step) -> bool:
+    return isinstance(step, Scale) and step.operand is None

@@ -1,0 +1,64 @@
+"""What reading gives: a `Site` (a spec tied to its nodes), or a `Refusal` with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import fx
+
+from attnfuse.passes.labels import Dim, Labels
+from attnfuse.spec import Attention
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why something was not read as attention. An ordinary result: the graph stays as it was."""
+
+    reason: str
+    node: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A tensor that the op takes: a view node, the atoms of its dims, and what is done to it first.
+
+    cast        dtype to convert it to, or None
+    inverse     take 1 / x (a score divided by a tensor)
+    number      the node is a symbolic number, not a tensor
+    """
+
+    node: fx.Node
+    labels: Labels
+    cast: torch.dtype | None = None
+    inverse: bool = False
+    number: bool = False
+
+
+@dataclass(eq=False)
+class Site:
+    """An attention in the view.
+
+    batch, q_dim, k_dim, d_dim, e_dim    atoms of the canonical dims [*batch, Q, D] and so on, outermost first
+    final       the node that holds the result, out_labels its dims
+    inside      nodes whose work the op takes over
+    """
+
+    spec: Attention
+    q: Leaf
+    k: Leaf
+    v: Leaf
+    operands: tuple[Leaf, ...]
+    batch: Dim
+    q_dim: Dim
+    k_dim: Dim
+    d_dim: Dim
+    e_dim: Dim
+    anchor: fx.Node
+    final: fx.Node
+    out_labels: Labels
+    inside: frozenset[fx.Node]
+    where: str = ""
+    kind: Literal["softmax", "sdpa"] = "softmax"
+    hints: dict[str, int | None] = field(default_factory=dict)

@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = [
     "HigherOrderOperator",
     "OpOverload",
     "TorchDispatchMode",
-    "WeakTensorKeyDictionary",
     "arguments_of",
     "hooks_of",
     "original",

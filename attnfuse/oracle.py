@@ -18,7 +18,6 @@ from attnfuse._compat_verify import (
     HigherOrderOperator,
     OpOverload,
     TorchDispatchMode,
-    WeakTensorKeyDictionary,
     arguments_of,
     hooks_of,
     writes,
@@ -193,6 +192,25 @@ def evaluate(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         return _Interpreter(gm, Widening(), widened).run(*map(widened, inputs))
 
 
+class _Pairs:
+    """Each tensor that Python saw with its counterpart.
+
+    Both are kept alive: Python may drop a tensor that it has put a gradient hook on.
+    """
+
+    def __init__(self) -> None:
+        self._pairs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def get(self, source: torch.Tensor) -> torch.Tensor | None:
+        return self._pairs.get(id(source), (None, None))[1]
+
+    def add(self, source: torch.Tensor, counterpart: torch.Tensor) -> None:
+        self._pairs[id(source)] = (source, counterpart)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return iter(list(self._pairs.values()))
+
+
 class Oracle:
     """Runs calls in float64 and remembers the float64 counterpart of each tensor that they took and returned.
 
@@ -209,10 +227,9 @@ class Oracle:
     def __init__(self) -> None:
         self.graphs = 0
         self._mode = Widening()
-        self._counterparts: Any = WeakTensorKeyDictionary()
-        self._names: Any = WeakTensorKeyDictionary()
-        self._leaves: list[torch.Tensor] = []
-        self._made: Any = WeakTensorKeyDictionary()
+        self._pairs = _Pairs()
+        self._leaves: list[tuple[str, torch.Tensor]] = []
+        self._made: set[int] = set()
         self._undo: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._hooked: set[int] = set()
 
@@ -233,7 +250,7 @@ class Oracle:
     @property
     def leaves(self) -> list[tuple[str, torch.Tensor]]:
         """Name and tensor of each leaf that required grad and was an input of a graph: parameters, and inputs."""
-        return [(self._names[leaf], leaf) for leaf in self._leaves]
+        return list(self._leaves)
 
     def run(self, fn: Callable[..., Any], *args: Any, dynamic: bool | None = None, **kwargs: Any) -> Any:
         """fn(*args, **kwargs) as it returns it, in its own dtypes; `exact` gives the float64 values."""
@@ -241,7 +258,7 @@ class Oracle:
 
     def exact(self, tensor: torch.Tensor) -> torch.Tensor:
         """The float64 counterpart of a tensor that a call returned, took or mutated; integer ones keep their dtype."""
-        known = self._counterparts.get(tensor)
+        known = self._pairs.get(tensor)
         return tensor.to(wide(tensor.dtype)) if known is None else known
 
     def gradients(
@@ -252,7 +269,7 @@ class Oracle:
         outputs: float64, from `exact`. inputs: tensors as they were given to the call.
         """
         self._copy_hooks()
-        counterparts = [self._counterparts.get(i) for i in inputs]
+        counterparts = [self._pairs.get(i) for i in inputs]
         # what Python computed outside of all graphs hangs on the input itself
         wanted = [c for c in counterparts if c is not None and c.requires_grad] + [i for i in inputs if i.requires_grad]
         with _plain(), self._mode:
@@ -291,7 +308,7 @@ class Oracle:
 
     def _enter(self, name: str, source: torch.Tensor) -> torch.Tensor:
         """The counterpart of an input, made at first sight."""
-        known = self._counterparts.get(source)
+        known = self._pairs.get(source)
         if known is not None:
             return known
         counterpart = self._through_base(source)
@@ -300,16 +317,15 @@ class Oracle:
                 counterpart = source.to(wide(source.dtype), copy=True)
             else:
                 counterpart = source.detach().to(wide(source.dtype), copy=True).requires_grad_(source.requires_grad)
-        self._counterparts[source] = counterpart
+        self._pairs.add(source, counterpart)
         if source.requires_grad and source.is_leaf:
-            self._names[source] = name
-            self._leaves.append(source)
+            self._leaves.append((name, source))
         return counterpart
 
     def _through_base(self, source: torch.Tensor) -> torch.Tensor | None:
         """A view that Python took of a known tensor, as the same view of the counterpart."""
         base = source._base
-        known = None if base is None else self._counterparts.get(base)
+        known = None if base is None else self._pairs.get(base)
         if base is None or known is None or base.dtype != source.dtype or base.stride() != known.stride():
             return None
         offset = source.storage_offset() - base.storage_offset() + known.storage_offset()
@@ -318,19 +334,19 @@ class Oracle:
     def _leave(self, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The tensor that stands for `value` outside of the graph, in the dtype the model gives it."""
         carrier = value.to(dtype)
-        self._counterparts[carrier] = value
-        self._made[carrier] = True
+        self._pairs.add(carrier, value)
+        self._made.add(id(carrier))
         return carrier
 
     def _write_back(self, source: torch.Tensor, value: torch.Tensor) -> None:
-        if source not in self._made and all(source is not s for s, _ in self._undo):
+        if id(source) not in self._made and all(source is not s for s, _ in self._undo):
             self._undo.append((source, source.detach().clone()))
         with torch.no_grad():
             source.copy_(value)
 
     def _copy_hooks(self) -> None:
         """Hooks sit on the tensors that Python saw; the gradients pass through their counterparts."""
-        for source, counterpart in list(self._counterparts.items()):
+        for source, counterpart in self._pairs:
             if source is counterpart or not counterpart.requires_grad or id(counterpart) in self._hooked:
                 continue
             self._hooked.add(id(counterpart))

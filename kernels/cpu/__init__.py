@@ -78,12 +78,14 @@ def backward(
     plan = plan_of(spec)
     threads = torch.get_num_threads()
     tensors = (q, k, v, *operands)
-    key = (threads, *needs, *[(x.shape, x.dtype) for x in tensors])
+    if dout.dtype != plan.out:
+        dout = dout.to(plan.out)
+    key: tuple[object, ...] = (threads, *needs, dout.stride(), out.stride())
+    for x in tensors:
+        key += (x.shape, x.stride(), x.dtype)
     made = plan.backward.get(key) or plan.lay_out_reverse(key, tensors, needs, threads, library.attnfuse_key_tile())
     if made.empty:
         return [torch.zeros_like(x) if needed else None for x, needed in zip(tensors, needs, strict=True)]
-    if dout.dtype != plan.out:
-        dout = dout.to(plan.out)
     sums: list[torch.Tensor | None] = []
     for i, (x, target) in enumerate(zip(tensors, made.targets, strict=True)):
         if target.mode == 0:
@@ -107,7 +109,8 @@ def backward(
         *[o.data_ptr() for o in operands],
         *[0 if s is None else s.data_ptr() for s in sums],
     )
-    if library.attnfuse_backward(plan.words, reverse_words(made, tensors, out, dout, sums), pointers):
+    made.words = made.words or reverse_words(made, tensors, out, dout, sums)
+    if library.attnfuse_backward(plan.words, made.words, pointers):
         raise MemoryError("no memory for the tiles of an attention's gradient")
     for i, (x, target) in enumerate(zip(tensors, made.targets, strict=True)):
         total = sums[i]

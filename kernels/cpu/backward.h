@@ -184,8 +184,8 @@ struct BackwardItem {
     for (i64 t = begin; t < end; ++t) {
       const i64 k0 = t * kt, keys = p.K - k0 < kt ? p.K - k0 : kt;
       pack_tile(t);
-      std::memset(dk, 0, KT * p.Dp * sizeof(float));
-      std::memset(dv, 0, KT * p.Ep * sizeof(float));
+      std::memset(dk, 0, keys * p.Dp * sizeof(float));
+      std::memset(dv, 0, keys * p.Ep * sizeof(float));
       for (i64 u = 0; u < q_tiles; ++u) tile(t, u, false);
       put(p.dk, k0, keys, p.D, dk, p.Dp, 1.0f);
       put(p.dv, k0, keys, p.E, dv, p.Ep, 1.0f);

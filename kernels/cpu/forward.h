@@ -116,7 +116,7 @@ INLINE float online(float* s, i64 lo, i64 hi, float& m, float& l) {
   if (top > m) m = top;
   const float shift = m == -INF ? 0.0f : m;
   const float sum = row_exp(s, from, to, shift);
-  const float alpha = before == m ? 1.0f : std::exp(before - shift);
+  const float alpha = before == m ? 1.0f : (before == -INF ? 0.0f : std::exp(before - shift));
   l = l * alpha + sum;
   return alpha;
 }
@@ -161,12 +161,12 @@ struct ForwardTile {
       if (!limits.any) continue;
       products(s, q, padded * NR, kp + k0 * p.D, n, keys, p.D, limits);
       rows.enter_tile(k0, keys);
-      for (i64 r = 0; r < n; ++r) row(kind, q0 + r, r, ends);
+      for (i64 r = 0; r < n; ++r) row(kind, q0 + r, r, ends, k0 > begin);
       if (kind != STATS_ONLY) combine(o, p.Ep, s, vp + k0 * NR, p.K * NR, n, limits);
     }
   }
 
-  void row(Pass kind, i64 query, i64 r, const Finish* ends) {
+  void row(Pass kind, i64 query, i64 r, const Finish* ends, bool later) {
     float* x = s + r * LD;
     const i64 lo = limits.lo[r], hi = limits.hi[r];
     if (lo < hi) {
@@ -181,7 +181,7 @@ struct ForwardTile {
         }
       } else {
         const float alpha = online(x, lo, hi, m[r], l[r]);
-        if (alpha != 1.0f && kind == ONLINE)
+        if (alpha != 1.0f && kind == ONLINE && later)
           for (i64 e = 0; e < p.Ep; ++e) o[r * p.Ep + e] *= alpha;
       }
       if (kind != STATS_ONLY) {

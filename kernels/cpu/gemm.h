@@ -15,22 +15,27 @@ void pack_(float* dst, i64 panel, const char* src, i64 rs, i64 cs, i64 rows, i64
   for (i64 c0 = 0; c0 < cols; c0 += NR, dst += panel) {
     const i64 n = cols - c0 < NR ? cols - c0 : NR;
     const char* p = src + c0 * cs * width;
-    if (cs == 1 && n == NR) {
+    i64 r0 = 0;
+    if (cs == 1 && n >= VL) {
       for (i64 r = 0; r < rows; ++r) {
         const char* row = p + r * rs * width;
         store(dst + r * NR, loadv<DT>(row) * vscale);
-        store(dst + r * NR + VL, loadv<DT>(row + VL * width) * vscale);
+        if (n == NR) {
+          store(dst + r * NR + VL, loadv<DT>(row + VL * width) * vscale);
+        } else {
+          for (i64 c = VL; c < NR; ++c) dst[r * NR + c] = c < n ? load1<DT>(row + c * width) * scale : 0.0f;
+        }
       }
       continue;
     }
-    i64 r0 = 0;
-    if (rs == 1 && n == NR) {
+    if (rs == 1 && n > 1) {
       for (; r0 + VL <= rows; r0 += VL) {
 #pragma GCC unroll 2
         for (int h = 0; h < 2; ++h) {
           vf t[VL];
 #pragma GCC unroll 16
-          for (int j = 0; j < VL; ++j) t[j] = loadv<DT>(p + ((h * VL + j) * cs + r0) * width) * vscale;
+          for (int j = 0; j < VL; ++j)
+            t[j] = h * VL + j < n ? loadv<DT>(p + ((h * VL + j) * cs + r0) * width) * vscale : splat(0.0f);
           transpose(t);
 #pragma GCC unroll 16
           for (int j = 0; j < VL; ++j) store(dst + (r0 + j) * NR + h * VL, t[j]);

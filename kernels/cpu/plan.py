@@ -9,6 +9,7 @@ import itertools
 import math
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -74,14 +75,16 @@ class Target(NamedTuple):
     thin: bool
 
 
-class Reverse(NamedTuple):
-    """One backward call's layout; targets are for q, k, v and the operands."""
+@dataclass(slots=True)
+class Reverse:
+    """One backward call's layout; targets are for q, k, v and the operands. The words are filled in by the first call."""
 
     targets: tuple[Target, ...]
     batch: tuple[int, ...]
     chunks: int
     empty: bool
     pointers: struct.Struct
+    words: bytes = b""
 
 
 class Plan:

@@ -1,0 +1,57 @@
+# Everything runs in .venv, made from constraints.txt; the stamp is renewed when what it depends on changes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 0
+
+.PHONY: help setup demo test test-all lint coverage-table bench gpu-check clean
+
+help:
+	@echo "make demo            compile BERT, Llama and T5, and show what was rewritten"
+	@echo "make test            the test suite, without what is marked slow or gpu"
+	@echo "make test-all        the whole suite, the slow part included"
+	@echo "make lint            ruff and mypy"
+	@echo "make coverage-table  run all coverage cases and write docs/coverage.md"
+	@echo "make bench           time attention and models beside Inductor, write docs/benchmarks.md"
+	@echo "make gpu-check       the tests and benchmarks that need a CUDA device"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "attnfuse needs Python 3.10 or later")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools wheel
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,models,dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python -m attnfuse.demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m 'not slow and not gpu' --cov --cov-report=term --cov-report= -q $(PYTEST_ARGS)
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+coverage-table: $(STAMP)
+	$(BIN)/python -m benchmarks.coverage run
+	$(BIN)/python -m benchmarks.coverage table
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.attention --full
+	$(BIN)/python -m benchmarks.models
+
+gpu-check: $(STAMP)
+	$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "gpu-check needs a CUDA device; this torch sees none")'
+	$(BIN)/python -m pytest -q -m gpu
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

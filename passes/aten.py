@@ -140,6 +140,11 @@ def _rounded(number: float | None, dtype: torch.dtype) -> float | None:
         return None
     if not dtype.is_floating_point:
         return number if math.isfinite(number) else None
+    return rounded(number, dtype)
+
+
+def rounded(number: float, dtype: torch.dtype) -> float:
+    """The number that a tensor of a floating `dtype` holds for `number`."""
     return float(torch.tensor(number, dtype=torch.float64).to(dtype))
 
 

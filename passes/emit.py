@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnfuse._compat import FakeTensorMode, pytree
+from attnfuse._compat import FakeTensorMode, alias_key, pytree
 from attnfuse.passes.aten import shape_of
 from attnfuse.passes.capture import Scope, View, is_mutating, opaque, value_of
 from attnfuse.passes.labels import Dim, Labels, known_equal
@@ -37,6 +37,8 @@ class Emitter:
         """Replace the site's result. On refusal the graph is as it was."""
         origin = self.view.origin[site.final]
         scope, owner = origin.scope, origin.node
+        if sum(s.module is scope.module for s in self.view.scopes) > 1:
+            return Refusal("the attention lies in a region that is called more than once", site.final)
         graph = scope.module.graph
         before = set(graph.nodes)
         writer = _Writer(self, scope, owner, value_of(site.q.node).device)
@@ -64,7 +66,13 @@ class Emitter:
         op = torch.ops.attnfuse.attention.default
         pair = writer.call(op, (q, k, v, operands, seed, site.spec.text, kernel))
         out = writer.getitem(pair, 0)
-        return writer.shaped(out, (*((a,) for a in site.batch), site.q_dim, site.e_dim), site)
+        result = writer.shaped(out, (*((a,) for a in site.batch), site.q_dim, site.e_dim), site)
+        # the op keeps its result for backward, so that a later write must go to a copy
+        return writer.method("clone", result) if self._written_later(site) else result
+
+    def _written_later(self, site: Site) -> bool:
+        writers = self.view.writes.get(alias_key(value_of(site.final)), ())
+        return any(self.view.order[w] > self.view.order[site.final] for w in writers)
 
     def _redirect(self, site: Site, scope: Scope, owner: fx.Node, result: fx.Node, writer: _Writer) -> None:
         """Let everything that used the site's result use `result`."""

@@ -91,13 +91,17 @@ class Reader:
         best, kept = Leaf(node, labels), dict(self.axes.parts)
         while True:
             step = views.back(self.axes, node, labels)
-            if step is None or not self.whole() or self.view.grad.get(node) != self.view.grad.get(best.node):
+            if step is None or not self.whole() or not self.passable(node):
                 break
             node, labels = step.source, step.labels
             if step.material:
                 best, kept = Leaf(node, labels), dict(self.axes.parts)
         self.axes.parts = kept
         return best
+
+    def passable(self, node: fx.Node) -> bool:
+        """Whether reading past `node` keeps gradients as they are: an op under no_grad stops them."""
+        return self.view.grad.get(node, True) or not self.view.grad.get(self.anchor.weights, True)
 
     def whole(self) -> bool:
         """Whether the Q, K, D and E dims are still one atom each."""
@@ -278,14 +282,14 @@ def _read_factor(reader: Reader, node: fx.Node, labels: Labels, dtype: torch.dty
             if passed is not None or _is_widening(seen):
                 break
             step = views.back(reader.axes, seen, at)
-            if step is None or not reader.whole():
+            if step is None or not reader.whole() or not reader.passable(seen):
                 break
             seen, at = step.source, step.labels
-        same_grad = reader.view.grad.get(seen, True) == reader.view.grad.get(node, True)
-        if passed is not None and same_grad and reader.whole():
+        may_pass = reader.passable(seen) and reader.whole()
+        if passed is not None and may_pass:
             factor *= passed[1]
             leaf = reader.shrink(passed[0], at)
-        elif _is_widening(seen) and same_grad and reader.whole():
+        elif may_pass and _is_widening(seen):
             leaf = reader.shrink(seen.args[0], at)  # type: ignore[arg-type]
         else:
             reader.axes.parts = kept

@@ -44,30 +44,33 @@ struct DecodeItem {
     return wide;
   }
 
+  // Sums run over d one by one, as in the tiled kernels: backward, which is tiled, then meets the very same scores.
   void dots(const char* keys, i64 count) {
     for (i64 j = 0; j < count; j += VL) {
       const i64 some = count - j < VL ? count - j : VL;
       i64 pitch;
       const float* k = widen(p.k, keys + j * p.k.row() * size_of(p.k.dtype), some, p.D, q_width, pitch);
-      const float* key[VL];
-      for (int i = 0; i < VL; ++i) key[i] = k + (i < some ? i : 0) * pitch;
-      for (i64 r = 0; r < n; ++r) {
-        vf acc[VL];
-#pragma GCC unroll 16
-        for (int i = 0; i < VL; ++i) acc[i] = splat(0.0f);
-        for (i64 d = 0; d < q_width; d += VL) {
-          const vf x = loadf(q + r * q_width + d);
-#pragma GCC unroll 16
-          for (int i = 0; i < VL; ++i) acc[i] += x * loadf(key[i] + d);
-        }
-        transpose(acc);
-#pragma GCC unroll 4
-        for (int half = VL / 2; half; half /= 2)
-#pragma GCC unroll 8
-          for (int i = 0; i < half; ++i) acc[i] += acc[i + half];
-        store(s + r * LD + j, acc[0]);
-      }
+      if (n == 1) dots_<1>(k, pitch, some, 0, j);
+      else
+        for (i64 r = 0; r < n; r += 2) n - r > 1 ? dots_<2>(k, pitch, some, r, j) : dots_<1>(k, pitch, some, r, j);
     }
+  }
+
+  template <int R>
+  INLINE void dots_(const float* k, i64 pitch, i64 some, i64 r, i64 j) {
+    vf acc[R];
+    for (int i = 0; i < R; ++i) acc[i] = splat(0.0f);
+    for (i64 d = 0; d < q_width; d += VL) {
+      vf t[VL];
+#pragma GCC unroll 16
+      for (int i = 0; i < VL; ++i) t[i] = loadf(k + (i < some ? i : 0) * pitch + d);
+      transpose(t);
+#pragma GCC unroll 16
+      for (int i = 0; i < VL; ++i)
+#pragma GCC unroll 2
+        for (int x = 0; x < R; ++x) acc[x] += splat(q[(r + x) * q_width + d + i]) * t[i];
+    }
+    for (int i = 0; i < R; ++i) store(s + (r + i) * LD + j, acc[i]);
   }
 
   template <int W>

@@ -99,6 +99,30 @@ INLINE vf interleave_(vf a, vf b, S) {
 }
 #endif
 
+#if defined(HAS_SHUFFLE) && ATTNFUSE_VL == 8
+// Transpose in place, by shuffles that stay within 128 bits but for the last.
+INLINE void transpose(vf* r) {
+  vf t[8], u[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    t[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      u[i + 2 * j] = __builtin_shufflevector(t[i + j], t[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      u[i + 2 * j + 1] = __builtin_shufflevector(t[i + j], t[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[i] = __builtin_shufflevector(u[i], u[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    r[i + 4] = __builtin_shufflevector(u[i], u[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+#else
 // Transpose in place: log2(VL) perfect shuffles.
 INLINE void transpose(vf* r) {
   vf t[VL];
@@ -113,6 +137,7 @@ INLINE void transpose(vf* r) {
     for (int i = 0; i < VL; ++i) r[i] = t[i];
   }
 }
+#endif
 
 INLINE float sum_of(vf v) {
   float t[VL];

@@ -70,7 +70,7 @@ def added_steps(reader: Reader, term: fx.Node, labels: Labels, factor: float) ->
             return [AddFill(band.keep(), band.high)]
         if band.high == 0.0 and band.low != 0.0:
             return [AddFill(band.keep(inverted=True), band.low)]
-    parts = _smaller_terms(leaf.node)
+    parts = _smaller_terms(leaf.node) if reader.passable(leaf.node) else None
     if parts is not None:
         return [s for part in parts for s in added_steps(reader, part, leaf.labels, factor)]
     return [Bias(reader.operand(leaf), factor)]

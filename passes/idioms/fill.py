@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from attnfuse.mask import Dense, Mask
-from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, name_of, shape_of
+from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, name_of, rounded, shape_of
 from attnfuse.passes.idioms.band import band_of
 from attnfuse.passes.labels import Labels, known_equal
 from attnfuse.passes.read import Peeled, Reader
@@ -44,6 +44,7 @@ def filled(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled | s
     ):
         yield "a fill makes the scores larger"
         return
+    value = rounded(value, dtype_of(node))
     cast = Cast(dtype_name(dtype_of(node)))
     yield Peeled(tensor, labels, lambda: (replaced(reader, condition, labels, value, inverted), cast))
 

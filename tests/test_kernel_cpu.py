@@ -1,0 +1,641 @@
+"""The CPU kernel against the oracle, by the error bars of the reliability notes, and the rules of its build cache."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from attnfuse.kernels import cpu, dropout, layout, reference
+from attnfuse.kernels.cpu import build
+from attnfuse.mask import Causal, Dense
+from attnfuse.spec import (
+    AddFill,
+    Attention,
+    Bias,
+    Cast,
+    Clamp,
+    Operand,
+    ReplaceFill,
+    Scale,
+    Shift,
+    Softcap,
+    Tanh,
+    dtype_name,
+)
+
+INF = math.inf
+FLOAT_MIN = torch.finfo(torch.float32).min
+
+pytestmark = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
+
+
+def make_spec(q, k, v, operands=(), **fields) -> Attention:
+    rank = q.dim()
+    given = {
+        "batch": tuple(f"B{i}" for i in range(rank - 2)),
+        "sizes": (None,) * (rank + 2),
+        "qk_dtype": dtype_name(q.dtype),
+        "v_dtype": dtype_name(v.dtype),
+        "out_dtype": dtype_name(v.dtype),
+        "operands": tuple(Operand(dtype_name(o.dtype), ("1",) * rank) for o in operands),
+        "steps": (Scale(q.shape[-1] ** -0.5 if q.shape[-1] else 1.0),),
+    }
+    return Attention(**{**given, **fields})
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*shape) * scale).to(dtype)
+
+
+def qkv(B=2, H=2, Q=33, K=33, D=16, E=None, dtype=torch.float32, scale=1.0):
+    E = D if E is None else E
+    return randn(B, H, Q, D, dtype=dtype, scale=scale), randn(B, H, K, D, dtype=dtype), randn(B, H, K, E, dtype=dtype)
+
+
+def evaluate(spec, tensors, seed, compute, dout):
+    """out and gradients of the reference, through leaves of dtype `compute` (float64) or the inputs' own."""
+    leaves = [t.detach().to(compute) if compute == torch.float64 and t.is_floating_point() else t.detach() for t in tensors]
+    floating = [t for t in leaves if t.is_floating_point()]
+    for t in floating:
+        t.requires_grad_()
+    out = reference.attend(spec, *leaves[:3], leaves[3:], seed, compute)[0]
+    found = torch.autograd.grad(out, floating, dout.to(compute), allow_unused=True) if out.requires_grad else []
+    found = iter(found)
+    return out.detach(), [next(found, None) if t.is_floating_point() else None for t in leaves]
+
+
+def assert_close(got, oracle, eager, what, factor=2.0):
+    """max error <= factor x eager's + 1e-5, mean <= 10x (float32) or 1.1x (lower) eager's; non-finite at the same places."""
+    assert torch.equal(got.isnan(), oracle.isnan()), f"{what}: NaN at other places"
+    assert torch.equal(got.isinf(), oracle.isinf()), f"{what}: infinities at other places"
+    ok = oracle.isfinite()
+    if not ok.any():
+        return
+    ours, theirs = (got.double() - oracle)[ok].abs(), (eager.double() - oracle)[ok].abs()
+    assert ours.max() <= factor * theirs.max() + 1e-5, f"{what}: max {ours.max():.2e}, eager {theirs.max():.2e}"
+    mean = 10.0 if got.dtype == torch.float32 else 1.1
+    assert ours.mean() <= mean * theirs.mean() + 1e-6, f"{what}: mean {ours.mean():.2e}, eager {theirs.mean():.2e}"
+
+
+def check(q, k, v, operands: Sequence[torch.Tensor] = (), seed=None, backward=True, **fields):
+    """Forward and backward against the oracle; returns (out, gradients)."""
+    spec = make_spec(q, k, v, operands, **fields)
+    tensors = (q, k, v, *operands)
+    out, stats = cpu.forward(spec, q, k, v, operands, seed)
+    fake_out, fake_stats = layout.allocate(spec, q, k, v, operands)
+    assert (out.shape, out.stride(), out.dtype) == (fake_out.shape, fake_out.stride(), fake_out.dtype)
+    assert (stats.shape, stats.stride(), stats.dtype) == (fake_stats.shape, fake_stats.stride(), fake_stats.dtype)
+    dout = torch.randn(out.shape).to(out.dtype)
+    oracle, oracle_grads = evaluate(spec, tensors, seed, torch.float64, dout)
+    eager, eager_grads = evaluate(spec, tensors, seed, q.dtype, dout)
+    assert_close(out, oracle, eager, "out")
+    if not backward:
+        return out, []
+    needs = [t.is_floating_point() for t in tensors]
+    grads = cpu.backward(spec, dout, q, k, v, operands, seed, out, stats, needs)
+    factor = 3.0 if operands or spec.dropout else 2.0
+    for i, (grad, want, other) in enumerate(zip(grads, oracle_grads, eager_grads, strict=True)):
+        if want is None:
+            assert grad is None or not grad.any(), f"gradient {i} should be zero"
+            continue
+        assert grad.shape == tensors[i].shape and grad.dtype == tensors[i].dtype
+        if want.numel():
+            assert_close(grad, want, want if other is None else other, f"gradient {i}", factor)
+    return out, grads
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(20)
+
+
+@pytest.mark.parametrize("D", [1, 8, 31, 40, 59, 64, 96, 111, 128, 256])
+def test_every_head_size_matches_the_oracle(D):
+    check(*qkv(1, 2, 70, 97, D))
+    check(*qkv(1, 2, 5, 97, D, E=D + 3))
+
+
+@pytest.mark.parametrize(
+    ("Q", "K"),
+    [(1, 1), (2, 17), (17, 2), (31, 33), (32, 32), (33, 31), (63, 65), (64, 64), (97, 127), (128, 129), (257, 704)]
+    + [(1, 704), (8, 1025), (9, 1025), (704, 1), (241, 240), (1025, 257)],
+)
+def test_every_length_matches_the_oracle(Q, K):
+    check(*qkv(1, 2, Q, K, 24, E=40))
+    check(*qkv(1, 1, Q, K, 24), steps=(ReplaceFill(Causal(K - Q if Q <= K else 0), -INF),))
+
+
+@pytest.mark.parametrize(("Q", "K", "D", "E"), [(0, 5, 8, 8), (5, 0, 8, 8), (5, 5, 0, 8), (5, 5, 8, 0), (0, 0, 0, 0)])
+def test_an_empty_dim_gives_what_the_reference_gives(Q, K, D, E):
+    q, k, v = qkv(2, 2, Q, K, D, E)
+    spec = make_spec(q, k, v)
+    out, stats = cpu.forward(spec, q, k, v, [], None)
+    want, want_stats = reference.attend(spec, q, k, v, [], None, torch.float32)
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(stats, want_stats)
+    for x, grad in zip((q, k, v), cpu.backward(spec, torch.ones_like(out), q, k, v, [], None, out, stats, [True] * 3)):
+        assert grad is not None and grad.shape == x.shape and bool(grad.isfinite().all())
+
+
+@pytest.mark.parametrize("groups", [1, 4, 8])
+@pytest.mark.parametrize(("Q", "K"), [(1, 600), (2, 1100), (65, 65)])
+def test_grouped_queries_share_keys(groups, Q, K):
+    q = randn(2, 2, groups, Q, 32)
+    check(q, randn(2, 2, 1, K, 32), randn(2, 2, 1, K, 32))
+
+
+def test_any_input_may_be_broadcast_over_any_batch_dim():
+    for shapes in [((1, 3), (2, 1), (2, 3)), ((2, 1), (2, 3), (1, 1)), ((1, 1), (2, 3), (2, 3)), ((2, 3), (1, 3), (2, 1))]:
+        (a, b), (c, d), (e, f) = shapes
+        check(randn(a, b, 20, 16), randn(c, d, 30, 16), randn(e, f, 30, 8), [randn(2, 3, 20, 30)],
+              steps=(Scale(0.25), Bias(0)))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3, 6])
+def test_any_number_of_batch_dims(rank):
+    batch = (2, 1, 2, 1, 2, 1)[:rank]
+    check(randn(*batch, 9, 8), randn(*batch, 11, 8), randn(*batch, 11, 8))
+
+
+def _transposed(x):
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def _packed(x):
+    wide = torch.full((*x.shape[:-1], 3 * x.shape[-1]), math.nan, dtype=x.dtype)
+    view = wide[..., x.shape[-1] : 2 * x.shape[-1]]
+    view.copy_(x)
+    return view
+
+
+def _heads_last(x):
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _offset(x):
+    buffer = torch.full((x.numel() + 2,), math.nan, dtype=x.dtype)
+    view = buffer[1:-1].view(x.shape)
+    view.copy_(x)
+    return view
+
+
+def _every_other(x):
+    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), math.nan, dtype=x.dtype)
+    wide[..., ::2] = x
+    return wide[..., ::2]
+
+
+LAYOUTS = [_transposed, _packed, _heads_last, _offset, _every_other]
+
+
+@pytest.mark.parametrize("lay", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("Q", [3, 40])
+def test_strides_and_nan_beyond_a_slice_change_no_bit(lay, dtype, Q):
+    plain = [*qkv(2, 2, Q, 260, 24, dtype=dtype), randn(2, 1, Q, 260, dtype=dtype)]
+    fields = {"steps": (Scale(0.2), Bias(0), ReplaceFill(Causal(230), -INF))}
+    spec = make_spec(*plain[:3], plain[3:], **fields)
+    dout = randn(2, 2, Q, 24, dtype=dtype)
+    results = []
+    for tensors in (plain, [lay(x) for x in plain]):
+        # one path for both: the direct one wants contiguous rows
+        q, k, v, bias = tensors if lay is not _every_other else [x.clone() if Q == 3 else x for x in tensors]
+        out, stats = cpu.forward(spec, q, k, v, [bias], None)
+        results.append([out, stats, *cpu.backward(spec, lay(dout), q, k, v, [bias], None, out, stats, [True] * 4)])
+    exact = not (Q == 3 and lay in (_transposed, _every_other))
+    for a, b in zip(*results, strict=True):
+        if exact:
+            assert torch.equal(a, b)
+        else:
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+def test_expanded_inputs_and_output_gradients_work():
+    q, k, v = randn(1, 1, 40, 16).expand(2, 3, -1, -1), randn(2, 1, 1, 16).expand(-1, 3, 50, -1), randn(2, 3, 50, 16)
+    check(q, k, v)
+    q, k, v = qkv()
+    spec = make_spec(q, k, v)
+    out, stats = cpu.forward(spec, q, k, v, [], None)
+    one = torch.ones(())
+    a = cpu.backward(spec, one.expand(out.shape), q, k, v, [], None, out, stats, [True] * 3)
+    b = cpu.backward(spec, torch.ones_like(out), q, k, v, [], None, out, stats, [True] * 3)
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (2, 0, 1, 3), (0, 1, 3, 2)])
+def test_out_order_is_the_memory_order(order):
+    q, k, v = qkv(2, 3, 20, 20, 8)
+    out, _ = check(q, k, v, out_order=order)
+    assert out.permute(order).is_contiguous()
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, 1e-4, 300.0])
+def test_any_scale(scale):
+    check(*qkv(1, 2, 40, 70, 16), steps=(Scale(scale),), backward=abs(scale) <= 1)
+
+
+def test_logits_of_plus_and_minus_120():
+    q, k, v = qkv(1, 2, 50, 260, 8)
+    top = (q @ k.transpose(-1, -2)).abs().max()
+    check(q, k, v, steps=(Scale(120.0 / float(top)),))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("Q", [4, 70])
+def test_low_precision_is_no_worse_than_eager(dtype, Q):
+    q, k, v = qkv(2, 2, Q, 97, 64, dtype=dtype)
+    check(q, k, v)
+    check(q, k, v, [randn(1, 2, Q, 97, dtype=dtype)], steps=(Scale(0.125), Cast(dtype_name(dtype)), Bias(0)))
+
+
+def test_v_and_out_may_differ_from_q_in_dtype():
+    q, k, v = qkv(1, 2, 30, 50, 16, dtype=torch.bfloat16)
+    spec = make_spec(q, k, v.float(), out_dtype="float16")
+    out, _ = cpu.forward(spec, q, k, v.float(), [], None)
+    want = reference.attend(spec, q, k, v, [], None, torch.float64)[0]
+    assert out.dtype == torch.float16
+    torch.testing.assert_close(out.double(), want, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.int32, torch.int64, torch.int8, torch.int16, torch.float32, torch.float16]
+)
+@pytest.mark.parametrize("shape", [(2, 2, 40, 70), (2, 1, 1, 70), (1, 1, 40, 1)])
+@pytest.mark.parametrize("inverted", [False, True])
+def test_masks_of_every_dtype_and_broadcast(dtype, shape, inverted):
+    keep = (torch.rand(shape) > 0.4).to(dtype)
+    keep[..., 0, 0] = 1
+    check(*qkv(2, 2, 40, 70, 8), [keep], steps=(Scale(0.3), ReplaceFill(Dense(0, inverted), -1e9)), backward=False)
+    check(*qkv(2, 2, 4, 70, 8), [keep[..., :4, :]], steps=(AddFill(Dense(0, inverted), -1e4),), backward=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(2, 3, 40, 260), (1, 3, 40, 260), (1, 1, 40, 260), (2, 1, 1, 260), (2, 3, 40, 1), (1, 1, 1, 1)])
+def test_operand_gradients_are_summed_over_broadcast_dims(dtype, shape):
+    q, k, v = qkv(2, 3, 40, 260, 8)
+    check(q, k, v, [randn(*shape, dtype=dtype)], steps=(Scale(0.3), Bias(0, 0.5)))
+    check(q, k, v, [randn(*shape, dtype=dtype)], steps=(Shift(0.1), Scale(operand=0)))
+
+
+def test_an_operand_used_twice_gets_both_gradients():
+    for dtype in (torch.float32, torch.bfloat16):
+        bias = randn(2, 2, 33, 33, dtype=dtype)
+        check(*qkv(), [bias], steps=(Scale(operand=0), Bias(0), Tanh()))
+
+
+STEPS = {
+    "softcap": (Scale(2.0), Softcap(3.0)),
+    "tanh": (Scale(0.5), Tanh(), Scale(4.0)),
+    "clamp": (Clamp(-1.0, 1.5),),
+    "clamp below": (Clamp(low=-0.5), Shift(2.0)),
+    "half": (Cast("float16"), Scale(0.25)),
+    "negative scale": (Scale(-0.7), Softcap(2.0), Clamp(high=1.0)),
+    "fill then cap": (ReplaceFill(Causal(0), -1e9), Softcap(5.0)),
+    "many": (Scale(0.5), Shift(1.0), Tanh(), Scale(3.0), AddFill(Causal(3), -1e4), Clamp(-50.0, 2.0), Cast("bfloat16")),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(("Q", "K"), [(4, 50), (110, 300)])
+def test_every_step_forward_and_backward(name, Q, K):
+    check(*qkv(1, 2, Q, K, 8), steps=STEPS[name])
+
+
+def test_a_half_overflow_is_an_infinity():
+    q, k, v = torch.full((1, 1, 1, 1), 300.0), torch.tensor([[[[300.0], [-300.0], [1.0]]]]), randn(1, 1, 3, 4)
+    out, _ = cpu.forward(make_spec(q, k, v, steps=(Cast("float16"),)), q, k, v, [], None)
+    assert bool(out.isnan().all())
+    out, _ = cpu.forward(make_spec(-q, k[..., :1, :], v[..., :1, :], steps=(Cast("float16"),), hidden="zero"),
+                         -q, k[..., :1, :], v[..., :1, :], [], None)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("offset", [-300, -5, -1, 0, 1, 7, 128, 240, 500])
+@pytest.mark.parametrize("fill", [ReplaceFill, AddFill])
+@pytest.mark.parametrize("value", [-INF, FLOAT_MIN, -1e9])
+def test_causal_offsets(offset, fill, value):
+    q, k, v = qkv(1, 2, 130, 270, 8)
+    hidden = "nan" if value > -INF else "zero"
+    # an infinite added fill gives NaN gradients in autograd's softmax, ours are zero
+    check(q, k, v, steps=(Scale(0.3), fill(Causal(offset), value)), hidden=hidden,
+          backward=not (fill is AddFill and value == -INF and offset < 0))
+
+
+@pytest.mark.parametrize("value", [-INF, FLOAT_MIN])
+def test_a_window_is_two_causal_masks(value):
+    q, k, v = qkv(1, 2, 300, 330, 8)
+    for offset in (0, 30):
+        steps = (ReplaceFill(Causal(offset), value), ReplaceFill(Causal(offset - 20, inverted=True), value))
+        check(q, k, v, steps=(Scale(0.3), *steps))
+
+
+@pytest.mark.parametrize("hidden", ["nan", "zero", "nan_to_zero"])
+@pytest.mark.parametrize("value", [-INF, FLOAT_MIN, -1e9])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("Q", [6, 100])
+def test_fully_hidden_row_matches_the_reference(hidden, value, causal, Q):
+    q, k, v = qkv(2, 2, Q, 300, 8)
+    keep = torch.rand(2, 1, Q, 300) > 0.3
+    keep[0, :, :4] = False
+    keep[1, :, 3, :250] = False
+    steps = (Scale(0.3), ReplaceFill(Dense(0), value), *([ReplaceFill(Causal(0), value)] if causal else []))
+    out, grads = check(q, k, v, [keep], steps=steps, hidden=hidden)
+    if value == -INF:
+        assert bool(out[0, :, :4].isnan().all()) == (hidden == "nan")
+        assert hidden == "nan" or not out[0, :, :4].any()
+        assert not grads[0][0, :, :4].any()
+
+
+@pytest.mark.parametrize("value", [FLOAT_MIN, -1e9])
+def test_an_added_fill_passes_gradient_on_hidden_rows(value):
+    q, k, v = qkv(2, 2, 60, 300, 8)
+    keep = torch.arange(300) >= torch.tensor([0, 299]).reshape(2, 1, 1, 1)
+    check(q, k, v, [keep], steps=(AddFill(Dense(0), value), ReplaceFill(Causal(0), FLOAT_MIN)))
+    _, grads = check(q, k, v, [torch.zeros(1, 1, 1, 300, dtype=torch.bool)], steps=(AddFill(Dense(0), value),))
+    # adding a huge number rounds the scores away, so that the weights are uniform: 1 / K
+    assert grads[2].isfinite().all() and grads[2].any()
+
+
+@pytest.mark.parametrize("hidden", ["zero", "nan_to_zero"])
+def test_rows_made_zero_have_zero_gradients_under_an_added_fill(hidden):
+    q, k, v = qkv(1, 2, 20, 30, 8)
+    keep = torch.ones(1, 1, 20, 30, dtype=torch.bool)
+    keep[..., 5:9, :] = False
+    spec = make_spec(q, k, v, [keep], steps=(AddFill(Dense(0), -INF),), hidden=hidden)
+    out, stats = cpu.forward(spec, q, k, v, [keep], None)
+    dout = torch.randn_like(out)
+    got = cpu.backward(spec, dout, q, k, v, [keep], None, out, stats, [True] * 3 + [False])
+    other = make_spec(q, k, v, [keep], steps=(ReplaceFill(Dense(0), -INF),), hidden=hidden)
+    want = evaluate(other, (q, k, v, keep), None, torch.float64, dout)[1]
+    for a, b in zip(got[:3], want[:3], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+    assert not out[..., 5:9, :].any() and not got[0][..., 5:9, :].any()
+
+
+@pytest.mark.parametrize("where", ["q", "k", "bias"])
+@pytest.mark.parametrize("hidden", ["nan", "zero"])
+def test_nan_reaches_what_it_reaches_in_the_reference(where, hidden):
+    for Q in (3, 40):
+        q, k, v = qkv(1, 2, Q, 260, 8)
+        bias = randn(1, 2, Q, 260)
+        {"q": q, "k": k, "bias": bias}[where][0, 1, 2, 3] = math.nan
+        check(q, k, v, [bias], steps=(Bias(0),), hidden=hidden)
+
+
+def test_nan_in_hidden_values_is_skipped_or_not_as_the_policy_says():
+    q, k, v = qkv(1, 1, 40, 300, 8)
+    v[..., 290:, :] = math.nan
+    for policy, nan in (("skip", False), ("eager", True)):
+        spec = make_spec(q, k, v, steps=(ReplaceFill(Causal(0), -INF),), nan_policy=policy)
+        out, _ = cpu.forward(spec, q, k, v, [], None)
+        assert bool(out.isnan().all()) == nan and bool(out.isnan().any()) == nan
+
+
+@pytest.mark.parametrize("Q", [4, 100])
+def test_unshifted_softmax_is_nan_where_its_sum_is_out_of_range(Q):
+    q, k, v = qkv(1, 1, Q, 250, 4)
+    check(q, k, v, softmax="unshifted")
+    bias = torch.zeros(1, 1, Q, 1)
+    bias[..., 0, :], bias[..., 1, :], bias[..., 2, :] = 200.0, -200.0, 50.0
+    spec = make_spec(q, k, v, [bias], steps=(Bias(0),), softmax="unshifted")
+    out, stats = cpu.forward(spec, q, k, v, [bias], None)
+    assert out.isnan().all(-1).squeeze().tolist()[:4] == [True, True, False, False]
+    grads = cpu.backward(spec, torch.ones_like(out), q, k, v, [bias], None, out, stats, [True] * 4)
+    assert grads[0].isnan().all(-1).squeeze().tolist()[:4] == [True, True, False, False]
+
+
+WEIGHTS = {
+    "zeroed": (ReplaceFill(Dense(0), 0.0),),
+    "scaled": (Scale(0.5), Scale(operand=1)),
+    "zeroed and scaled": (Scale(operand=1), ReplaceFill(Dense(0, inverted=True), 0.0), Scale(2.0)),
+    "filled": (ReplaceFill(Dense(0), 0.25), Scale(operand=1)),
+    "causal": (ReplaceFill(Causal(0), 0.0),),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("Q", [5, 100])
+def test_weight_steps_forward_and_backward(name, Q):
+    q, k, v = qkv(2, 2, Q, 260, 8)
+    operands = [torch.rand(2, 1, Q, 260) > 0.3, randn(1, 2, Q, 260)]
+    check(q, k, v, operands, weight_steps=WEIGHTS[name])
+    check(q, k, v, operands, weight_steps=WEIGHTS[name], steps=(ReplaceFill(Causal(100), -INF),))
+
+
+def test_weights_zeroed_after_a_softmax_of_nothing_are_zero():
+    q, k, v = qkv(1, 2, 40, 260, 8)
+    keep = torch.rand(1, 1, 40, 260) > 0.5
+    keep[..., 7, :] = False
+    for value in (-INF, FLOAT_MIN):
+        out, _ = check(q, k, v, [keep], steps=(ReplaceFill(Dense(0), value),), weight_steps=(ReplaceFill(Dense(0), 0.0),))
+        assert not out[..., 7, :].any()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("Q", [3, 130])
+def test_dropout_draws_the_reference_mask(p, Q):
+    seed = torch.tensor([-(2**61) + 12345])
+    q, k, v = qkv(2, 2, Q, 259, 8)
+    check(q, k, v, seed=seed, dropout=p)
+    # uniform weights and an identity for v: out is the mask itself
+    q, v = torch.zeros(2, 2, Q, 8), torch.eye(259).expand(2, 2, 259, 259)
+    out, _ = cpu.forward(make_spec(q, k, v, dropout=p), q, k, v, [], seed)
+    kept = dropout.keep(seed, (2, 2), Q, 259, p)
+    assert torch.equal(out > 0, kept & (p < 1.0))
+
+
+def test_dropout_without_a_seed_is_refused():
+    q, k, v = qkv()
+    with pytest.raises(ValueError, match="seed"):
+        cpu.forward(make_spec(q, k, v, dropout=0.5), q, k, v, [], None)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 200), (1, 1, 1200)])
+def test_repeats_are_bitwise_equal(shape):
+    B, H, L = shape
+    q, k, v = qkv(B, H, L, L, 32)
+    bias = randn(1, H, L, L)
+    spec = make_spec(q, k, v, [bias], steps=(Scale(0.2), Bias(0)), dropout=0.2)
+    seed, dout = torch.tensor([7]), torch.randn(B, H, L, 32)
+
+    def run():
+        out, stats = cpu.forward(spec, q, k, v, [bias], seed)
+        return [out, stats, *cpu.backward(spec, dout, q, k, v, [bias], seed, out, stats, [True] * 4)]
+
+    first = run()
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_any_number_of_threads_agrees_with_the_oracle(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(*qkv(1, 1, 700, 700, 16), [randn(1, 1, 700, 1)], steps=(Scale(0.25), Scale(operand=0)))
+        check(randn(1, 3, 2, 300, 16), randn(1, 3, 1, 500, 16), randn(1, 3, 1, 500, 16), steps=(ReplaceFill(Causal(9), -INF),))
+        check(randn(1, 3, 1, 16), randn(1, 3, 3000, 16), randn(1, 3, 3000, 16))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_eight_python_threads_at_once():
+    cases = []
+    for i in range(8):
+        q, k, v = qkv(1, 2, 50 + 30 * i, 200, 16)
+        spec = make_spec(q, k, v, steps=(Scale(0.25), ReplaceFill(Causal(i), -INF)))
+        cases.append((spec, q, k, v, *cpu.forward(spec, q, k, v, [], None)))
+    wrong = []
+
+    def work(case):
+        spec, q, k, v, out, stats = case
+        want = cpu.backward(spec, out, q, k, v, [], None, out, stats, [True] * 3)
+        for _ in range(10):
+            again, _ = cpu.forward(spec, q, k, v, [], None)
+            grads = cpu.backward(spec, out, q, k, v, [], None, out, stats, [True] * 3)
+            if not torch.equal(again, out) or not all(torch.equal(a, b) for a, b in zip(want, grads, strict=True)):
+                wrong.append(case)
+
+    threads = [threading.Thread(target=work, args=(c,)) for c in cases]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_only_needed_gradients_are_made():
+    q, k, v = qkv()
+    spec = make_spec(q, k, v)
+    out, stats = cpu.forward(spec, q, k, v, [], None)
+    every = cpu.backward(spec, out, q, k, v, [], None, out, stats, [True] * 3)
+    for i in range(3):
+        needs = [j == i for j in range(3)]
+        got = cpu.backward(spec, out, q, k, v, [], None, out, stats, needs)
+        assert [g is not None for g in got] == needs and torch.equal(got[i], every[i])
+
+
+def test_offsets_beyond_32_bits():
+    # 2^31 elements apart in uint8-free address space: nothing in between is ever touched
+    base = torch.empty(1 + (1 << 31) + 64, dtype=torch.float16)
+    q = base.as_strided((1, 2, 2, 4), (0, 1 << 31, 4, 1))
+    q.copy_(torch.randn(1, 2, 2, 4))
+    k, v = randn(1, 2, 5, 4, dtype=torch.float16), randn(1, 2, 5, 4, dtype=torch.float16)
+    spec = make_spec(q, k, v)
+    assert torch.equal(cpu.forward(spec, q, k, v, [], None)[0], cpu.forward(spec, q.clone(), k, v, [], None)[0])
+
+
+def test_tensors_that_do_not_fit_the_spec_are_refused():
+    q, k, v = qkv()
+    spec = make_spec(q, k, v)
+    for bad in [(q.half(), k, v), (q[..., :3], k, v), (q, k[:, :, :5], v), (q[0], k[0], v[0]), (q, k[:, :1].repeat(1, 3, 1, 1), v)]:
+        with pytest.raises(ValueError):
+            cpu.forward(spec, *bad, [], None)
+    with pytest.raises(ValueError, match="shapes"):
+        bias = randn(1, 1, 33, 7)
+        cpu.forward(make_spec(q, k, v, [bias], steps=(Bias(0),)), q, k, v, [bias], None)
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """A build module that has loaded nothing, a cache directory of its own, and a 'compiler' that copies the real library."""
+    library = Path(build.load()._name)
+    counter, fake = tmp_path / "calls", tmp_path / "fake-cxx"
+    fake.write_text(f'#!/bin/sh\necho x >> {counter}\nfor last; do :; done\nsleep 0.2\ncp {library} "$last"\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("ATTNFUSE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(fake))
+    state = build._loaded, build._failure, build._warming
+    build.reset()
+    yield tmp_path
+    build._loaded, build._failure, build._warming = state
+
+
+def test_the_cache_directory_is_private_and_used_again(fresh):
+    cpu.warm_up()
+    cpu.warm_up()
+    assert cpu.available() is None
+    assert (fresh / "cache").stat().st_mode & 0o777 == 0o700
+    build.reset()
+    assert cpu.available() is None
+    assert (fresh / "calls").read_text().count("x") == 1
+    assert not [p for p in (fresh / "cache").iterdir() if p.name.startswith("tmp")]
+
+
+@pytest.mark.parametrize("kind", ["symlink", "group-writable", "foreign"])
+def test_an_unsafe_cache_directory_is_refused(fresh, kind, monkeypatch):
+    cache = fresh / "cache"
+    if kind == "symlink":
+        (fresh / "elsewhere").mkdir(mode=0o700)
+        cache.symlink_to(fresh / "elsewhere")
+    else:
+        cache.mkdir(mode=0o700)
+        if kind == "group-writable":
+            cache.chmod(0o770)
+        else:
+            monkeypatch.setattr(os, "getuid", lambda: cache.stat().st_uid + 1)
+    reason = cpu.available()
+    assert reason is not None and "cache directory" in reason
+    with pytest.raises(cpu.BuildError):
+        build.load()
+
+
+def test_a_damaged_library_is_built_again(fresh):
+    assert cpu.available() is None
+    (library,) = (fresh / "cache").glob("*.so")
+    library.write_bytes(b"not a library")
+    build.reset()
+    assert cpu.available() is None
+    assert (fresh / "calls").read_text().count("x") == 2
+
+
+def test_an_unwritable_cache_falls_back_to_a_private_directory(fresh, monkeypatch):
+    (fresh / "file").write_text("")
+    monkeypatch.setenv("ATTNFUSE_CACHE_DIR", str(fresh / "file" / "cache"))
+    assert cpu.available() is None
+    assert Path(build.load()._name).parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_missing_or_failing_compiler_gives_the_reason(fresh, monkeypatch):
+    bad = fresh / "bad-cxx"
+    bad.write_text("#!/bin/sh\necho 'error: no such thing' >&2\nexit 1\n")
+    bad.chmod(0o755)
+    monkeypatch.setenv("CXX", str(bad))
+    assert "no such thing" in str(cpu.available())
+    build.reset()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(fresh))
+    assert cpu.available() == "no C++ compiler found (looked for $CXX, g++, clang++)"
+
+
+def test_processes_starting_together_compile_once(fresh):
+    code = "from attnfuse.kernels import cpu; assert cpu.available() is None"
+    root = str(Path(__file__).parents[1])
+    env = {**os.environ, "PYTHONPATH": root}
+    started = [subprocess.Popen([sys.executable, "-c", code], env=env, cwd=root) for _ in range(3)]
+    assert [p.wait() for p in started] == [0, 0, 0]
+    assert (fresh / "calls").read_text().count("x") == 1
+
+
+def test_allocate_works_on_fake_tensors_of_symbolic_size():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    shapes = ShapeEnv()
+    mode = FakeTensorMode(shape_env=shapes)
+    q, k, v = (mode.from_tensor(x) for x in qkv(2, 2, 33, 40, 16))
+    bias = mode.from_tensor(randn(1, 1, 33, 40))
+    spec = make_spec(q, k, v, [bias], out_order=(0, 2, 1, 3))
+    guards = len(shapes.guards)
+    out, stats = layout.allocate(spec, q, k, v, [bias])
+    assert len(shapes.guards) == guards
+    assert tuple(out.shape) == (2, 2, 33, 16) and tuple(stats.shape) == (2, 2, 2, 33)
+    assert [int(s) for s in out.stride()] == [33 * 2 * 16, 16, 2 * 16, 1]

@@ -222,7 +222,9 @@ class _Writer:
     def canonical(self, leaf: Leaf, batch: Dim, row: Dim, column: Dim) -> fx.Node:
         """The leaf as [*batch, row, column] with 1 where it has no such dim: only views, no copy."""
         node = self.node_for(leaf.node)
-        if leaf.number:
+        if leaf.depth:
+            node = self.call(operator.pow, (self.method("size", node, -1), -0.5))
+        if leaf.number or leaf.depth:
             node = self.call(torch.full, ((), node), {"dtype": torch.float64, "device": self.device})
         if leaf.inverse:
             node = self.call(torch.reciprocal, (node,))

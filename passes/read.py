@@ -435,7 +435,7 @@ def _operand(leaf: Leaf, batch: Dim, q_dim: Dim, k_dim: Dim, names: tuple[str, .
     dims = [n if a in present else "1" for a, n in zip(batch, names)]
     dims += ["Q" if set(q_dim) & present else "1", "K" if set(k_dim) & present else "1"]
     value = value_of(leaf.node)
-    dtype = "float64" if leaf.number else dtype_name(leaf.cast or value.dtype)
+    dtype = "float64" if leaf.number or leaf.depth else dtype_name(leaf.cast or value.dtype)
     return Operand(dtype, tuple(dims))
 
 

@@ -27,6 +27,7 @@ class Leaf:
     cast        dtype to convert it to, or None
     inverse     take 1 / x (a score divided by a tensor)
     number      the node is a symbolic number, not a tensor
+    depth       not the node itself, but 1 / sqrt(the size of its last dim), where that is symbolic
     """
 
     node: fx.Node
@@ -34,6 +35,7 @@ class Leaf:
     cast: torch.dtype | None = None
     inverse: bool = False
     number: bool = False
+    depth: bool = False
 
 
 @dataclass(eq=False)

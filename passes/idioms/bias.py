@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
+import torch
 from torch import fx
 
 from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, name_of, shape_of
 from attnfuse.passes.find import maximum_subtracted
 from attnfuse.passes.idioms.band import band_of
+from attnfuse.passes.idioms.example import Example, NearMiss
 from attnfuse.passes.labels import Labels, known_equal
 from attnfuse.passes.read import Peeled, Reader
-from attnfuse.spec import AddFill, Bias, Cast, Shift, Step, dtype_name
+from attnfuse.spec import AddFill, Bias, Cast, Scale, Shift, Step, dtype_name
 
 
 def score_term(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled | str]:
@@ -28,25 +31,27 @@ def score_term(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled
         return
     a, b = args["self"], args["other"]
     cast = Cast(dtype_name(dtype_of(node)))
-    if name == "rsub":
-        yield "the scores are subtracted from something"
-        return
-    sign = -alpha if name == "sub" else alpha
-    options = [(a, b, sign)]
-    if name == "add" and alpha == 1.0:
-        options.append((b, a, 1.0))
-    for tensor, other, factor in options:
+    # node = first * a + second * b
+    first, second = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[name]
+    for tensor, own, other, factor in ((a, first, b, second), (b, second, a, first)):
         if not is_tensor(tensor) or not _full(tensor, node):
             continue
+        scale = () if own == 1.0 else (Scale(own),)
         number = constant(other)
         if number is not None:
-            yield Peeled(tensor, labels, lambda n=number, f=factor: (Shift(n * f), cast))  # type: ignore[misc]
+            yield Peeled(tensor, labels, partial(_shifted, scale, number * factor, cast))
         elif is_tensor(other):
-            yield Peeled(
-                tensor,
-                labels,
-                lambda o=other, f=factor: (*added_steps(reader, o, labels, f), cast),  # type: ignore[misc]
-            )
+            yield Peeled(tensor, labels, partial(_added, reader, scale, other, labels, factor, cast))
+
+
+def _shifted(scale: tuple[Step, ...], number: float, cast: Cast) -> tuple[Step, ...]:
+    return (*scale, Shift(number), cast)
+
+
+def _added(
+    reader: Reader, scale: tuple[Step, ...], term: fx.Node, labels: Labels, factor: float, cast: Cast
+) -> tuple[Step, ...]:
+    return (*scale, *added_steps(reader, term, labels, factor), cast)
 
 
 def reader_dim(reader: Reader, labels: Labels) -> int:
@@ -90,3 +95,30 @@ def _smaller_terms(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 
 RULES = {"add": score_term, "sub": score_term, "rsub": score_term}
+
+EXAMPLES = (
+    Example(lambda q, k, v, bias: (q @ k.mT + bias).softmax(-1) @ v, "bias 0 float32[1, H, Q, K]"),
+    Example(lambda q, k, v, bias: (bias[0] + q @ k.mT).softmax(-1) @ v, "bias 0 float32[1, H, Q, K]"),
+    Example(lambda q, k, v, bias: (q @ k.mT - bias).softmax(-1) @ v, "-1 * bias 0 float32[1, H, Q, K]"),
+    Example(lambda q, k, v, bias: (q @ k.mT).add_(bias).softmax(-1) @ v, "bias 0 float32[1, H, Q, K]"),
+    Example(lambda q, k, v, bias: (bias - q @ k.mT).softmax(-1) @ v, "scale -1, bias 0 float32[1, H, Q, K]"),
+    Example(
+        lambda q, k, v, bias, padding: (q @ k.mT + (bias + padding)).softmax(-1) @ v,
+        "bias 0 float32[1, H, Q, K], bias 1 float32[B, 1, 1, K]",
+    ),
+    Example(
+        lambda q, k, v: (q @ k.mT + torch.triu(torch.full((16, 16), float("-inf")), 1)).softmax(-1) @ v,
+        "causal plus -inf",
+    ),
+    Example(
+        lambda q, k, v, bias: torch.baddbmm(
+            bias.expand(2, 4, 16, 16).reshape(8, 16, 16),
+            q.reshape(8, 16, 8), k.reshape(8, 16, 8).transpose(1, 2), beta=0.5, alpha=0.25,
+        ).view(2, 4, 16, 16).softmax(-1) @ v,
+        "scale 0.25, 0.5 * bias 0 float32[1, H, Q, K]",
+    ),
+)
+NEAR_MISSES = (
+    NearMiss(lambda q, k, v: (lambda s: (s + s.mT).softmax(-1) @ v)(q @ k.mT), "used elsewhere"),
+    NearMiss(lambda q, k, v: (lambda s: (s + s.mean(-1, keepdim=True)).softmax(-1) @ v)(q @ k.mT), "used elsewhere"),
+)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import fx
 
 from attnfuse.passes.aten import dtype_of, is_tensor
 from attnfuse.passes.capture import value_of
+from attnfuse.passes.idioms.example import Example, NearMiss
 from attnfuse.passes.labels import Labels
 from attnfuse.passes.read import Peeled, Reader
 from attnfuse.spec import Cast, dtype_name
@@ -28,3 +30,14 @@ def cast(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled | str
 
 
 RULES = {"to": cast}
+
+EXAMPLES = (
+    Example(
+        lambda q, k, v: (q.bfloat16() @ k.bfloat16().mT).softmax(-1, dtype=torch.float32).bfloat16() @ v.bfloat16(), "plain"
+    ),
+    Example(lambda q, k, v: ((q.half().float() @ k.half().float().mT).softmax(-1).half() @ v.half()), "plain"),
+    Example(lambda q, k, v: (q.half() @ k.half().mT).float().softmax(-1) @ v, "in float16"),
+)
+NEAR_MISSES = (
+    NearMiss(lambda q, k, v: (q @ k.mT).int().float().softmax(-1) @ v, "cast to a dtype that is not floating"),
+)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import fx
 
 from attnfuse.mask import Dense, Mask
 from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, name_of, rounded, shape_of
 from attnfuse.passes.idioms.band import band_of
+from attnfuse.passes.idioms.example import Example, NearMiss
 from attnfuse.passes.labels import Labels, known_equal
 from attnfuse.passes.read import Peeled, Reader
 from attnfuse.spec import Cast, ReplaceFill, Step, dtype_name
@@ -67,3 +69,36 @@ def mask_of(reader: Reader, condition: fx.Node, labels: Labels, inverted: bool) 
 
 
 RULES = {"masked_fill": filled, "where": filled}
+
+EXAMPLES = (
+    Example(
+        lambda q, k, v, keep: (q @ k.mT).masked_fill(~keep, float("-inf")).softmax(-1) @ v,
+        "mask 0 else -inf bool[B, 1, 1, K]",
+    ),
+    Example(
+        lambda q, k, v, keep: torch.where(keep, q @ k.mT / 2, torch.finfo(torch.float32).min).softmax(-1) @ v,
+        "scale 0.5, mask 0 else -3.40282e+38 bool[B, 1, 1, K]",
+    ),
+    Example(
+        lambda q, k, v, keep: torch.where(~keep, torch.full((), -1e9), q @ k.mT).softmax(-1) @ v,
+        "mask 0 else -1e+09 bool[B, 1, 1, K]",
+    ),
+    Example(
+        lambda q, k, v: (q @ k.mT).masked_fill(torch.tril(torch.ones(16, 16)) == 0, float("-inf")).softmax(-1) @ v,
+        "causal else -inf",
+    ),
+    Example(
+        lambda q, k, v: torch.where(
+            torch.arange(16)[:, None] >= torch.arange(16)[None], q @ k.mT, float("-inf")
+        ).softmax(-1) @ v,
+        "causal else -inf",
+    ),
+    Example(
+        lambda q, k, v, keep: (q @ k.mT).div_(4.0).masked_fill_(~keep, -1e4).softmax(-1) @ v,
+        "scale 0.25, mask 0 else -10000 bool[B, 1, 1, K]",
+    ),
+)
+NEAR_MISSES = (
+    NearMiss(lambda q, k, v, added: torch.where(added > 0, q @ k.mT, added).softmax(-1) @ v, "where between two tensors"),
+    NearMiss(lambda q, k, v: (lambda s: s.masked_fill(s < 0, -1e9).softmax(-1) @ v)(q @ k.mT), "used elsewhere"),
+)

@@ -10,6 +10,7 @@ from torch import fx
 
 from attnfuse.passes.aten import arguments, constant, is_tensor, name_of
 from attnfuse.passes.capture import value_of
+from attnfuse.passes.idioms.example import Example, NearMiss
 from attnfuse.passes.labels import Labels
 from attnfuse.passes.read import Peeled, Reader
 from attnfuse.passes.site import Leaf
@@ -78,3 +79,18 @@ def _times(reader: Reader, other: fx.Node, labels: Labels, divides: bool) -> tup
 
 
 RULES = {"mul": score_factor, "div": score_factor, "neg": score_factor}
+
+EXAMPLES = (
+    Example(lambda q, k, v: (q @ k.mT * 0.25).softmax(-1) @ v, "scale 0.25"),
+    Example(lambda q, k, v: (q @ k.mT / math.sqrt(16)).softmax(-1) @ v, "scale 0.25"),
+    Example(lambda q, k, v: ((q * 0.25) @ k.mT).softmax(-1) @ v, "scale 0.25"),
+    Example(lambda q, k, v: ((q * 0.5) @ (k * 0.5).mT).softmax(-1) @ v, "scale 0.25"),
+    Example(lambda q, k, v: (q @ (k.mT / 4)).softmax(-1) @ v, "scale 0.25"),
+    Example(lambda q, k, v: (-(q @ k.mT)).softmax(-1) @ v, "scale -1"),
+    Example(lambda q, k, v: (q @ k.mT / torch.sqrt(torch.tensor(16.0))).softmax(-1) @ v, "scale 0.25"),
+    Example(lambda q, k, v, temperature: (q @ k.mT * temperature).softmax(-1) @ v, "times operand 0"),
+)
+NEAR_MISSES = (
+    NearMiss(lambda q, k, v: (lambda s: (s * s).softmax(-1) @ v)(q @ k.mT), "used elsewhere"),
+    NearMiss(lambda q, k, v: (q @ k.mT).div(4, rounding_mode="floor").softmax(-1) @ v, "rounding"),
+)

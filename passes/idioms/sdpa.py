@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import fx
 
 from attnfuse.mask import Causal
 from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, shape_of
 from attnfuse.passes.capture import value_of
+from attnfuse.passes.idioms.example import Example, NearMiss
 from attnfuse.passes.labels import Labels, is_one, known_equal
 from attnfuse.passes.read import Reader, Scores, _one_dtype, _read_factor, build_site, read_value
-from attnfuse.passes.site import Refusal, Site
+from attnfuse.passes.site import Leaf, Refusal, Site
 from attnfuse.spec import ReplaceFill, Scale, Step
 
 
@@ -40,16 +42,7 @@ def read(reader: Reader) -> Site | Refusal:
     k_leaf, k_scale = _read_factor(reader, k, (*key_batch, k_dim, d_dim), dtype)
     q_leaf, k_leaf = _one_dtype(q_leaf, k_leaf, dtype)
     v_leaf, factor = read_value(reader, v, (*value_batch, k_dim, e_dim), dtype)
-    given = args["scale"]
-    number: float | None
-    if given is None:
-        depth = shape_of(q)[-1]
-        number = 1.0 / math.sqrt(depth) if isinstance(depth, int) and depth > 0 else None
-    else:
-        number = constant(given)
-    if number is None:
-        return Refusal("the scale is not a constant", node)
-    steps: list[Step] = [Scale(number * q_scale * k_scale)]
+    steps: list[Step] = [_scale(reader, q, args["scale"]), Scale(q_scale * k_scale)]
     score_labels: Labels = (*batch, q_dim, k_dim)
     scores = Scores(node, q_leaf, k_leaf, q_dim, d_dim, score_labels, steps, {node})
     if args["is_causal"]:
@@ -61,6 +54,19 @@ def read(reader: Reader) -> Site | Refusal:
     return build_site(
         reader, scores, v_leaf, e_dim, node, out_labels, {node}, weight_steps, float(args["dropout_p"]), "zero"
     )
+
+
+def _scale(reader: Reader, q: fx.Node, given: object) -> Scale:
+    """The scale that was given, or 1 / sqrt(D)."""
+    depth = shape_of(q)[-1]
+    if given is None and not isinstance(depth, int):
+        return Scale(operand=reader.operand(Leaf(q, (), depth=True)))
+    if given is None:
+        return Scale(1.0 / math.sqrt(depth) if depth > 0 else 1.0)
+    number = constant(given)
+    if number is None:
+        return Scale(operand=reader.operand(Leaf(given, (), number=True)))  # type: ignore[arg-type]
+    return Scale(number)
 
 
 def _mask_steps(reader: Reader, mask: object, labels: Labels) -> list[Step]:
@@ -106,3 +112,15 @@ def _out_batch(reader: Reader, shapes: list[tuple[object, ...]], grouped: bool) 
         return None
     cut = [tuple(x[rank - len(s) :]) for x, s in zip((full_q, labels[1], labels[2]), shapes)]
     return cut[0], cut[1], cut[2]  # type: ignore[return-value]
+
+_attend = torch.nn.functional.scaled_dot_product_attention
+
+EXAMPLES = (
+    Example(lambda q, k, v: _attend(q, k, v), "scale 0.353553"),
+    Example(lambda q, k, v: _attend(q, k, v, is_causal=True, scale=0.5), "scale 0.5, causal else -inf"),
+    Example(lambda q, k, v, keep: _attend(q, k, v, keep), "scale 0.353553, mask 0 else -inf bool[B, 1, 1, K]"),
+    Example(lambda q, k, v, bias: _attend(q, k, v, bias), "scale 0.353553, bias 0 float32[1, H, Q, K]"),
+    Example(lambda q, kg, vg: _attend(q, kg, vg, enable_gqa=True), "scale 0.353553, GQA 2:1"),
+    Example(lambda q, k, v: _attend(q[0], k[0], v[0]), "scale 0.353553"),
+)
+NEAR_MISSES = (NearMiss(lambda q, k, v: _attend(q, k[:, :, :1], v[:, :, :1]), "single key"),)

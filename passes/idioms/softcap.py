@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import torch
 from torch import fx
 
 from attnfuse.passes.aten import arguments, constant, is_tensor, name_of
+from attnfuse.passes.idioms.example import Example, NearMiss
 from attnfuse.passes.labels import Labels
 from attnfuse.passes.read import Peeled, Reader
 from attnfuse.spec import Clamp, Tanh
@@ -34,3 +36,15 @@ def bounded(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled | 
 
 
 RULES = {"tanh": bounded, "clamp": bounded, "clamp_min": bounded, "clamp_max": bounded}
+
+EXAMPLES = (
+    Example(lambda q, k, v: (torch.tanh(q @ k.mT / 50) * 50).softmax(-1) @ v, "softcap 50"),
+    Example(lambda q, k, v: (q @ k.mT).tanh().softmax(-1) @ v, "tanh"),
+    Example(lambda q, k, v: (q @ k.mT).clamp(-5, 5).softmax(-1) @ v, "clamp [-5, 5]"),
+    Example(lambda q, k, v: (q @ k.mT).clamp_min(-5).softmax(-1) @ v, "clamp [-5, inf]"),
+)
+NEAR_MISSES = (
+    NearMiss(lambda q, k, v: (q @ k.mT).sigmoid().softmax(-1) @ v, "sigmoid on the scores is not read"),
+    NearMiss(lambda q, k, v: (q @ k.mT).relu().softmax(-1) @ v, "relu on the scores is not read"),
+    NearMiss(lambda q, k, v: (q @ k.mT).pow(2).softmax(-1) @ v, "pow on the scores is not read"),
+)

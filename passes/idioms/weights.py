@@ -11,6 +11,7 @@ from attnfuse.passes import contraction, views
 from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, name_of, shape_of
 from attnfuse.passes.capture import getitem_source, opaque, value_of
 from attnfuse.passes.idioms import fill, scale
+from attnfuse.passes.idioms.example import Example, NearMiss
 from attnfuse.passes.labels import Dim, Labels, insert, is_one, known_equal
 from attnfuse.passes.read import Reader, Scores, build_site, read_value
 from attnfuse.passes.site import Leaf, Refusal, Site
@@ -231,3 +232,24 @@ def _divided(
 
 
 __all__ = ["Leaf", "read"]
+
+EXAMPLES = (
+    Example(lambda q, k, v: (q @ k.mT).softmax(-1).to(v.dtype).contiguous() @ v, "plain"),
+    Example(lambda q, k, v: torch.nn.functional.dropout((q @ k.mT).softmax(-1), 0.0) @ v, "plain"),
+    Example(
+        lambda q, k, v, keep: (q @ k.mT).softmax(-1).masked_fill(~keep, 0.0) @ v,
+        "weights mask 0 else 0",
+    ),
+    Example(lambda q, k, v, temperature: ((q @ k.mT).softmax(-1) * temperature) @ v, "weights times operand 0"),
+    Example(lambda q, k, v: (q @ k.mT).softmax(-1).nan_to_num() @ v, "plain"),
+    Example(lambda q, k, v: (q @ k.mT).softmax(-1) @ (v * 2), "weights scale 2"),
+)
+NEAR_MISSES = (
+    NearMiss(lambda q, k, v: (lambda p: p @ v + p.sum())((q @ k.mT).softmax(-1)), "used more than once"),
+    NearMiss(lambda q, k, v: (q @ k.mT).softmax(-1).mT @ v, "not summed over the keys"),
+    NearMiss(lambda q, k, v: (q @ k.mT).softmax(-1).cumsum(-1) @ v, "cumsum on the weights is not read"),
+    NearMiss(lambda q, k, v: (q @ k.mT).softmax(-1).flip(-1) @ v, "flip on the weights is not read"),
+    NearMiss(lambda q, k, v: (q @ k.mT).softmax(-1).pow(2) @ v, "pow on the weights is not read"),
+    NearMiss(lambda q, k, v: torch.einsum("bhqk,bhld->bhqd", (q @ k.mT).softmax(-1), v), "sums over one tensor alone"),
+    NearMiss(lambda q, k, v: torch.baddbmm(v[0], (q @ k.mT).softmax(-1)[0], v[0]), "not read"),
+)

@@ -1,0 +1,38 @@
+"""Grouped-query attention: key heads repeated by expand, repeat_interleave or repeat, or broadcast in five dims.
+
+There is no rule of its own: `passes.views` drops the repeated index when it reads back through the repetition.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attnfuse.passes.idioms.example import Example, NearMiss
+
+
+def _repeat_kv(x: torch.Tensor) -> torch.Tensor:
+    b, h, n, d = x.shape
+    return x[:, :, None, :, :].expand(b, h, 2, n, d).reshape(b, h * 2, n, d)
+
+
+EXAMPLES = (
+    Example(lambda q, kg, vg: (q @ _repeat_kv(kg).mT).softmax(-1) @ _repeat_kv(vg), "GQA 2:1"),
+    Example(
+        lambda q, kg, vg: (q @ kg.repeat_interleave(2, 1).mT).softmax(-1) @ vg.repeat_interleave(2, dim=1), "GQA 2:1"
+    ),
+    Example(lambda q, kg, vg: (q @ kg.repeat(1, 2, 1, 1).mT).softmax(-1) @ vg.repeat(1, 2, 1, 1), "plain"),
+    Example(
+        lambda q, kg, vg: ((q.view(2, 2, 2, 16, 8) @ kg[:, :, None].mT).softmax(-1) @ vg[:, :, None]).flatten(1, 2),
+        "GQA 2:1",
+    ),
+    Example(
+        lambda q, kg, vg: torch.einsum(
+            "bhgqk,bhkd->bqhgd", torch.einsum("bhgqd,bhkd->bhgqk", q.view(2, 2, 2, 16, 8), kg).softmax(-1), vg
+        ),
+        "GQA 2:1",
+    ),
+    Example(lambda q, k1, v1: (q @ k1[:, None].mT).softmax(-1) @ v1[:, None], "GQA 4:1"),
+)
+NEAR_MISSES = (
+    NearMiss(lambda q, kg, vg: (q @ _repeat_kv(kg).mT).softmax(1) @ _repeat_kv(vg), "batch dim"),
+)

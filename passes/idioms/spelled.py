@@ -1,0 +1,40 @@
+"""Softmax spelled out: exp(s - max) / sum, with logsumexp, through log_softmax, divided after the product with v.
+
+The rules are in `passes.find`, which looks for them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attnfuse.passes.idioms.example import Example, NearMiss
+
+
+def _late(s: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    e = (s - s.max(-1, keepdim=True)[0]).exp()
+    return (e @ v) / e.sum(-1, keepdim=True)
+
+
+def _early(s: torch.Tensor, v: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    e = (s - s.amax(-1, keepdim=True)).exp()
+    return (e / e.sum(dim, keepdim=True)) @ v
+
+
+def _unshifted(s: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    e = s.exp()
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+EXAMPLES = (
+    Example(lambda q, k, v: _early(q @ k.mT, v), "plain"),
+    Example(lambda q, k, v: _late(q @ k.mT, v), "plain"),
+    Example(lambda q, k, v: _unshifted(q @ k.mT, v), "softmax unshifted"),
+    Example(lambda q, k, v: (q @ k.mT).log_softmax(-1).exp() @ v, "plain"),
+    Example(lambda q, k, v: (lambda s: (s - s.logsumexp(-1, keepdim=True)).exp() @ v)(q @ k.mT), "plain"),
+    Example(lambda q, k, v: (lambda s: (s - s.amax(-1, keepdim=True).detach()).softmax(-1) @ v)(q @ k.mT), "plain"),
+)
+NEAR_MISSES = (
+    NearMiss(lambda q, k, v: _early(q @ k.mT, v, dim=-2), "not summed over the keys"),
+    NearMiss(lambda q, k, v: (q @ k.mT).log_softmax(-1) @ v, None),
+    NearMiss(lambda q, k, v: (lambda e, f: (e / f.sum(-1, keepdim=True)) @ v)((q @ k.mT).exp(), (k @ q.mT).exp()), None),
+)

@@ -259,11 +259,19 @@ class _Writer:
         return node
 
     def _shape(self, sizes: Sequence[Any]) -> list[int | fx.Node]:
-        """Sizes for a view; one that is symbolic is left to be inferred."""
+        """Sizes for a view; one that no tensor has is left to be inferred."""
         symbolic = [i for i, s in enumerate(sizes) if not isinstance(s, int)]
         if len(symbolic) == 1:
             return [-1 if i in symbolic else s for i, s in enumerate(sizes)]
-        return [self.size(s) for s in sizes]
+        found: list[int | fx.Node] = []
+        for size in sizes:
+            try:
+                found.append(self.size(size))
+            except EmitError:
+                if -1 in found:
+                    raise
+                found.append(-1)
+        return found
 
     def shaped(self, out: fx.Node, dims: Labels, site: Site) -> fx.Node:
         """The op's out [*batch, Q, E] in the dims of the site's result."""

@@ -466,8 +466,12 @@ def _isolated(view: View, site: Site) -> Refusal | None:
             if user in view.live and user not in site.inside:
                 what = "a hook or opaque code" if user.target is opaque else name_of(user) or user.op
                 return Refusal(f"the {_role(site, node)} are used elsewhere ({what})", user)
+    leaves = (site.q, site.k, site.v, *site.operands)
+    for leaf in leaves:
+        if leaf.node in site.inside:
+            return Refusal("the scores or weights are used elsewhere (as an operand)", leaf.node)
     end = view.order[site.final]
-    for node in [*site.inside, *(leaf.node for leaf in (site.q, site.k, site.v, *site.operands))]:
+    for node in [*site.inside, *(leaf.node for leaf in leaves)]:
         value = value_of(node)
         if not isinstance(value, torch.Tensor):
             continue

@@ -69,11 +69,11 @@ def module_of(target: Callable[..., Any]) -> torch.nn.Module | None:
 
 
 def layer_of(parameter: str) -> str:
-    """The name of the module that owns a parameter; of an input, the input."""
+    """The name of the module that owns a parameter; '' for an input, since a function is one layer to its inputs."""
     for mark in (".", "_parameters_"):
         if mark in parameter:
             return parameter.rsplit(mark, 1)[0]
-    return parameter
+    return ""
 
 
 @dataclass

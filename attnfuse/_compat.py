@@ -7,11 +7,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental import proxy_tensor
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
+
+try:
+    import torch.utils._pytree as pytree
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.fx.experimental import proxy_tensor
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_innermost_proxy_mode, track_tensor_tree
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
+except ImportError as error:
+    raise ImportError(
+        f"attnfuse supports torch 2.11 to 2.15; torch {torch.__version__} is too different ({error}). "
+        "Install a supported torch, or attnfuse's release for this one."
+    ) from error
 
 __all__ = [
     "FakeTensor",
@@ -46,7 +54,7 @@ def trace(run: Callable[..., Any], args: list[Any], fake_mode: FakeTensorMode) -
 
 
 def _tracer() -> Any:
-    mode = proxy_tensor.get_innermost_proxy_mode()
+    mode = get_innermost_proxy_mode()
     if mode is None:
         raise RuntimeError("no trace is in progress")
     return mode.tracer
@@ -64,10 +72,11 @@ def traced_node(value: Any) -> fx.Node | None:
     if isinstance(value, torch.Tensor):
         if not proxy_tensor.has_proxy_slot(value, tracer):
             return None
-        slot = proxy_tensor.get_proxy_slot(value, tracer)
-        proxy = getattr(slot, "proxy", slot)
+        found: Any = proxy_tensor.get_proxy_slot(value, tracer)
+        proxy = getattr(found, "proxy", found)
     else:
-        slot = None if value.node.is_constant() else proxy_tensor.get_proxy_slot(value, tracer, None)
+        lookup: Any = proxy_tensor.get_proxy_slot
+        slot: Any = None if value.node.is_constant() else lookup(value, tracer, None)
         # symbolic numbers have something that makes the proxy on demand
         proxy = slot.force() if hasattr(slot, "force") else slot
     return proxy.node if isinstance(proxy, fx.Proxy) else None
@@ -77,12 +86,12 @@ def record_opaque(target: Callable[..., Any], args: tuple[Any, ...], value: Any)
     """Record target(*args) -> value in the trace in progress without running it; `value` holds fresh fake tensors."""
     tracer = _tracer()
     proxy = tracer.create_proxy("call_function", target, args, {})
-    return proxy_tensor.track_tensor_tree(value, proxy, constant=None, tracer=tracer)
+    return track_tensor_tree(value, proxy, constant=None, tracer=tracer)
 
 
 def no_proxies() -> contextlib.AbstractContextManager[Any]:
     """What runs inside is not recorded by the trace in progress."""
-    return proxy_tensor.disable_proxy_modes_tracing()
+    return disable_proxy_modes_tracing()
 
 
 def detect_fake_mode(values: list[Any]) -> FakeTensorMode | None:
@@ -97,7 +106,8 @@ def is_functorch_tensor(value: Any) -> bool:
 
 def alias_key(tensor: torch.Tensor) -> int:
     """Equal for tensors that share memory."""
-    return tensor.untyped_storage()._cdata
+    key: int = tensor.untyped_storage()._cdata
+    return key
 
 
 @contextlib.contextmanager
@@ -149,14 +159,15 @@ def compile_fx(gm: fx.GraphModule, example_inputs: Sequence[Any], config_patches
     """Inductor, as torch.compile calls it."""
     from torch._inductor.compile_fx import compile_fx as inductor
 
-    return inductor(gm, example_inputs, config_patches=config_patches)  # type: ignore[no-any-return]
+    compiled: Any = inductor(gm, example_inputs, config_patches=config_patches)
+    return compiled  # type: ignore[no-any-return]
 
 
 def aot_eager(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """AOTAutograd, with the resulting graphs run op by op."""
     from torch._dynamo.backends.registry import lookup_backend
 
-    return lookup_backend("aot_eager")(gm, example_inputs)
+    return lookup_backend("aot_eager")(gm, list(example_inputs))
 
 
 def _current_passes(name: str, patches: dict[str, Any]) -> list[Any]:

@@ -177,7 +177,8 @@ class _Recorder:
             value = _attribute(scope.module, str(node.target))
             return value if isinstance(value, fx.GraphModule) else self._opaque(node, (), {})
         if _is_checkpoint(node):
-            return self.run(Scope(args[0], scope, node), args[1:])
+            body: Any = args[0]
+            return self.run(Scope(body, scope, node), args[1:])
         if self._must_stay_opaque(node, args, kwargs):
             return self._opaque(node, args, kwargs)
         try:

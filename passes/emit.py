@@ -96,7 +96,7 @@ class Emitter:
                 del self.replaced[scope, site.final]
                 raise EmitError("the attention lies inside a call whose results cannot be taken apart")
         for user in list(owner.users):
-            part = new[user.args[1]]  # type: ignore[index]
+            part = new[user.args[1]]
             user.replace_all_uses_with(part)
             value = scope.values[user]
             if isinstance(value, fx.Node):
@@ -112,8 +112,8 @@ class Emitter:
             for node in reversed(list(scope.module.graph.nodes)):
                 if node.users or node.op in ("placeholder", "output"):
                     continue
-                made = owned.get((scope, node), [])
-                if node in scope.values and all(n in inside or _is_pure(n) for n in made) and _may_go(node, made):
+                parts = owned.get((scope, node), [])
+                if node in scope.values and all(n in inside or _is_pure(n) for n in parts) and _may_go(node, parts):
                     scope.module.graph.erase_node(node)
             if scope in self.touched:
                 scope.module.graph.lint()
@@ -212,7 +212,8 @@ class _Writer:
                 break
             example = node.meta.get("example_value")
             if isinstance(example, torch.SymInt) and known_equal(example, wanted):
-                return node
+                symbol: fx.Node = node
+                return symbol
             if isinstance(example, torch.Tensor) and not isinstance(example, torch.nn.Parameter):
                 for dim, size in enumerate(example.shape):
                     if not isinstance(size, int) and known_equal(size, wanted):

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import linecache
 import math
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -84,9 +83,10 @@ class Program:
         text = _HEADER + self.source
         filename = f"<program {hashlib.sha256(text.encode()).hexdigest()[:12]}>"
         linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
-        module = types.ModuleType("drawn_program")
-        exec(compile(text, filename, "exec"), vars(module))
-        return vars(module)["program"]  # type: ignore[no-any-return]
+        # without a __name__: Dynamo would look for a module of that name
+        scope: dict[str, Any] = {}
+        exec(compile(text, filename, "exec"), scope)
+        return scope["program"]  # type: ignore[no-any-return]
 
     def __call__(self, *args: torch.Tensor) -> Any:
         return self.function(*args)

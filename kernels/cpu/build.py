@@ -169,6 +169,8 @@ def _compile(command: list[str], path: Path) -> None:
                 raise BuildError(f"cannot run {command[0]}: {error}") from error
             if done.returncode == 0:
                 os.chmod(temporary, 0o700)
+                with open(temporary, "rb") as written:
+                    os.fsync(written.fileno())
                 os.replace(temporary, path)
                 return
             tail = "\n".join(done.stderr.strip().splitlines()[-15:])

@@ -11,7 +11,7 @@ from attnfuse.mask import Causal
 from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, shape_of
 from attnfuse.passes.capture import value_of
 from attnfuse.passes.idioms.example import Example, NearMiss
-from attnfuse.passes.labels import Labels, is_one, known_equal
+from attnfuse.passes.labels import Dim, Labels, is_one, known_equal
 from attnfuse.passes.read import Reader, Scores, _one_dtype, _read_factor, build_site, read_value
 from attnfuse.passes.site import Leaf, Refusal, Site
 from attnfuse.spec import ReplaceFill, Scale, Step
@@ -82,16 +82,16 @@ def _out_batch(reader: Reader, shapes: list[tuple[object, ...]], grouped: bool) 
     axes = reader.axes
     rank = max(len(s) for s in shapes)
     padded = [(1,) * (rank - len(s)) + s for s in shapes]
-    labels: list[list[tuple[object, ...]]] = [[], [], []]
+    labels: list[list[Dim]] = [[], [], []]
     for at, sizes in enumerate(zip(*padded)):
         if grouped and at == rank - 1 and not known_equal(sizes[0], sizes[1]):
             dim = axes.fresh(sizes[0])
-            found = []
+            found: list[Dim] = []
             for size in sizes[1:]:
                 if is_one(size):
                     found.append(())
                     continue
-                split = axes.regroup((dim,), (size, sizes[0] // size))  # type: ignore[operator]
+                split = axes.regroup((dim,), (size, sizes[0] // size))
                 if split is None:
                     return None
                 found.append(split[0])
@@ -111,7 +111,7 @@ def _out_batch(reader: Reader, shapes: list[tuple[object, ...]], grouped: bool) 
     if any(not d and e for d, e in zip(labels[0], labels[1])):
         return None
     cut = [tuple(x[rank - len(s) :]) for x, s in zip((full_q, labels[1], labels[2]), shapes)]
-    return cut[0], cut[1], cut[2]  # type: ignore[return-value]
+    return cut[0], cut[1], cut[2]
 
 _attend = torch.nn.functional.scaled_dot_product_attention
 

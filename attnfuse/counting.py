@@ -1,0 +1,88 @@
+"""How many attentions a call makes, counted without any of the passes: what a rewrite's own count is checked against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from attnfuse import _compat
+from attnfuse._compat_verify import OpOverload, TorchDispatchMode
+
+_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm"}
+_SOFTMAX = {"_softmax", "_safe_softmax"}
+_FUSED = {
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_attention_math",
+}
+# ops besides pointwise ones through which scores and weights are still scores and weights
+_MOVES = {
+    *("view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze"),
+    *("slice", "select", "split", "split_with_sizes", "unbind", "alias", "detach", "as_strided", "clone", "_to_copy"),
+    *("cat", "stack", "constant_pad_nd", "gather", "index", "tril", "triu", "roll", "native_dropout", "copy_"),
+}
+
+
+def count_attention(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int:
+    """The number of attentions in one eager call `function(*args, **kwargs)`, made without gradients.
+
+    An attention is a softmax whose input comes from a product of two activations, and whose output goes into another, with
+    nothing but pointwise ops, views, casts and moves between; or a call of scaled_dot_product_attention. A product with a
+    parameter is a linear layer, so that a router or a pooling layer does not count.
+    Dispatched ops are watched, not source code: spelling does not matter as long as it ends in aten's softmax.
+    """
+    module = function if isinstance(function, torch.nn.Module) else getattr(function, "__self__", None)
+    parameters = list(module.parameters()) if isinstance(module, torch.nn.Module) else []
+    with torch.no_grad(), _Counter(parameters) as counter:
+        function(*args, **kwargs)
+    return len(counter.counted) + counter.fused
+
+
+class _Counter(TorchDispatchMode):
+    """Follows scores (-1) and weights (the number of their softmax) from op to op."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        super().__init__()
+        self.marks: dict[int, frozenset[int]] = {}
+        self.weights = {id(p) for p in parameters}
+        # ids stay unique while the tensors live
+        self.alive: list[Any] = [*parameters]
+        self.counted: set[int] = set()
+        self.softmaxes = 0
+        self.fused = 0
+
+    def __torch_dispatch__(self, op: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = op(*args, **kwargs)
+        inputs = [x for x in _compat.pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        name = op.name().split("::")[1].split(".")[0]
+        made = self._marks_of(name, op, inputs)
+        own = name in _MOVES and bool(inputs) and all(id(x) in self.weights for x in inputs)
+        for out in _compat.pytree.tree_leaves(result):
+            if isinstance(out, torch.Tensor):
+                self.alive.append(out)
+                self.marks[id(out)] = made
+                if own:
+                    self.weights.add(id(out))
+        return result
+
+    def _marks_of(self, name: str, op: OpOverload, inputs: list[torch.Tensor]) -> frozenset[int]:
+        carried = frozenset().union(*(self.marks.get(id(x), frozenset()) for x in inputs))
+        if name in _FUSED:
+            self.fused += 1
+        elif name in _PRODUCTS:
+            factors = inputs[-2:]
+            if any(id(x) in self.weights for x in factors):
+                return frozenset()
+            self.counted |= {mark for x in factors for mark in self.marks.get(id(x), ()) if mark >= 0}
+            return frozenset({-1})
+        elif name in _SOFTMAX:
+            self.softmaxes += 1
+            return frozenset({self.softmaxes}) if -1 in carried else frozenset()
+        elif torch.Tag.pointwise in op.tags or name in _MOVES:
+            return carried
+        return frozenset()

@@ -1,0 +1,1 @@
+decoys=None

@@ -1,0 +1,82 @@
+"""Times of several contenders side by side: in turns, in one process, so that a busy machine slows all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+THREADS = 2
+
+#: Samples shorter than this say more about the clock and the scheduler than about the code.
+_SAMPLE_SECONDS = 0.004
+_LEAST_ROUNDS = 7
+_MOST_ROUNDS = 151
+
+
+@dataclass(frozen=True)
+class Timing:
+    """seconds   median time of one call
+    speedup      the base's time over this contender's, the median over rounds; low and high are its quartiles
+    rounds       samples taken of each contender
+    """
+
+    seconds: float
+    speedup: float
+    low: float
+    high: float
+    rounds: int
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], Any]], base: str, budget: float, least_rounds: int = _LEAST_ROUNDS
+) -> dict[str, Timing]:
+    """Time all contenders in rounds, each once a round, in an order that turns; speed-ups are against `base`.
+
+    budget: seconds for all of them together, exceeded where `least_rounds` rounds need more. A sample repeats a short
+    call until it takes some milliseconds.
+    Raises KeyError where `base` is no contender.
+    """
+    if base not in contenders:
+        raise KeyError(f"the base {base!r} is not among {', '.join(contenders)}")
+    names = list(contenders)
+    repeats = {}
+    seconds_a_round = 0.0
+    for name in names:
+        # the first call may compile or allocate
+        contenders[name]()
+        single = min(_sample(contenders[name], 1) for _ in range(2))
+        repeats[name] = max(1, round(_SAMPLE_SECONDS / max(single, 1e-7)))
+        seconds_a_round += repeats[name] * single
+    rounds = min(_MOST_ROUNDS, max(least_rounds, int(budget / max(seconds_a_round, 1e-6))))
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        start = number % len(names)
+        for name in names[start:] + names[:start]:
+            samples[name].append(_sample(contenders[name], repeats[name]))
+    return {name: _summary(samples[name], samples[base]) for name in names}
+
+
+def _sample(call: Callable[[], Any], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def _summary(own: list[float], base: list[float]) -> Timing:
+    ratios = [b / o for o, b in zip(own, base, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return Timing(statistics.median(own), middle, low, high, len(own))
+
+
+def copy_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with a code object of its own: Dynamo keeps what it compiled by code object, and would let the
+    entries of two backends stand in each other's way."""
+    assert isinstance(function, types.FunctionType)
+    return types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )

@@ -222,10 +222,15 @@ class Oracle:
     What calls mutate (buffers, caches, inputs) is mutated inside the block, as graphs that follow may read it, and put
     back at its end. Where a call leaves compiled code (a graph break), tensors pass to Python in their own dtype; their
     float64 counterpart is used where they come back. What Python itself computes from them is rounded.
+
+    beside: a Dynamo backend to compile the same graphs with. What `compile` returns runs in float64 inside the block and
+    as that backend made it outside of it, so that one capture serves both.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, beside: Callable[..., Any] | None = None) -> None:
         self.graphs = 0
+        self._beside = beside
+        self._running = False
         self._mode = Widening()
         self._pairs = _Pairs()
         self._leaves: list[tuple[str, torch.Tensor]] = []
@@ -234,9 +239,11 @@ class Oracle:
         self._hooked: set[int] = set()
 
     def __enter__(self) -> Oracle:
+        self._running = True
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._running = False
         with torch.no_grad():
             for source, before in reversed(self._undo):
                 source.copy_(before)
@@ -254,7 +261,11 @@ class Oracle:
 
     def run(self, fn: Callable[..., Any], *args: Any, dynamic: bool | None = None, **kwargs: Any) -> Any:
         """fn(*args, **kwargs) as it returns it, in its own dtypes; `exact` gives the float64 values."""
-        return compile_fresh(fn, self._backend, dynamic=dynamic)(*args, **kwargs)
+        return self.compile(fn, dynamic)(*args, **kwargs)
+
+    def compile(self, fn: Callable[..., Any], dynamic: bool | None = None) -> Callable[..., Any]:
+        """`fn` so that a call inside the block is a `run`, and one outside of it runs what `beside` compiled."""
+        return compile_fresh(fn, self._backend, dynamic=dynamic)
 
     def exact(self, tensor: torch.Tensor) -> torch.Tensor:
         """The float64 counterpart of a tensor that a call returned, took or mutated; integer ones keep their dtype."""
@@ -284,6 +295,18 @@ class Oracle:
         return result
 
     def _backend(self, gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        if self._beside is None:
+            return self._in_float64(gm)
+        # a backend may edit the graph that it is given
+        exact = self._in_float64(_copied(gm))
+        compiled = self._beside(gm, example_inputs)
+
+        def either(*inputs: Any) -> Any:
+            return exact(*inputs) if self._running else compiled(*inputs)
+
+        return either
+
+    def _in_float64(self, gm: fx.GraphModule) -> Callable[..., Any]:
         names = [n.target for n in gm.graph.nodes if n.op == "placeholder"]
         (output,) = (n for n in gm.graph.nodes if n.op == "output")
         dtypes = [_dtype_of(n) for n in output.args[0]]
@@ -352,6 +375,20 @@ class Oracle:
             self._hooked.add(id(counterpart))
             for hook in hooks_of(source):
                 counterpart.register_hook(hook)
+
+
+def _copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph module that shares everything but graphs, those of nested regions included."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(gm.graph, copies)
+    (output,) = (n for n in gm.graph.nodes if n.op == "output")
+    graph.output(result).meta = dict(output.meta)
+    twin = fx.GraphModule(gm, graph)
+    for name, child in gm.named_children():
+        if isinstance(child, fx.GraphModule):
+            setattr(twin, name, _copied(child))
+    return twin
 
 
 def _version(value: Any) -> int | None:

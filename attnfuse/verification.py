@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnfuse import _calls
-from attnfuse._compare import Check, compare
+from attnfuse._compare import Bar, Check, compare
 from attnfuse._compat_verify import original
 from attnfuse.reporting import Report, as_text, collecting, compile_fresh, merge, name_of
 from attnfuse.oracle import Oracle
@@ -107,19 +107,21 @@ def verify(
     target = original(model_or_function)
     module = _calls.module_of(target)
     call = _calls.Call(target, args, kwargs, grad=grad, module=module)
-    with torch.set_grad_enabled(grad):
-        exact, cotangents, leaves, graphs = _in_float64(call, seed, dynamic)
+    oracle = Oracle(beside=_backend(options))
+    with torch.set_grad_enabled(grad), collecting() as reports:
+        both = oracle.compile(target, dynamic)
+        exact, cotangents, leaves = _in_float64(call, oracle, both, seed)
         eager = _run(call, target, cotangents, leaves)
-        with collecting() as reports:
-            compiled = _run(call, compile_fresh(target, _backend(options), dynamic=dynamic), cotangents, leaves)
+        compiled = _run(call, both, cotangents, leaves)
     warnings = []
     if grad and not cotangents:
         warnings.append("no output requires grad: gradients were not compared")
     if not any(report.sites for report in reports):
         warnings.append("attnfuse found no attention in this call")
-    checks = [*_outputs(exact, eager, compiled), *_gradients(exact, eager, compiled)]
+    bar: Bar = "layer" if module is not None else _attention_bar(reports)
+    checks = [*_outputs(exact, eager, compiled), *_gradients(exact, eager, compiled, bar)]
     name = name_of(model_or_function)
-    return Verification(name, tuple(checks), merge(reports, name), graphs, tuple(warnings))
+    return Verification(name, tuple(checks), merge(reports, name), oracle.graphs, tuple(warnings))
 
 
 @dataclass
@@ -141,12 +143,12 @@ def _backend(options: Mapping[str, Any] | None) -> Callable[..., Any]:
 
 
 def _in_float64(
-    call: _calls.Call, seed: int, dynamic: bool | None
-) -> tuple[_Run, dict[str, torch.Tensor], dict[str, torch.Tensor], int]:
-    """The oracle's run, a cotangent by output name, the leaves that are no inputs by name, the number of graphs."""
+    call: _calls.Call, oracle: Oracle, fn: Callable[..., Any], seed: int
+) -> tuple[_Run, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The oracle's run, a cotangent by output name, and the leaves that are no inputs by name."""
     fresh = call.copy()
-    with call.state_kept(), Oracle() as oracle, _same_numbers():
-        outputs = _calls.named(oracle.run(call.target, *fresh.args, dynamic=dynamic, **fresh.kwargs))
+    with call.state_kept(), oracle, _same_numbers():
+        outputs = _calls.named(fn(*fresh.args, **fresh.kwargs))
         if oracle.random:
             raise ValueError(
                 f"{name_of(call.target)} draws random numbers ({', '.join(oracle.random)}), and eager and compiled code draw "
@@ -170,7 +172,7 @@ def _in_float64(
         wanted = {**fresh.differentiable, **leaves}
         found = oracle.gradients([run.outputs[n] for n in cotangents], list(wanted.values()), list(cotangents.values()))
         run.gradients = dict(zip(wanted, found, strict=True))
-    return run, cotangents, leaves, oracle.graphs
+    return run, cotangents, leaves
 
 
 def _closed_over(oracle: Oracle, fresh: _calls.Fresh) -> dict[str, torch.Tensor]:
@@ -222,7 +224,13 @@ def _outputs(exact: _Run, eager: _Run, compiled: _Run) -> Iterator[Check]:
             yield _missing(name, kind, runs[2][name], "is not among what the eager call returned or mutated")
 
 
-def _gradients(exact: _Run, eager: _Run, compiled: _Run) -> Iterator[Check]:
+def _attention_bar(reports: list[Report]) -> Bar:
+    """Of a function that is one attention: gradients may err more where a bias or dropout takes part."""
+    specs = [site.spec for report in reports for site in report.sites if site.spec is not None]
+    return "biased attention" if any(spec.operands or spec.dropout for spec in specs) else "attention"
+
+
+def _gradients(exact: _Run, eager: _Run, compiled: _Run, bar: Bar) -> Iterator[Check]:
     largest: dict[str, float] = {}
     for name, gradient in exact.gradients.items():
         if gradient is not None and gradient.numel():
@@ -235,7 +243,7 @@ def _gradients(exact: _Run, eager: _Run, compiled: _Run) -> Iterator[Check]:
             continue
         # no gradient and a gradient of zeros are the same to an optimiser's eyes
         reference, native, given = (torch.zeros_like(shaped) if p is None else p for p in parts)
-        yield compare(name, reference.double(), native, given, "gradient", largest.get(_calls.layer_of(name), 0.0))
+        yield compare(name, reference.double(), native, given, "gradient", largest.get(_calls.layer_of(name), 0.0), bar)
 
 
 def _missing(name: str, kind: Any, tensor: torch.Tensor, reason: str) -> Check:

@@ -115,3 +115,8 @@ def duration(seconds: float) -> str:
         if seconds * factor >= 1:
             return f"{seconds * factor:.3g} {unit}"
     return f"{seconds * 1e6:.3g} us"
+
+
+def listed(text: str) -> list[str]:
+    """The parts of a command's comma-separated option."""
+    return [part.strip() for part in text.split(",") if part.strip()]

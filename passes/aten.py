@@ -108,6 +108,8 @@ def constant(x: Any, depth: int = 8) -> float | None:
     name = name_of(x)
     if name in ("full", "full_like", "new_full"):
         return _rounded(constant(args["fill_value"], depth - 1), value.dtype)
+    if name == "scalar_tensor":
+        return _rounded(constant(args["s"], depth - 1), value.dtype)
     if name in ("zeros", "zeros_like", "new_zeros"):
         return 0.0
     if name in ("ones", "ones_like", "new_ones"):

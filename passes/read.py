@@ -463,7 +463,7 @@ def _isolated(view: View, site: Site) -> Refusal | None:
         if node is site.final:
             continue
         for user in node.users:
-            if user in view.live and user not in site.inside:
+            if user in view.live and user not in site.inside and not _takes_shape_only(view, user, node, site):
                 what = "a hook or opaque code" if user.target is opaque else name_of(user) or user.op
                 return Refusal(f"the {_role(site, node)} are used elsewhere ({what})", user)
     leaves = (site.q, site.k, site.v, *site.operands)
@@ -486,6 +486,14 @@ def _isolated(view: View, site: Site) -> Refusal | None:
     if is_mutating(site.final) and written(site.final):
         return Refusal("the result is written into an existing tensor", site.final)
     return None
+
+
+def _takes_shape_only(view: View, user: fx.Node, node: fx.Node, site: Site) -> bool:
+    """x.expand_as(node) for something that only the site uses: no value of `node` is read."""
+    target = getattr(user.target, "_schema", None)
+    if target is None or target.name not in ("aten::expand_as", "aten::view_as", "aten::reshape_as"):
+        return False
+    return user.args[0] is not node and all(u in site.inside or u not in view.live for u in user.users)
 
 
 def _role(site: Site, node: fx.Node) -> str:

@@ -81,6 +81,9 @@ def assert_close(got, oracle, eager, what, factor=2.0):
         return
     ours, theirs = (got.double() - oracle)[ok].abs(), (eager.double() - oracle)[ok].abs()
     assert ours.max() <= factor * theirs.max() + 1e-5, f"{what}: max {ours.max():.2e}, eager {theirs.max():.2e}"
+    if theirs.max() == 0:
+        # a softmax over one key: eager's differences cancel exactly
+        return
     mean = 10.0 if got.dtype == torch.float32 else 1.1
     assert ours.mean() <= mean * theirs.mean() + 1e-6, f"{what}: mean {ours.mean():.2e}, eager {theirs.mean():.2e}"
 
@@ -589,15 +592,11 @@ def test_an_unsafe_cache_directory_is_refused(fresh, kind, monkeypatch):
 
 
 def test_a_damaged_library_is_built_again(fresh):
-    assert cpu.available() is None
-    (library,) = (fresh / "cache").glob("*.so")
-    # a new file: this process still has the old one mapped
-    library.unlink()
+    library = build.cache_dir() / f"attention-{build._key([*build.compiler(), *build._FLAGS])}.so"
     library.write_bytes(b"not a library")
     library.chmod(0o700)
-    build.reset()
     assert cpu.available() is None
-    assert (fresh / "calls").read_text().count("x") == 2
+    assert (fresh / "calls").read_text().count("x") == 1
 
 
 def test_an_unwritable_cache_falls_back_to_a_private_directory(fresh, monkeypatch):

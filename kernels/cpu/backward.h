@@ -3,6 +3,8 @@
 
 #include "forward.h"
 
+constexpr i64 DELTA_ROWS = 8;
+
 struct BackwardItem {
   const Problem& p;
   Rows rows;
@@ -25,7 +27,8 @@ struct BackwardItem {
   i64 dq_floats() const { return q_tiles * qt * p.Dp; }
   void carve(Carver& c, float* outer_dq) {
     q = c.floats(q_tiles * qt * p.Dp);
-    dout = c.floats(q_tiles * qt * p.Ep);
+    // the last rows of a block of DELTA_ROWS may be read past the end
+    dout = c.floats(q_tiles * qt * p.Ep + DELTA_ROWS * NR);
     dq = outer_dq ? outer_dq : c.floats(dq_floats());
     m = c.floats(p.Q);
     inverse = c.floats(p.Q);
@@ -35,10 +38,10 @@ struct BackwardItem {
     v_cols = c.floats(KT * p.E);
     dk = c.floats(KT * p.Dp);
     dv = c.floats(KT * p.Ep);
-    s = c.floats(QT * LD);
+    s = c.floats(QT * LD > DELTA_ROWS * p.Ep ? QT * LD : DELTA_ROWS * p.Ep);
     g = c.floats(QT * LD);
     weight = c.floats(LD);
-    spare = c.floats(p.Ep > LD ? p.Ep : LD);
+    spare = c.floats(LD);
     full = reinterpret_cast<uint8_t*>(c.bytes(q_tiles));
     zero = reinterpret_cast<uint8_t*>(c.bytes(p.Q));
     rows.carve(c, true);
@@ -67,23 +70,30 @@ struct BackwardItem {
         // what forward went on to, or what is NaN on every key
         if (p.skips && !end.zero && (!(top > p.doubt) || end.divisor != end.divisor)) full[t] = true;
         if (p.skips && end.zero && p.doubt > -INF) full[t] = true;
-        vf total = splat(0.0f);
-        if (!p.nonlinear_weights) {
-          convert(p.out.dtype, at(p.out, index, row), p.out.col(), spare, p.E);
-          fill(spare, p.E, p.Ep, 0.0f);
-          for (i64 e = 0; e < p.Ep; e += NR) {
-            const float* x = d + e / NR * padded * NR + r * NR;
-            total += loadf(x) * loadf(spare + e) + loadf(x + VL) * loadf(spare + e + VL);
-          }
-        }
-        delta[row] = sum_of(total);
+        delta[row] = 0.0f;
       }
+      if (want_scores && !p.nonlinear_weights)
+        for (i64 r = 0; r < n; r += DELTA_ROWS) dot_rows(delta + q0, d, padded, q0, r, n - r < DELTA_ROWS ? n - r : DELTA_ROWS);
     }
     if (p.nonlinear_weights)
       for (i64 t = 0; t < k_tiles; ++t) {
         pack_tile(t);
         for (i64 u = 0; u < q_tiles; ++u) tile(t, u, true);
       }
+  }
+
+  // delta = sum of dout * out over e, one e after the other as in the tiles: where a row sees one key only, the gradient
+  // of its weight then cancels exactly, as it does in softmax's own.
+  void dot_rows(float* to, const float* d, i64 padded, i64 q0, i64 r, i64 count) {
+    float sum[DELTA_ROWS] = {};
+    for (i64 i = 0; i < count; ++i)
+      convert(p.out.dtype, at(p.out, index, q0 + r + i), p.out.col(), s + i * p.Ep, p.E);
+    for (i64 e = 0; e < p.E; ++e) {
+      const float* x = d + e / NR * padded * NR + r * NR + e % NR;
+#pragma GCC unroll 8
+      for (i64 i = 0; i < DELTA_ROWS; ++i) sum[i] += x[i * NR] * s[i * p.Ep + e];
+    }
+    for (i64 i = 0; i < count; ++i) to[r + i] = sum[i];
   }
 
   void pack_tile(i64 t) {

@@ -156,8 +156,9 @@ def _compile(command: list[str], path: Path) -> None:
     os.close(handle)
     try:
         tail = ""
+        # tuned for AMD, g++ splits the multiply-adds of a reduction, and sums that should cancel no longer do;
         # some compilers do not know -march=native
-        for extra in (["-march=native"], []):
+        for extra in (["-march=native", "-mtune=generic"], []):
             try:
                 done = subprocess.run(
                     [*command, *extra, str(_HERE / "attention.cpp"), "-o", temporary],

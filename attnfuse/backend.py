@@ -130,8 +130,10 @@ def _name(gm: fx.GraphModule) -> str:
 
 
 def _may_hold_attention(gm: fx.GraphModule) -> bool:
-    """Whether it is worth looking: a graph of fewer than three nodes cannot hold two products and a softmax."""
-    return len(gm.graph.nodes) >= 3
+    """Whether it is worth looking: some call must hold an exponential."""
+    modules = [m for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    names = (str(getattr(n.target, "__name__", n.target)) for m in modules for n in m.graph.nodes)
+    return any(part in name for name in names for part in ("softmax", "exp", "attention", "forward", "encoder"))
 
 
 def _read_all(view: View) -> list[Site | Refusal]:

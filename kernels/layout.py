@@ -21,7 +21,7 @@ def batch_shape(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
 def allocate(
     spec: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, operands: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Uninitialised out [*batch, Q, E] of spec.out_dtype laid out by spec.out_order, and stats float32 [2, *batch, Q]."""
+    """Uninitialised out [*batch, Q, E], of spec.out_dtype and in spec.out_order, and stats float32 [2, *batch, Q]."""
     shape = (*batch_shape((q, k, v, *operands)), q.shape[-2], v.shape[-1])
     out = q.new_empty([shape[d] for d in spec.out_order], dtype=dtype_of(spec.out_dtype))
     inverse = [spec.out_order.index(d) for d in range(len(shape))]

@@ -115,22 +115,47 @@ _LENGTHS = (2, 3, 4, 5, 8, 16, 17)
 
 
 @st.composite
-def plans(draw: st.DrawFn, simple: bool = False) -> Plan:
-    """A `Plan`, small. simple: [B, H, L, D] with as many key heads as query heads, in float32, as decoys are made from."""
-    dtype = torch.float32 if simple else draw(st.sampled_from((torch.float32, torch.float32, torch.bfloat16, torch.float16)))
-    layout = "bhld" if simple else draw(st.sampled_from(LAYOUTS))
+def plans(draw: st.DrawFn) -> Plan:
+    """A `Plan` with small sizes, in which often several are equal: a wrong transpose then goes unnoticed."""
+    dtype = draw(st.sampled_from((torch.float32, torch.float32, torch.bfloat16, torch.float16)))
+    layout = draw(st.sampled_from(LAYOUTS))
     B, Hkv = draw(st.integers(1, 2)), draw(st.sampled_from((1, 2, 3, 4)))
-    group = draw(st.sampled_from((1, 1, 2, 4))) if layout in ("bhld", "blhd", "blc") and not simple else 1
+    group = draw(st.sampled_from((1, 1, 2, 4))) if layout in ("bhld", "blhd", "blc") else 1
     B, Hkv = (1 if layout in ("flat", "single") else B), (1 if layout == "single" else Hkv)
-    H = Hkv * group
     Q = draw(st.sampled_from(_LENGTHS))
     K = Q if layout in _SELF or draw(st.booleans()) else draw(st.sampled_from(_LENGTHS))
     D = draw(st.sampled_from((1, 2, 4, 8, 16)))
-    # in square shapes a wrong transpose goes unnoticed
     D = K if draw(st.integers(0, 3)) == 0 else D
     E = D if layout in _SELF or draw(st.booleans()) else draw(st.sampled_from((1, 4, 8)))
     scale = draw(st.sampled_from((D**-0.5, 1.0, 0.125, 0.3)))
-    plan = Plan(B, H, Hkv, Q, K, D, E, dtype, layout, scale)
+    return _scored(draw, Plan(B, Hkv * group, Hkv, Q, K, D, E, dtype, layout, scale))
+
+
+@st.composite
+def square_plans(draw: st.DrawFn, equal: str = "", least: str = "") -> Plan:
+    """A `Plan` for decoys: [B, H, L, D] in float32, as many key heads as query heads.
+
+    equal: names of sizes that are the same, such as 'QK'. least: names of sizes that are 2 at the least.
+    """
+    sizes = {
+        "B": draw(st.integers(1, 2)),
+        "H": draw(st.sampled_from((1, 2, 3))),
+        "Q": draw(st.sampled_from(_LENGTHS)),
+        "K": draw(st.sampled_from(_LENGTHS)),
+        "D": draw(st.sampled_from((2, 4, 8))),
+    }
+    sizes["E"] = draw(st.sampled_from((sizes["D"], 4)))
+    sizes |= {name: 2 for name in least if sizes[name] < 2}
+    if draw(st.booleans()):
+        sizes["K"] = sizes["Q"]
+    sizes |= {name: sizes[equal[-1]] for name in equal}
+    B, H, Q, K, D, E = (sizes[name] for name in "BHQKDE")
+    scale = draw(st.sampled_from((D**-0.5, 1.0, 0.125, 0.3)))
+    return _scored(draw, Plan(B, H, H, Q, K, D, E, torch.float32, "bhld", scale))
+
+
+def _scored(draw: st.DrawFn, plan: Plan) -> Plan:
+    """With softcap, bias and mask, or without."""
     if draw(st.integers(0, 4)) == 0:
         plan = replace(plan, softcap=draw(st.sampled_from((5.0, 30.0))))
     if draw(st.integers(0, 3)) == 0:

@@ -1,7 +1,8 @@
 """Fused attention on the CPU: one C++ source that interprets a spec's steps on cache-sized score tiles.
 
 Memory is linear in Q + K. Everything is computed in float32 whatever the inputs are.
-Source: Dao 2023, arXiv:2307.08691 (tiling and recomputation); Milakov and Gimelshein 2018, arXiv:1805.02867 (online softmax).
+Source: Dao 2023, arXiv:2307.08691 (tiling, recomputation);
+Milakov and Gimelshein 2018, arXiv:1805.02867 (online softmax).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def forward(
     """out [*batch, Q, E] of spec.out_dtype in spec.out_order; stats float32 [2, *batch, Q].
 
     q [*batch, Q, D], k [*batch, K, D], v [*batch, K, E] in float32, bfloat16 or float16; operands [*batch, Q, K]; any
-    strides. seed int64 with one element, needed with dropout. stats are the row maximum m and the row sum of exp(s - m).
+    strides. seed int64 with one element, needed with dropout. stats: the row maximum m and the row sum of exp(s - m).
     Raises BuildError if the kernels cannot be built, ValueError for tensors that do not fit the spec, MemoryError.
     """
     library = load()
@@ -71,8 +72,8 @@ def backward(
 ) -> list[torch.Tensor | None]:
     """Gradients of q, k, v and the operands where `needs` asks for them, each with its input's shape and dtype.
 
-    out and stats are what forward returned for the same inputs; dout has out's shape and any strides. The same bits come
-    out on every run with the same number of threads. Raises as forward does.
+    out and stats are what forward returned for the same inputs; dout has out's shape and any strides. The same bits
+    come out on every run with the same number of threads. Raises as forward does.
     """
     library = load()
     plan = plan_of(spec)

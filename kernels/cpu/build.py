@@ -1,12 +1,13 @@
 """Compiles the C++ source once per machine and loads it.
 
-The library is kept in a directory only its owner can write ($ATTNFUSE_CACHE_DIR, else the user's cache directory) under a
-name made from the source, the compiler, the flags and the processor. It is text and machine code; nothing is unpickled.
+The library is kept in a directory only its owner can write ($ATTNFUSE_CACHE_DIR, else the user's cache directory) under
+a name made from the source, the compiler, the flags and the processor. Nothing there is unpickled.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -25,7 +26,13 @@ import torch
 
 _SOURCES = ("attention.cpp", "backward.h", "decode.h", "forward.h", "gemm.h", "problem.h", "rows.h", "simd.h")
 # no -ffast-math: NaN and infinities mean something here
-_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", "-fPIC", "-shared", "-pthread")
+_FLAGS = (
+    *("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno"),
+    *("-fvisibility=hidden", "-fPIC", "-shared", "-pthread"),
+)
+# Tuned for AMD, g++ splits the multiply-adds of a sum, and what should cancel exactly no longer does. Compilers that
+# know neither flag get the second choice.
+_TARGETS = (("-march=native", "-mtune=generic"), ())
 _HERE = Path(__file__).parent
 _LOCK_SECONDS = 300.0
 
@@ -100,10 +107,8 @@ def cache_dir() -> Path:
     """
     path = Path(os.environ.get("ATTNFUSE_CACHE_DIR") or platformdirs.user_cache_dir("attnfuse"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
-    except FileExistsError:
-        pass
     _refuse_unsafe(path, stat.S_ISDIR, "directory")
     return path
 
@@ -156,9 +161,7 @@ def _compile(command: list[str], path: Path) -> None:
     os.close(handle)
     try:
         tail = ""
-        # tuned for AMD, g++ splits the multiply-adds of a reduction, and sums that should cancel no longer do;
-        # some compilers do not know -march=native
-        for extra in (["-march=native", "-mtune=generic"], []):
+        for extra in _TARGETS:
             try:
                 done = subprocess.run(
                     [*command, *extra, str(_HERE / "attention.cpp"), "-o", temporary],
@@ -189,7 +192,9 @@ def _key(command: list[str]) -> str:
     binary = os.path.realpath(command[0])
     info = os.stat(binary)
     # size and time stand for the compiler's version, without starting it
-    digest.update(repr((command, binary, info.st_size, info.st_mtime_ns, platform.machine(), _processor())).encode())
+    digest.update(
+        repr((command, _TARGETS, binary, info.st_size, info.st_mtime_ns, platform.machine(), _processor())).encode()
+    )
     return digest.hexdigest()[:32]
 
 

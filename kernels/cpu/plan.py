@@ -10,7 +10,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -47,6 +47,7 @@ _DTYPES = {
     torch.int8: 7,
     torch.int16: 8,
 }
+_T = TypeVar("_T")
 _HIDDEN = {"nan": 0, "zero": 1, "nan_to_zero": 2}
 _PLAN = struct.Struct("=6qd5q")
 _STEP = struct.Struct("=4q2d")
@@ -77,7 +78,7 @@ class Target(NamedTuple):
 
 @dataclass(slots=True)
 class Reverse:
-    """One backward call's layout; targets are for q, k, v and the operands. The words are filled in by the first call."""
+    """One backward call's layout; targets are for q, k, v and the operands. The first call fills in the words."""
 
     targets: tuple[Target, ...]
     batch: tuple[int, ...]
@@ -98,9 +99,8 @@ class Plan:
         self.out = _kernel_float(spec.out_dtype, "out")
         self.operands = tuple(_known(dtype_of(o.dtype)) for o in spec.operands)
         if len(spec.batch) > BATCH or len(self.operands) > MAX_OPERANDS:
-            raise ValueError(
-                f"at most {BATCH} batch dims and {MAX_OPERANDS} operands; got {len(spec.batch)} and {len(self.operands)}"
-            )
+            given = f"{len(spec.batch)} and {len(self.operands)}"
+            raise ValueError(f"at most {BATCH} batch dims and {MAX_OPERANDS} operands; got {given}")
         self.words = self._encode()
         self.forward: dict[object, Words] = {}
         self.backward: dict[object, Reverse] = {}
@@ -139,17 +139,23 @@ class Plan:
         rank = len(self.spec.batch) + 2
         tensors = (q, k, v, *operands)
         if any(t.dim() != rank or t.device.type != "cpu" for t in tensors):
-            raise ValueError(f"CPU tensors of {rank} dims are needed; got {[(t.device.type, t.shape) for t in tensors]}")
+            raise ValueError(
+                f"CPU tensors of {rank} dims are needed; got {[(t.device.type, t.dim()) for t in tensors]}"
+            )
         batch = layout.batch_shape(tensors)
         fits = all(t.shape[d] in (1, batch[d]) for t in tensors for d in range(rank - 2))
         fits = fits and q.shape[-1] == k.shape[-1] and k.shape[-2] == v.shape[-2]
         for o in operands:
             fits = fits and o.shape[-2] in (1, q.shape[-2]) and o.shape[-1] in (1, k.shape[-2])
         if not fits:
-            raise ValueError(f"shapes do not fit as [*batch, Q, D], [*batch, K, D], [*batch, K, E], [*batch, Q, K]: "
-                             f"{[tuple(t.shape) for t in tensors]}")
+            raise ValueError(
+                f"shapes do not fit as [*batch, Q, D], [*batch, K, D], [*batch, K, E] and operands [*batch, Q, K]: "
+                f"{[tuple(t.shape) for t in tensors]}"
+            )
 
-    def lay_out(self, key: object, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, operands: Sequence[torch.Tensor]) -> Words:
+    def lay_out(
+        self, key: object, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, operands: Sequence[torch.Tensor]
+    ) -> Words:
         """The forward layout of these tensors, kept under `key`."""
         self.check(q, k, v, operands)
         batch = layout.batch_shape((q, k, v, *operands))
@@ -268,7 +274,7 @@ def _from(shape: Sequence[int], stride: Sequence[int], masked: bool = False) -> 
     return list(itertools.chain([0] * (BATCH + 2 - len(own)), own))
 
 
-def _keep(kept: dict, key: object, made):  # type: ignore[no-untyped-def, type-arg]
+def _keep(kept: dict[object, _T], key: object, made: _T) -> _T:
     if len(kept) >= _MAX_LAYOUTS:
         kept.clear()
     kept[key] = made

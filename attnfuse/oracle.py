@@ -153,7 +153,9 @@ def _is_attention(target: Any) -> bool:
     )
 
 
-def _attend(q: Any, k: Any, v: Any, operands: Any, seed: Any, spec: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _attend(
+    q: Any, k: Any, v: Any, operands: Any, seed: Any, spec: str, kernel: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The op's own meaning, with the dropout mask that its seed gives."""
     from attnfuse.kernels import reference
     from attnfuse.spec import Attention

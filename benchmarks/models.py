@@ -125,7 +125,7 @@ def measure(case: Case, budget: float, kernel: str | None) -> Row:
                 raise ArithmeticError(f"{case}: {name} is off by {error:.2g} of the largest value, against eager")
         del expected
         contenders[_CONTROL] = contenders[_BASE]
-        timings = interleaved(contenders, _BASE, budget, least_rounds=5)
+        timings = interleaved(contenders, _BASE, budget)
     reports = attnfuse.reports()
     return {
         "case": asdict(case),

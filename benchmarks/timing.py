@@ -15,6 +15,9 @@ THREADS = 2
 _SAMPLE_SECONDS = 0.004
 _LEAST_ROUNDS = 7
 _MOST_ROUNDS = 151
+#: Calls this long are not kept waiting for many rounds, nor for a second try.
+_LONG_SECONDS = 1.0
+_LEAST_LONG_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,11 @@ class Timing:
     rounds: int
 
 
-def interleaved(
-    contenders: Mapping[str, Callable[[], Any]], base: str, budget: float, least_rounds: int = _LEAST_ROUNDS
-) -> dict[str, Timing]:
+def interleaved(contenders: Mapping[str, Callable[[], Any]], base: str, budget: float) -> dict[str, Timing]:
     """Time all contenders in rounds, each once a round, in an order that turns; speed-ups are against `base`.
 
-    budget: seconds for all of them together, exceeded where `least_rounds` rounds need more. A sample repeats a short
-    call until it takes some milliseconds.
+    budget: seconds for all of them together, exceeded where the least number of rounds needs more: 7, or 3 where a round
+    takes seconds. A sample repeats a short call until it takes some milliseconds. Call each contender once before.
     Raises KeyError where `base` is no contender.
     """
     if base not in contenders:
@@ -46,12 +47,13 @@ def interleaved(
     repeats = {}
     seconds_a_round = 0.0
     for name in names:
-        # the first call may compile or allocate
-        contenders[name]()
-        single = min(_sample(contenders[name], 1) for _ in range(2))
+        single = _sample(contenders[name], 1)
+        if single < _LONG_SECONDS:
+            single = min(single, _sample(contenders[name], 1))
         repeats[name] = max(1, round(_SAMPLE_SECONDS / max(single, 1e-7)))
         seconds_a_round += repeats[name] * single
-    rounds = min(_MOST_ROUNDS, max(least_rounds, int(budget / max(seconds_a_round, 1e-6))))
+    least = _LEAST_ROUNDS if seconds_a_round < len(names) * _LONG_SECONDS else _LEAST_LONG_ROUNDS
+    rounds = min(_MOST_ROUNDS, max(least, int(budget / max(seconds_a_round, 1e-6))))
     samples: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
         start = number % len(names)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnfuse.passes.capture import value_of
+from attnfuse.passes.capture import is_stale, value_of
 
 _ALIASES = {
     "multiply": "mul",
@@ -92,7 +92,7 @@ def constant(x: Any, depth: int = 8) -> float | None:
     """The number that `x` is wherever it is used: a Python number, or a tensor all of whose elements are one number."""
     if isinstance(x, (bool, int, float)):
         return float(x)
-    if not isinstance(x, fx.Node) or depth == 0:
+    if not isinstance(x, fx.Node) or depth == 0 or is_stale(x):
         return None
     value = value_of(x)
     if isinstance(value, (int, float)):

@@ -294,7 +294,26 @@ def _rename_written(view: View) -> None:
                 later = [u for u in target.users if order[u] > order[node]]
                 for user in later:
                     user.replace_input_with(target, node)
-                    user.meta.setdefault("renamed", {})[node] = target
+    _mark_stale(view, order)
+
+
+def _mark_stale(view: View, order: dict[fx.Node, int]) -> None:
+    """Mark nodes that are read after their memory was written through another name: what made them says nothing then."""
+    aliases: dict[int, list[fx.Node]] = {}
+    for node in order:
+        value = value_of(node)
+        if isinstance(value, torch.Tensor) and _compat.alias_key(value) in view.writes:
+            aliases.setdefault(_compat.alias_key(value), []).append(node)
+    for key, nodes in aliases.items():
+        for node in nodes:
+            last = max((order[u] for u in node.users), default=-1)
+            if any(order[node] < order[w] < last for w in view.writes[key]):
+                node.meta["stale"] = True
+
+
+def is_stale(node: fx.Node) -> bool:
+    """Whether the node's value may differ from what its op gave, at some place where it is read."""
+    return "stale" in node.meta
 
 
 def _mark_live(view: View) -> None:

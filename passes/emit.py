@@ -192,6 +192,8 @@ class _Writer:
             raise EmitError("a value the attention needs is not available where its result is made")
         if not _is_pure(made):
             raise EmitError("a value the attention needs comes from code that cannot be repeated")
+        if self._overwritten_since(made):
+            raise EmitError("a value the attention needs was made from memory that is written before the result")
         self.depth += 1
         if self.depth > 200:
             raise EmitError("the attention is too deep inside one call")
@@ -199,6 +201,18 @@ class _Writer:
         kwargs = fx.node.map_arg(made.kwargs, self.node_for)
         self.made[made] = self.call(made.target, tuple(args), dict(kwargs))  # type: ignore[arg-type]
         return self.made[made]
+
+    def _overwritten_since(self, made: fx.Node) -> bool:
+        """Whether repeating `made` where the op stands would read other values than it did."""
+        view = self.emitter.view
+        now = max((view.order[n] for n, o in view.origin.items() if o.node is self.owner), default=0)
+        for source in made.all_input_nodes:
+            value = value_of(source)
+            if isinstance(value, torch.Tensor):
+                writers = view.writes.get(alias_key(value), ())
+                if any(view.order[made] < view.order[w] < now for w in writers):
+                    return True
+        return False
 
     def size(self, wanted: Any) -> int | fx.Node:
         """A size as an argument: a number, or a node that gives it."""

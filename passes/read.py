@@ -14,7 +14,7 @@ from torch import fx
 from attnfuse._compat import alias_key
 from attnfuse.passes import contraction, views
 from attnfuse.passes.aten import dtype_of, is_tensor, name_of, shape_of
-from attnfuse.passes.capture import View, is_mutating, opaque, value_of, written
+from attnfuse.passes.capture import View, getitem_source, is_mutating, is_stale, opaque, value_of, written
 from attnfuse.passes.find import Anchor, looks_like_attention
 from attnfuse.passes.labels import Atom, Axes, Dim, Labels, is_one, known_equal
 from attnfuse.passes.site import Leaf, Refusal, Site
@@ -100,7 +100,12 @@ class Reader:
         return best
 
     def passable(self, node: fx.Node) -> bool:
-        """Whether reading past `node` keeps gradients as they are: an op under no_grad stops them."""
+        """Whether a side tensor may be read past `node`.
+
+        Not past an op under no_grad, which stops gradients, nor past one that writes in place, which has happened by then.
+        """
+        if is_mutating(node) or is_stale(node):
+            return False
         return self.view.grad.get(node, True) or not self.view.grad.get(self.anchor.weights, True)
 
     def whole(self) -> bool:
@@ -148,7 +153,9 @@ def read_scores(reader: Reader, node: fx.Node, labels: Labels) -> Scores | Refus
     reader.budget -= 1
     if reader.budget < 0:
         return Refusal("the score path is too long", node)
-    if node.target is opaque:
+    if is_stale(node):
+        return Refusal("the scores are written in place through a view, which is used elsewhere", node)
+    if node.target is opaque or getitem_source(node) is not None:
         return Refusal("the scores pass through code that cannot be viewed (autograd.Function, hook or functorch)", node)
     product = contraction.parse(node)
     if isinstance(product, str):
@@ -470,22 +477,52 @@ def _isolated(view: View, site: Site) -> Refusal | None:
     for leaf in leaves:
         if leaf.node in site.inside:
             return Refusal("the scores or weights are used elsewhere (as an operand)", leaf.node)
-    end = view.order[site.final]
-    for node in [*site.inside, *(leaf.node for leaf in leaves)]:
-        value = value_of(node)
-        if not isinstance(value, torch.Tensor):
-            continue
-        for writer in view.writes.get(alias_key(value), ()):
-            if view.order[node] < view.order[writer] < end and writer not in site.inside:
-                return Refusal("a tensor of the attention is written in place before it is done", writer)
-            if writer in site.inside and node not in site.inside and view.order[node] < view.order[writer]:
-                return Refusal("the scores share memory with a tensor the attention reads", writer)
+    problem = _overwritten(view, site)
+    if problem is not None:
+        return problem
     grad = view.grad.get(site.final, True)
     if any(view.grad.get(n, True) != grad for n in site.inside):
         return Refusal("part of the attention is computed without gradients", site.final)
     if is_mutating(site.final) and written(site.final):
         return Refusal("the result is written into an existing tensor", site.final)
     return None
+
+
+def _overwritten(view: View, site: Site) -> Refusal | None:
+    """Something the attention works on, or reads, is written in place before the op would run, but after it was read."""
+    end = view.order[site.final]
+    for node in site.inside:
+        for writer in _writers(view, node):
+            if view.order[node] < view.order[writer] < end and writer not in site.inside:
+                return Refusal("the scores or weights are written in place before they are used", writer)
+    for leaf in (site.q, site.k, site.v, *site.operands):
+        first = _first_read(view, leaf.node, site)
+        for writer in _writers(view, leaf.node):
+            if first <= view.order[writer] < end:
+                return Refusal("a tensor of the attention is written in place before it is done", writer)
+    return None
+
+
+def _writers(view: View, node: fx.Node) -> list[fx.Node]:
+    value = value_of(node)
+    return view.writes.get(alias_key(value), []) if isinstance(value, torch.Tensor) else []
+
+
+def _first_read(view: View, node: fx.Node, site: Site) -> int:
+    """The place of the first op through which the site reads `node`."""
+    end = view.order[site.final]
+    first = end
+    for user in node.users:
+        stack, seen = [user], set()
+        while stack:
+            at = stack.pop()
+            if at in site.inside:
+                first = min(first, view.order[user])
+                break
+            if at not in seen and view.order[at] < end:
+                seen.add(at)
+                stack.extend(at.users)
+    return first
 
 
 def _takes_shape_only(view: View, user: fx.Node, node: fx.Node, site: Site) -> bool:

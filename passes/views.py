@@ -9,7 +9,7 @@ from torch import fx
 
 from attnfuse._compat import alias_key
 from attnfuse.passes.aten import arguments, dtype_of, is_tensor, name_of, shape_of
-from attnfuse.passes.capture import value_of
+from attnfuse.passes.capture import is_stale, value_of
 from attnfuse.passes.labels import Axes, Labels, is_one, known_equal
 
 _COPIES = {"contiguous", "clone", "alias", "lift_fresh", "lift_fresh_copy"}
@@ -54,7 +54,7 @@ def is_identity(node: fx.Node) -> bool:
 
 def back(axes: Axes, node: fx.Node, labels: Labels) -> Step | None:
     """From the labels of a view's result to those of its input; None if `node` is not such an op."""
-    if not node.args or not is_tensor(node.args[0]):
+    if not node.args or not is_tensor(node.args[0]) or is_stale(node):
         return None
     source: fx.Node = node.args[0]  # type: ignore[assignment]
     name = name_of(node)

@@ -88,7 +88,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     _m("abs of the scores", "scores", "s = s.abs()", masked=False),
     _m("scores clamped", "scores", "s = s.clamp(-0.5, 0.5)"),
     _m("scores rounded", "scores", "s = torch.round(s * 2.0) / 2.0"),
-    _m("top-k of the scores", "scores", "top = s.topk(max(1, {K} // 2), dim=-1).values[..., -1:]\ns = s.masked_fill(s < top, float('-inf'))"),
+    _m("top-k of the scores", "scores", "top = s.topk(max(1, {K} // 2), dim=-1).values[..., -1:]\ns = s.masked_fill(s < top, float('-inf'))", masked=False),
     _m("scores cumulated", "scores", "s = s.cumsum(-1)", masked=False),
     _m("scores sorted", "scores", "s = s.sort(dim=-1).values", masked=False),
     _m("scores rolled over the keys", "scores", "s = s.roll(1, -1)"),

@@ -179,4 +179,4 @@ def _masked(draw: st.DrawFn, plan: Plan) -> Plan:
     smallest = torch.finfo(plan.dtype).min
     fills = [-math.inf, smallest, -1e4] + ([-1e9] if plan.dtype != torch.float16 else [])
     fill = draw(st.sampled_from(fills))
-    return replace(plan, mask=draw(st.sampled_from(kinds)), fill=fill, width=draw(st.integers(0, 3)))
+    return replace(plan, mask=draw(st.sampled_from(kinds)), fill=fill, width=draw(st.integers(1, 3)))

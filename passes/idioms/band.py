@@ -10,7 +10,7 @@ from torch import fx
 from attnfuse.mask import Causal
 from attnfuse.passes import views
 from attnfuse.passes.aten import arguments, constant, is_tensor, name_of
-from attnfuse.passes.capture import value_of
+from attnfuse.passes.capture import is_stale, value_of
 from attnfuse.passes.labels import Labels
 from attnfuse.passes.read import Reader
 
@@ -34,7 +34,7 @@ _POINTWISE = _COMPARE | {"logical_not", "bitwise_not", "to", "mul", "add", "sub"
 
 def band_of(reader: Reader, node: fx.Node, labels: Labels, depth: int = 10) -> Band | None:
     """The band that a node with `labels` is, if it runs over exactly the queries and the keys."""
-    if depth == 0 or not is_tensor(node):
+    if depth == 0 or not is_tensor(node) or is_stale(node):
         return None
     axes = reader.axes
     q_dim, k_dim = _rows(reader), axes.atoms(reader.k_dim)
@@ -120,7 +120,7 @@ def _line(reader: Reader, node: fx.Node, labels: Labels, depth: int = 8) -> tupl
     """('q' or 'k', offset) if node is the index of a query or key plus a number."""
     flat = tuple(a for dim in reader.axes.resolve(labels) for a in dim)
     which = {_rows(reader): "q", reader.axes.atoms(reader.k_dim): "k"}.get(flat) if flat else None
-    if which is None or depth == 0 or not is_tensor(node):
+    if which is None or depth == 0 or not is_tensor(node) or is_stale(node):
         return None
     name = name_of(node)
     if name == "arange":

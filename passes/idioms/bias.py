@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, name_of, shape_of
+from attnfuse.passes.capture import is_mutating, is_stale
 from attnfuse.passes.find import maximum_subtracted
 from attnfuse.passes.idioms.band import band_of
 from attnfuse.passes.idioms.example import Example, NearMiss
@@ -83,11 +84,11 @@ def added_steps(reader: Reader, term: fx.Node, labels: Labels, factor: float) ->
 
 def _smaller_terms(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """(a, b) for a sum a + b that is larger than either: adding them one by one keeps the sum from being made."""
-    if name_of(node) != "add":
+    if name_of(node) != "add" or is_mutating(node) or is_stale(node):
         return None
     args = arguments(node)
     a, b = args["self"], args["other"]
-    if not (is_tensor(a) and is_tensor(b)) or constant(args.get("alpha", 1)) != 1.0 or str(node.target).endswith("_.Tensor"):
+    if not (is_tensor(a) and is_tensor(b)) or constant(args.get("alpha", 1)) != 1.0:
         return None
     if _full(a, node) or _full(b, node) or dtype_of(a) != dtype_of(b):
         return None

@@ -9,6 +9,7 @@ from torch import fx
 
 from attnfuse.mask import Dense, Mask
 from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, name_of, rounded, shape_of
+from attnfuse.passes.capture import is_mutating, is_stale
 from attnfuse.passes.idioms.band import band_of
 from attnfuse.passes.idioms.example import Example, NearMiss
 from attnfuse.passes.labels import Labels, known_equal
@@ -59,7 +60,7 @@ def replaced(reader: Reader, condition: fx.Node, labels: Labels, value: float, i
 def mask_of(reader: Reader, condition: fx.Node, labels: Labels, inverted: bool) -> Mask:
     """A boolean node, broadcast against `labels`, as a mask that keeps where it is true (false if inverted)."""
     leaf = reader.side(condition, labels)
-    while name_of(leaf.node) in ("logical_not", "bitwise_not"):
+    while name_of(leaf.node) in ("logical_not", "bitwise_not") and not is_mutating(leaf.node) and not is_stale(leaf.node):
         inverted = not inverted
         leaf = reader.shrink(leaf.node.args[0], leaf.labels)  # type: ignore[arg-type]
     band = band_of(reader, leaf.node, leaf.labels)

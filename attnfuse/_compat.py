@@ -11,9 +11,14 @@ from torch import fx
 
 try:
     import torch.utils._pytree as pytree
+    from torch._ops import HigherOrderOperator, OpOverload
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.fx.experimental import proxy_tensor
-    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_innermost_proxy_mode, track_tensor_tree
+    from torch.fx.experimental.proxy_tensor import (
+        disable_proxy_modes_tracing,
+        get_innermost_proxy_mode,
+        track_tensor_tree,
+    )
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 except ImportError as error:
     raise ImportError(
@@ -24,6 +29,8 @@ except ImportError as error:
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
+    "HigherOrderOperator",
+    "OpOverload",
     "alias_key",
     "aot_eager",
     "compile_fx",

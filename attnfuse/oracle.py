@@ -148,7 +148,7 @@ def _was_alias(n: fx.Node) -> bool:
 
 
 def _is_attention(target: Any) -> bool:
-    return isinstance(target, OpOverload) and target.name() == "attnfuse::attention" or (
+    return (isinstance(target, OpOverload) and target.name() == "attnfuse::attention") or (
         getattr(target, "_qualified_op_name", None) == "attnfuse::attention"
     )
 

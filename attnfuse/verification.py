@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,8 @@ import torch
 from attnfuse import _calls
 from attnfuse._compare import Bar, Check, compare
 from attnfuse._compat_verify import original
-from attnfuse.reporting import Report, as_text, collecting, compile_fresh, merge, name_of
 from attnfuse.oracle import Oracle
+from attnfuse.reporting import Report, as_text, collecting, merge, name_of
 
 if TYPE_CHECKING:
     import rich.table

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnfuse._compat import OpOverload
 from attnfuse.passes.capture import is_stale, value_of
 
 _ALIASES = {
@@ -49,7 +50,7 @@ _ALIASES = {
 def name_of(node: fx.Node) -> str:
     """The op's name without overload, trailing underscore or alias: 'add' for add_.Tensor, 'view' for every reshape."""
     target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+    if node.op != "call_function" or not isinstance(target, OpOverload):
         return ""
     if target.namespace != "aten":
         return ""
@@ -104,7 +105,7 @@ def constant(x: Any, depth: int = 8) -> float | None:
         return _stored_constant(x)
     if not isinstance(value, torch.Tensor) or value.is_complex():
         return None
-    args = arguments(x) if isinstance(x.target, torch._ops.OpOverload) else {}
+    args = arguments(x) if isinstance(x.target, OpOverload) else {}
     name = name_of(x)
     if name in ("full", "full_like", "new_full"):
         return _rounded(constant(args["fill_value"], depth - 1), value.dtype)

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from attnfuse import _compat
-from attnfuse._compat import pytree
+from attnfuse._compat import HigherOrderOperator, OpOverload, pytree
 
 
 class CaptureError(Exception):
@@ -103,7 +103,7 @@ def value_of(node: fx.Node) -> Any:
 
 
 def is_mutating(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 def written(node: fx.Node) -> list[fx.Node]:
@@ -197,7 +197,7 @@ class _Recorder:
             return True
         if node.op == "call_method":
             return node.target in _OPAQUE_METHODS
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
+        if isinstance(node.target, HigherOrderOperator):
             return True
         if "functorch" in str(getattr(node.target, "__module__", "")):
             return True
@@ -260,7 +260,7 @@ def _attribute(module: fx.GraphModule, target: str) -> Any:
 
 
 def _is_checkpoint(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() == "tag_activation_checkpoint"
+    return isinstance(node.target, HigherOrderOperator) and node.target.name() == "tag_activation_checkpoint"
 
 
 def _unbacked(value: Any) -> set[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnfuse._compat import FakeTensorMode, alias_key, pytree
+from attnfuse._compat import FakeTensorMode, OpOverload, alias_key, pytree
 from attnfuse.passes.aten import shape_of
 from attnfuse.passes.capture import Scope, View, is_mutating, opaque, value_of
 from attnfuse.passes.labels import Dim, Labels, known_equal
@@ -128,7 +128,7 @@ def _may_go(node: fx.Node, made: list[fx.Node]) -> bool:
 def _is_pure(node: fx.Node) -> bool:
     if node.target is opaque or is_mutating(node):
         return False
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return not (_RANDOM & set(node.target.tags))
     return getattr(node.target, "__module__", "") in ("_operator", "math") or _is_symbolic(node)
 

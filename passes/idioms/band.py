@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from attnfuse._compat import OpOverload
 from attnfuse.mask import Causal
 from attnfuse.passes import views
 from attnfuse.passes.aten import arguments, constant, is_tensor, name_of
@@ -42,7 +43,7 @@ def band_of(reader: Reader, node: fx.Node, labels: Labels, depth: int = 10) -> B
     if not q_dim or flat != [*q_dim, *k_dim]:
         return None
     name = name_of(node)
-    args = arguments(node) if isinstance(node.target, torch._ops.OpOverload) else {}
+    args = arguments(node) if isinstance(node.target, OpOverload) else {}
     if name in ("tril", "triu") and isinstance(args["diagonal"], int):
         value = constant(args["self"])
         if value is None:

@@ -1,0 +1,182 @@
+"""Each private torch name that attnfuse uses does what attnfuse takes it to do."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from torch import fx
+
+import attnfuse
+from attnfuse import _compat
+
+
+def fake(*shape, mode=None):
+    mode = mode or _compat.FakeTensorMode()
+    with mode:
+        return torch.empty(shape)
+
+
+def test_trace_keeps_composite_ops_whole():
+    x = fake(2, 3, 3)
+    made = _compat.trace(lambda a: torch.matmul(a, a).softmax(-1), [x], x.fake_mode)
+    targets = [n.target for n in made.graph.nodes if n.op == "call_function"]
+    assert targets == [torch.ops.aten.matmul.default, torch.ops.aten.softmax.int]
+
+
+def test_traced_node_and_graph_name_what_made_a_value():
+    seen = []
+
+    def run(a):
+        b = a.sin()
+        seen.append((_compat.traced_node(b), list(_compat.traced_graph().nodes)[-1]))
+        return b
+
+    x = fake(3)
+    _compat.trace(run, [x], x.fake_mode)
+    node, last = seen[0]
+    assert node is last
+    assert node.target is torch.ops.aten.sin.default
+
+
+def test_outside_of_a_trace_there_is_no_graph():
+    with pytest.raises(RuntimeError, match="no trace"):
+        _compat.traced_graph()
+
+
+def test_record_opaque_and_no_proxies_leave_no_other_trace():
+    def stand_in(*args):
+        raise AssertionError("never run")
+
+    def run(a):
+        with _compat.no_proxies():
+            fresh = torch.empty_strided((4,), (1,))
+            fresh.sin()
+        b = _compat.record_opaque(stand_in, (fx.Proxy(_compat.traced_node(a)),), fresh)
+        return b.cos()
+
+    x = fake(3)
+    made = _compat.trace(run, [x], x.fake_mode)
+    calls = [n for n in made.graph.nodes if n.op == "call_function"]
+    assert [n.target for n in calls] == [stand_in, torch.ops.aten.cos.default]
+    assert tuple(calls[1].meta["val"].shape) == (4,)
+
+
+def test_detect_fake_mode_finds_the_first_one():
+    x = fake(2)
+    assert _compat.detect_fake_mode([1, x]) is x.fake_mode
+    assert _compat.detect_fake_mode([1, torch.ones(1)]) is None
+
+
+def test_functorch_tensors_are_known():
+    seen = []
+    torch.vmap(lambda a: seen.append(_compat.is_functorch_tensor(a)) or a)(torch.ones(2))
+    assert seen == [True]
+    assert not _compat.is_functorch_tensor(torch.ones(2))
+
+
+def test_alias_key_is_shared_by_views_only():
+    x = torch.ones(4)
+    assert _compat.alias_key(x) == _compat.alias_key(x[1:].view(3, 1))
+    assert _compat.alias_key(x) != _compat.alias_key(x.clone())
+
+
+def test_global_state_is_restored():
+    with _compat.keep_global_state():
+        torch._C._set_grad_enabled(False)
+        torch.set_autocast_enabled("cpu", True)
+    assert torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_statically_known_true_adds_no_guard():
+    found = []
+
+    def look(gm, example_inputs):
+        size = next(n.meta["example_value"] for n in gm.graph.nodes if n.op == "placeholder")
+        size = size if isinstance(size, torch.SymInt) else size.shape[0]
+        found.append((_compat.statically_known_true(size == 5), _compat.statically_known_true(size == size)))
+        return gm.forward
+
+    torch.compiler.reset()
+    run = torch.compile(lambda x: x.sin(), backend=look, dynamic=True)
+    run(torch.ones(5))
+    run(torch.ones(7))
+    assert found == [(False, True)]
+
+
+def test_free_unbacked_symbols_of_a_plain_tensor_are_none():
+    assert not _compat.free_unbacked_symbols(torch.ones(2))
+
+
+def test_inductor_options_and_modes_are_known():
+    assert "max_autotune" in _compat.inductor_options()
+    assert _compat.inductor_mode_options("reduce-overhead") == {"triton.cudagraphs": True}
+    with pytest.raises(ValueError, match="max-autotune"):
+        _compat.inductor_mode_options("fastest")
+
+
+def test_options_error_is_a_value_error_that_dynamo_lets_through():
+    def failing(gm, example_inputs):
+        raise _compat.options_error()("no such option")
+
+    torch.compiler.reset()
+    with pytest.raises(ValueError, match="no such option"):
+        torch.compile(lambda x: x.sin(), backend=failing)(torch.ones(2))
+
+
+@pytest.mark.parametrize("run", [_compat.aot_eager, lambda gm, ex: _compat.compile_fx(gm, ex, {})])
+def test_inner_compilers_take_a_dynamo_graph(run):
+    torch.compiler.reset()
+    x = torch.ones(3)
+    torch.testing.assert_close(torch.compile(lambda a: a.sin() + 1, backend=run)(x), x.sin() + 1)
+
+
+def test_sdpa_patterns_do_not_fire_and_user_passes_still_run():
+    from torch._dynamo.utils import counters
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    ran = []
+
+    class Mine(CustomGraphPass):
+        def __call__(self, graph):
+            ran.append(len(graph.nodes))
+
+        def uuid(self):
+            return "mine"
+
+    patches = _compat.without_sdpa_patterns({"joint_custom_pre_pass": Mine()}, "identity")
+    assert patches["joint_custom_pre_pass"].uuid() == ("identity", "joint_custom_pre_pass", "mine")
+
+    def function(q, k, v):
+        return (q @ k.mT * 0.25).softmax(-1) @ v
+
+    def fused(with_patches):
+        torch.compiler.reset()
+        counters.clear()
+        args = [torch.randn(2, 4, 16, 8) for _ in range(3)]
+        backend = (lambda gm, ex: _compat.compile_fx(gm, ex, with_patches))
+        with torch.no_grad():
+            torch.testing.assert_close(torch.compile(function, backend=backend)(*args), function(*args))
+        return counters["inductor"]["fuse_attention"]
+
+    fresh = {"force_disable_caches": True}
+    assert fused(fresh) > 0
+    assert fused({**patches, **fresh}) == 0
+    assert ran
+
+
+def test_private_names_are_used_in_the_compat_modules_alone():
+    root = Path(attnfuse.__file__).parent
+    files = [p for folder in (root, root / "passes", root / "kernels") for p in folder.resolve().rglob("*.py")]
+    allowed = {"__version__", "__file__"}
+    for path in files:
+        if path.name.startswith("_compat"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("torch"):
+                assert "._" not in node.module, f"{path.name} imports {node.module}"
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+                assert not node.attr.startswith("_") or node.attr in allowed, f"{path.name}: torch.{node.attr}"

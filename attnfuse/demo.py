@@ -2,23 +2,18 @@
 
     python -m attnfuse.demo
 
-Inference only, random weights, a padded batch. The exit status is 1 if an attention is missed or an error is over the bar.
+Inference only, random weights, a padded batch. The exit status is 1 if an attention is missed or an error is over the
+bar.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import gc
 import os
-import re
-import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # before torch is imported: idle threads of one contender must not slow the next one down
@@ -29,6 +24,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 from torch import nn
 
+from attnfuse._measure import interleaved, peak_of
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -38,12 +35,20 @@ if TYPE_CHECKING:
 
 BATCH, LENGTH, PADDED = 2, 512, 100
 ROUNDS = 5
-SIZES = dict(hidden_size=256, num_hidden_layers=2, intermediate_size=512, vocab_size=1024)
+SIZES: dict[str, Any] = {"hidden_size": 256, "num_hidden_layers": 2, "intermediate_size": 512, "vocab_size": 1024}
 #: Stages of one model, for the progress bar.
-STAGES = ("build", "count", "compare with float64", "compile with attnfuse", "compile with Inductor", "time", "measure memory")
+STAGES = (
+    "build",
+    "count",
+    "compare with float64",
+    "compile with attnfuse",
+    "compile with Inductor",
+    "time",
+    "measure memory",
+)
 CONTENDERS = ("eager", "Inductor", "attnfuse")
 
-Case = tuple[nn.Module, dict[str, torch.Tensor]]
+Case = tuple[nn.Module, dict[str, Any]]
 
 
 @dataclass
@@ -62,7 +67,7 @@ class Result:
 
     @property
     def missed(self) -> int:
-        """Attentions that were not dealt with: not found, or found and refused. Leaving one alone is dealing with it."""
+        """Attentions not dealt with: not found, or found and refused. One that is left alone for a reason is dealt with."""
         return self.count - sum(site.status != "refused" for site in self.sites)
 
     @property
@@ -72,7 +77,7 @@ class Result:
         if self.missed > 0:
             found.append(f"{self.name}: {self.missed} of {self.count} attentions were missed")
         elif self.missed < 0:
-            found.append(f"{self.name}: {-self.missed} more attentions were reported than the {self.count} that were counted")
+            found.append(f"{self.name}: {-self.missed} more attentions are reported than the {self.count} counted")
         bad = [check.name for check in self.verification.checks if not check.holds]
         if bad:
             found.append(f"{self.name}: the error is over the bar in {', '.join(bad)}")
@@ -91,9 +96,9 @@ def _tokens(length: int = LENGTH) -> torch.Tensor:
 
 @functools.cache
 def _torchvision_ops() -> torch.library.Library | None:
-    """Where torchvision is there and does not fit this torch, define the ops that its import looks up and does not find.
+    """Where torchvision is there but does not fit this torch, define the ops that its import looks up in vain.
 
-    transformers imports torchvision where it is installed; nothing here calls it. The library returned must stay alive.
+    transformers imports torchvision where it is installed; nothing here calls it. The result must stay alive.
     """
     try:
         import torchvision  # type: ignore[import-untyped]  # noqa: F401
@@ -169,7 +174,7 @@ def measure(name: str, build: Callable[[], Case], step: Callable[[str], None]) -
     return result
 
 
-def _compiled(model: nn.Module, inputs: dict[str, torch.Tensor], backend: str) -> Callable[[], Any]:
+def _compiled(model: nn.Module, inputs: dict[str, Any], backend: str) -> Callable[[], Any]:
     compiled = torch.compile(model, backend=backend)
 
     def call() -> Any:
@@ -177,43 +182,6 @@ def _compiled(model: nn.Module, inputs: dict[str, torch.Tensor], backend: str) -
 
     call()
     return call
-
-
-def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call, made in turns, so that the machine's other work hits all of them alike."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
-
-
-def peak_of(call: Callable[[], Any]) -> int | None:
-    """Bytes by which the resident memory of this process rose, at its highest, during `call()`.
-
-    The kernel's high-water mark, set back before the call, counts what threads and compiled code take as well as torch's
-    allocator. None where the system does not tell (anything but Linux).
-    """
-    status = Path("/proc/self/status")
-
-    def resident(name: str) -> int:
-        found = re.search(rf"^{name}:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
-        if found is None:
-            raise OSError(f"{status} has no {name}")
-        return int(found[1]) * 1024
-
-    try:
-        gc.collect()
-        # give free memory back, or the call would reuse it without a trace
-        ctypes.CDLL(None).malloc_trim(0)
-        before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")
-        call()
-        return max(resident("VmHWM") - before, 0)
-    except (OSError, AttributeError):
-        return None
 
 
 def sites_table(results: Sequence[Result]) -> Table:
@@ -241,7 +209,14 @@ def figures_table(results: Sequence[Result]) -> Table:
     from rich.table import Table
 
     table = Table(title="Exact, fast, small", title_justify="left", caption=_NOTE, caption_justify="left")
-    columns = ("model", "fused", "error", "eager's error", *(f"{c} ms" for c in CONTENDERS), *(f"{c} MB" for c in CONTENDERS))
+    columns = (
+        "model",
+        "fused",
+        "error",
+        "eager's error",
+        *(f"{c} ms" for c in CONTENDERS),
+        *(f"{c} MB" for c in CONTENDERS),
+    )
     for column in columns:
         table.add_column(column, justify="left" if column == "model" else "right")
     for result in results:
@@ -261,8 +236,8 @@ def figures_table(results: Sequence[Result]) -> Table:
 
 
 _NOTE = (
-    f"batch {BATCH}, {LENGTH} tokens, float32, inference. error: largest difference of any output from a float64 evaluation "
-    f"of the same graph. ms: median of {ROUNDS} rounds in turns. MB: rise of the process's resident memory in one call."
+    f"batch {BATCH}, {LENGTH} tokens, float32, inference. error: largest difference of any output from a float64 "
+    f"evaluation of the same graph. ms: median of {ROUNDS} rounds in turns. MB: rise of the process's resident memory in one call."
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Union
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -34,4 +34,4 @@ class Dense:
         return f"{'not ' if self.inverted else ''}mask {self.operand}"
 
 
-Mask = Union[Causal, Dense]
+Mask = Causal | Dense

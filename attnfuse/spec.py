@@ -17,7 +17,7 @@ import functools
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar, Literal, Union
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -145,7 +145,7 @@ class Cast:
         return f"in {self.dtype}"
 
 
-Step = Union[Scale, Bias, Shift, Softcap, Tanh, Clamp, ReplaceFill, AddFill, Cast]
+Step = Scale | Bias | Shift | Softcap | Tanh | Clamp | ReplaceFill | AddFill | Cast
 _STEPS: dict[str, type] = {c.kind: c for c in (Scale, Bias, Shift, Softcap, Tanh, Clamp, ReplaceFill, AddFill, Cast)}
 _MASKS: dict[str, type] = {c.kind: c for c in (Dense, Causal)}
 

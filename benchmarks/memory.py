@@ -18,8 +18,8 @@ _STATUS = Path("/proc/self/status")
 def peak_of(call: Callable[[], Any]) -> int:
     """Bytes by which resident memory rose, at its highest, above what it was before `call()`.
 
-    The call should have been made before, so that code and lasting buffers are there; what was freed since is given back
-    first. Raises OSError where the system does not tell (anything but Linux).
+    The call should have been made before, so that code and lasting buffers are there; what was freed since is given
+    back first. Raises OSError where the system does not tell (anything but Linux).
     """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)

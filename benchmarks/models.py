@@ -4,8 +4,8 @@ python -m benchmarks.models                 the lengths of the table, in forward
 python -m benchmarks.models --quick         one length, float32
 python -m benchmarks.models --models bert --lengths 2048 --modes forward --no-write
 
-4 layers, hidden 512, 8 heads (Llama: 2 key heads), 2 threads. Compile time on 12 layers, each in a fresh process with empty
-caches. An output that is not eager's, up to rounding, stops the run.
+4 layers, hidden 512, 8 heads (Llama: 2 key heads), 2 threads. Compile time on 12 layers, each in a fresh process with
+empty caches. An output that is not eager's, up to rounding, stops the run.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ def first_call(case: Case, backend: str, kernel: str | None) -> float:
     attnfuse's own kernel is built before: that happens once per machine. Inductor is warmed on another function.
     """
     torch.set_num_threads(THREADS)
-    with tempfile.TemporaryDirectory() as caches, torch.no_grad() if case.mode == "forward" else contextlib.nullcontext():
+    grad = torch.no_grad() if case.mode == "forward" else contextlib.nullcontext()
+    with tempfile.TemporaryDirectory() as caches, grad:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches
         model, batch = build(case)
         if backend == "attnfuse":
@@ -195,25 +196,28 @@ def _compiling(row: Row) -> list[str]:
     ]
 
 
+_COMPILING = ("model", "Inductor", "attnfuse", "attnfuse / Inductor")
+
+
 def _document(content: dict[str, Any]) -> str:
     parts = [
         "## Models",
         results.caption(content["environment"]),
-        "4 layers, hidden 512, 8 heads of 64, eager attention; Llama with 2 key heads; the last row of a batch is padded by a "
-        "quarter. Training is forward and the gradients of all parameters.",
+        "4 layers, hidden 512, 8 heads of 64, eager attention; Llama with 2 key heads; the last row of a batch is padded "
+        "by a quarter. Training is forward and the gradients of all parameters.",
         results.table(_TIMES, [_times(row) for row in content["times"]]),
     ]
     if content["compile"]:
         parts += [
             "Compiling and the first call, empty caches, each in a fresh process, medians:",
-            results.table(
-                ("model", "Inductor", "attnfuse", "attnfuse / Inductor"), [_compiling(row) for row in content["compile"]]
-            ),
+            results.table(_COMPILING, [_compiling(row) for row in content["compile"]]),
         ]
     return "\n\n".join(parts)
 
 
-def _cases(models: list[str], lengths: list[int], batches: list[int], dtypes: list[str], modes: list[str]) -> list[Case]:
+def _cases(
+    models: list[str], lengths: list[int], batches: list[int], dtypes: list[str], modes: list[str]
+) -> list[Case]:
     return [
         Case(model, length, batch, dtype, mode)
         for model, dtype, mode, length, batch in itertools.product(models, dtypes, modes, lengths, batches)
@@ -238,7 +242,8 @@ def main(
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(THREADS)
     forced = kernel or None
-    content: dict[str, Any] = {"environment": results.environment(THREADS), "kernel": forced, "times": [], "compile": []}
+    facts = results.environment(THREADS)
+    content: dict[str, Any] = {"environment": facts, "kernel": forced, "times": [], "compile": []}
     name = "models" if full else "models-quick"
     cases = _cases(
         results.listed(models),

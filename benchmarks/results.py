@@ -20,9 +20,9 @@ DOCUMENT = ROOT / "docs" / "benchmarks.md"
 _HEAD = """# Benchmarks
 
 Made by `python -m benchmarks.attention` and `python -m benchmarks.models`; each section is written by its command.
-All contenders of a row are timed in turns in one process, and a speed-up is the median over rounds of the base's time over
-the contender's, so that the machine's other work hits both. The control is the base against itself: how far it is from 1
-is how far the other figures of the row may be off.
+All contenders of a row are timed in turns in one process, and a speed-up is the median over rounds of the base's time
+over the contender's, so that the machine's other work hits both. The control is the base against itself: how far it is
+from 1 is how far the other figures of the row may be off.
 """
 
 
@@ -90,7 +90,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> 
 
 
 def section(name: str, text: str, document: Path = DOCUMENT, head: str = _HEAD) -> None:
-    """Put `text` between the marks of `name` in a document, in place of what stood there; new sections go to the end."""
+    """Put `text` between the marks of `name` in a document, in place of what stood there; a new section goes last."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     block = f"{begin}\n{text.strip()}\n{end}\n"
     document.parent.mkdir(parents=True, exist_ok=True)

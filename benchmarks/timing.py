@@ -1,4 +1,4 @@
-"""Times of several contenders side by side: in turns, in one process, so that a busy machine slows all of them alike."""
+"""Times of several contenders side by side: in turns, in one process, so that a busy machine slows all alike."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Timing:
 def interleaved(contenders: Mapping[str, Callable[[], Any]], base: str, budget: float) -> dict[str, Timing]:
     """Time all contenders in rounds, each once a round, in an order that turns; speed-ups are against `base`.
 
-    budget: seconds for all of them together, exceeded where the least number of rounds needs more: 7, or 3 where a round
-    takes seconds. A sample repeats a short call until it takes some milliseconds. Call each contender once before.
+    budget: seconds for all of them together, exceeded where the least number of rounds needs more: 7, or 3 where a
+    round takes seconds. A sample repeats a short call until it takes some milliseconds. Call each contender once before.
     Raises KeyError where `base` is no contender.
     """
     if base not in contenders:
@@ -79,6 +79,5 @@ def copy_of(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function with a code object of its own: Dynamo keeps what it compiled by code object, and would let the
     entries of two backends stand in each other's way."""
     assert isinstance(function, types.FunctionType)
-    return types.FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    )
+    rest = (function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    return types.FunctionType(function.__code__.replace(), *rest)

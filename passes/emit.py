@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from attnfuse._compat import FakeTensorMode, OpOverload, alias_key, pytree
-from attnfuse.passes.aten import shape_of
-from attnfuse.passes.capture import Scope, View, is_mutating, opaque, value_of
+from attnfuse.passes.aten import name_of, shape_of
+from attnfuse.passes.capture import Scope, View, is_mutating, is_stale, opaque, value_of, written
 from attnfuse.passes.labels import Dim, Labels, known_equal
 from attnfuse.passes.read import stride_hint
 from attnfuse.passes.site import Leaf, Refusal, Site
@@ -113,7 +113,8 @@ class Emitter:
                 if node.users or node.op in ("placeholder", "output"):
                     continue
                 parts = owned.get((scope, node), [])
-                if node in scope.values and all(n in inside or _is_pure(n) for n in parts) and _may_go(node, parts):
+                unneeded = all(n in inside or _is_pure(n) or _writes_own_memory(self.view, n) for n in parts)
+                if node in scope.values and unneeded and _may_go(node, parts):
                     scope.module.graph.erase_node(node)
             if scope in self.touched:
                 scope.module.graph.lint()
@@ -136,6 +137,30 @@ def _is_pure(node: fx.Node) -> bool:
 def _is_symbolic(node: fx.Node) -> bool:
     """Arithmetic on sizes, such as torch.sym_sqrt."""
     return isinstance(value_of(node), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool))
+
+
+def _writes_own_memory(view: View, node: fx.Node) -> bool:
+    """Whether a writing op only writes to memory that was made inside the same Dynamo node, so that nobody else sees it."""
+    owner = view.origin.get(node)
+    targets = written(node)
+    if owner is None or len(targets) != 1:
+        return False
+    key = alias_key(value_of(targets[0]))
+    first = next((n for n in view.graph.nodes if _lies_at(n, key)), None)
+    return first is not None and view.origin.get(first) == owner
+
+
+def _lies_at(node: fx.Node, key: int) -> bool:
+    value = value_of(node)
+    return isinstance(value, torch.Tensor) and alias_key(value) == key
+
+
+def _functional(node: fx.Node) -> Any:
+    """The op that gives a new tensor instead of writing to its first argument; None if there is none."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    packet = getattr(torch.ops.aten, schema.name.split("::")[-1].removesuffix("_"), None)
+    overload = getattr(packet, schema.overload_name or "default", None)
+    return overload if isinstance(overload, OpOverload) and not overload._schema.is_mutable else None
 
 
 class _Writer:
@@ -190,16 +215,22 @@ class _Writer:
     def _copy(self, made: fx.Node) -> fx.Node:
         if made.op != "call_function":
             raise EmitError("a value the attention needs is not available where its result is made")
-        if not _is_pure(made):
-            raise EmitError("a value the attention needs comes from code that cannot be repeated")
-        if self._overwritten_since(made):
+        target = made.target
+        if _writes_own_memory(self.emitter.view, made):
+            target = _functional(made)
+        elif not _is_pure(made):
+            target = None  # type: ignore[assignment]
+        if target is None:
+            what = name_of(made) or "an opaque call"
+            raise EmitError(f"a value the attention needs comes from code that cannot be repeated ({what})")
+        if is_stale(made) or self._overwritten_since(made):
             raise EmitError("a value the attention needs was made from memory that is written before the result")
         self.depth += 1
         if self.depth > 200:
             raise EmitError("the attention is too deep inside one call")
         args = fx.node.map_arg(made.args, self.node_for)
         kwargs = fx.node.map_arg(made.kwargs, self.node_for)
-        self.made[made] = self.call(made.target, tuple(args), dict(kwargs))  # type: ignore[arg-type]
+        self.made[made] = self.call(target, tuple(args), dict(kwargs))  # type: ignore[arg-type]
         return self.made[made]
 
     def _overwritten_since(self, made: fx.Node) -> bool:

@@ -8,11 +8,12 @@ splits a dim splits its atom everywhere, since labels are resolved through `Axes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Union
+from typing import Any
 
 from attnfuse._compat import statically_known_true
 
-Size = Union[int, Any]  # int or SymInt
+# int or SymInt
+Size = int | Any
 
 
 class Atom:
@@ -100,4 +101,4 @@ def drop(labels: Labels, index: int) -> Labels:
 
 
 def insert(labels: Labels, index: int, dim: Dim) -> Labels:
-    return labels[:index] + (dim,) + labels[index:]
+    return (*labels[:index], dim, *labels[index:])

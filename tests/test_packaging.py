@@ -205,7 +205,7 @@ def test_folder_link_is_the_top_level_folder(name: str) -> None:
 @pytest.mark.parametrize("name", ["passes", "kernels"])
 def test_linter_bans_the_folder_as_an_import_name(name: str) -> None:
     code = f"import {name}\n\nprint({name})\n"
-    command = [sys.executable, "-m", "ruff", "check", "--output-format", "concise", "--stdin-filename", "tests/x.py", "-"]
+    command = [sys.executable, "-m", "ruff", "check", "--output-format=concise", "--stdin-filename=tests/x.py", "-"]
     done = subprocess.run(command, input=code, cwd=ROOT, capture_output=True, text=True, check=False)
     if "No module named ruff" in done.stderr:
         pytest.skip("ruff is not installed (extra dev)")

@@ -211,7 +211,5 @@ def inputs(
     }
     if mask is not None:
         kind = None if mask == "bool" else dtype
-        # -1e9 is -inf in float16, which 'min' and '-inf' cover
-        fills = [f for f in FILLS if math.isinf(float("-inf" if f == "min" else f)) or dtype != torch.float16 or f == "-1e4"]
-        drawn["mask"] = draw(masks(shape.B, shape.Q, shape.K, kind, fills=fills, hidden_rows=hidden_rows))
+        drawn["mask"] = draw(masks(shape.B, shape.Q, shape.K, kind, hidden_rows=hidden_rows))
     return drawn

@@ -26,9 +26,7 @@ _VIEWS = _words(
     unbind chunk alias detach as_strided unfold _reshape_alias diagonal movedim swapaxes view_as lift_fresh lift_fresh_copy
     narrow flatten unflatten numpy_T mT lift"""
 )
-_CASTS = _words(
-    "_to_copy to clone contiguous convert_element_type copy_ copy type_as expand_copy view_copy device_put"
-)
+_CASTS = _words("_to_copy to clone contiguous convert_element_type copy_ copy type_as expand_copy view_copy device_put")
 _MOVES = _words(
     """cat stack constant_pad_nd pad gather index index_select index_put_ index_put _unsafe_index _unsafe_index_put scatter
     scatter_ masked_fill masked_fill_ where native_dropout dropout roll flip repeat im2col tril triu tril_ triu_ slice_scatter

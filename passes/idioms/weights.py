@@ -221,7 +221,7 @@ def _divided(
     args = arguments(bottom)
     rank = len(shape_of(args["self"]))
     dim = args["dim"][0] % rank
-    full = at[:dim] + (reader.k_dim,) + at[dim + 1 :] if args["keepdim"] else insert(at, dim, reader.k_dim)
+    full = (*at[:dim], reader.k_dim, *at[dim + 1 :]) if args["keepdim"] else insert(at, dim, reader.k_dim)
     axes = reader.axes
     start = reader.start
     if axes.resolve(full) != axes.resolve(start):

@@ -60,7 +60,9 @@ def by_signature(model: Any, config: Any) -> Batch:
         batch["bbox"] = boxes()
     sees = main == "pixel_values" or (hasattr(config, "vision_config") and config.model_type != "paligemma")
     if "pixel_values" in accepted and sees:
-        batch["pixel_values"] = image(getattr(vision, "image_size", IMAGE) or IMAGE, getattr(vision, "num_channels", 3) or 3)
+        batch["pixel_values"] = image(
+            getattr(vision, "image_size", IMAGE) or IMAGE, getattr(vision, "num_channels", 3) or 3
+        )
     if main == "input_values":
         batch["input_values"] = torch.randn(ROWS, 8000)
         if "attention_mask" in accepted:
@@ -172,7 +174,11 @@ def lxmert(model: Any, config: Any) -> Batch:
 
 
 def owlvit(model: Any, config: Any) -> Batch:
-    return {"input_ids": ids(length=16), "attention_mask": keep(16, 6), "pixel_values": image(config.vision_config.image_size)}
+    return {
+        "input_ids": ids(length=16),
+        "attention_mask": keep(16, 6),
+        "pixel_values": image(config.vision_config.image_size),
+    }
 
 
 def seggpt(model: Any, config: Any) -> Batch:

@@ -32,7 +32,12 @@ def _spelled(model: Any) -> Any:
 
 def _noise(**more: Any) -> dict[str, Any]:
     states = torch.randn(ROWS, 12, 32)
-    return {"sample": torch.randn(ROWS, 4, 16, 16), "timestep": torch.tensor(10), "encoder_hidden_states": states, **more}
+    return {
+        "sample": torch.randn(ROWS, 4, 16, 16),
+        "timestep": torch.tensor(10),
+        "encoder_hidden_states": states,
+        **more,
+    }
 
 
 def _unet_model() -> Any:
@@ -166,9 +171,7 @@ def _flux() -> Case:
 def _prior() -> Case:
     from diffusers import PriorTransformer
 
-    model = PriorTransformer(
-        **_TRANSFORMER, num_layers=2, embedding_dim=32, num_embeddings=12, additional_embeddings=4
-    )
+    model = PriorTransformer(**_TRANSFORMER, num_layers=2, embedding_dim=32, num_embeddings=12, additional_embeddings=4)
     keep = torch.ones(ROWS, 12, dtype=torch.bool)
     keep[1, 8:] = False
     return _spelled(model), {

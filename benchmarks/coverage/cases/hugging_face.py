@@ -100,7 +100,8 @@ _DETR = Recipe(
     batches.masked_image,
 )
 _SERIES = Recipe(
-    {"prediction_length": 8, "context_length": 24, "lags_sequence": [1, 2, 3], "num_time_features": 2}, batches.time_series
+    {"prediction_length": 8, "context_length": 24, "lags_sequence": [1, 2, 3], "num_time_features": 2},
+    batches.time_series,
 )
 _ZAMBA = {
     "attention_hidden_size": 128,

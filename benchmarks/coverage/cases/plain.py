@@ -132,7 +132,10 @@ def _keys() -> Tensor:
 
 def _two(attend: Callable[..., Tensor], extra: Callable[[], dict[str, Tensor]] = dict) -> Callable[[], Case]:
     """Two layers with a norm between."""
-    return lambda: (nn.Sequential(Layer(attend, **extra()), nn.LayerNorm(_WIDTH), Layer(attend, **extra())), (_states(),))
+    return lambda: (
+        nn.Sequential(Layer(attend, **extra()), nn.LayerNorm(_WIDTH), Layer(attend, **extra())),
+        (_states(),),
+    )
 
 
 def _padded(attend: Callable[..., Tensor]) -> Callable[[], Case]:

@@ -113,7 +113,12 @@ def _token(name: str, value: Any) -> dict[str, Any]:
 def _layer_types(given: dict[str, Any]) -> dict[str, Any]:
     """One layer of each kind, two at least."""
     types = given.get("layer_types")
-    if "num_hidden_layers" not in given or not isinstance(types, (list, tuple)) or not types or not isinstance(types[0], str):
+    if (
+        "num_hidden_layers" not in given
+        or not isinstance(types, (list, tuple))
+        or not types
+        or not isinstance(types[0], str)
+    ):
         return {}
     kinds = list(dict.fromkeys(types))
     kinds = kinds if len(kinds) >= 2 else kinds * 2

@@ -30,7 +30,9 @@ def _encoder_decoder() -> Case:
     from x_transformers import XTransformer
 
     sizes = {"num_tokens": _VOCABULARY, "depth": 2, "heads": 4, "max_seq_len": 64}
-    model = XTransformer(dim=64, **{f"{side}_{name}": value for side in ("enc", "dec") for name, value in sizes.items()})
+    model = XTransformer(
+        dim=64, **{f"{side}_{name}": value for side in ("enc", "dec") for name, value in sizes.items()}
+    )
     source, target = (torch.randint(0, _VOCABULARY, (ROWS, length)) for length in (LENGTH, SHORT))
     return model, {"src": source, "tgt": target, "mask": keep().bool()}
 

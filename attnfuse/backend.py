@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from attnfuse import _compat, ops, reporting, settings
-from attnfuse.kernels import Choice, Unsupported, choose
+from attnfuse.kernels import Choice, Unsupported, choose, prepare
 from attnfuse.passes.capture import CaptureError, View, capture, source_line, value_of
 from attnfuse.passes.emit import Emitter
 from attnfuse.passes.find import find
@@ -94,6 +94,7 @@ def rewrite(gm: fx.GraphModule, chosen: Settings) -> Work:
     if not _may_hold_attention(gm):
         return Work(reporting.Report((), before, before, name))
     try:
+        prepare()
         with _timed(seconds, "capture"):
             view = capture(gm)
         with _timed(seconds, "read"):

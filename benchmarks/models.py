@@ -71,7 +71,7 @@ def build(case: Case) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     }
     torch.manual_seed(0)
     if case.model == "bert":
-        config = BertConfig(**common, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        config: Any = BertConfig(**common, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
         extra: dict[str, Any] = {"add_pooling_layer": False}
     elif case.model == "llama":
         config, extra = LlamaConfig(**common, num_key_value_heads=max(1, case.hidden // 256), use_cache=False), {}
@@ -91,7 +91,7 @@ def _hidden_states(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> to
 
 def compiled(backend: str, kernel: str | None) -> Callable[..., Any]:
     """`_hidden_states`, compiled by a backend; a code object of its own keeps Dynamo's entries apart."""
-    options = {"kernel": kernel} if kernel and backend == "attnfuse" else None
+    options: dict[str, Any] | None = {"kernel": kernel} if kernel and backend == "attnfuse" else None
     return torch.compile(copy_of(_hidden_states), backend=backend, dynamic=False, options=options)
 
 

@@ -56,6 +56,13 @@ REFERENCE = Kernel(
 KERNELS: tuple[Kernel, ...] = (CPU, REFERENCE)
 
 
+def prepare() -> None:
+    """Begin to build what kernels need built, in the background, while the graph is still being read."""
+    from attnfuse.kernels import cpu
+
+    cpu.warm_up()
+
+
 class Unsupported(ValueError):
     """No kernel, or not the one that was asked for, can run a spec; the message has the reasons, per kernel."""
 

@@ -148,7 +148,8 @@ def square_plans(draw: st.DrawFn, equal: str = "", least: str = "") -> Plan:
     sizes |= {name: 2 for name in least if sizes[name] < 2}
     if draw(st.booleans()):
         sizes["K"] = sizes["Q"]
-    sizes |= dict.fromkeys(equal, sizes[equal[-1]])
+    if equal:
+        sizes |= dict.fromkeys(equal, sizes[equal[-1]])
     B, H, Q, K, D, E = (sizes[name] for name in "BHQKDE")
     scale = draw(st.sampled_from((D**-0.5, 1.0, 0.125, 0.3)))
     return _scored(draw, Plan(B, H, H, Q, K, D, E, torch.float32, "bhld", scale))

@@ -48,7 +48,7 @@ def by_signature(model: Any, config: Any) -> Batch:
     accepted = inspect.signature(model.forward).parameters
     main = getattr(model, "main_input_name", "input_ids")
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    vocabulary = getattr(text, "vocab_size", None) or getattr(config, "vocab_size", 512)
+    vocabulary: Any = getattr(text, "vocab_size", None) or getattr(config, "vocab_size", 512)
     vision = getattr(config, "vision_config", None) or config
     batch: Batch = {}
     reads_text = main == "input_ids" or (main == "pixel_values" and hasattr(config, "text_config"))

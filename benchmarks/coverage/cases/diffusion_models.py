@@ -125,7 +125,7 @@ def _quantised_autoencoder() -> Case:
 def _sd3() -> Case:
     from diffusers import SD3Transformer2DModel
 
-    model = SD3Transformer2DModel(
+    model: Any = SD3Transformer2DModel(
         **_TRANSFORMER,
         sample_size=16,
         patch_size=2,
@@ -148,7 +148,7 @@ def _sd3() -> Case:
 def _flux() -> Case:
     from diffusers import FluxTransformer2DModel
 
-    model = FluxTransformer2DModel(
+    model: Any = FluxTransformer2DModel(
         **_TRANSFORMER,
         patch_size=1,
         in_channels=16,

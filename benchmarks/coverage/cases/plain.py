@@ -44,7 +44,8 @@ def nanogpt(layer: Any, q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor
     scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
     length = q.size(2)
     scores = scores.masked_fill(layer.causal[:, :, :length, :length] == 0, float("-inf"))
-    return layer.dropout(F.softmax(scores, dim=-1)) @ v
+    weights: Tensor = layer.dropout(F.softmax(scores, dim=-1))
+    return weights @ v
 
 
 def einsum(layer: Any, q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:
@@ -54,9 +55,10 @@ def einsum(layer: Any, q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:
 
 
 def manual_exp_sum(layer: Any, q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:
-    scores = q @ k.mT * q.shape[-1] ** -0.5
+    scores: Tensor = q @ k.mT * q.shape[-1] ** -0.5
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
-    return (weights / weights.sum(-1, keepdim=True)) @ v
+    weights = weights / weights.sum(-1, keepdim=True)
+    return weights @ v
 
 
 def talking_heads(layer: Any, q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:

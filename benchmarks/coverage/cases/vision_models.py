@@ -65,9 +65,9 @@ _FIXED = {
 
 def build(name: str) -> Case:
     import timm
-    import timm.layers
+    from timm.layers.config import set_fused_attn
 
-    timm.layers.set_fused_attn(False)
+    set_fused_attn(False)
     arguments = MODELS[name]
     model = timm.create_model(name, pretrained=False, num_classes=10, **arguments)
     size = _FIXED.get(name) or arguments.get("img_size", 64)

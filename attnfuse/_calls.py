@@ -56,7 +56,11 @@ def _children(value: Any, name: str) -> Iterator[tuple[str, Any]]:
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
             yield f"{dotted}{field.name}", getattr(value, field.name)
-    elif hasattr(value, "__dict__") and not isinstance(value, (type, ModuleType, torch.nn.Module)) and not callable(value):
+    elif (
+        hasattr(value, "__dict__")
+        and not isinstance(value, (type, ModuleType, torch.nn.Module))
+        and not callable(value)
+    ):
         # a key-value cache, for one
         for key, child in vars(value).items():
             yield f"{dotted}{key}", child

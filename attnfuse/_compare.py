@@ -76,7 +76,9 @@ def compare(
         error = _not_finite(exact, eager, compiled)
         exact = exact[finite]
         far = [(t[finite].to(exact.dtype) - exact).abs() for t in (compiled, eager)]
-        (compiled_max, compiled_mean), (eager_max, eager_mean) = [(_max(f), float(f.mean()) if len(f) else 0.0) for f in far]
+        (compiled_max, compiled_mean), (eager_max, eager_mean) = [
+            (_max(f), float(f.mean()) if len(f) else 0.0) for f in far
+        ]
         own, size = _max(exact.abs()), float(exact.abs().mean()) if len(exact) else 0.0
     low = eager.dtype in (torch.float16, torch.bfloat16)
     bar_mean: float | None = (1.1 if low else 10.0) * eager_mean + 2.0**-23 * size

@@ -48,8 +48,17 @@ __all__ = [
     "trace",
     "traced_graph",
     "traced_node",
+    "unsupported_torch",
     "without_sdpa_patterns",
 ]
+
+
+def unsupported_torch() -> str | None:
+    """Why this torch is not supported, or None if it is."""
+    version = torch.torch_version.TorchVersion(torch.__version__)
+    if (2, 11) <= version < (2, 16):
+        return None
+    return f"torch {torch.__version__} is not supported (attnfuse supports 2.11 to 2.15)"
 
 
 def trace(run: Callable[..., Any], args: list[Any], fake_mode: FakeTensorMode) -> fx.GraphModule:

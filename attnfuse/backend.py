@@ -93,6 +93,12 @@ def rewrite(gm: fx.GraphModule, chosen: Settings) -> Work:
     notes: list[str] = []
     if not _may_hold_attention(gm):
         return Work(reporting.Report((), before, before, name))
+    unsupported = _compat.unsupported_torch()
+    if unsupported is not None:
+        if chosen.strict:
+            raise RuntimeError(unsupported)
+        _warn(f"graphs are left as they were: {unsupported}")
+        return Work(reporting.Report((), before, before, name, (unsupported,)))
     try:
         prepare()
         with _timed(seconds, "capture"):
@@ -100,7 +106,7 @@ def rewrite(gm: fx.GraphModule, chosen: Settings) -> Work:
         with _timed(seconds, "read"):
             found = _read_all(view)
         with _timed(seconds, "emit"):
-            emitter = Emitter(view)
+            emitter = Emitter(view, chosen.strict)
             for result in found:
                 reports.append(_treat(result, emitter, chosen, fused))
             if fused:
@@ -234,6 +240,11 @@ def _graph_copy(graph: fx.Graph) -> fx.Graph:
     new = fx.Graph(tracer_cls=getattr(graph, "_tracer_cls", None))
     mapping: dict[fx.Node, fx.Node] = {}
     result = new.graph_copy(graph, mapping)
+    for old, twin in mapping.items():
+        # Dynamo keeps where an input comes from in attributes of its own
+        for name, value in getattr(old, "__dict__", {}).items():
+            if name not in vars(twin):
+                setattr(twin, name, value)
     made = new.output(result)
     old = next(n for n in reversed(graph.nodes) if n.op == "output")
     made.meta = dict(old.meta)

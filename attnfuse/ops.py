@@ -1,9 +1,10 @@
 """The op family that compiled graphs call: `attnfuse::attention` and its backward.
 
-    attention(q, k, v, operands, seed, spec, kernel) -> (out, stats)
-    attention_backward(dout, q, k, v, operands, seed, out, stats, spec, kernel, needs) -> gradients of those that need one
+    attention(q, k, v, operands, seed, spec, kernel, strict) -> (out, stats)
+    attention_backward(dout, q, k, v, operands, seed, out, stats, spec, kernel, strict, needs) -> the gradients needed
 
-Shapes as in attnfuse.spec; seed int64 [1] or None; spec is `Attention.text`; kernel the name of one. stats float32
+Shapes as in attnfuse.spec; seed int64 [1] or None; spec is `Attention.text`; kernel the name of one; strict whether a
+failing kernel raises instead of giving way to the reference. stats float32
 [2, *batch, Q] holds each row's maximum and its sum of exp(s - maximum). They are kept apart since a finite fill such as
 finfo.min swallows the logarithm of the sum.
 """
@@ -22,23 +23,17 @@ from attnfuse.spec import Attention
 
 _LIBRARY = torch.library.Library("attnfuse", "DEF")
 _LIBRARY.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor[] operands, Tensor? seed, str spec, str kernel) -> (Tensor, Tensor)"
+    "attention(Tensor q, Tensor k, Tensor v, Tensor[] operands, Tensor? seed, str spec, str kernel, "
+    "bool strict) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor[] operands, Tensor? seed, Tensor out, "
-    "Tensor stats, str spec, str kernel, bool[] needs) -> Tensor[]"
+    "Tensor stats, str spec, str kernel, bool strict, bool[] needs) -> Tensor[]"
 )
 
 #: Kernels that failed in this process, with the error: they are not tried again.
 failed: dict[str, str] = {}
-_strict = False
 _loaded: dict[str, Any] = {}
-
-
-def set_strict(value: bool) -> None:
-    """Whether a failing kernel raises instead of falling back to the reference."""
-    global _strict
-    _strict = value
 
 
 def _module(name: str) -> Any:
@@ -48,11 +43,11 @@ def _module(name: str) -> Any:
     return found
 
 
-def _fall_back(kernel: str, error: Exception) -> Any:
+def _fall_back(kernel: str, strict: bool, error: Exception) -> Any:
     """The reference kernel, after one warning; raises `error` itself in strict mode."""
-    if _strict or kernel == REFERENCE.name:
+    if strict or kernel == REFERENCE.name:
         raise error
-    if kernel not in failed:
+    if strict or kernel not in failed:
         failed[kernel] = f"{type(error).__name__}: {error}"
         warnings.warn(
             f"attnfuse: kernel {kernel!r} failed and the reference kernel runs instead ({failed[kernel]})",
@@ -73,13 +68,14 @@ def _forward(
     seed: torch.Tensor | None,
     spec: str,
     kernel: str,
+    strict: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     parsed = Attention.parse(spec)
-    if kernel not in failed:
+    if strict or kernel not in failed:
         try:
             return _module(kernel).forward(parsed, q, k, v, operands, seed)  # type: ignore[no-any-return]
         except Exception as error:
-            module = _fall_back(kernel, error)
+            module = _fall_back(kernel, strict, error)
     else:
         module = _module(REFERENCE.name)
     return module.forward(parsed, q, k, v, operands, seed)  # type: ignore[no-any-return]
@@ -96,15 +92,16 @@ def _backward(
     stats: torch.Tensor,
     spec: str,
     kernel: str,
+    strict: bool,
     needs: Sequence[bool],
 ) -> list[torch.Tensor]:
     parsed = Attention.parse(spec)
     arguments = (parsed, dout, q, k, v, operands, seed, out, stats, needs)
-    if kernel not in failed:
+    if strict or kernel not in failed:
         try:
             grads = _module(kernel).backward(*arguments)
         except Exception as error:
-            grads = _fall_back(kernel, error).backward(*arguments)
+            grads = _fall_back(kernel, strict, error).backward(*arguments)
     else:
         grads = _module(REFERENCE.name).backward(*arguments)
     return [g for g in grads if g is not None]
@@ -115,23 +112,34 @@ _LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("attnfuse::attention", lib=_LIBRARY)
-def _(q: Any, k: Any, v: Any, operands: Any, seed: Any, spec: str, kernel: str) -> Any:
+def _(q: Any, k: Any, v: Any, operands: Any, seed: Any, spec: str, kernel: str, strict: bool) -> Any:
     return allocate(Attention.parse(spec), q, k, v, operands)
 
 
 @torch.library.register_fake("attnfuse::attention_backward", lib=_LIBRARY)
 def _(
-    dout: Any, q: Any, k: Any, v: Any, operands: Any, seed: Any, out: Any, stats: Any, spec: str, kernel: str, needs: Any
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    operands: Any,
+    seed: Any,
+    out: Any,
+    stats: Any,
+    spec: str,
+    kernel: str,
+    strict: bool,
+    needs: Any,
 ) -> Any:
     return [torch.empty_like(x) for x, need in zip([q, k, v, *operands], needs) if need]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    q, k, v, operands, seed, spec, kernel = inputs
+    q, k, v, operands, seed, spec, kernel, strict = inputs
     out, stats = output
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
-    ctx.spec, ctx.kernel, ctx.count, ctx.seeded = spec, kernel, len(operands), seed is not None
+    ctx.spec, ctx.kernel, ctx.strict, ctx.count, ctx.seeded = spec, kernel, strict, len(operands), seed is not None
     ctx.needs = [x.requires_grad for x in (q, k, v, *operands)]
     ctx.save_for_backward(q, k, v, *operands, *([seed] if seed is not None else []), out, stats)
 
@@ -139,17 +147,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 def _differentiate(ctx: Any, dout: torch.Tensor | None, _dstats: Any) -> tuple[Any, ...]:
     none = [None] * ctx.count
     if dout is None:
-        return None, None, None, none, None, None, None
+        return None, None, None, none, None, None, None, None
     q, k, v, *rest = ctx.saved_tensors
     operands, rest = rest[: ctx.count], rest[ctx.count :]
     seed = rest.pop(0) if ctx.seeded else None
     out, stats = rest
     made = torch.ops.attnfuse.attention_backward(
-        dout, q, k, v, operands, seed, out, stats, ctx.spec, ctx.kernel, ctx.needs
+        dout, q, k, v, operands, seed, out, stats, ctx.spec, ctx.kernel, ctx.strict, ctx.needs
     )
     grads = iter(made)
     found = [next(grads) if need else None for need in ctx.needs]
-    return found[0], found[1], found[2], found[3:], None, None, None
+    return found[0], found[1], found[2], found[3:], None, None, None, None
 
 
 torch.library.register_autograd("attnfuse::attention", _differentiate, setup_context=_setup_context, lib=_LIBRARY)

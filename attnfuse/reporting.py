@@ -205,9 +205,9 @@ def collecting() -> Iterator[list[Report]]:
 
 def merge(parts: Sequence[Report], name: str) -> Report:
     """One report of several graphs: sites and warnings in order, graph texts joined under headings, times added."""
+    sites = tuple(_placed(site, name) for part in parts for site in part.sites)
     if len(parts) == 1:
-        only = parts[0]
-        return Report(only.sites, only.before, only.after, name, only.warnings, dict(only.seconds))
+        return replace(parts[0], sites=sites, name=name)
     seconds: dict[str, float] = {}
     for part in parts:
         for stage, spent in part.seconds.items():
@@ -218,7 +218,7 @@ def merge(parts: Sequence[Report], name: str) -> Report:
         return "\n\n".join(f"{head}\n{text}" for head, text in zip(heads, texts, strict=True))
 
     return Report(
-        sites=tuple(site for part in parts for site in part.sites),
+        sites=sites,
         before=joined([part.before for part in parts]),
         after=joined([part.after for part in parts]),
         name=name,
@@ -226,6 +226,11 @@ def merge(parts: Sequence[Report], name: str) -> Report:
         warnings=tuple(dict.fromkeys(w for part in parts for w in part.warnings)),
         seconds=seconds,
     )
+
+
+def _placed(site: SiteReport, name: str) -> SiteReport:
+    """Torch leaves its own files out of stack traces: of its own modules, `compile_fresh`'s line is all that remains."""
+    return replace(site, where=f"in {name}") if site.where.startswith(f"{os.path.basename(__file__)}:") else site
 
 
 def explain(model_or_function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
@@ -246,7 +251,9 @@ def explain(model_or_function: Callable[..., Any], /, *args: Any, **kwargs: Any)
         compile_fresh(model_or_function, explaining)(*args, **kwargs)
     name = name_of(model_or_function)
     if not collected:
-        return Report((), "", "", name, ("no graph was compiled: is torch.compile disabled, or did Dynamo skip the call?",))
+        return Report(
+            (), "", "", name, ("no graph was compiled: is torch.compile disabled, or did Dynamo skip the call?",)
+        )
     return merge(collected, name)
 
 

@@ -75,7 +75,8 @@ def _check(key: str, value: Any) -> None:
         raise ValueError(f"option {key!r} takes {', '.join(map(repr, _CHOICES[key]))}, got {value!r}{hint}")
     if key == "strict" and not isinstance(value, bool):
         raise ValueError(f"option 'strict' takes True or False, got {value!r}")
-    if key in _NUMBERS and value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+    unlimited = key == "fuel" and value is None
+    if key in _NUMBERS and not unlimited and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
         raise ValueError(f"option {key!r} takes a whole number from 0 up, got {value!r}")
     if key == "kernel" and value is not None and value not in [k.name for k in KERNELS]:
         names = [k.name for k in KERNELS]

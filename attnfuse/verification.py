@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnfuse import _calls
-from attnfuse._compare import Bar, Check, compare
+from attnfuse._compare import Bar, Check, Kind, compare
 from attnfuse._compat_verify import original
 from attnfuse.oracle import Oracle
 from attnfuse.reporting import Report, as_text, collecting, merge, name_of
+from attnfuse.spec import Bias
 
 if TYPE_CHECKING:
     import rich.table
@@ -118,7 +119,7 @@ def verify(
         warnings.append("no output requires grad: gradients were not compared")
     if not any(report.sites for report in reports):
         warnings.append("attnfuse found no attention in this call")
-    bar: Bar = "layer" if module is not None else _attention_bar(reports)
+    bar: Bar = "layer" if leaves else _attention_bar(reports)
     checks = [*_outputs(exact, eager, compiled), *_gradients(exact, eager, compiled, bar)]
     name = name_of(model_or_function)
     return Verification(name, tuple(checks), merge(reports, name), oracle.graphs, tuple(warnings))
@@ -155,7 +156,9 @@ def _in_float64(
                 "different ones: call model.eval(), or set the dropout probabilities to 0"
             )
         if not oracle.graphs:
-            raise ValueError("Dynamo captured no graph of this call, so there is nothing to verify: is torch.compile off?")
+            raise ValueError(
+                "Dynamo captured no graph of this call, so there is nothing to verify: is torch.compile off?"
+            )
         run = _Run(
             {name: oracle.exact(t) for name, t in outputs.items()},
             {name: oracle.exact(t).detach().clone() for name, t in call.mutated(fresh).items()},
@@ -167,7 +170,7 @@ def _in_float64(
         for name, t in outputs.items()
         if t.requires_grad and (t.is_floating_point() or t.is_complex())
     }
-    leaves = dict(call.parameters) or _closed_over(oracle, fresh)
+    leaves: dict[str, torch.Tensor] = {**call.parameters} or _closed_over(oracle, fresh)
     if cotangents:
         wanted = {**fresh.differentiable, **leaves}
         found = oracle.gradients([run.outputs[n] for n in cotangents], list(wanted.values()), list(cotangents.values()))
@@ -211,23 +214,31 @@ def _same_numbers() -> Iterator[None]:
 
 
 def _outputs(exact: _Run, eager: _Run, compiled: _Run) -> Iterator[Check]:
-    for kind, runs in (("output", [r.outputs for r in (exact, eager, compiled)]), ("state", [r.state for r in (exact, eager, compiled)])):
-        for name, reference in runs[1].items():
-            given = runs[2].get(name)
-            if given is None or name not in runs[0]:
-                yield _missing(name, kind, reference, "is not among what the compiled call returned or mutated")
-            elif reference.requires_grad and not given.requires_grad:
-                yield _missing(name, kind, reference, "does not require grad, eager's does")
-            else:
-                yield compare(name, runs[0][name].detach(), reference.detach(), given.detach(), kind)
-        for name in runs[2].keys() - runs[1].keys():
-            yield _missing(name, kind, runs[2][name], "is not among what the eager call returned or mutated")
+    runs = (exact, eager, compiled)
+    yield from _compared("output", *(run.outputs for run in runs))
+    yield from _compared("state", *(run.state for run in runs))
+
+
+def _compared(
+    kind: Kind, exact: dict[str, torch.Tensor], eager: dict[str, torch.Tensor], compiled: dict[str, torch.Tensor]
+) -> Iterator[Check]:
+    for name, reference in eager.items():
+        given = compiled.get(name)
+        if given is None or name not in exact:
+            yield _missing(name, kind, reference, "is not among what the compiled call returned or mutated")
+        elif reference.requires_grad and not given.requires_grad:
+            yield _missing(name, kind, reference, "does not require grad, eager's does")
+        else:
+            yield compare(name, exact[name].detach(), reference.detach(), given.detach(), kind)
+    for name in compiled.keys() - eager.keys():
+        yield _missing(name, kind, compiled[name], "is not among what the eager call returned or mutated")
 
 
 def _attention_bar(reports: list[Report]) -> Bar:
     """Of a function that is one attention: gradients may err more where a bias or dropout takes part."""
     specs = [site.spec for report in reports for site in report.sites if site.spec is not None]
-    return "biased attention" if any(spec.operands or spec.dropout for spec in specs) else "attention"
+    biased = any(spec.dropout or any(isinstance(step, Bias) for step in spec.steps) for spec in specs)
+    return "biased attention" if biased else "attention"
 
 
 def _gradients(exact: _Run, eager: _Run, compiled: _Run, bar: Bar) -> Iterator[Check]:
@@ -246,5 +257,5 @@ def _gradients(exact: _Run, eager: _Run, compiled: _Run, bar: Bar) -> Iterator[C
         yield compare(name, reference.double(), native, given, "gradient", largest.get(_calls.layer_of(name), 0.0), bar)
 
 
-def _missing(name: str, kind: Any, tensor: torch.Tensor, reason: str) -> Check:
+def _missing(name: str, kind: Kind, tensor: torch.Tensor, reason: str) -> Check:
     return Check(name, kind, tensor.dtype, tuple(tensor.shape), 0.0, 0.0, 0.0, 0.0, None, None, reason)

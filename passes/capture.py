@@ -75,6 +75,8 @@ class View:
     # whether autograd records the node
     grad: dict[fx.Node, bool]
     fake_mode: _compat.FakeTensorMode
+    # whether any input of the graph requires a gradient
+    trains: bool
     order: dict[fx.Node, int] = field(default_factory=dict)
     live: set[fx.Node] = field(default_factory=set)
     # memory -> the nodes that write to it, in order
@@ -131,7 +133,8 @@ def capture(gm: fx.GraphModule) -> View:
     recorder = _Recorder(fake_mode)
     with _compat.keep_global_state():
         module = _compat.trace(lambda *args: recorder.run_main(gm, args), examples, fake_mode)
-    view = View(module.graph, recorder.scopes, recorder.origin, recorder.grad, fake_mode)
+    trains = any(isinstance(x, torch.Tensor) and x.requires_grad for x in examples)
+    view = View(module.graph, recorder.scopes, recorder.origin, recorder.grad, fake_mode, trains)
     _rename_written(view)
     view.order = {n: i for i, n in enumerate(view.graph.nodes)}
     _mark_live(view)

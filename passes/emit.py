@@ -27,8 +27,9 @@ class EmitError(Exception):
 class Emitter:
     """Edits the Dynamo graphs of one view, site after site."""
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: View, strict: bool = False) -> None:
         self.view = view
+        self.strict = strict
         # results that were replaced: (scope, ATen node) -> Dynamo node
         self.replaced: dict[tuple[Scope, fx.Node], fx.Node] = {}
         self.touched: set[Scope] = set()
@@ -64,15 +65,20 @@ class Emitter:
             device = value_of(site.q.node).device
             seed = writer.call(torch.randint, (0, _SEED_LIMIT, (1,)), {"dtype": torch.int64, "device": device})
         op = torch.ops.attnfuse.attention.default
-        pair = writer.call(op, (q, k, v, operands, seed, site.spec.text, kernel))
+        pair = writer.call(op, (q, k, v, operands, seed, site.spec.text, kernel, self.strict))
         out = writer.getitem(pair, 0)
         result = writer.shaped(out, (*((a,) for a in site.batch), site.q_dim, site.e_dim), site)
-        # the op keeps its result for backward, so that a later write must go to a copy
-        return writer.method("clone", result) if self._written_later(site) else result
+        return writer.method("clone", result) if self._may_be_written(site) else result
 
-    def _written_later(self, site: Site) -> bool:
-        writers = self.view.writes.get(alias_key(value_of(site.final)), ())
-        return any(self.view.order[w] > self.view.order[site.final] for w in writers)
+    def _may_be_written(self, site: Site) -> bool:
+        """Whether somebody may write to the result: the op keeps it for backward, so that they must have a copy."""
+        if not (self.view.trains and self.view.grad.get(site.final, True)):
+            return False
+        key = alias_key(value_of(site.final))
+        output = next(n for n in reversed(self.view.graph.nodes) if n.op == "output")
+        if any(_lies_at(n, key) for n in output.all_input_nodes):
+            return True
+        return any(self.view.order[w] > self.view.order[site.final] for w in self.view.writes.get(key, ()))
 
     def _redirect(self, site: Site, scope: Scope, owner: fx.Node, result: fx.Node, writer: _Writer) -> None:
         """Let everything that used the site's result use `result`."""

@@ -73,4 +73,3 @@ def fresh_state() -> Iterator[None]:
     ops.failed.clear()
     yield
     ops.failed.clear()
-    ops.set_strict(False)

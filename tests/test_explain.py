@@ -9,9 +9,10 @@ import subprocess
 import sys
 import threading
 
-import attnfuse
 import pytest
 import torch
+
+import attnfuse
 from attnfuse.reporting import EXPLAIN_VARIABLE, Report, SiteReport, merge, record
 from attnfuse.spec import Attention, Bias, Operand, Scale
 
@@ -123,7 +124,15 @@ def test_what_cannot_be_called_is_refused_by_name():
 
 def test_text_shows_every_site_with_what_was_read():
     text = str(report(FUSED, LEFT, REFUSED, warnings=("careful",)))
-    for piece in ("1 fused, 1 left, 1 refused", "model.py:12", "scale 0.125", "cpu", "left", "fuel:", "warning: careful"):
+    for piece in (
+        "1 fused, 1 left, 1 refused",
+        "model.py:12",
+        "scale 0.125",
+        "cpu",
+        "left",
+        "fuel:",
+        "warning: careful",
+    ):
         assert piece in text
     assert "a [bold]reason[/bold]" in text, "what looks like markup is shown as it is"
 
@@ -189,14 +198,20 @@ def test_the_environment_variable_prints_reports(monkeypatch, capsys):
 
 
 def test_torch_logs_shows_reports():
+    # not by its name: that takes an installed package
     program = (
-        "import torch\n"
-        "f = torch.compile(lambda q: torch.softmax(q @ q.mT, -1) @ q, backend='attnfuse', options={'inner': 'eager'})\n"
+        "import torch, attnfuse.backend\n"
+        "backend = lambda g, inputs: attnfuse.backend.backend(g, inputs, options={'inner': 'eager'})\n"
+        "f = torch.compile(lambda q: torch.softmax(q @ q.mT, -1) @ q, backend=backend)\n"
         "f(torch.randn(1, 2, 8, 4))\n"
     )
     environment = {**os.environ, "TORCH_LOGS": "+attnfuse", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    # the backend by name needs the package to be installed; a path to it does as well
-    program = "import attnfuse.backend as b\n" + program.replace("backend='attnfuse', options={'inner': 'eager'}", "backend=lambda g, e: b.backend(g, e, options={'inner': 'eager'})")
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "1 fused, 0 left, 0 refused" in done.stderr
+
+
+def test_a_site_inside_of_torchs_own_modules_is_placed_by_the_name_of_the_call():
+    layer = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    (site,) = attnfuse.explain(layer, *(torch.randn(2, 4, 8) for _ in range(3))).sites
+    assert site.where == "in MultiheadAttention"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.utils.checkpoint
-from attnfuse.oracle import Oracle, OracleError, evaluate
 from torch import nn
+
+from attnfuse.oracle import Oracle, OracleError, evaluate
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -54,8 +55,11 @@ class Doubled(torch.autograd.Function):
 def test_gradients_pass_checkpoints_functions_autocast_and_no_grad():
     layer = nn.Linear(4, 4)
 
+    def weights(x, w):
+        return (x @ w).softmax(-1, dtype=torch.float32).to(x.dtype)
+
     def f(x, w):
-        y = torch.utils.checkpoint.checkpoint(lambda a: (a @ w).softmax(-1, dtype=torch.float32).to(a.dtype), x, use_reentrant=False)
+        y = torch.utils.checkpoint.checkpoint(weights, x, w, use_reentrant=False)
         with torch.no_grad():
             z = x.half().float().type_as(x)
         with torch.autocast("cpu", torch.bfloat16):
@@ -225,7 +229,9 @@ def test_random_ops_are_named_and_dropout_that_is_off_is_none(p, training, rando
 
 def test_inference_mode():
     with torch.inference_mode():
-        _, exact = run(lambda x: nn.functional.dropout(x.half().float(), 0.3, False).softmax(-1), x := torch.randn(3, 4))
+        _, exact = run(
+            lambda x: nn.functional.dropout(x.half().float(), 0.3, False).softmax(-1), x := torch.randn(3, 4)
+        )
     torch.testing.assert_close(exact, x.double().softmax(-1), **TIGHT)
 
 
@@ -246,7 +252,7 @@ def test_dropout_of_the_op_is_replayed_from_its_seed():
 
     class Op(nn.Module):
         def forward(self, q, k, v, seed):
-            return torch.ops.attnfuse.attention(q, k, v, [], seed, spec.text, "reference")[0]
+            return torch.ops.attnfuse.attention(q, k, v, [], seed, spec.text, "reference", False)[0]
 
     q, k, v = (torch.randn(1, 2, 8, 4) for _ in range(3))
     gm = torch.fx.symbolic_trace(Op())

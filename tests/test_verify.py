@@ -6,13 +6,14 @@ import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
-import attnfuse
-import attnfuse.backend
 import pytest
 import torch
+from torch import nn
+
+import attnfuse
+import attnfuse.backend
 from attnfuse._compare import compare
 from attnfuse.verification import VerificationError, verify
-from torch import nn
 
 EAGER = {"inner": "eager"}
 

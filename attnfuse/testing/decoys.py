@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from attnfuse.testing.mutations import MUTATIONS, Mutation
 from attnfuse.testing.plan import Plan, square_plans
 from attnfuse.testing.program import Program
-from attnfuse.testing.spellings import Writer, number, softmax, steps
+from attnfuse.testing.scores import softmax, steps
+from attnfuse.testing.writer import Writer, number
+
+_PRODUCTS = (
+    "(q @ k.transpose(-2, -1)) * {c}",
+    "q @ (k * {c}).mT",
+    "torch.matmul(q * {c}, k.permute(0, 1, 3, 2))",
+)
 
 
 @st.composite
@@ -37,7 +44,7 @@ def spell(draw: st.DrawFn, plan: Plan, mutation: Mutation) -> Program:
 
     mutated("before")
     if not mutated("product"):
-        w.let("s", w.pick("product", ("(q @ k.transpose(-2, -1)) * {c}", "q @ (k * {c}).mT", "torch.matmul(q * {c}, k.permute(0, 1, 3, 2))")).format(**sizes))
+        w.let("s", w.pick("product", _PRODUCTS).format(**sizes))
     steps(w, "plain")
     mutated("scores")
     late = False if mutated("softmax") else softmax(w)

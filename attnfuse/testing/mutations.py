@@ -4,6 +4,8 @@ The texts are lines of a program that has q [B, H, Q, D], k [B, H, K, D], v [B, 
 weights) and out; {Q} and the like stand for the sizes.
 """
 
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -44,6 +46,8 @@ def _m(name: str, at: Place, lines: str, **more: object) -> Mutation:
     return Mutation(name, at, lines, **more)  # type: ignore[arg-type]
 
 
+# one line for each is easier to read than five
+# fmt: off
 MUTATIONS: tuple[Mutation, ...] = (
     # the softmax, over something else or something else
     _m("softmax over the queries", "softmax", "p = torch.softmax(s, dim=-2)"),
@@ -169,7 +173,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     _m("weights summed beside", "output", "out = out + p.sum(-1, keepdim=True) - p.sum(-1, keepdim=True)", equal=True),
     _m("weights' entropy returned", "output", "entropy = -(p * torch.log(p + 1e-6)).sum(-1)", result="out, entropy", equal=True),
     _m("scores returned", "output", "pass", result="out, s", equal=True),
-    _m("scores edited after the softmax, returned", "output", "s = s.mul_(0.0)", result="out, s", equal=True, masked=False),
+    _m("scores edited after the softmax, returned", "output", "s = s.mul_(0.0)", result="out, s", equal=True, grad=False, masked=False),
     _m("a view of the scores edited before the softmax", "scores", "s = s.clone()\nrow = s[:, :, 0]\nrow.mul_(0.0)", masked=False),
     _m("two attentions from one softmax", "output", "out = out + p @ (v * 0.5)"),
     _m("output divided by the weights' sum", "output", "out = out / p.sum(-1, keepdim=True)", equal=True),

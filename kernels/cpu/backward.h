@@ -218,7 +218,7 @@ inline bool backward_all(const Problem& p, i64 chunks) {
     return any;
   });
   const double work = static_cast<double>(p.elements) * p.Q * p.K * (p.D + p.E);
-  const i64 threads = work < 2e5 ? 1 : p.threads;
+  const i64 threads = work < 4e5 ? 1 : p.threads;
   std::atomic<bool> failed{false};
   const auto item = [&](i64 c, i64 e, i64 chunk, float* dq) {
     BackwardItem t(p);

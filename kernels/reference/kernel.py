@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -42,11 +43,16 @@ def backward(
 ) -> list[torch.Tensor | None]:
     """Gradients for those of (q, k, v, *operands) that `needs` names, in their shapes and dtypes."""
     inputs = [q, k, v, *operands]
-    with torch.enable_grad():
+
+    def differentiate() -> tuple[torch.Tensor | None, ...]:
         leaves = [x.detach().requires_grad_() if need else x.detach() for x, need in zip(inputs, needs)]
         values, _ = attend(spec, leaves[0], leaves[1], leaves[2], leaves[3:], seed, _precision(spec))
         wanted = [x for x, need in zip(leaves, needs) if need]
-        found = torch.autograd.grad(values, wanted, dout.to(values.dtype), allow_unused=True)
+        return torch.autograd.grad(values, wanted, dout.to(values.dtype), allow_unused=True)
+
+    # inside of an op autograd is off for its thread, whatever enable_grad says
+    with ThreadPoolExecutor(1) as aside:
+        found = aside.submit(differentiate).result()
     grads = iter(found)
     result: list[torch.Tensor | None] = []
     for x, need in zip(inputs, needs):

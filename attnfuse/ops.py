@@ -2,6 +2,7 @@
 
     attention(q, k, v, operands, seed, spec, kernel, strict) -> (out, stats)
     attention_backward(dout, q, k, v, operands, seed, out, stats, spec, kernel, strict, needs) -> the gradients needed
+    own(x) -> a copy of x that no compiler takes for x itself
 
 Shapes as in attnfuse.spec; seed int64 [1] or None; spec is `Attention.text`; kernel the name of one; strict whether a
 failing kernel raises instead of giving way to the reference. stats float32
@@ -30,6 +31,8 @@ _LIBRARY.define(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor[] operands, Tensor? seed, Tensor out, "
     "Tensor stats, str spec, str kernel, bool strict, bool[] needs) -> Tensor[]"
 )
+
+_LIBRARY.define("own(Tensor x) -> Tensor")
 
 #: Kernels that failed in this process, with the error: they are not tried again.
 failed: dict[str, str] = {}
@@ -161,3 +164,18 @@ def _differentiate(ctx: Any, dout: torch.Tensor | None, _dstats: Any) -> tuple[A
 
 
 torch.library.register_autograd("attnfuse::attention", _differentiate, setup_context=_setup_context, lib=_LIBRARY)
+
+
+def _own(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+_LIBRARY.impl("own", _own, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("attnfuse::own", lib=_LIBRARY)
+def _(x: Any) -> Any:
+    return torch.empty_like(x)
+
+
+torch.library.register_autograd("attnfuse::own", lambda ctx, grad: grad, lib=_LIBRARY)

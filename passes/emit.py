@@ -68,7 +68,9 @@ class Emitter:
         pair = writer.call(op, (q, k, v, operands, seed, site.spec.text, kernel, self.strict))
         out = writer.getitem(pair, 0)
         result = writer.shaped(out, (*((a,) for a in site.batch), site.q_dim, site.e_dim), site)
-        return writer.method("clone", result) if self._may_be_written(site) else result
+        if self._may_be_written(site):
+            return writer.call(torch.ops.attnfuse.own.default, (result,))
+        return result
 
     def _may_be_written(self, site: Site) -> bool:
         """Whether somebody may write to the result: the op keeps it for backward, so that they must have a copy."""

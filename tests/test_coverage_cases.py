@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from typer.testing import CliRunner
 
 from attnfuse.kernels import cpu
+from benchmarks import results
 from benchmarks.coverage import cases, measure, table
 from benchmarks.coverage.__main__ import app
 from benchmarks.coverage.measure import Outcome, Row
@@ -22,12 +25,16 @@ from benchmarks.preload import preload
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-#: One or two of each family, the quick ones.
-SAMPLE = (
-    *("hf/albert", "hf/gpt_neox", "hf/mt5", "hf/deit", "hf/decision_transformer", "hfvar/llama+bf16"),
-    *("hfvar/gpt2+decode_dyncache", "timm/vit_tiny_patch16_224", "diffusers/dit", "xt/encoder"),
-    *("plain/nanogpt", "plain/gqa_grouped", "plain/manual_exp_sum", "plain/mha_no_weights_sdpa"),
+#: One or two of each family; tests/test_models.py has more of transformers and timm.
+QUICK = (
+    *("hf/gpt_neox", "hf/deit", "hfvar/llama+bf16", "hfvar/gpt2+decode_dyncache", "diffusers/dit", "xt/encoder"),
+    *("plain/nanogpt", "plain/gqa_grouped", "plain/mha_no_weights_sdpa"),
 )
+LONGER = (
+    *("hf/albert", "hf/mt5", "hf/decision_transformer", "hf/deberta-v2", "timm/vit_tiny_patch16_224"),
+    *("timm/swin_tiny_patch4_window7_224", "diffusers/unet2d_condition", "xt/decoder", "plain/manual_exp_sum"),
+)
+SAMPLE = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in LONGER)]
 BASELINE = {row["name"]: row for row in json.loads(table.BASELINE.read_text())}
 
 
@@ -44,7 +51,9 @@ def heads(number: int = 3) -> list[torch.Tensor]:
 SPELLED: dict[str, Attend] = {
     "softmax": lambda q, k, v: (q @ k.mT).softmax(-1) @ v,
     "cast": lambda q, k, v: F.softmax((q @ k.mT).double(), -1).float() @ v,
-    "in place": lambda q, k, v: (q @ k.mT).mul_(0.5).masked_fill_(torch.ones(8, 8).triu(1).bool(), -1e9).softmax(-1) @ v,
+    "in place": lambda q, k, v: (
+        (q @ k.mT).mul_(0.5).masked_fill_(torch.ones(8, 8).triu(1).bool(), -1e9).softmax(-1) @ v
+    ),
     "exp over sum": lambda q, k, v: (lambda e: (e / e.sum(-1, keepdim=True)) @ v)((q @ k.mT).exp()),
     "sum after the product": lambda q, k, v: (q @ k.mT).log_softmax(-1).exp() @ v,
     "less logsumexp": lambda q, k, v: (lambda s: (s - s.logsumexp(-1, keepdim=True)).exp() @ v)(q @ k.mT),
@@ -131,16 +140,32 @@ def test_non_finite_values_in_other_places_are_wrong() -> None:
     assert outcome.wrong is not None and "finite" in outcome.wrong
 
 
+RUN = """
+import json
+from benchmarks.coverage import runner
+for timeout in (100.0, 0.0):
+    print(json.dumps(list(runner.run(["plain/einsum"], jobs=1, timeout=timeout, train=False, inner="eager"))))
+"""
+
+
 @pytest.mark.models
-def test_run_writes_rows_that_table_shows(tmp_path: Path) -> None:
-    runner = CliRunner()
+def test_cases_run_in_processes_that_are_stopped_when_they_take_too_long() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", RUN], cwd=results.ROOT, capture_output=True, text=True, timeout=300, check=True
+    )
+    (row,), (stopped,) = map(json.loads, done.stdout.splitlines())
+    assert (row["name"], row["sites"], row["eval"]["fused"], row["failed"]) == ("plain/einsum", 1, 1, None)
+    assert stopped["eval"] is None and stopped["failed"] == "took more than 0 s"
+
+
+def test_table_shows_what_is_missed_and_what_failed(tmp_path: Path) -> None:
     document = tmp_path / "coverage.md"
     kept = Row("plain/einsum", "plain-pytorch", sites=1, calls=0, eval=Outcome(0, 1, {"because of it (x.py:1)": 1}))
     failed = Row("hf/dinat", "hf:vision", failed="Skipped: needs natten")
     content = {"environment": {"date": "", "commit": "", "device": "", "threads": 1, "python": "", "versions": {}}}
     source = tmp_path / "rows.json"
     source.write_text(json.dumps({**content, "rows": [row.to_dict() for row in (kept, failed)]}))
-    done = runner.invoke(app, ["table", "--results", str(source), "--document", str(document)])
+    done = CliRunner().invoke(app, ["table", "--results", str(source), "--document", str(document)])
     assert done.exit_code == 0, done.output
     text = document.read_text()
     assert "| plain/einsum | eval | 0 of 1 | 1 | 1 x because of it (x.py:1) |" in text

@@ -44,7 +44,8 @@ def attentions(row: Row, mode: str) -> int:
     return (row[f"{prefix}sites"] or 0) + (row[f"{prefix}calls"] or 0)
 
 
-def _fused(row: Row, mode: str) -> int:
+def fused(row: Row, mode: str) -> int:
+    """Those that ran on attnfuse's kernel."""
     return min(row[mode]["fused"], attentions(row, mode)) if row[mode] else 0
 
 
@@ -69,20 +70,20 @@ def _family(name: str, rows: list[Row]) -> list[str]:
         return sum(of(row) or 0 for row in among)
 
     sites, calls = total(lambda r: r["sites"]), total(lambda r: r["calls"])
-    fused, theirs = total(lambda r: _fused(r, "eval")), total(lambda r: r["baseline"]["inductor_fused"])
+    ours, theirs = total(lambda r: fused(r, "eval")), total(lambda r: r["baseline"]["inductor_fused"])
     training = total(lambda r: attentions(r, "training"), trained)
     cells = [
         len(rows),
         len(built),
         sites,
         calls,
-        fused,
-        _percent(fused, sites + calls),
+        ours,
+        _percent(ours, sites + calls),
         theirs,
         _percent(theirs, sites),
     ]
-    fused = total(lambda r: _fused(r, "training"), trained)
-    cells += [training, fused, _percent(fused, training)]
+    ours = total(lambda r: fused(r, "training"), trained)
+    cells += [training, ours, _percent(ours, training)]
     cells += [total(lambda r: r["baseline"]["train_inductor_fused"], trained)]
     return [name, *map(str, cells)]
 
@@ -111,9 +112,9 @@ def _incomplete(rows: list[Row]) -> str:
     lines = []
     for row in rows:
         for mode in ("eval", "training"):
-            if row[mode] and _fused(row, mode) < attentions(row, mode):
+            if row[mode] and fused(row, mode) < attentions(row, mode):
                 why = "; ".join(f"{number} x {reason}" for reason, number in row[mode]["missed"].items())
-                count = f"{_fused(row, mode)} of {attentions(row, mode)}"
+                count = f"{fused(row, mode)} of {attentions(row, mode)}"
                 lines.append([row["name"], mode, count, str(row[mode]["graphs"]), _cell(why or "not found")])
     return results.table(("case", "mode", "fused", "graphs", "reasons"), lines) if lines else "None."
 

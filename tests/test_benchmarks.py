@@ -1,0 +1,171 @@
+"""The instruments of benchmarks/: what they measure is there, and what is equal comes out equal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import attnfuse
+from benchmarks import models, results, spelled, summary
+from benchmarks.memory import peak_of
+from benchmarks.spelled import Case, deviation
+from benchmarks.timing import copy_of, interleaved
+
+
+class Clock:
+    """Time that passes only where a contender says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.calls = 0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def takes(self, seconds: float) -> Callable[[], Any]:
+        def contender() -> None:
+            self.now += seconds
+            self.calls += 1
+
+        return contender
+
+
+def test_speedup_is_the_ratio_of_times_and_the_base_is_its_own_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    contenders = {"base": clock.takes(0.25), "slow": clock.takes(0.5), "again": clock.takes(0.25)}
+    found = interleaved(contenders, "base", budget=10.0)
+    assert [found[name].speedup for name in contenders] == [1.0, 0.5, 1.0]
+    assert [found[name].seconds for name in contenders] == [0.25, 0.5, 0.25]
+    # a round takes a second
+    assert {timing.rounds for timing in found.values()} == {10}
+
+
+def test_a_slower_phase_of_the_machine_does_not_change_the_speedup(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+
+    def on_a_busy_machine(seconds: float) -> Callable[[], Any]:
+        # from the twentieth second on everything takes four times as long
+        return lambda: clock.takes(seconds * (4 if clock.now > 20 else 1))()
+
+    found = interleaved({"base": on_a_busy_machine(0.25), "slow": on_a_busy_machine(0.5)}, "base", budget=100.0)
+    assert found["slow"].speedup == 0.5
+
+
+def test_short_calls_are_repeated_within_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    found = interleaved({"short": clock.takes(1e-6)}, "short", budget=0.1)
+    assert clock.calls > 1000 * found["short"].rounds
+    assert found["short"].seconds == pytest.approx(1e-6)
+
+
+def test_long_calls_run_three_rounds_whatever_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    found = interleaved({"long": clock.takes(60.0)}, "long", budget=1.0)
+    assert found["long"].rounds == 3 and clock.calls == 4
+
+
+def test_unknown_base_is_named() -> None:
+    with pytest.raises(KeyError, match="'b' is not among a"):
+        interleaved({"a": lambda: None}, "b", budget=0.1)
+
+
+def test_copies_have_code_objects_of_their_own() -> None:
+    copy = copy_of(spelled.spelled)
+    assert copy.__code__ is not spelled.spelled.__code__
+    assert copy.__code__ == spelled.spelled.__code__
+
+
+def test_peak_memory_holds_what_a_call_took_and_gave_back() -> None:
+    size = 64 << 20
+
+    def call() -> None:
+        torch.ones(size, dtype=torch.uint8)
+
+    call()
+    # the system counts pages for each core by itself, and adds up now and then
+    assert 0.99 * size <= peak_of(call) < 2 * size
+    assert peak_of(lambda: None) < size // 4
+
+
+@pytest.mark.parametrize("mask", ["dense", "none", "causal"])
+@pytest.mark.parametrize("mode", ["forward", "training"])
+def test_contenders_compute_the_same(mask: spelled.Mask, mode: spelled.Mode) -> None:
+    case = Case(20, mode=mode, mask=mask, heads=2, head_dim=8)
+    arguments, cotangent = spelled.inputs(case)
+    eager, called = spelled._FUNCTIONS[mask]
+    with torch.no_grad() if mode == "forward" else contextlib.nullcontext():
+        outputs = [function(*arguments) for function in (eager, called)]
+    if mode == "training":
+        outputs = [torch.autograd.grad(out, arguments[:3], cotangent) for out in outputs]
+    assert deviation(outputs[1], outputs[0]) < 1e-5
+    assert deviation(outputs[0], outputs[0]) == 0
+
+
+def test_deviation_is_relative_to_the_largest_value() -> None:
+    exact = torch.tensor([10.0, 1.0])
+    assert deviation(exact + 0.1, exact) == pytest.approx(0.01, rel=1e-4)
+    assert deviation((exact, exact + 1), (exact, exact)) == pytest.approx(0.1, rel=1e-4)
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_models_have_one_attention_a_layer_and_it_is_fused(name: str) -> None:
+    case = models.Case(name, length=16, batch=2, layers=1, hidden=64)
+    model, batch = models.build(case)
+    expected = models._hidden_states(model, batch)
+    report = attnfuse.explain(models._hidden_states, model, batch)
+    assert (report.fused, report.refused) == (1, 0)
+    step = models._call(replace(case, mode="training"), models._hidden_states, model, batch)
+    assert len(step()) == sum(p.requires_grad for p in model.parameters())
+    assert expected.shape == (2, 16, 64)
+
+
+def test_section_is_put_in_place_and_others_stay(tmp_path: Path) -> None:
+    document = tmp_path / "figures.md"
+    results.section("one", "first", document, head="# Figures\n")
+    results.section("two", "second", document)
+    results.section("one", "a \\1 | b", document)
+    text = document.read_text()
+    assert text.startswith("# Figures\n") and text.count("<!-- one: begin -->") == 1
+    assert "a \\1 | b" in text and "second" in text and "first" not in text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(2.5, "2.5 s"), (0.0123, "12.3 ms"), (4.2e-5, "42 us")])
+def test_durations_have_three_figures(seconds: float, text: str) -> None:
+    assert results.duration(seconds) == text
+
+
+def test_summary_shows_the_measured_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("# x\n\n<!-- compare: begin -->\nnothing\n<!-- compare: end -->\n\nrest\n")
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(summary, "README", readme)
+    with pytest.raises(SystemExit, match="nothing has been measured"):
+        summary.main()
+    timing = {"seconds": 0.002, "speedup": 1.5, "low": 1.4, "high": 1.6, "rounds": 9}
+    timings = dict.fromkeys(("eager", "inductor", "attnfuse"), timing)
+    environment = {"device": "a machine", "threads": 2}
+    case = {"length": 2048, "dtype": "float32", "mode": "forward", "mask": "dense", "model": "bert", "batch": 1}
+    rows = {"environment": environment, "times": [{"case": case, "timings": timings}]}
+    compiling = {
+        "case": {**case, "layers": 12},
+        "seconds": {"inductor": [10.0, 11.0, 9.0], "attnfuse": [11.0, 12.0, 10.0]},
+    }
+    (tmp_path / "attention.json").write_text(json.dumps(rows))
+    (tmp_path / "models.json").write_text(json.dumps({**rows, "compile": [compiling]}))
+    outcome = {"fused": 2}
+    counted = {"name": "hf/bert", "sites": 2, "calls": 0, "eval": outcome, "training": None}
+    (tmp_path / "coverage.json").write_text(json.dumps({"rows": [counted]}))
+    summary.main()
+    text = readme.read_text()
+    assert "| attention, L=2048, float32, forward | 2 ms | 2 ms | 2 ms | 1.50 |" in text
+    assert "| BERT, L=2048, float32, forward | 2 ms | 2 ms | 2 ms | 1.50 |" in text
+    assert "a 12-layer BERT (forward) takes 1.10 times" in text
+    assert "| transformers | 1 | 2 | 2 | 0 | 0 | 0 | 0 |" in text
+    assert text.startswith("# x\n") and text.endswith("\nrest\n") and "nothing" not in text

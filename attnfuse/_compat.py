@@ -11,6 +11,8 @@ from torch import fx
 
 try:
     import torch.utils._pytree as pytree
+    from torch.amp.autocast_mode import _enter_autocast as enter_autocast
+    from torch.amp.autocast_mode import _exit_autocast as exit_autocast
     from torch._ops import HigherOrderOperator, OpOverload
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.fx.experimental import proxy_tensor
@@ -35,6 +37,8 @@ __all__ = [
     "aot_eager",
     "compile_fx",
     "detect_fake_mode",
+    "enter_autocast",
+    "exit_autocast",
     "free_unbacked_symbols",
     "inductor_mode_options",
     "inductor_options",
@@ -141,6 +145,8 @@ def keep_global_state() -> Iterator[None]:
             torch.set_autocast_enabled(device, enabled)
             torch.set_autocast_dtype(device, dtype)
         torch.set_autocast_cache_enabled(cache)
+        # casts of fake parameters must not outlive the trace
+        torch.clear_autocast_cache()
 
 
 def inductor_options() -> list[str]:

@@ -21,7 +21,18 @@ _FUSED = {
 }
 # ops besides pointwise ones through which scores and weights are still scores and weights
 _MOVES = {
-    *("view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze"),
+    *(
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "_reshape_alias",
+        "expand",
+        "permute",
+        "transpose",
+        "t",
+        "unsqueeze",
+        "squeeze",
+    ),
     *("slice", "select", "split", "split_with_sizes", "unbind", "alias", "detach", "as_strided", "clone", "_to_copy"),
     *("cat", "stack", "constant_pad_nd", "gather", "index", "tril", "triu", "roll", "native_dropout", "copy_"),
 }

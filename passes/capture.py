@@ -182,6 +182,13 @@ class _Recorder:
         if _is_checkpoint(node):
             body: Any = args[0]
             return self.run(Scope(body, scope, node), args[1:])
+        if node.target is _compat.enter_autocast:
+            # a trace before dispatch notes this call without making it, and the dtypes after it would be wrong
+            mode = torch.autocast(*args, **kwargs)
+            mode.__enter__()
+            return mode
+        if node.target is _compat.exit_autocast:
+            return args[0].__exit__(None, None, None)
         if self._must_stay_opaque(node, args, kwargs):
             return self._opaque(node, args, kwargs)
         try:

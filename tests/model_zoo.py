@@ -88,11 +88,16 @@ def t5(**more: Any) -> Case:
 
 
 def vit(**more: Any) -> Case:
-    return _transformer("ViTModel", "ViTConfig", **_SMALL, **_IMAGE, **more), {"pixel_values": torch.randn(BATCH, 3, 32, 32)}
+    return _transformer("ViTModel", "ViTConfig", **_SMALL, **_IMAGE, **more), {
+        "pixel_values": torch.randn(BATCH, 3, 32, 32)
+    }
 
 
 def clip(**more: Any) -> Case:
-    parts = {"text_config": {**_DECODER, "projection_dim": 32}, "vision_config": {**_SMALL, **_IMAGE, "projection_dim": 32}}
+    parts = {
+        "text_config": {**_DECODER, "projection_dim": 32},
+        "vision_config": {**_SMALL, **_IMAGE, "projection_dim": 32},
+    }
     model = _transformer("CLIPModel", "CLIPConfig", **parts, projection_dim=32, **more)
     for part in (model.config.text_config, model.config.vision_config):
         part._attn_implementation = "eager"
@@ -101,9 +106,18 @@ def clip(**more: Any) -> Case:
 
 def whisper(**more: Any) -> Case:
     fields = {
-        **{"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128},
-        **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_mel_bins": 16, "max_source_positions": 20},
-        **{"max_target_positions": 64, "decoder_start_token_id": 1, "begin_suppress_tokens": None},
+        "d_model": 64,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_ffn_dim": 128,
+        "decoder_ffn_dim": 128,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "num_mel_bins": 16,
+        "max_source_positions": 20,
+        "max_target_positions": 64,
+        "decoder_start_token_id": 1,
+        "begin_suppress_tokens": None,
     }
     model = _transformer("WhisperForConditionalGeneration", "WhisperConfig", **fields, **_IDS, **more)
     decoder = {"decoder_input_ids": tokens(12), "decoder_attention_mask": padding(12)}
@@ -142,7 +156,13 @@ def timm_deit() -> Case:
 
 def timm_swin() -> Case:
     return _timm(
-        "swin_tiny_patch4_window7_224", img_size=56, embed_dim=24, depths=(2, 2), num_heads=(2, 4), num_classes=10, drop_path_rate=0.0
+        "swin_tiny_patch4_window7_224",
+        img_size=56,
+        embed_dim=24,
+        depths=(2, 2),
+        num_heads=(2, 4),
+        num_classes=10,
+        drop_path_rate=0.0,
     )
 
 

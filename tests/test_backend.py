@@ -51,7 +51,13 @@ def report() -> attnfuse.Report:
 
 @pytest.mark.parametrize(
     ("given", "nearest"),
-    [("iner", "inner"), ("strct", "strict"), ("kernal", "kernel"), ("nanpolicy", "nan_policy"), ("max_autotun", "max_autotune")],
+    [
+        ("iner", "inner"),
+        ("strct", "strict"),
+        ("kernal", "kernel"),
+        ("nanpolicy", "nan_policy"),
+        ("max_autotun", "max_autotune"),
+    ],
 )
 def test_unknown_option_is_a_value_error_that_names_the_nearest(given: str, nearest: str) -> None:
     call = torch.compile(attend, backend="attnfuse", options={given: 1})
@@ -101,7 +107,9 @@ def test_options_of_the_user_stay_as_they_were() -> None:
 
 
 def test_options_are_typed_settings_with_inductors_keys_beside_them() -> None:
-    chosen, patches = settings.parse({"inner": "eager", "fuel": 2, "max_autotune": True, "triton.cudagraphs": False}, None)
+    chosen, patches = settings.parse(
+        {"inner": "eager", "fuel": 2, "max_autotune": True, "triton.cudagraphs": False}, None
+    )
     assert chosen == Settings(inner="eager", fuel=2)
     assert patches == {"max_autotune": True, "triton.cudagraphs": False}
 
@@ -299,7 +307,9 @@ def test_strict_of_one_compiled_function_is_not_that_of_another(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("stage", ["capture", "find", "read", "choose"])
-def test_pass_that_raises_leaves_the_graph_untouched_with_one_warning(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pass_that_raises_leaves_the_graph_untouched_with_one_warning(
+    stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(f"{stage} is broken")
 
@@ -327,7 +337,9 @@ def test_pass_that_raises_raises_in_strict_mode(stage: str, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("half", ["emit", "finish"])
-def test_emitter_that_breaks_off_half_way_leaves_the_graph_untouched(half: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_emitter_that_breaks_off_half_way_leaves_the_graph_untouched(
+    half: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = getattr(backend_module.Emitter, half)
     calls = []
 
@@ -393,7 +405,12 @@ def test_missing_compiler_is_found_out_by_running_it(tmp_path: Any) -> None:
         "sites = [s for r in attnfuse.reports() for s in r.sites]\n"
         "print(sites[0].status, sites[0].reason)\n"
     )
-    environment = {"PATH": str(tmp_path), "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "CXX": "/nonexistent/c++"}
+    environment = {
+        "PATH": str(tmp_path),
+        "HOME": str(tmp_path),
+        "XDG_CACHE_HOME": str(tmp_path),
+        "CXX": "/nonexistent/c++",
+    }
     printed = run_python(code, environment)
     assert printed.startswith("refused kernel cpu cannot:"), printed
     assert "compiler" in printed
@@ -429,7 +446,9 @@ def test_reasons_are_given_per_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
     import attnfuse.kernels as kernels
 
-    second = dataclasses.replace(CPU, name="second", capability=dataclasses.replace(CPU.capability, devices=frozenset({"npu"})))
+    second = dataclasses.replace(
+        CPU, name="second", capability=dataclasses.replace(CPU.capability, devices=frozenset({"npu"}))
+    )
     monkeypatch.setattr(kernels, "KERNELS", (CPU, second, REFERENCE))
     torch.compile(attend, backend="attnfuse", options={"inner": "eager"})(*qkv(dtype=torch.float64))
     reason = str(report().sites[0].reason)

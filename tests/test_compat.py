@@ -91,6 +91,23 @@ def test_global_state_is_restored():
     assert not torch.is_autocast_enabled("cpu")
 
 
+def test_autocast_inside_of_a_graph_is_entered_by_the_known_names():
+    seen = []
+
+    def look(gm, example_inputs):
+        seen.extend(n.target for n in gm.graph.nodes if n.op == "call_function")
+        return gm.forward
+
+    def run(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return x @ x
+
+    torch.compiler.reset()
+    torch.compile(run, backend=look)(torch.ones(2, 2))
+    assert seen[0] is _compat.enter_autocast
+    assert seen[-1] is _compat.exit_autocast
+
+
 def test_statically_known_true_adds_no_guard():
     found = []
 

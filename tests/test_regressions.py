@@ -74,7 +74,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return (q @ k.mT * 0.3).softmax(-1) @ v
 
 
-def qkv(B: int = 2, H: int = 2, Q: int = 17, K: int = 17, D: int = 16, E: int | None = None, **more: Any) -> list[torch.Tensor]:
+def qkv(
+    B: int = 2, H: int = 2, Q: int = 17, K: int = 17, D: int = 16, E: int | None = None, **more: Any
+) -> list[torch.Tensor]:
     return [torch.randn(B, H, *size, **more) for size in ((Q, D), (K, D), (K, E or D))]
 
 
@@ -103,7 +105,9 @@ def test_only_true_transposes_match_among_all_permutations_of_square_dims(which:
 def test_second_factor_is_right_under_every_permutation(order: tuple[int, ...]) -> None:
     """1 (195320): k permuted in place of the transposition."""
     q, k, v = (torch.randn(1, 4, 4, 4) for _ in range(3))
-    assert_as_good_as_eager(lambda q, k, v: (q @ k.permute(order).reshape(1, 4, 4, 4)).softmax(-1) @ v, q, k, v, grad=False)
+    assert_as_good_as_eager(
+        lambda q, k, v: (q @ k.permute(order).reshape(1, 4, 4, 4)).softmax(-1) @ v, q, k, v, grad=False
+    )
 
 
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
@@ -115,17 +119,28 @@ def test_k_permuted_across_heads_is_right(inner: str) -> None:
     )
 
 
+def _filled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hide: torch.Tensor, value: float) -> torch.Tensor:
+    return (q @ k.mT).masked_fill(hide, value).softmax(-1) @ v
+
+
+def _lower(diagonal: int = 0) -> torch.Tensor:
+    return torch.ones(17, 17).tril(diagonal)
+
+
 CONSTANTS: dict[str, tuple[Callable[[float], Function], list[float]]] = {
     "scale": (lambda c: lambda q, k, v: (q @ k.mT * c).softmax(-1) @ v, [0.0, -1.0, 1e-4, 0.25, 1.0, 30.0]),
     "divisor": (lambda c: lambda q, k, v: (q @ k.mT / c).softmax(-1) @ v, [-2.0, 0.5, 1.0, 8.0, 1e4]),
     "power": (lambda c: lambda q, k, v: ((q @ k.mT) ** c).softmax(-1) @ v, [1.0, 2.0, 3.0]),
-    "fill": (lambda c: lambda q, k, v: (q @ k.mT).masked_fill(torch.ones(17, 17).tril() == 0, c).softmax(-1) @ v, [0.0, -1.0, 5.0, -1e4, -1e9, FLOAT_MIN, -math.inf]),
-    "tril": (lambda c: lambda q, k, v: (q @ k.mT).masked_fill(torch.ones(17, 17).tril(int(c)) == 0, -1e9).softmax(-1) @ v, [-3, -1, 0, 1, 16]),
-    "compared with": (lambda c: lambda q, k, v: (q @ k.mT).masked_fill(torch.ones(17, 17).tril() == c, -1e9).softmax(-1) @ v, [0.0, 1.0, 2.0]),
+    "fill": (
+        lambda c: lambda q, k, v: _filled(q, k, v, _lower() == 0, c),
+        [0.0, -1.0, 5.0, -1e4, -1e9, FLOAT_MIN, -math.inf],
+    ),
+    "tril": (lambda c: lambda q, k, v: _filled(q, k, v, _lower(int(c)) == 0, -1e9), [-3, -1, 0, 1, 16]),
+    "compared with": (lambda c: lambda q, k, v: _filled(q, k, v, _lower() == c, -1e9), [0.0, 1.0, 2.0]),
     "shift": (lambda c: lambda q, k, v: (q @ k.mT + c).softmax(-1) @ v, [0.0, -3.0, 100.0]),
     "softcap": (lambda c: lambda q, k, v: (torch.tanh(q @ k.mT / c) * 5.0).softmax(-1) @ v, [5.0, 4.0, -5.0]),
     "weights": (lambda c: lambda q, k, v: ((q @ k.mT).softmax(-1) * c) @ v, [0.0, 1.0, -2.0]),
-    "alpha": (lambda c: lambda q, k, v: torch.add(q @ k.mT, torch.ones(17, 17).tril(), alpha=c).softmax(-1) @ v, [1, -2.0, 0]),
+    "alpha": (lambda c: lambda q, k, v: torch.add(q @ k.mT, _lower(), alpha=c).softmax(-1) @ v, [1, -2.0, 0]),
     "clamp": (lambda c: lambda q, k, v: (q @ k.mT).clamp(max=c).softmax(-1) @ v, [-1.0, 0.0, 2.0]),
 }
 
@@ -229,7 +244,8 @@ SPELLINGS: dict[str, Function] = {
         (torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT) * 0.25 + m[0]).softmax(-1), v.flatten(0, 1)
     ).unflatten(0, (2, 2)),
     "baddbmm": lambda q, k, v, m: (
-        torch.baddbmm(m[0].expand(4, 17, 17), q.flatten(0, 1), k.flatten(0, 1).mT, alpha=0.25).softmax(-1) @ v.flatten(0, 1)
+        torch.baddbmm(m[0].expand(4, 17, 17), q.flatten(0, 1), k.flatten(0, 1).mT, alpha=0.25).softmax(-1)
+        @ v.flatten(0, 1)
     ).view(2, 2, 17, 16),
 }
 
@@ -387,7 +403,9 @@ def test_expanded_keys_and_odd_lengths_are_right() -> None:
     k, v = (torch.randn(2, 1, 65, 16).expand(2, 4, 65, 16) for _ in range(2))
     assert k.stride(1) == 0
     assert_as_good_as_eager(attend, q, k, v, grad=False)
-    assert_as_good_as_eager(lambda q, k, v: attend(q, k.expand(2, 4, 65, 16), v.expand(2, 4, 65, 16)), q, k[:, :1], v[:, :1])
+    assert_as_good_as_eager(
+        lambda q, k, v: attend(q, k.expand(2, 4, 65, 16), v.expand(2, 4, 65, 16)), q, k[:, :1], v[:, :1]
+    )
     assert fused() == 2
 
 
@@ -493,7 +511,9 @@ def test_real_strides_equal_the_fakes_in_every_layout(lay_out: Function) -> None
         assert_as_good_as_eager(run, *inputs, grad=False, options=options)
     spec = Attention(("B", "H"), (2, 2, 17, 17, 16, 16), "float32", "float32", "float32", (Scale(0.3),))
     arguments = (*inputs, [], None, spec.text, "cpu", True)
-    torch.library.opcheck(torch.ops.attnfuse.attention.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.attnfuse.attention.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def _aligned(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, corner: str) -> torch.Tensor:
@@ -703,7 +723,9 @@ def _output_written_into_an_input(q: Any, k: Any, v: Any, m: Any) -> torch.Tenso
     return out + m[..., :1]
 
 
-EDITS = [f for name, f in sorted(globals().items()) if "edited" in name or "elsewhere" in name or "written_into" in name]
+EDITS = [
+    f for name, f in sorted(globals().items()) if "edited" in name or "elsewhere" in name or "written_into" in name
+]
 
 
 #: Eager itself refuses their gradients: what it saved was edited.
@@ -719,7 +741,9 @@ def test_edits_between_the_products_are_refused_or_equal(run: Function, inner: s
     if grad and inner == "aot_eager" and run in (_k_and_v_share_memory_and_are_edited, _weights_edited):
         # AOTAutograd traces the backward, which eager refuses too, while it compiles: with attnfuse or without
         for backend in ("aot_eager", "attnfuse"):
-            call = torch.compile(run, backend=backend, options={**FAST, "inner": inner} if backend == "attnfuse" else None)
+            call = torch.compile(
+                run, backend=backend, options={**FAST, "inner": inner} if backend == "attnfuse" else None
+            )
             q, k, v, m = (t.clone() for t in tensors)
             with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="modified by an inplace operation"):
                 call(*[t.requires_grad_() for t in (q, k, v)], m)
@@ -790,7 +814,9 @@ def test_output_edited_by_the_caller_before_backward_does_not_spoil_the_gradient
 
 
 @pytest.mark.parametrize("kind", ["output", "gradient"])
-@pytest.mark.parametrize("spoiled", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)])
+@pytest.mark.parametrize(
+    "spoiled", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)]
+)
 def test_nan_on_one_side_only_fails_the_comparison(spoiled: tuple[bool, bool, bool], kind: Any) -> None:
     """26: NaN in the oracle, in eager or in the compiled result alone never counts as equal."""
     tensors = [torch.ones(4, dtype=d) for d in (torch.float64, torch.float32, torch.float32)]

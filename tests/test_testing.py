@@ -184,3 +184,33 @@ def test_without_hypothesis_the_error_names_the_extra():
     environment = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and "pip install attnfuse[test]" in done.stderr
+
+
+def test_a_false_rewrite_is_an_error_with_the_listing(monkeypatch):
+    import attnfuse.backend
+
+    def backend(gm, example_inputs, *, mode=None, options=None):
+        return lambda *args: tuple(o + 1e-3 for o in gm(*args))
+
+    text = "def program(q):\n    return torch.softmax(q @ q.mT, -1) @ q\n"
+    q = testing.Argument("q", (1, 1, 3, 2))
+    program = testing.Program(text, (q,), torch.float32, lambda given: given["q"])
+    assert testing.check_program(program).fused == 1
+    monkeypatch.setattr(attnfuse.backend, "backend", backend)
+    with pytest.raises(AssertionError, match="max error") as failure:
+        testing.check_program(program)
+    assert program.listing in str(failure.value)
+
+
+def test_errors_that_are_chance_are_not_failures_and_bias_is():
+    from attnfuse._compare import Check
+    from attnfuse.testing.check import _pooled
+
+    class Run:
+        def __init__(self, mean, largest=1.0):
+            reason = "mean error" if mean > 1.1 or largest > 2.0 else None
+            self.checks = [Check("t", "output", torch.float16, (4,), largest, mean, 1.0, 1.0, 2.0, 1.1, reason)]
+
+    assert not _pooled([Run(1.6), *(Run(m) for m in (0.9, 1.2, 0.7, 1.0, 1.1, 0.8, 1.3))])
+    assert _pooled([Run(1.6), *(Run(m) for m in (1.5, 1.4, 1.7, 1.6, 1.5, 1.3, 1.6))])
+    assert _pooled([Run(1.0, 2.1), *(Run(1.0) for _ in range(7))])

@@ -30,7 +30,7 @@ def run(
     pattern: Filter = "",
     jobs: Annotated[int, typer.Option(help="processes at a time")] = 2,
     out: Annotated[Path, typer.Option(help="the file; rows of other cases in it are kept")] = RESULTS,
-    timeout: Annotated[float, typer.Option(help="seconds a case may take")] = 180.0,
+    timeout: Annotated[float, typer.Option(help="seconds a case may take")] = 300.0,
     train: Annotated[bool, typer.Option(help="train the cases of the training list too")] = True,
     inner: Annotated[
         str, typer.Option(help="what runs the rewritten graph: eager, aot_eager or inductor")

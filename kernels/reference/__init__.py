@@ -57,7 +57,8 @@ def attend(
     if spec.hidden == "zero":
         p = torch.where(top == -torch.inf, 0.0, p)
     elif spec.hidden == "nan_to_zero":
-        p = torch.where(total.isnan(), 0.0, p)
+        # rows whose weights are NaN, whatever made them so
+        p = torch.where(total.isnan() | p.isnan().any(-1, keepdim=True), 0.0, p)
     for step in spec.weight_steps:
         p = _apply(step, p, operands)
     if spec.dropout > 0.0:

@@ -11,10 +11,10 @@ from torch import fx
 
 try:
     import torch.utils._pytree as pytree
-    from torch.amp.autocast_mode import _enter_autocast as enter_autocast
-    from torch.amp.autocast_mode import _exit_autocast as exit_autocast
     from torch._ops import HigherOrderOperator, OpOverload
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.amp.autocast_mode import _enter_autocast as enter_autocast
+    from torch.amp.autocast_mode import _exit_autocast as exit_autocast
     from torch.fx.experimental import proxy_tensor
     from torch.fx.experimental.proxy_tensor import (
         disable_proxy_modes_tracing,

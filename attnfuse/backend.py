@@ -267,7 +267,9 @@ def _verifying(compiled: Compiled, original: fx.GraphModule, chosen: Settings) -
         if left <= 0:
             return compiled(*args)
         left -= 1
-        copies = [a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args]
+        copies = [
+            a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args
+        ]
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             expected = original(*copies)
         found = compiled(*args)

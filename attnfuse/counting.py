@@ -48,7 +48,8 @@ def count_attention(function: Callable[..., Any], /, *args: Any, **kwargs: Any) 
     """
     module = function if isinstance(function, torch.nn.Module) else getattr(function, "__self__", None)
     parameters = list(module.parameters()) if isinstance(module, torch.nn.Module) else []
-    with torch.no_grad(), _Counter(parameters) as counter:
+    counter = _Counter(parameters)
+    with torch.no_grad(), counter:
         function(*args, **kwargs)
     return len(counter.counted) + counter.fused
 

@@ -46,7 +46,11 @@ CPU = Kernel(
 REFERENCE = Kernel(
     "reference",
     Capability(
-        frozenset({"cpu", "cuda", "npu", "xpu", "mps"}), FLOATS | {"float64"}, NUMBERS | {"int16", "int8"}, STEPS, WEIGHT_STEPS
+        frozenset({"cpu", "cuda", "npu", "xpu", "mps"}),
+        FLOATS | {"float64"},
+        NUMBERS | {"int16", "int8"},
+        STEPS,
+        WEIGHT_STEPS,
     ),
     "attnfuse.kernels.reference.kernel",
     on_request=True,

@@ -85,8 +85,33 @@ def dtype_of(node: fx.Node) -> torch.dtype:
     return dtype
 
 
-_FOLDABLE = {"sqrt", "rsqrt", "mul", "div", "add", "sub", "neg", "reciprocal", "pow", "exp", "log", "to", "clone", "view"}
-_FOLDABLE |= {"lift_fresh_copy", "lift_fresh", "expand", "detach", "alias", "contiguous", "tensor", "scalar_tensor", "square"}
+_FOLDABLE = {
+    "sqrt",
+    "rsqrt",
+    "mul",
+    "div",
+    "add",
+    "sub",
+    "neg",
+    "reciprocal",
+    "pow",
+    "exp",
+    "log",
+    "to",
+    "clone",
+    "view",
+}
+_FOLDABLE |= {
+    "lift_fresh_copy",
+    "lift_fresh",
+    "expand",
+    "detach",
+    "alias",
+    "contiguous",
+    "tensor",
+    "scalar_tensor",
+    "square",
+}
 
 
 def constant(x: Any, depth: int = 8) -> float | None:
@@ -131,8 +156,10 @@ def _fold(node: fx.Node, depth: int) -> float | None:
         number = constant(x, depth)
         if number is None:
             return None
-        is_node = is_tensor(x)
-        scalars.append(torch.tensor(number, dtype=dtype_of(x)) if is_node else x if not isinstance(x, fx.Node) else number)  # type: ignore[arg-type]
+        if not isinstance(x, fx.Node):
+            scalars.append(x)
+        else:
+            scalars.append(torch.tensor(number, dtype=dtype_of(x)) if is_tensor(x) else number)
     if node.kwargs and any(v is not None for v in node.kwargs.values()):
         return None
     return float(node.target(*scalars))  # type: ignore[operator]

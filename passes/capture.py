@@ -174,8 +174,8 @@ class _Recorder:
         raise CaptureError("the graph has no output")
 
     def _run_node(self, scope: Scope, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-        args = fx.node.map_arg(node.args, lambda n: env[n])
-        kwargs = fx.node.map_arg(node.kwargs, lambda n: env[n])
+        args: Any = fx.node.map_arg(node.args, lambda n: env[n])
+        kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: env[n])
         if node.op == "get_attr":
             value = _attribute(scope.module, str(node.target))
             return value if isinstance(value, fx.GraphModule) else self._opaque(node, (), {})

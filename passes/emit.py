@@ -286,9 +286,11 @@ class _Writer:
             node = self.method("to", node, leaf.cast)
         labels = leaf.labels
         if any(len(dim) != 1 for dim in labels):
-            node = self.method("view", node, *self._shape([a.size for dim in labels for a in dim])) if self._splits(
-                labels
-            ) else node
+            node = (
+                self.method("view", node, *self._shape([a.size for dim in labels for a in dim]))
+                if self._splits(labels)
+                else node
+            )
             node = self._squeezed(node, labels)
         flat = [a for dim in labels for a in dim]
         wanted = [*((a,) for a in batch), row, column]

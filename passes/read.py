@@ -156,7 +156,9 @@ def read_scores(reader: Reader, node: fx.Node, labels: Labels) -> Scores | Refus
     if is_stale(node):
         return Refusal("the scores are written in place through a view, which is used elsewhere", node)
     if node.target is opaque or getitem_source(node) is not None:
-        return Refusal("the scores pass through code that cannot be viewed (autograd.Function, hook or functorch)", node)
+        return Refusal(
+            "the scores pass through code that cannot be viewed (autograd.Function, hook or functorch)", node
+        )
     product = contraction.parse(node)
     if isinstance(product, str):
         return Refusal(product, node)
@@ -199,9 +201,7 @@ def _ways_on(reader: Reader, node: fx.Node, labels: Labels, rules: dict[str, Rul
         yield from rule(reader, node, labels)
 
 
-def _read_product(
-    reader: Reader, node: fx.Node, product: contraction.Contraction, labels: Labels
-) -> Scores | Refusal:
+def _read_product(reader: Reader, node: fx.Node, product: contraction.Contraction, labels: Labels) -> Scores | Refusal:
     axes = reader.axes
     dims = dict(zip(product.out, labels))
     k_atoms = axes.atoms(reader.k_dim)
@@ -400,7 +400,10 @@ def build_site(
         inside=frozenset(inside),
         where=reader.view.where(reader.anchor.weights) or reader.view.where(final),
         kind="sdpa" if reader.anchor.kind == "sdpa" else "softmax",
-        hints={n: _hint_of(d) for n, d in zip([*names, "Q", "K", "D", "E"], [*((a,) for a in batch), q_dim, k_dim, d_dim, e_dim])},
+        hints={
+            n: _hint_of(d)
+            for n, d in zip([*names, "Q", "K", "D", "E"], [*((a,) for a in batch), q_dim, k_dim, d_dim, e_dim])
+        },
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -174,7 +175,7 @@ def test_sdpa_patterns_do_not_fire_and_user_passes_still_run():
         torch.compiler.reset()
         counters.clear()
         args = [torch.randn(2, 4, 16, 8) for _ in range(3)]
-        backend = (lambda gm, ex: _compat.compile_fx(gm, ex, with_patches))
+        backend = partial(_compat.compile_fx, config_patches=with_patches)
         with torch.no_grad():
             torch.testing.assert_close(torch.compile(function, backend=backend)(*args), function(*args))
         return counters["inductor"]["fuse_attention"]

@@ -19,7 +19,10 @@ NEAR_MISSES = [pytest.param(e, id=f"{n}-{i}") for n, m in MODULES.items() for i,
 
 def arguments(run, seed=0):
     everything = inputs(seed)
-    return [everything[name].detach().requires_grad_(everything[name].requires_grad) for name in inspect.signature(run).parameters]
+    return [
+        everything[name].detach().requires_grad_(everything[name].requires_grad)
+        for name in inspect.signature(run).parameters
+    ]
 
 
 def compile_and_run(run, kernel, dynamic=None):

@@ -61,7 +61,7 @@ def test_through_inductor_only_what_inductor_itself_rounds_misses_the_bar(name: 
             assert check.compiled_max <= 1.1 * without[check.name].compiled_max, check.name
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "gemma2", "t5", "gptj"])
+@pytest.mark.parametrize("name", ["bert", "llama", "gemma2", pytest.param("t5", marks=pytest.mark.slow), "gptj"])
 def test_bfloat16_model_fuses_within_the_bar(name: str) -> None:
     model, inputs = build(name)
     found = attnfuse.verify(model.to(torch.bfloat16).train(), options=FAST, **inputs)
@@ -91,7 +91,9 @@ def test_left_padded_decoder_holds_the_bar_on_its_hidden_rows() -> None:
     assert_all_fused_and_within_the_bar(found, 2)
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "bloom", "nanogpt"])
+@pytest.mark.parametrize(
+    "name", ["bert", "gpt2", "llama", pytest.param("t5", marks=pytest.mark.slow), "bloom", "nanogpt"]
+)
 def test_attention_dropout_fuses_in_training(name: str) -> None:
     field: dict[str, dict[str, Any]] = {
         "bert": {"attention_probs_dropout_prob": 0.1, "dropout": 0.0},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -211,6 +212,12 @@ def test_errors_that_are_chance_are_not_failures_and_bias_is():
             reason = "mean error" if mean > 1.1 or largest > 2.0 else None
             self.checks = [Check("t", "output", torch.float16, (4,), largest, mean, 1.0, 1.0, 2.0, 1.1, reason)]
 
-    assert not _pooled([Run(1.6), *(Run(m) for m in (0.9, 1.2, 0.7, 1.0, 1.1, 0.8, 1.3))])
-    assert _pooled([Run(1.6), *(Run(m) for m in (1.5, 1.4, 1.7, 1.6, 1.5, 1.3, 1.6))])
-    assert _pooled([Run(1.0, 2.1), *(Run(1.0) for _ in range(7))])
+    chance, biased = (0.9, 1.2, 0.7, 1.0, 1.1, 0.8, 1.3), (1.5, 1.4, 1.7, 1.6, 1.5, 1.3, 1.6)
+    assert not _pooled([Run(1.6), *map(Run, chance)])
+    assert _pooled([Run(1.6), *map(Run, biased)])
+    assert not _pooled([Run(1.0, 2.5), *(Run(1.0) for _ in range(7))])
+    assert _pooled([Run(1.0, 2.5), *(Run(1.0, 2.1) for _ in range(7))])
+    assert _pooled([Run(1.0, 8.1), *(Run(1.0) for _ in range(7))])
+    nan = Run(1.0)
+    nan.checks[0] = dataclasses.replace(nan.checks[0], reason="NaN in 1 elements")
+    assert _pooled([Run(1.6), nan])

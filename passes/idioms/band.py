@@ -30,7 +30,19 @@ class Band:
 
 
 _COMPARE = {"eq", "ne", "lt", "le", "gt", "ge"}
-_POINTWISE = _COMPARE | {"logical_not", "bitwise_not", "to", "mul", "add", "sub", "rsub", "neg", "where", "masked_fill", "div"}
+_POINTWISE = _COMPARE | {
+    "logical_not",
+    "bitwise_not",
+    "to",
+    "mul",
+    "add",
+    "sub",
+    "rsub",
+    "neg",
+    "where",
+    "masked_fill",
+    "div",
+}
 
 
 def band_of(reader: Reader, node: fx.Node, labels: Labels, depth: int = 10) -> Band | None:

@@ -112,10 +112,18 @@ EXAMPLES = (
         "causal plus -inf",
     ),
     Example(
-        lambda q, k, v, bias: torch.baddbmm(
-            bias.expand(2, 4, 16, 16).reshape(8, 16, 16),
-            q.reshape(8, 16, 8), k.reshape(8, 16, 8).transpose(1, 2), beta=0.5, alpha=0.25,
-        ).view(2, 4, 16, 16).softmax(-1) @ v,
+        lambda q, k, v, bias: (
+            torch.baddbmm(
+                bias.expand(2, 4, 16, 16).reshape(8, 16, 16),
+                q.reshape(8, 16, 8),
+                k.reshape(8, 16, 8).transpose(1, 2),
+                beta=0.5,
+                alpha=0.25,
+            )
+            .view(2, 4, 16, 16)
+            .softmax(-1)
+            @ v
+        ),
         "scale 0.25, 0.5 * bias 0 float32[1, H, Q, K]",
     ),
 )

@@ -33,9 +33,10 @@ RULES = {"to": cast}
 
 EXAMPLES = (
     Example(
-        lambda q, k, v: (q.bfloat16() @ k.bfloat16().mT).softmax(-1, dtype=torch.float32).bfloat16() @ v.bfloat16(), "plain"
+        lambda q, k, v: (q.bfloat16() @ k.bfloat16().mT).softmax(-1, dtype=torch.float32).bfloat16() @ v.bfloat16(),
+        "plain",
     ),
-    Example(lambda q, k, v: ((q.half().float() @ k.half().float().mT).softmax(-1).half() @ v.half()), "plain"),
+    Example(lambda q, k, v: (q.half().float() @ k.half().float().mT).softmax(-1).half() @ v.half(), "plain"),
     Example(lambda q, k, v: (q.half() @ k.half().mT).float().softmax(-1) @ v, "in float16"),
 )
 NEAR_MISSES = (

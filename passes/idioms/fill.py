@@ -60,7 +60,9 @@ def replaced(reader: Reader, condition: fx.Node, labels: Labels, value: float, i
 def mask_of(reader: Reader, condition: fx.Node, labels: Labels, inverted: bool) -> Mask:
     """A boolean node, broadcast against `labels`, as a mask that keeps where it is true (false if inverted)."""
     leaf = reader.side(condition, labels)
-    while name_of(leaf.node) in ("logical_not", "bitwise_not") and not is_mutating(leaf.node) and not is_stale(leaf.node):
+    while (
+        name_of(leaf.node) in ("logical_not", "bitwise_not") and not is_mutating(leaf.node) and not is_stale(leaf.node)
+    ):
         inverted = not inverted
         leaf = reader.shrink(leaf.node.args[0], leaf.labels)  # type: ignore[arg-type]
     band = band_of(reader, leaf.node, leaf.labels)
@@ -89,9 +91,9 @@ EXAMPLES = (
         "causal else -inf",
     ),
     Example(
-        lambda q, k, v: torch.where(
-            torch.arange(16)[:, None] >= torch.arange(16)[None], q @ k.mT, float("-inf")
-        ).softmax(-1) @ v,
+        lambda q, k, v: (
+            torch.where(torch.arange(16)[:, None] >= torch.arange(16)[None], q @ k.mT, float("-inf")).softmax(-1) @ v
+        ),
         "causal else -inf",
     ),
     Example(
@@ -100,6 +102,8 @@ EXAMPLES = (
     ),
 )
 NEAR_MISSES = (
-    NearMiss(lambda q, k, v, added: torch.where(added > 0, q @ k.mT, added).softmax(-1) @ v, "where between two tensors"),
+    NearMiss(
+        lambda q, k, v, added: torch.where(added > 0, q @ k.mT, added).softmax(-1) @ v, "where between two tensors"
+    ),
     NearMiss(lambda q, k, v: (lambda s: s.masked_fill(s < 0, -1e9).softmax(-1) @ v)(q @ k.mT), "used elsewhere"),
 )

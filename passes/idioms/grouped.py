@@ -33,6 +33,4 @@ EXAMPLES = (
     ),
     Example(lambda q, k1, v1: (q @ k1[:, None].mT).softmax(-1) @ v1[:, None], "GQA 4:1"),
 )
-NEAR_MISSES = (
-    NearMiss(lambda q, kg, vg: (q @ _repeat_kv(kg).mT).softmax(1) @ _repeat_kv(vg), "batch dim"),
-)
+NEAR_MISSES = (NearMiss(lambda q, kg, vg: (q @ _repeat_kv(kg).mT).softmax(1) @ _repeat_kv(vg), "batch dim"),)

@@ -113,6 +113,7 @@ def _out_batch(reader: Reader, shapes: list[tuple[object, ...]], grouped: bool) 
     cut = [tuple(x[rank - len(s) :]) for x, s in zip((full_q, labels[1], labels[2]), shapes)]
     return cut[0], cut[1], cut[2]
 
+
 _attend = torch.nn.functional.scaled_dot_product_attention
 
 EXAMPLES = (

@@ -36,5 +36,7 @@ EXAMPLES = (
 NEAR_MISSES = (
     NearMiss(lambda q, k, v: _early(q @ k.mT, v, dim=-2), "not summed over the keys"),
     NearMiss(lambda q, k, v: (q @ k.mT).log_softmax(-1) @ v, None),
-    NearMiss(lambda q, k, v: (lambda e, f: (e / f.sum(-1, keepdim=True)) @ v)((q @ k.mT).exp(), (k @ q.mT).exp()), None),
+    NearMiss(
+        lambda q, k, v: (lambda e, f: (e / f.sum(-1, keepdim=True)) @ v)((q @ k.mT).exp(), (k @ q.mT).exp()), None
+    ),
 )

@@ -160,8 +160,7 @@ def _finish(
     if len(own) != 1:
         return Refusal("v has dims of its own besides the features", node)
     widened = [
-        c for c in v_letters
-        if c in p_letters and not dims[c] and not is_one(shape_of(v_node)[v_letters.index(c)])
+        c for c in v_letters if c in p_letters and not dims[c] and not is_one(shape_of(v_node)[v_letters.index(c)])
     ]
     if widened:
         return Refusal("v has a batch dim that the scores do not have", node)
@@ -186,9 +185,7 @@ def _finish(
     )
 
 
-def _divided(
-    reader: Reader, path: _Path, node: fx.Node, labels: Labels
-) -> tuple[fx.Node, Labels] | Refusal:
+def _divided(reader: Reader, path: _Path, node: fx.Node, labels: Labels) -> tuple[fx.Node, Labels] | Refusal:
     """The division of exp(s) @ v by the sum of exp(s), which the anchor promised, over the right dims."""
     anchor = reader.anchor
     if path.dropout or path.steps:

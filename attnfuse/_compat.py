@@ -59,8 +59,8 @@ __all__ = [
 
 def unsupported_torch() -> str | None:
     """Why this torch is not supported, or None if it is."""
-    version = torch.torch_version.TorchVersion(torch.__version__)
-    if (2, 11) <= version < (2, 16):
+    version: Any = torch.torch_version.TorchVersion(torch.__version__)
+    if version >= (2, 11) and version < (2, 16):
         return None
     return f"torch {torch.__version__} is not supported (attnfuse supports 2.11 to 2.15)"
 

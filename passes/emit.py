@@ -158,6 +158,17 @@ def _writes_own_memory(view: View, node: fx.Node) -> bool:
     return first is not None and view.origin.get(first) == owner
 
 
+def _written_to(node: fx.Node) -> fx.Node | None:
+    """The tensor that an op writes to and gives back, where it is that very tensor."""
+    targets = written(node)
+    value = value_of(node)
+    if len(targets) != 1 or not isinstance(value, torch.Tensor):
+        return None
+    other = value_of(targets[0])
+    same = alias_key(other) == alias_key(value) and other.stride() == value.stride() and other.shape == value.shape
+    return targets[0] if same and other.storage_offset() == value.storage_offset() else None
+
+
 def _lies_at(node: fx.Node, key: int) -> bool:
     value = value_of(node)
     return isinstance(value, torch.Tensor) and alias_key(value) == key
@@ -221,6 +232,10 @@ class _Writer:
         return node.op == "placeholder" or (not node._erased and node < self.owner)
 
     def _copy(self, made: fx.Node) -> fx.Node:
+        same = _written_to(made)
+        if same is not None and not _writes_own_memory(self.emitter.view, made):
+            # x.op_() leaves its result in x
+            return self.node_for(same)
         if made.op != "call_function":
             raise EmitError("a value the attention needs is not available where its result is made")
         target = made.target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ try:
         track_tensor_tree,
     )
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
+    from torch.utils._python_dispatch import TorchDispatchMode
 except ImportError as error:
     raise ImportError(
         f"attnfuse supports torch 2.11 to 2.15; torch {torch.__version__} is too different ({error}). "
@@ -33,19 +35,23 @@ __all__ = [
     "FakeTensorMode",
     "HigherOrderOperator",
     "OpOverload",
+    "TorchDispatchMode",
     "alias_key",
     "aot_eager",
+    "arguments_of",
     "compile_fx",
     "detect_fake_mode",
     "enter_autocast",
     "exit_autocast",
     "free_unbacked_symbols",
+    "hooks_of",
     "inductor_mode_options",
     "inductor_options",
     "is_functorch_tensor",
     "keep_global_state",
     "no_proxies",
     "options_error",
+    "original",
     "pytree",
     "record_opaque",
     "statically_known_true",
@@ -54,6 +60,7 @@ __all__ = [
     "traced_node",
     "unsupported_torch",
     "without_sdpa_patterns",
+    "writes",
 ]
 
 
@@ -247,3 +254,38 @@ class _Guard:
                     guard.meta["attnfuse_guard"] = True
             elif not self.add and node.meta.get("attnfuse_guard") and not node.users:
                 graph.erase_node(node)
+
+
+def original(model_or_function: Callable[..., Any]) -> Callable[..., Any]:
+    """The module or function that torch.compile or Module.compile was given; the argument itself if it is not compiled."""
+    for attribute in ("_orig_mod", "_torchdynamo_orig_callable"):
+        inner = inspect.getattr_static(model_or_function, attribute, None)
+        if inner is None:
+            # a module holds its submodules in a dict of their own
+            inner = getattr(model_or_function, "__dict__", {}).get("_modules", {}).get(attribute)
+        if inner is not None:
+            return original(inner)
+    if getattr(model_or_function, "_compiled_call_impl", None) is not None:
+        return model_or_function._call_impl  # type: ignore[attr-defined,no-any-return]
+    return model_or_function
+
+
+def hooks_of(tensor: torch.Tensor) -> list[Callable[..., Any]]:
+    """The gradient hooks registered on a tensor."""
+    return list((tensor._backward_hooks or {}).values())
+
+
+def arguments_of(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Argument name to value for a call of an op, defaults included."""
+    named = {}
+    for position, argument in enumerate(op._schema.arguments):
+        if position < len(args):
+            named[argument.name] = args[position]
+        else:
+            named[argument.name] = kwargs.get(argument.name, argument.default_value)
+    return named
+
+
+def writes(op: OpOverload) -> bool:
+    """True where a call of the op changes one of its arguments."""
+    return bool(op._schema.is_mutable)

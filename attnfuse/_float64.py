@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnfuse._compat_verify import HigherOrderOperator, OpOverload, TorchDispatchMode, arguments_of, writes
+from attnfuse._compat import HigherOrderOperator, OpOverload, TorchDispatchMode, arguments_of, writes
 
 _WIDE = {torch.complex32: torch.complex128, torch.complex64: torch.complex128, torch.complex128: torch.complex128}
 #: Methods that change a tensor's dtype and return the tensor itself where it has that dtype already.

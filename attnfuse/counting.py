@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from attnfuse import _compat
-from attnfuse._compat_verify import OpOverload, TorchDispatchMode
+from attnfuse._compat import OpOverload, TorchDispatchMode
 
 _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm"}
 _SOFTMAX = {"_softmax", "_safe_softmax"}

@@ -95,7 +95,7 @@ def _tokens(length: int = LENGTH) -> torch.Tensor:
 
 
 @functools.cache
-def _torchvision_ops() -> torch.library.Library | None:
+def torchvision_ops() -> torch.library.Library | None:
     """Where torchvision is there but does not fit this torch, define the ops that its import looks up in vain.
 
     transformers imports torchvision where it is installed; nothing here calls it. The result must stay alive.
@@ -285,7 +285,7 @@ def main() -> int:
         with warnings.catch_warnings():
             # transformers' import looks into optional packages and warns
             warnings.simplefilter("ignore")
-            _torchvision_ops()
+            torchvision_ops()
             import transformers  # noqa: F401
     except ImportError as error:
         console.print(f"The demo needs transformers ({error}): pip install 'attnfuse[models]'", markup=False)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnfuse._compat_verify import hooks_of
+from attnfuse._compat import hooks_of
 from attnfuse._float64 import Interpreter, OracleError, Widening, is_tensor, plain, wide
 from attnfuse.reporting import compile_fresh
 

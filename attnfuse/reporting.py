@@ -267,7 +267,7 @@ def compile_fresh(
     """
     import torch
 
-    from attnfuse._compat_verify import original
+    from attnfuse._compat import original
 
     if not callable(model_or_function):
         raise TypeError(
@@ -295,7 +295,7 @@ def compile_fresh(
 
 def name_of(model_or_function: Callable[..., Any]) -> str:
     """A name to show: the function's own, or the class of a module."""
-    from attnfuse._compat_verify import original
+    from attnfuse._compat import original
 
     target = original(model_or_function)
     name: str | None = getattr(target, "__name__", None)

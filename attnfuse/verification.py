@@ -11,7 +11,7 @@ import torch
 
 from attnfuse import _calls
 from attnfuse._compare import Bar, Check, Kind, compare
-from attnfuse._compat_verify import original
+from attnfuse._compat import original
 from attnfuse.oracle import Oracle
 from attnfuse.reporting import Report, as_text, collecting, merge, name_of
 from attnfuse.spec import Bias

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import warnings
 
 import torch
 
+from attnfuse.demo import torchvision_ops
+
 
 @functools.cache
-def preload() -> torch.library.Library:
-    """Import transformers and what is slow in it; before that, define the two torchvision ops that its import looks up.
+def preload() -> torch.library.Library | None:
+    """Import transformers and what is slow in it, beside a torchvision that may not fit this torch.
 
-    torchvision's compiled ops are absent beside a CPU torch of another build, and nothing here runs them. Returns the
-    library that holds the definitions, which must stay alive.
+    Returns what torchvision_ops() does, which must stay alive.
     """
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        # a torchvision whose ops are there has them already
-        with contextlib.suppress(RuntimeError):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library = torchvision_ops()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import transformers

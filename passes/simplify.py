@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from attnfuse.spec import Attention, Cast, Clamp, Scale, Softcap, Step, Tanh
+from attnfuse.spec import Attention, Cast, Clamp, Scale, Shift, Softcap, Step, Tanh
+
+#: Steps that change no score; -0.0 becomes 0.0 under Shift(0.0), which no softmax sees.
+_IDENTITIES = (Scale(1.0), Shift(0.0), Clamp())
 
 
 def simplify(spec: Attention) -> Attention:
@@ -22,10 +25,12 @@ def _visible(steps: tuple[Step, ...]) -> tuple[Step, ...]:
 def _joined(steps: tuple[Step, ...]) -> tuple[Step, ...]:
     out: list[Step] = []
     for step in steps:
+        if step in _IDENTITIES:
+            continue
         out.append(step)
         while _join_tail(out):
             pass
-    return tuple(s for s in out if s not in (Scale(1.0), Clamp()))
+    return tuple(s for s in out if s not in _IDENTITIES)
 
 
 def _join_tail(out: list[Step]) -> bool:

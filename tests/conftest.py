@@ -16,7 +16,6 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="attnfu
 for variable in ("ATTNFUSE_KERNEL", "ATTNFUSE_FUEL", "ATTNFUSE_EXPLAIN"):
     os.environ.pop(variable, None)
 
-import contextlib
 import shutil
 from collections.abc import Iterator
 
@@ -24,22 +23,14 @@ import hypothesis
 import pytest
 import torch
 
+from attnfuse.demo import torchvision_ops
+
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=100, database=None)
 hypothesis.settings.register_profile("long", deadline=None, max_examples=10_000, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
-def _define_torchvision_ops() -> torch.library.Library:
-    """torchvision's own ops are absent beside a CPU torch, and transformers and timm import it: two definitions are enough."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        # a torchvision whose ops are there has them already
-        with contextlib.suppress(RuntimeError):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
-
-
-_TORCHVISION = _define_torchvision_ops()
+_TORCHVISION = torchvision_ops()
 
 
 def pytest_configure(config: pytest.Config) -> None:

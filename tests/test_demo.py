@@ -94,7 +94,7 @@ def test_peak_memory_is_that_of_the_call() -> None:
 def test_each_model_of_the_demo_is_rewritten_whole(name: str) -> None:
     from attnfuse.counting import count_attention
 
-    demo._torchvision_ops()
+    demo.torchvision_ops()
     model, inputs = demo.CASES[name]()
     model.eval()
     inputs = {key: value[:, :48] for key, value in inputs.items()}

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from attnfuse._compat import alias_key, pytree
-from attnfuse._compat_verify import OpOverload, TorchDispatchMode, arguments_of, writes
+from attnfuse._compat import OpOverload, TorchDispatchMode, alias_key, arguments_of, pytree, writes
 
 
 @dataclass(frozen=True)

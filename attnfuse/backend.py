@@ -23,6 +23,7 @@ from attnfuse.passes.emit import Emitter
 from attnfuse.passes.find import find
 from attnfuse.passes.read import read
 from attnfuse.passes.site import Refusal, Site
+from attnfuse.passes.structure import structure
 from attnfuse.settings import Settings
 
 log = logging.getLogger("attnfuse")
@@ -149,6 +150,8 @@ def _read_all(view: View) -> list[Site | Refusal]:
         result = read(view, anchor)
         if result is None:
             continue
+        if isinstance(result, Site):
+            result = structure(view, result)
         if isinstance(result, Refusal):
             result = _Refused(result.reason, result.node, anchor.weights, view.where(anchor.weights))
         found.append(result)

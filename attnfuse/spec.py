@@ -21,10 +21,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from attnfuse.mask import Causal, Dense, Mask
+from attnfuse import expr
+from attnfuse.expr import Expr
 
 #: Part of every spec's text, so that a compiled graph cached under an older meaning of a spec is never reused.
-OP_VERSION = 1
+OP_VERSION = 2
 
 #: What a row whose scores are all -inf gives: NaN as softmax does, 0 as scaled_dot_product_attention does, or 0 for every
 #: row that is NaN for whatever reason (softmax followed by nan_to_num).
@@ -53,11 +54,17 @@ class Scale:
 
 @dataclass(frozen=True)
 class Bias:
-    """s + alpha * operand; the operand may need a gradient."""
+    """s + alpha * operand; the operand may need a gradient.
+
+    Of operand [*batch, rows, columns] it takes the element at (row, col), or where they are None that at (q, k): a table of
+    relative positions is an operand [1, H, 1, T] read at col k - q + offset.
+    """
 
     kind: ClassVar[str] = "bias"
     operand: int
     alpha: float = 1.0
+    row: Expr | None = None
+    col: Expr | None = None
 
     def __str__(self) -> str:
         return f"bias {self.operand}" if self.alpha == 1.0 else f"{_number(self.alpha)} * bias {self.operand}"
@@ -112,11 +119,11 @@ class ReplaceFill:
     """where(keep, s, value): no gradient reaches q and k where keep is false."""
 
     kind: ClassVar[str] = "replace"
-    keep: Mask
+    keep: Expr
     value: float
 
     def __str__(self) -> str:
-        return f"{self.keep} else {_number(self.value)}"
+        return f"{expr.text(self.keep)} else {_number(self.value)}"
 
 
 @dataclass(frozen=True)
@@ -124,11 +131,11 @@ class AddFill:
     """s + where(keep, 0, value): the gradient passes everywhere."""
 
     kind: ClassVar[str] = "add"
-    keep: Mask
+    keep: Expr
     value: float
 
     def __str__(self) -> str:
-        return f"{self.keep} plus {_number(self.value)}"
+        return f"{expr.text(self.keep)} plus {_number(self.value)}"
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,9 @@ class Cast:
 
 Step = Scale | Bias | Shift | Softcap | Tanh | Clamp | ReplaceFill | AddFill | Cast
 _STEPS: dict[str, type] = {c.kind: c for c in (Scale, Bias, Shift, Softcap, Tanh, Clamp, ReplaceFill, AddFill, Cast)}
-_MASKS: dict[str, type] = {c.kind: c for c in (Dense, Causal)}
+_EXPRS: dict[str, type] = {
+    c.kind: c for c in (expr.Const, expr.Index, expr.Load, expr.Linear, expr.Apply)
+}
 
 
 @dataclass(frozen=True)
@@ -205,17 +214,35 @@ class Attention:
         for operand in self.operands:
             if len(operand.dims) != rank:
                 raise ValueError(f"operand {operand} must have {rank} dims, as [*batch, Q, K]")
+        for load in self.loads:
+            if load.dtype != self.operands[load.operand].dtype:
+                raise ValueError(f"operand {load.operand} is {self.operands[load.operand].dtype}, not {load.dtype}")
+
+    @functools.cached_property
+    def loads(self) -> tuple[expr.Load, ...]:
+        """What the masks and the indices of tables read, in order of use."""
+        found = []
+        for step in self.steps + self.weight_steps:
+            for part in (getattr(step, "keep", None), getattr(step, "row", None), getattr(step, "col", None)):
+                if part is not None:
+                    found += expr.loads(part)
+        return tuple(found)
 
     @property
     def used_operands(self) -> tuple[int, ...]:
-        """Indices of the operands the steps read, in order of use."""
-        used = []
+        """Indices of the operands the steps read."""
+        used = [load.operand for load in self.loads]
         for step in self.steps + self.weight_steps:
-            keep = getattr(step, "keep", None)
-            index = keep.operand if isinstance(keep, Dense) else getattr(step, "operand", None)
+            index = getattr(step, "operand", None)
             if index is not None:
                 used.append(index)
         return tuple(used)
+
+    @property
+    def tables(self) -> frozenset[int]:
+        """Operands that are read at an index of their own: their last two dims need not be Q and K."""
+        reads = (*self.loads, *(s for s in self.steps + self.weight_steps if isinstance(s, Bias)))
+        return frozenset(x.operand for x in reads if x.row is not None or x.col is not None)
 
     @property
     def Q(self) -> int | None:
@@ -261,11 +288,13 @@ class Attention:
             if isinstance(step, Bias):
                 parts.append(f"{step} {self.operands[step.operand]}")
             elif isinstance(step, (ReplaceFill, AddFill)):
-                dense = isinstance(step.keep, Dense)
-                parts.append(f"{step} {self.operands[step.keep.operand]}" if dense else str(step))  # type: ignore[union-attr]
+                word = "else" if isinstance(step, ReplaceFill) else "plus"
+                parts.append(f"{self.said(step.keep)} {word} {_number(step.value)}")
             elif isinstance(step, Cast):
                 parts.append(str(step))
-        parts += [f"weights {s}" for s in self.weight_steps]
+        for step in self.weight_steps:
+            filled = isinstance(step, (ReplaceFill, AddFill))
+            parts.append(f"weights {self.said(step.keep)} else {_number(step.value)}" if filled else f"weights {step}")  # type: ignore[union-attr]
         if self.softmax != "plain":
             parts.append(f"softmax {self.softmax}")
         if self.dropout:
@@ -275,6 +304,12 @@ class Attention:
         if self.E != self.D:
             parts.append(f"E {self.E} != D {self.D}")
         return ", ".join(parts) or "plain"
+
+    def said(self, keep: Expr) -> str:
+        """A mask in words, its operands with their dtypes and dims."""
+        seen = {load.operand: str(self.operands[load.operand]) for load in expr.loads(keep)}
+        words = expr.describe(keep, lambda i: self.operands[i].dims)
+        return " ".join([words, *seen.values()])
 
     def __str__(self) -> str:
         return self.describe()
@@ -318,5 +353,5 @@ def _decode(value: Any) -> Any:
         rest = {k: _decode(v) for k, v in value.items() if k != "kind"}
         if kind == "operand":
             return Operand(**rest)
-        return (_STEPS.get(kind) or _MASKS[kind])(**rest)
+        return (_STEPS.get(kind) or _EXPRS[kind])(**rest)
     return value

@@ -10,11 +10,13 @@ import torch
 from torch import fx
 
 from attnfuse._compat import FakeTensorMode, OpOverload, alias_key, pytree
+from attnfuse.expr import Apply, Const, Expr, Index, Linear
 from attnfuse.passes.aten import name_of, shape_of
 from attnfuse.passes.capture import Scope, View, is_mutating, is_stale, opaque, value_of, written
 from attnfuse.passes.labels import Dim, Labels, known_equal
 from attnfuse.passes.read import stride_hint
 from attnfuse.passes.site import Leaf, Refusal, Site
+from attnfuse.passes.terms import Axis, Call, Symbol, Tensor
 
 _RANDOM = {torch.Tag.nondeterministic_seeded}
 _SEED_LIMIT = 2**62
@@ -59,7 +61,15 @@ class Emitter:
         q = writer.canonical(site.q, site.batch, site.q_dim, site.d_dim)
         k = writer.canonical(site.k, site.batch, site.k_dim, site.d_dim)
         v = writer.canonical(site.v, site.batch, site.k_dim, site.e_dim)
-        operands = [writer.canonical(leaf, site.batch, site.q_dim, site.k_dim) for leaf in site.operands]
+        operands = [
+            writer.canonical(
+                leaf,
+                site.batch,
+                site.q_dim if leaf.row is None else leaf.row,
+                site.k_dim if leaf.column is None else leaf.column,
+            )
+            for leaf in site.operands
+        ]
         seed = None
         if site.spec.dropout > 0.0:
             device = value_of(site.q.node).device
@@ -192,6 +202,7 @@ class _Writer:
         self.owner = owner
         self.graph = scope.module.graph
         self.made: dict[fx.Node, fx.Node] = {}
+        self.tables: dict[Any, fx.Node] = {}
         self.depth = 0
 
     def call(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
@@ -290,7 +301,13 @@ class _Writer:
 
     def canonical(self, leaf: Leaf, batch: Dim, row: Dim, column: Dim) -> fx.Node:
         """The leaf as [*batch, row, column] with 1 where it has no such dim: only views, no copy."""
-        node = self.node_for(leaf.node)
+        node = self.node_for(leaf.node) if leaf.made is None else self._made(leaf)
+        for dim, start in enumerate(leaf.starts):
+            length: Any = 1
+            for atom in leaf.labels[dim]:
+                length = length * atom.size
+            if not known_equal(length, shape_of(leaf.node)[dim]):
+                node = self.call(torch.narrow, (node, dim, start, self.size(length)))
         if leaf.depth:
             node = self.call(operator.pow, (self.method("size", node, -1), -0.5))
         if leaf.number or leaf.depth:
@@ -316,6 +333,14 @@ class _Writer:
             if not dim or dim[0] not in flat:
                 node = self.method("unsqueeze", node, at)
         return node
+
+    def _made(self, leaf: Leaf) -> fx.Node:
+        """A tensor computed from an expression, with the dims that the leaf's labels name."""
+        assert leaf.made is not None and leaf.dtype is not None
+        key = (leaf.made, leaf.labels, leaf.dtype)
+        if key not in self.tables:
+            self.tables[key] = Values(self, leaf.labels).tensor(leaf.made, leaf.dtype)
+        return self.tables[key]
 
     def _splits(self, labels: Labels) -> bool:
         return any(len(dim) > 1 for dim in labels)
@@ -369,6 +394,105 @@ class _Writer:
         order = sorted(range(eager.dim()), key=lambda i: -stride_hint(eager.stride(i)))
         moved = self.method("contiguous", self.method("permute", out, *order))
         return self.method("permute", moved, *[order.index(i) for i in range(len(order))])
+
+
+class Values:
+    """Writes nodes that compute an expression for all values of some indices, one dim for each."""
+
+    def __init__(self, writer: _Writer, labels: Labels) -> None:
+        self.writer = writer
+        self.dims = [dim[0] for dim in labels]
+        self.done: dict[Expr, Any] = {}
+
+    def tensor(self, e: Expr, dtype: torch.dtype) -> fx.Node:
+        """The expression as a tensor of `dtype`."""
+        w = self.writer
+        found = self.as_tensor(self.run(e), dtype)
+        if found.meta["example_value"].dtype != dtype:
+            found = w.method("to", found, dtype)
+        return w.method("expand", found, *(w.size(atom.size) for atom in self.dims)) if self.dims else found
+
+    def run(self, e: Expr) -> Any:
+        """A node, or a number."""
+        if e not in self.done:
+            self.done[e] = self._run(e)
+        return self.done[e]
+
+    def as_tensor(self, x: Any, dtype: torch.dtype | None = None) -> fx.Node:
+        if isinstance(x, fx.Node) and isinstance(x.meta["example_value"], torch.Tensor):
+            return x
+        return self.writer.call(torch.full, ((), x), {"dtype": dtype or torch.int64, "device": self.writer.device})
+
+    def _run(self, e: Expr) -> Any:
+        w = self.writer
+        if isinstance(e, Const):
+            return bool(e.value) if e.type == "bool" else int(e.value) if e.type == "int" else e.value
+        if isinstance(e, (Index, Axis)):
+            return self._line(e)
+        if isinstance(e, Symbol):
+            return w.size(e.value)
+        if isinstance(e, Linear):
+            total: Any = e.const
+            for c, t in e.terms:
+                x = self.run(t)
+                x = w.call(operator.mul, (x, c)) if c != 1 else x
+                total = x if isinstance(total, int) and total == 0 else w.call(operator.add, (total, x))
+            return total
+        if isinstance(e, Tensor):
+            index = [self.as_tensor(self.run(i)) for i in e.index]
+            return w.call(torch.ops.aten.index.Tensor, (w.node_for(e.node), index))
+        if isinstance(e, Call):
+            return self._call(e)
+        assert isinstance(e, Apply)
+        args = [self.run(a) for a in e.args]
+        if e.op in ("and", "or"):
+            total = self.as_tensor(args[0], torch.bool)
+            for x in args[1:]:
+                op = torch.logical_and if e.op == "and" else torch.logical_or
+                total = w.call(op, (total, self.as_tensor(x, torch.bool)))
+            return total
+        if e.op == "int":
+            return w.method("to", args[0], torch.int64)
+        if e.op in ("floordiv", "mod"):
+            return w.call(operator.floordiv if e.op == "floordiv" else operator.mod, tuple(args))
+        kinds = [torch.bool if a.type == "bool" else torch.int64 if a.type == "int" else torch.float32 for a in e.args]
+        return w.call(_FUNCTIONS[e.op], tuple(self.as_tensor(x, k) for x, k in zip(args, kinds)))
+
+    def _line(self, e: Index | Axis) -> fx.Node:
+        w = self.writer
+        atom = e.atom if isinstance(e, Axis) else next(a for a in self.dims if a not in self._batch())
+        at = self.dims.index(atom)
+        line = w.call(torch.arange, (w.size(atom.size),), {"device": w.device})
+        shape = [-1 if d == at else 1 for d in range(len(self.dims))]
+        return w.method("view", line, *shape)
+
+    def _batch(self) -> tuple[Any, ...]:
+        # an index of the query or key is the last dim, batch dims come before it
+        return tuple(self.dims[:-1])
+
+    def _call(self, e: Call) -> fx.Node:
+        w = self.writer
+        args = []
+        for a, dtype in zip(e.args, e.dtypes, strict=True):
+            x = self.run(a) if isinstance(a, Expr) else a
+            if dtype is not None:
+                x = self.as_tensor(x, dtype)
+                if x.meta["example_value"].dtype != dtype:
+                    x = w.method("to", x, dtype)
+            args.append(x)
+        return w.call(e.target, tuple(args), dict(e.kwargs))
+
+
+_FUNCTIONS: dict[str, Any] = {
+    "min": torch.minimum,
+    "max": torch.maximum,
+    "abs": torch.abs,
+    "where": torch.where,
+    "le": torch.le,
+    "eq": torch.eq,
+    "ne": torch.ne,
+    "not": torch.logical_not,
+}
 
 
 def _example(node: fx.Node, mode: FakeTensorMode) -> Any:

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from attnfuse._compat import alias_key
+from attnfuse.expr import walk
 from attnfuse.passes import contraction, views
 from attnfuse.passes.aten import dtype_of, is_tensor, name_of, shape_of
 from attnfuse.passes.capture import View, getitem_source, is_mutating, is_stale, opaque, value_of, written
@@ -373,7 +374,7 @@ def build_site(
         v_dtype=dtype_name(fixed[2].cast or dtype_of(fixed[2].node)),
         out_dtype=dtype_name(dtype_of(final)),
         steps=tuple(scores.steps),
-        operands=tuple(_operand(leaf, batch, q_dim, k_dim, names) for leaf in fixed[3:]),
+        operands=tuple(describe_operand(leaf, batch, q_dim, k_dim, names) for leaf in fixed[3:]),
         weight_steps=tuple(weight_steps),
         softmax=reader.anchor.softmax,
         hidden=hidden,  # type: ignore[arg-type]
@@ -440,12 +441,18 @@ def batch_names(axes: Axes, batch: Dim, k: Leaf) -> tuple[str, ...]:
     return tuple(["B"] * min(lead, 1) + [f"B{i}" for i in range(1, lead)] + tail)
 
 
-def _operand(leaf: Leaf, batch: Dim, q_dim: Dim, k_dim: Dim, names: tuple[str, ...]) -> Operand:
+def describe_operand(leaf: Leaf, batch: Dim, q_dim: Dim, k_dim: Dim, names: tuple[str, ...]) -> Operand:
+    """The spec's word for an operand."""
     present = {a for dim in leaf.labels for a in dim}
     dims = [n if a in present else "1" for a, n in zip(batch, names)]
-    dims += ["Q" if set(q_dim) & present else "1", "K" if set(k_dim) & present else "1"]
-    value = value_of(leaf.node)
-    dtype = "float64" if leaf.number or leaf.depth else dtype_name(leaf.cast or value.dtype)
+    for own, default in ((leaf.row, q_dim), (leaf.column, k_dim)):
+        dim = default if own is None else own
+        known = {q_dim: "Q", k_dim: "K"}.get(dim, "T")
+        dims.append(known if set(dim) & present else "1")
+    if leaf.dtype is not None:
+        dtype = dtype_name(leaf.dtype)
+    else:
+        dtype = "float64" if leaf.number or leaf.depth else dtype_name(leaf.cast or value_of(leaf.node).dtype)
     return Operand(dtype, tuple(dims))
 
 
@@ -499,11 +506,19 @@ def _overwritten(view: View, site: Site) -> Refusal | None:
             if view.order[node] < view.order[writer] < end and writer not in site.inside:
                 return Refusal("the scores or weights are written in place before they are used", writer)
     for leaf in (site.q, site.k, site.v, *site.operands):
-        first = _first_read(view, leaf.node, site)
-        for writer in _writers(view, leaf.node):
-            if first <= view.order[writer] < end:
-                return Refusal("a tensor of the attention is written in place before it is done", writer)
+        for source in read_by(leaf):
+            first = _first_read(view, source, site)
+            for writer in _writers(view, source):
+                if first <= view.order[writer] < end:
+                    return Refusal("a tensor of the attention is written in place before it is done", writer)
     return None
+
+
+def read_by(leaf: Leaf) -> list[fx.Node]:
+    """The nodes whose values an operand is made of."""
+    if leaf.made is None:
+        return [leaf.node]
+    return [x.node for x in walk(leaf.made) if isinstance(getattr(x, "node", None), fx.Node)]
 
 
 def _writers(view: View, node: fx.Node) -> list[fx.Node]:

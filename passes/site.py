@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import fx
 
+from attnfuse.expr import Expr
 from attnfuse.passes.labels import Dim, Labels
 from attnfuse.spec import Attention
 
@@ -26,6 +27,10 @@ class Leaf:
 
     cast        dtype to convert it to, or None
     inverse     take 1 / x (a score divided by a tensor)
+    starts      for each dim where reading begins, if that is not 0 everywhere
+    made        the tensor is computed for the op: this expression, for all values of the indices in `labels`; `node` only
+                tells where it comes from, and `dtype` is its dtype
+    row, column for a table, whose last two dims are not those of the queries and keys: the dims they are
     number      the node is a symbolic number, not a tensor
     depth       not the node itself, but 1 / sqrt(the size of its last dim), where that is symbolic
     """
@@ -36,6 +41,11 @@ class Leaf:
     inverse: bool = False
     number: bool = False
     depth: bool = False
+    starts: tuple[int, ...] = ()
+    made: Expr | None = None
+    dtype: torch.dtype | None = None
+    row: Dim | None = None
+    column: Dim | None = None
 
 
 @dataclass(eq=False)
@@ -64,3 +74,5 @@ class Site:
     where: str = ""
     kind: Literal["softmax", "sdpa"] = "softmax"
     hints: dict[str, int | None] = field(default_factory=dict)
+    # why masks stay tensors
+    notes: tuple[str, ...] = ()

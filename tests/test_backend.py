@@ -13,7 +13,7 @@ import attnfuse
 from attnfuse import backend as backend_module
 from attnfuse import ops, settings
 from attnfuse.kernels import CPU, KERNELS, REFERENCE
-from attnfuse.mask import Dense
+from attnfuse.expr import dense
 from attnfuse.settings import Settings
 from attnfuse.spec import AddFill, Attention, Bias, Operand, ReplaceFill, Scale, Softcap
 
@@ -519,9 +519,9 @@ _KEEP = Operand("bool", ("B", "1", "1", "K"))
 SPECS = {
     "plain": _spec(),
     "bias": _spec((Bias(0),), (_FULL,)),
-    "replace": _spec((ReplaceFill(Dense(0), -torch.inf),), (_KEEP,)),
-    "add and softcap": _spec((Softcap(5.0), AddFill(Dense(0), -1e9)), (_KEEP,)),
-    "zero on hidden rows": _spec((ReplaceFill(Dense(0), -torch.inf),), (_KEEP,), hidden="zero"),
+    "replace": _spec((ReplaceFill(dense(0), -torch.inf),), (_KEEP,)),
+    "add and softcap": _spec((Softcap(5.0), AddFill(dense(0), -1e9)), (_KEEP,)),
+    "zero on hidden rows": _spec((ReplaceFill(dense(0), -torch.inf),), (_KEEP,), hidden="zero"),
     "dropout": _spec(dropout=0.25),
     "transposed out": _spec(out_order=(0, 2, 1, 3)),
 }

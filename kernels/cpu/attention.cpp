@@ -37,11 +37,17 @@ void read(Ref& r, Reader& layout, Reader& pointers, i64 dtype) {
   r.dtype = dtype;
 }
 
+void read(Operand& o, Reader& layout, Reader& pointers, i64 dtype) {
+  read(static_cast<Ref&>(o), layout, pointers, dtype);
+  o.rows = layout.next();
+  o.cols = layout.next();
+}
+
 void read(Grad& g, Reader& layout, Reader& pointers) {
   g.mode = layout.next();
   const i64 dtype = layout.next();
   g.chunk = layout.next();
-  read(g, layout, pointers, dtype);
+  read(static_cast<Ref&>(g), layout, pointers, dtype);
 }
 
 }  // namespace

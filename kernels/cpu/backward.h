@@ -91,7 +91,7 @@ struct BackwardItem {
     for (i64 e = 0; e < p.E; ++e) {
       const float* x = d + e / NR * padded * NR + r * NR + e % NR;
 #pragma GCC unroll 8
-      for (i64 i = 0; i < DELTA_ROWS; ++i) sum[i] += x[i * NR] * s[i * p.Ep + e];
+      for (i64 i = 0; i < DELTA_ROWS; ++i) sum[i] = multiply_add(x[i * NR], s[i * p.Ep + e], sum[i]);
     }
     for (i64 i = 0; i < count; ++i) to[r + i] = sum[i];
   }
@@ -106,12 +106,10 @@ struct BackwardItem {
   }
 
   // left^T right: grad [keys, width] += s^T [keys, rows] right [rows, width].
-  void transposed(float* grad, i64 width, const float* left, const float* right, i64 panel, i64 n, i64 keys) {
+  void transposed(float* grad, i64 width, const float* left, const float* right, i64 panel, i64 keys) {
     for (i64 e = 0; e < width; e += NR, right += panel) {
-      i64 first = 0, last = 0;
       for (i64 key = 0; key < keys; key += MR) {
-        while (first < n && limits.hi[first] <= key) ++first;
-        while (last < n && limits.lo[last] < key + MR) ++last;
+        const i64 first = limits.first[key / MR], last = limits.last[key / MR];
         if (first < last)
           block<1, LD, 0>(left + first * LD + key, 0, right + first * NR, grad + key * width + e, width, last - first,
                           true);
@@ -122,15 +120,15 @@ struct BackwardItem {
   void tile(i64 k_tile, i64 q_tile, bool delta_only) {
     const i64 k0 = k_tile * kt, keys = p.K - k0 < kt ? p.K - k0 : kt;
     const i64 q0 = q_tile * qt, n = p.Q - q0 < qt ? p.Q - q0 : qt, padded = round_up(n, MR);
-    limits.set(p, q0, n, k0, keys, full[q_tile]);
+    rows.enter_tile(q0, n, k0, keys, full[q_tile], limits);
     if (!limits.any) return;
+    limits.find_columns(n, keys);
     products(s, q + q0 * p.Dp, padded * NR, k_cols, n, keys, p.D, limits);
     if (want_scores) products(g, dout + q0 * p.Ep, padded * NR, v_cols, n, keys, p.E, limits);
-    rows.enter_tile(k0, keys);
     for (i64 r = 0; r < n; ++r) row(q0 + r, r, round_up(keys, MR), delta_only);
     if (delta_only) return;
-    if (p.dv.mode) transposed(dv, p.Ep, s, dout + q0 * p.Ep, padded * NR, n, keys);
-    if (p.dk.mode) transposed(dk, p.Dp, g, q + q0 * p.Dp, padded * NR, n, keys);
+    if (p.dv.mode) transposed(dv, p.Ep, s, dout + q0 * p.Ep, padded * NR, keys);
+    if (p.dk.mode) transposed(dk, p.Dp, g, q + q0 * p.Dp, padded * NR, keys);
     if (p.dq.mode) combine(dq + q0 * p.Dp, p.Dp, g, k_rows, kt * NR, n, limits);
   }
 

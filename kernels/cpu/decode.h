@@ -10,6 +10,7 @@ struct DecodeItem {
   Rows rows;
   i64 n, width, q_width;
   float *q, *s, *o, *m, *l, *wide;
+  Limits limits;
 
   DecodeItem(const Problem& problem, i64 queries) : p(problem), rows(problem), n(queries) {
     width = round_up(p.E, VL);
@@ -101,8 +102,9 @@ struct DecodeItem {
     }
   }
 
-  // Keys [begin, end) for all queries of one head; leaves m, l and the unnormalised o.
-  void run(const Split& heads, i64 head, i64 begin, i64 end) {
+  // Keys [begin, end) for all queries of one head; leaves m, l and the unnormalised o. Without `full`, tiles of keys that
+  // no query sees are passed over.
+  void run(const Split& heads, i64 head, i64 begin, i64 end, bool full) {
     i64 index[BATCH];
     for (i64 g = 0; g < heads.inner; ++g) {
       heads.index(head, g, index);
@@ -119,10 +121,14 @@ struct DecodeItem {
     const char* values = p.v.at(index);
     for (i64 k0 = begin; k0 < end; k0 += KT) {
       const i64 count = end - k0 < KT ? end - k0 : KT;
-      dots(keys + k0 * p.k.row() * size_of(p.k.dtype), count);
+      bool multiplied = false, unseen[FEW];
       for (i64 g = 0; g < heads.inner; ++g) {
         rows.enter_element(heads.index(head, g, index), index);
-        rows.enter_tile(k0, count);
+        rows.enter_tile(0, p.Q, k0, count, full, limits);
+        unseen[g] = !limits.any;
+        if (unseen[g]) continue;
+        if (!multiplied) dots(keys + k0 * p.k.row() * size_of(p.k.dtype), count);
+        multiplied = true;
         for (i64 i = 0; i < p.Q; ++i) {
           const i64 r = g * p.Q + i;
           float* x = s + r * LD;
@@ -134,12 +140,16 @@ struct DecodeItem {
           if (p.dropout) rows.drop(x, i, 0, count);
         }
       }
+      if (!multiplied) continue;
+      for (i64 r = 0; r < n; ++r)
+        if (unseen[r / p.Q]) fill(s + r * LD, 0, count, 0.0f);
       gather(values + k0 * p.v.row() * size_of(p.v.dtype), count);
     }
   }
 };
 
-inline bool forward_few(const Problem& p, const Split& heads, i64 threads) {
+// False if there is no memory.
+inline bool forward_few(const Problem& p, const Split& heads, i64 threads, bool full) {
   const i64 n = heads.inner * p.Q;
   i64 splits = heads.outer % threads == 0 ? 1 : (2 * threads + heads.outer - 1) / heads.outer;
   if (splits > p.K / (2 * KT)) splits = p.K / (2 * KT);
@@ -156,18 +166,20 @@ inline bool forward_few(const Problem& p, const Split& heads, i64 threads) {
     if (!c.base) return failed.store(true);
     t.carve(c);
     const i64 s = i % splits;
-    t.run(heads, i / splits, p.K * s / splits, p.K * (s + 1) / splits);
+    t.run(heads, i / splits, p.K * s / splits, p.K * (s + 1) / splits, full);
     float* out = parts + i * part;
     std::memcpy(out, t.m, n * 4);
     std::memcpy(out + n, t.l, n * 4);
     std::memcpy(out + 2 * n, t.o, n * width * 4);
   });
   if (failed) return false;
+  bool doubtful = false;
   for (i64 head = 0; head < heads.outer; ++head) {
     float* first = parts + head * splits * part;
     for (i64 r = 0; r < n; ++r) {
       float m = -INF, l = 0.0f;
       for (i64 s = 0; s < splits; ++s) m = first[s * part + r] > m ? first[s * part + r] : m;
+      doubtful |= p.skips && !full && p.doubt > -INF && !(m > p.doubt);
       const float shift = m == -INF ? 0.0f : m;
       float* o = first + 2 * n + r * width;
       for (i64 s = 0; s < splits; ++s) {
@@ -189,7 +201,8 @@ inline bool forward_few(const Problem& p, const Split& heads, i64 threads) {
     }
   }
   shared_arena.trim(KEPT_BYTES);
-  return true;
+  // a row that may see what was passed over
+  return doubtful ? forward_few(p, heads, threads, true) : true;
 }
 
 inline bool forward_all(const Problem& p) {
@@ -212,6 +225,6 @@ inline bool forward_all(const Problem& p) {
   }
   const Split heads(p.batch, [&](int d) { return p.k.stride[d] == 0 && p.v.stride[d] == 0; });
   const bool straight = (p.k.col() == 1 || p.D <= 1) && (p.v.col() == 1 || p.E <= 1);
-  if (p.Q <= 8 && heads.inner * p.Q <= FEW && straight && !p.fills_weights) return forward_few(p, heads, threads);
+  if (p.Q <= 8 && heads.inner * p.Q <= FEW && straight && !p.fills_weights) return forward_few(p, heads, threads, false);
   return forward_tiled(p, threads);
 }

@@ -29,33 +29,6 @@ struct Split {
   }
 };
 
-// The keys each row of a query tile sees of a key tile, and the same for blocks of MR rows. Both ends grow with the row.
-struct Limits {
-  i64 lo[QT], hi[QT], block_lo[QT / MR], block_hi[QT / MR];
-  bool any;
-
-  void set(const Problem& p, i64 q0, i64 rows, i64 k0, i64 keys, bool full) {
-    any = false;
-    for (i64 r = 0; r < rows; ++r) {
-      i64 a = 0, b = keys;
-      if (!full && p.skips) {
-        a = p.first_key(q0 + r) - k0;
-        b = p.last_key(q0 + r) - k0;
-        a = a < 0 ? 0 : (a > keys ? keys : a);
-        b = b < a ? a : (b > keys ? keys : b);
-      }
-      lo[r] = a;
-      hi[r] = b;
-      any |= a < b;
-    }
-    for (i64 b = 0; b * MR < rows; ++b) {
-      const i64 last = (b + 1) * MR < rows ? (b + 1) * MR - 1 : rows - 1;
-      block_lo[b] = lo[b * MR];
-      block_hi[b] = hi[last] > hi[b * MR] ? hi[last] : hi[b * MR];
-    }
-  }
-};
-
 // s[rows, keys] = left [rows, len] right [len, keys], both in panels, where the limits need it.
 inline void products(float* s, const float* left, i64 hop, const float* right, i64 rows, i64 keys, i64 len,
                      const Limits& limits) {
@@ -154,14 +127,15 @@ struct ForwardTile {
     if (kind != EXACT)
       for (i64 r = 0; r < n; ++r) m[r] = -INF, l[r] = 0.0f;
     if (kind != STATS_ONLY) std::memset(o, 0, padded * p.Ep * sizeof(float));
-    const i64 begin = full ? 0 : p.first_key(q0) / kt * kt, end = full ? p.K : p.last_key(q0 + n - 1);
+    const i64 begin = full ? 0 : rows.masks.first_key(q0) / kt * kt, end = full ? p.K : rows.masks.last_key(q0 + n - 1);
+    bool later = false;
     for (i64 k0 = begin; k0 < end; k0 += kt) {
       const i64 keys = p.K - k0 < kt ? p.K - k0 : kt;
-      limits.set(p, q0, n, k0, keys, full);
+      rows.enter_tile(q0, n, k0, keys, full, limits);
       if (!limits.any) continue;
       products(s, q, padded * NR, kp + k0 * p.D, n, keys, p.D, limits);
-      rows.enter_tile(k0, keys);
-      for (i64 r = 0; r < n; ++r) row(kind, q0 + r, r, ends, k0 > begin);
+      for (i64 r = 0; r < n; ++r) row(kind, q0 + r, r, ends, later);
+      later = true;
       if (kind != STATS_ONLY) combine(o, p.Ep, s, vp + k0 * NR, p.K * NR, n, limits);
     }
   }

@@ -59,6 +59,15 @@ inline void pack(float* dst, i64 panel, i64 dtype, const char* src, i64 rs, i64 
       std::memset(dst + c0 / NR * panel + rows * NR, 0, (padded - rows) * NR * sizeof(float));
 }
 
+// a * b + c with the rounding that `block` has: compilers fuse its products and sums wherever the machine can.
+INLINE float multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // C[MR, NR] (+)= A[MR, len] B[len, NR]. A's element (i, k) lies at a[i * RS + k * CS], and every CHUNK of k begins
 // `hop` floats after the one before it (CHUNK 0: one chunk). B's rows are NR apart.
 template <i64 RS, i64 CS, int CHUNK>

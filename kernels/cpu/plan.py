@@ -14,8 +14,9 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from attnfuse import expr
+from attnfuse.expr import Expr
 from attnfuse.kernels import dropout, layout
-from attnfuse.mask import Causal, Dense
 from attnfuse.spec import (
     AddFill,
     Attention,
@@ -33,6 +34,7 @@ from attnfuse.spec import (
 
 MAX_OPERANDS = 16
 MAX_STEPS = 32
+MAX_INSTRS = 192
 BATCH = 6
 _MAX_LAYOUTS = 512
 _DTYPES = {
@@ -49,8 +51,9 @@ _DTYPES = {
 }
 _T = TypeVar("_T")
 _HIDDEN = {"nan": 0, "zero": 1, "nan_to_zero": 2}
-_PLAN = struct.Struct("=6qd5q")
-_STEP = struct.Struct("=4q2d")
+_PLAN = struct.Struct("=6qd6q")
+_STEP = struct.Struct("=17q2d")
+_INSTR = struct.Struct("=6q")
 
 
 class Words(NamedTuple):
@@ -98,6 +101,7 @@ class Plan:
         self.v = _kernel_float(spec.v_dtype, "v")
         self.out = _kernel_float(spec.out_dtype, "out")
         self.operands = tuple(_known(dtype_of(o.dtype)) for o in spec.operands)
+        self.tables = spec.tables
         if len(spec.batch) > BATCH or len(self.operands) > MAX_OPERANDS:
             given = f"{len(spec.batch)} and {len(self.operands)}"
             raise ValueError(f"at most {BATCH} batch dims and {MAX_OPERANDS} operands; got {given}")
@@ -107,8 +111,10 @@ class Plan:
 
     def _encode(self) -> bytes:
         spec = self.spec
-        steps = [_words(s) for s in spec.steps if not (isinstance(s, Cast) and s.dtype != "float16")]
-        weights = [_words(s) for s in spec.weight_steps if not isinstance(s, Cast)]
+        programs = Programs()
+        uniform = frozenset(i for i, o in enumerate(spec.operands) if o.dims[-2:] == ("1", "1"))
+        steps = [_words(s, programs, uniform) for s in spec.steps if not (isinstance(s, Cast) and s.dtype != "float16")]
+        weights = [_words(s, programs, uniform) for s in spec.weight_steps if not isinstance(s, Cast)]
         if max(len(steps), len(weights)) > MAX_STEPS:
             raise ValueError(f"at most {MAX_STEPS} steps; got {len(steps)} and {len(weights)} on the weights")
         p = spec.dropout
@@ -125,9 +131,10 @@ class Plan:
             len(self.operands),
             len(steps),
             len(weights),
+            len(programs.words),
         )
         dtypes = [_DTYPES[d] for d in self.operands] + [0] * (MAX_OPERANDS - len(self.operands))
-        body = [_pad(steps), _pad(weights)]
+        body = [_pad(steps), _pad(weights), programs.packed()]
         return head + struct.pack(f"={MAX_OPERANDS}q", *dtypes) + b"".join(body)
 
     def check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, operands: Sequence[torch.Tensor]) -> None:
@@ -145,8 +152,9 @@ class Plan:
         batch = layout.batch_shape(tensors)
         fits = all(t.shape[d] in (1, batch[d]) for t in tensors for d in range(rank - 2))
         fits = fits and q.shape[-1] == k.shape[-1] and k.shape[-2] == v.shape[-2]
-        for o in operands:
-            fits = fits and o.shape[-2] in (1, q.shape[-2]) and o.shape[-1] in (1, k.shape[-2])
+        for i, o in enumerate(operands):
+            own = i in self.tables
+            fits = fits and (own or (o.shape[-2] in (1, q.shape[-2]) and o.shape[-1] in (1, k.shape[-2])))
         if not fits:
             raise ValueError(
                 f"shapes do not fit as [*batch, Q, D], [*batch, K, D], [*batch, K, E] and operands [*batch, Q, K]: "
@@ -168,7 +176,7 @@ class Plan:
             step *= max(shape[d], 1)
         words = [*_sizes(batch, Q, K, D, E, 1), *_strides(q), *_strides(k), *_strides(v), *_from(shape, stride)]
         for o in operands:
-            words += _strides(o, masked=True)
+            words += [*_strides(o, masked=True), o.shape[-2], o.shape[-1]]
         made = Words(
             struct.pack(f"={len(words)}q", *words),
             batch,
@@ -202,7 +210,8 @@ class Plan:
                 continue
             if not x.dtype.is_floating_point:
                 raise ValueError(f"input {i} of dtype {x.dtype} has no gradient")
-            thin = i >= 3 and ((x.shape[-2] == 1 and Q > 1) or (x.shape[-1] == 1 and K > 1))
+            table = i - 3 in self.tables
+            thin = table or (i >= 3 and ((x.shape[-2] == 1 and Q > 1) or (x.shape[-1] == 1 and K > 1)))
             reduced = [not thin and x.shape[d] == 1 and size > 1 for d, size in enumerate(batch)]
             summed = [a or b for a, b in zip(summed, reduced, strict=True)]
             again = i >= 3 and used.count(i - 3) > 1
@@ -248,7 +257,7 @@ def reverse_words(
     for x in (q, k, v, out, dout):
         words += _strides(x)
     for o in operands:
-        words += _strides(o, masked=True)
+        words += [*_strides(o, masked=True), o.shape[-2], o.shape[-1]]
     for i, (target, grad) in enumerate(zip(made.targets, grads, strict=True)):
         if grad is None:
             words += [0] * (3 + BATCH + 2)
@@ -298,25 +307,160 @@ def _pad(steps: Sequence[bytes]) -> bytes:
     return b"".join(steps) + bytes(_STEP.size * (MAX_STEPS - len(steps)))
 
 
-def _words(step: Step) -> bytes:
+class Programs:
+    """Instructions of all expressions of a spec, one after the other."""
+
+    def __init__(self) -> None:
+        self.words: list[bytes] = []
+
+    def packed(self) -> bytes:
+        if len(self.words) > MAX_INSTRS:
+            raise ValueError(f"masks of at most {MAX_INSTRS} operations; got {len(self.words)}")
+        return b"".join(self.words) + bytes(_INSTR.size * (MAX_INSTRS - len(self.words)))
+
+    def add(self, e: Expr | None) -> tuple[int, int]:
+        """The span of the program for e, empty for None. An expression that occurs twice in it is computed once."""
+        begin = len(self.words)
+        if e is not None:
+            self._run(e, {})
+        return begin, len(self.words)
+
+    def _run(self, e: Expr, known: dict[Expr, int]) -> int:
+        if e not in known:
+            known[e] = self._made(e, known)
+        return known[e]
+
+    def _put(self, op: str, a: int = -1, b: int = -1, c: int = -1, value: int = 0, operand: int = -1) -> int:
+        self.words.append(_INSTR.pack(_OPS.index(op), a, b, c, value, operand))
+        return len(self.words) - 1
+
+    def _made(self, e: Expr, known: dict[Expr, int]) -> int:
+        if isinstance(e, expr.Const):
+            return self._put("number", value=int(e.value))
+        if isinstance(e, expr.Index):
+            return self._put("query" if e.axis == "q" else "key")
+        if isinstance(e, expr.Load):
+            row = -1 if e.row is None else self._run(e.row, known)
+            col = -1 if e.col is None else self._run(e.col, known)
+            return self._put("load", row, col, operand=e.operand)
+        if isinstance(e, expr.Linear):
+            return self._sum(e, known)
+        assert isinstance(e, expr.Apply)
+        if e.op in ("floordiv", "mod"):
+            assert isinstance(e.args[1], expr.Const)
+            return self._put(e.op, self._run(e.args[0], known), value=int(e.args[1].value))
+        args = [self._run(x, known) for x in e.args]
+        if e.op in ("and", "or"):
+            total = args[0]
+            for x in args[1:]:
+                total = self._put(e.op, total, x)
+            return total
+        # a bool is an integer here
+        return args[0] if e.op == "int" else self._put(e.op, *args)
+
+    def _sum(self, e: expr.Linear, known: dict[Expr, int]) -> int:
+        parts = []
+        for c, t in e.terms:
+            x = self._run(t, known)
+            parts.append(x if c == 1 else self._put("times", x, value=c))
+        if e.const:
+            parts.append(self._put("number", value=e.const))
+        total = parts[0]
+        for x in parts[1:]:
+            total = self._put("add", total, x)
+        return total
+
+
+#: In the order of `Op` in problem.h.
+_OPS = (
+    *("number", "query", "key", "load", "add", "times", "min", "max", "abs", "floordiv", "mod", "where"),
+    *("le", "eq", "ne", "and", "or", "not"),
+)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A mask as bounds on the key, and what is left of it. A bound is below_q (k < q + x), from_q (k >= q + x), below or from."""
+
+    bounds: dict[str, Expr]
+    rest: Expr | None
+
+
+def cut(keep: Expr, uniform: frozenset[int] = frozenset()) -> Cut:
+    """Split a mask into one bound of each kind and the rest; it keeps where all of them hold.
+
+    uniform: the operands that are one number for a whole batch element.
+    """
+    parts = keep.args if isinstance(keep, expr.Apply) and keep.op == "and" else (keep,)
+    bounds: dict[str, Expr] = {}
+    rest = []
+    for part in parts:
+        found = _bound(part, uniform)
+        if found is None or found[0] in bounds:
+            rest.append(part)
+        else:
+            bounds[found[0]] = found[1]
+    if not rest:
+        return Cut(bounds, None)
+    return Cut(bounds, rest[0] if len(rest) == 1 else expr.Apply("and", tuple(rest)))
+
+
+def _bound(part: Expr, uniform: frozenset[int]) -> tuple[str, Expr] | None:
+    if not (isinstance(part, expr.Apply) and part.op == "le"):
+        return None
+    algebra = expr.Algebra()
+    rest = algebra.sub(*part.args)
+    terms = expr.sum_of(rest)
+    of_k, of_q = terms.get(expr.K, 0), terms.get(expr.Q, 0)
+    rest = algebra.add(algebra.add(rest, expr.K, -of_k), expr.Q, -of_q)
+    for x in expr.walk(rest):
+        plain = isinstance(x, expr.Load) and x.operand in uniform and x.row is None and x.col is None
+        if isinstance(x, expr.Index) or (isinstance(x, expr.Load) and not plain):
+            return None
+    # of_k * k + of_q * q + rest <= 0
+    if of_k == 1 and of_q in (0, -1):
+        return ("below_q" if of_q else "below"), algebra.sub(expr.Const(1), rest)
+    if of_k == -1 and of_q in (0, 1):
+        return ("from_q" if of_q else "from"), rest
+    return None
+
+
+def _words(step: Step, programs: Programs, uniform: frozenset[int]) -> bytes:
+    spans = dict.fromkeys(("keep", "below_q", "from_q", "below", "from", "row", "col"), (0, 0))
+    kind, operand, slides, value, high = 0, -1, 0, 0.0, 0.0
     if isinstance(step, Scale):
-        return _STEP.pack(0, -1 if step.operand is None else step.operand, 0, 0, step.value, 0.0)
-    if isinstance(step, Bias):
-        return _STEP.pack(1, step.operand, 0, 0, step.alpha, 0.0)
-    if isinstance(step, Shift):
-        return _STEP.pack(2, -1, 0, 0, step.value, 0.0)
-    if isinstance(step, Softcap):
-        return _STEP.pack(3, -1, 0, 0, step.cap, 0.0)
-    if isinstance(step, Tanh):
-        return _STEP.pack(4, -1, 0, 0, 0.0, 0.0)
-    if isinstance(step, Clamp):
-        return _STEP.pack(5, -1, 0, 0, step.low, step.high)
-    if isinstance(step, (ReplaceFill, AddFill)):
-        kind = 6 if isinstance(step, ReplaceFill) else 7
-        if isinstance(step.keep, Dense):
-            return _STEP.pack(kind, step.keep.operand, step.keep.inverted, 0, step.value, 0.0)
-        if isinstance(step.keep, Causal):
-            return _STEP.pack(kind, -1, step.keep.inverted, step.keep.offset, step.value, 0.0)
-    if isinstance(step, Cast):
-        return _STEP.pack(8, -1, 0, 0, 0.0, 0.0)
-    raise ValueError(f"the CPU kernel does not know the step {step!r}")
+        kind, operand, value = 0, -1 if step.operand is None else step.operand, step.value
+    elif isinstance(step, Bias):
+        kind, operand, value = 1, step.operand, step.alpha
+        spans["row"], spans["col"] = programs.add(step.row), programs.add(step.col)
+        slides = step.col is not None and _slides(step.col) and (step.row is None or not _by_key(step.row))
+    elif isinstance(step, Shift):
+        kind, value = 2, step.value
+    elif isinstance(step, Softcap):
+        kind, value = 3, step.cap
+    elif isinstance(step, Tanh):
+        kind = 4
+    elif isinstance(step, Clamp):
+        kind, value, high = 5, step.low, step.high
+    elif isinstance(step, (ReplaceFill, AddFill)):
+        kind, value = 6 if isinstance(step, ReplaceFill) else 7, step.value
+        found = cut(step.keep, uniform)
+        spans["keep"] = programs.add(found.rest)
+        for name, bound in found.bounds.items():
+            spans[name] = programs.add(bound)
+    elif isinstance(step, Cast):
+        kind = 8
+    else:
+        raise ValueError(f"the CPU kernel does not know the step {step!r}")
+    return _STEP.pack(kind, operand, *itertools.chain.from_iterable(spans.values()), slides, value, high)
+
+
+def _by_key(e: Expr) -> bool:
+    """Whether e may differ between keys."""
+    return any(x == expr.K or isinstance(x, expr.Load) for x in expr.walk(e))
+
+
+def _slides(col: Expr) -> bool:
+    """Whether the column is k plus something without k."""
+    terms = expr.sum_of(col)
+    return terms.get(expr.K) == 1 and not any(_by_key(t) for t in terms if t != expr.K)

@@ -8,7 +8,7 @@
 
 #include "gemm.h"
 
-constexpr int MAX_OPERANDS = 16, MAX_STEPS = 32, BATCH = 6;
+constexpr int MAX_OPERANDS = 16, MAX_STEPS = 32, MAX_INSTRS = 192, BATCH = 6;
 // A tile holds QT queries and KT keys; LD is the row pitch of a score tile, off any power of two.
 constexpr i64 QT = 96, KT = ATTNFUSE_VL == 16 ? 288 : 240, LD = KT + 8;
 static_assert(QT % MR == 0 && KT % MR == 0 && KT % NR == 0, "tiles are whole blocks");
@@ -16,18 +16,39 @@ static_assert(QT % MR == 0 && KT % MR == 0 && KT % NR == 0, "tiles are whole blo
 enum Kind : i64 { SCALE, BIAS, SHIFT, SOFTCAP, TANH, CLAMP, REPLACE, ADD, HALF };
 enum Hidden : i64 { HIDDEN_NAN, HIDDEN_ZERO, HIDDEN_NAN_TO_ZERO };
 
+// One operation of a mask's program. a, b and c name earlier ones (-1: none, or the tile's own query or key for a load).
+enum Op : i64 {
+  X_NUMBER, X_QUERY, X_KEY, X_LOAD, X_ADD, X_TIMES, X_MIN, X_MAX, X_ABS, X_FLOORDIV, X_MOD, X_WHERE, X_LE, X_EQ, X_NE,
+  X_AND, X_OR, X_NOT
+};
+
 // All fields are 8 bytes wide: Python packs them with struct.
+struct Instr {
+  i64 op, a, b, c, value, operand;
+};
+
+// The instructions of one program, whose last one is the result; empty for none.
+struct Span {
+  i64 begin, end;
+};
+
 struct Step {
-  i64 kind, operand, inverted, offset;  // operand -1: a number, or a causal mask
+  i64 kind, operand;  // operand -1: a number
+  // fills: the keys kept are k < q + below_q, k >= q + from_q, k < below, k >= from, and `keep` on top of these
+  Span keep, below_q, from_q, below, from;
+  // an added table's own indices; slides: its column is k + something that does not depend on k
+  Span row, col;
+  i64 slides;
   double value, high;
 };
 
 struct Plan {
   i64 qk_dtype, v_dtype, out_dtype, unshifted, hidden, eager_nan;
   double keep_scale;
-  i64 dropout, threshold, n_operands, n_steps, n_weights;
+  i64 dropout, threshold, n_operands, n_steps, n_weights, n_instrs;
   i64 operand_dtype[MAX_OPERANDS];
   Step steps[MAX_STEPS], weights[MAX_STEPS];
+  Instr instrs[MAX_INSTRS];
 };
 
 struct Ref {
@@ -44,6 +65,10 @@ struct Ref {
   i64 col() const { return stride[BATCH + 1]; }
 };
 
+struct Operand : Ref {
+  i64 rows = 1, cols = 1;
+};
+
 struct Grad : Ref {
   i64 mode = 0;  // 0 not needed, 1 store, 2 add in float32
   i64 chunk = 0;  // elements between the partial sums of two chunks of keys
@@ -56,17 +81,20 @@ struct Problem {
   bool dropout;
   uint64_t seed;
   float* stats;
-  Ref q, k, v, out, dout, operand[MAX_OPERANDS];
+  Ref q, k, v, out, dout;
+  Operand operand[MAX_OPERANDS];
   Grad dq, dk, dv, doperand[MAX_OPERANDS];
   // the scale folded into q, and the first step left to do
   float fold;
   int first;
-  // keys a query may see: k < q + high, k >= q + low; hides says that anything at all is skipped
-  bool skips;
-  i64 high, low;
+  // which score steps hide keys for good, so that these may be skipped; skips: any of them
+  bool skips, hides[MAX_STEPS];
   // a row whose maximum is not above this may see skipped keys after all; -INF where fills are -inf
   float doubt;
   bool fills_weights, nonlinear_weights;
+  // of each instruction, what its value depends on, and for those of ON_KEY the place of its vector
+  uint8_t depends[MAX_INSTRS], slot[MAX_INSTRS];
+  i64 n_vectors, n_kept;
 
   void index_of(i64 element, i64* index) const {
     for (int d = BATCH - 1; d >= 0; --d) {
@@ -74,48 +102,68 @@ struct Problem {
       element /= batch[d];
     }
   }
-  i64 first_key(i64 query) const {
-    const i64 k = query + low;
-    return !skips || k < 0 ? 0 : (k > K ? K : k);
-  }
-  i64 last_key(i64 query) const {
-    const i64 k = query + high;
-    return !skips || k > K ? K : (k < 0 ? 0 : k);
-  }
 };
 
-constexpr i64 FAR = i64(1) << 60;
+enum Depends : uint8_t { ON_QUERY = 1, ON_KEY = 2 };
 
-// Which keys no query of a row needs to see: those a causal fill hides, unless a later step could lift them again.
+// What is added or filled in at most this is hidden for good: no score of a model comes near.
+constexpr double HIDDEN_BELOW = -1e30;
+// exp(-VANISHES) is 0 in float32
+constexpr double VANISHES = 110.0;
+
+// Which steps hide keys: fills and added operands that leave nothing, unless a later step could lift it again.
 inline void find_skips(Problem& p) {
   const Plan& plan = *p.plan;
-  p.high = FAR;
-  p.low = -FAR;
   p.doubt = -INF;
+  p.skips = false;
+  for (int i = 0; i < MAX_STEPS; ++i) p.hides[i] = false;
   if (plan.eager_nan || p.nonlinear_weights) return;
   for (int i = 0; i < plan.n_steps; ++i) {
     const Step& step = plan.steps[i];
-    if ((step.kind != REPLACE && step.kind != ADD) || step.operand >= 0 || step.value > -1e30) continue;
+    const bool table = step.row.begin < step.row.end || step.col.begin < step.col.end;
     double value = step.value;
-    bool stays = true;
+    // known: the score itself is a number, and not only much smaller than all others
+    bool known = step.kind == REPLACE, stays = known || step.kind == ADD;
+    if (step.kind == BIAS && !table && step.value > 0 && plan.operand_dtype[step.operand] <= F64) {
+      stays = true;
+      value = HIDDEN_BELOW;
+    }
     for (int j = i + 1; j < plan.n_steps && stays; ++j) {
       const Step& later = plan.steps[j];
       if (later.kind == SCALE && later.operand < 0 && later.value > 0) value *= later.value;
-      else if (later.kind == REPLACE) stays = later.value <= -1e30;
-      else if (later.kind == ADD) stays = later.value <= 0;
-      else stays = later.kind == BIAS || later.kind == SHIFT || later.kind == HALF;
-      stays = stays && value <= -1e30;
+      else if (later.kind == REPLACE) value = later.value > value ? later.value : value;
+      else if (later.kind == ADD) stays = later.value <= 0, known = false;
+      else if (later.kind == BIAS || later.kind == SHIFT) known = false;
+      else stays = later.kind == HALF;
     }
-    if (!stays) continue;
-    p.skips = true;
-    if (step.inverted) {
-      if (step.offset + 1 > p.low) p.low = step.offset + 1;
-    } else if (step.offset + 1 < p.high) {
-      p.high = step.offset + 1;
-    }
+    const bool low = value <= HIDDEN_BELOW;
+    if (!stays || !(low || (known && value <= -2 * VANISHES))) continue;
+    p.skips = p.hides[i] = true;
     // every finite fill counts, the one nearest to zero most
-    if (value > -INF && 0.5 * value > p.doubt) p.doubt = static_cast<float>(0.5 * value);
+    const double limit = low ? 0.5 * value : value + VANISHES;
+    if (value > -INF && limit > p.doubt) p.doubt = static_cast<float>(limit);
   }
+}
+
+// What each instruction depends on, and where the vectors of those that depend on the key are kept.
+inline void find_dependencies(Problem& p) {
+  const Plan& plan = *p.plan;
+  p.n_vectors = p.n_kept = 0;
+  for (i64 i = 0; i < plan.n_instrs; ++i) {
+    const Instr& x = plan.instrs[i];
+    uint8_t on = x.op == X_QUERY ? ON_QUERY : (x.op == X_KEY ? ON_KEY : 0);
+    for (const i64 a : {x.a, x.b, x.c})
+      if (a >= 0) on |= p.depends[a];
+    if (x.op == X_LOAD) {
+      if (x.a < 0 && p.operand[x.operand].row()) on |= ON_QUERY;
+      if (x.b < 0 && p.operand[x.operand].col()) on |= ON_KEY;
+    }
+    p.depends[i] = on;
+    p.slot[i] = static_cast<uint8_t>(p.n_vectors);
+    if (on & ON_KEY) ++p.n_vectors;
+  }
+  for (int i = 0; i < plan.n_steps; ++i) p.n_kept += plan.steps[i].keep.begin < plan.steps[i].keep.end;
+  for (int i = 0; i < plan.n_weights; ++i) p.n_kept += plan.weights[i].keep.begin < plan.weights[i].keep.end;
 }
 
 inline void finish(Problem& p) {
@@ -128,13 +176,14 @@ inline void finish(Problem& p) {
   p.first = 0;
   while (p.first < plan.n_steps && plan.steps[p.first].kind == SCALE && plan.steps[p.first].operand < 0)
     p.fold *= static_cast<float>(plan.steps[p.first++].value);
-  p.fills_weights = p.nonlinear_weights = p.skips = false;
+  p.fills_weights = p.nonlinear_weights = false;
   for (int i = 0; i < plan.n_weights; ++i) {
     p.fills_weights |= plan.weights[i].kind == REPLACE;
     p.nonlinear_weights |= plan.weights[i].kind == REPLACE && plan.weights[i].value != 0;
   }
   p.dropout = plan.dropout != 0;
   find_skips(p);
+  find_dependencies(p);
 }
 
 // Memory a thread keeps between calls, up to a limit.

@@ -1,23 +1,22 @@
 // The score program on one row of a score tile: forwards, and backwards for gradients.
 #pragma once
 
-#include "problem.h"
+#include "masks.h"
 
 // Where a batch element's operands begin, and one row of each as the steps want it.
 struct Rows {
   const Problem& p;
+  Masks masks;
   i64 element = 0, k0 = 0, n = 0;
-  const char* base[MAX_OPERANDS];
   float* number[MAX_OPERANDS];    // [LD] each, converted
-  uint8_t* keep[MAX_OPERANDS];    // [LD] each
-  i64 number_of[MAX_OPERANDS], keep_of[MAX_OPERANDS];  // the row each holds, -1 for none
+  i64 number_of[MAX_OPERANDS];    // the row each holds, -1 for none
   float* saved = nullptr;         // [n_steps + n_weights][LD], for gradients
   float* kept = nullptr;          // [LD] dropout factors
 
-  explicit Rows(const Problem& problem) : p(problem) {}
+  explicit Rows(const Problem& problem) : p(problem), masks(problem) {}
 
   static i64 bytes(const Plan& plan, bool gradients) {
-    i64 n = plan.n_operands * (LD * 4 + round_up(LD, 64)) + LD * 4;
+    i64 n = plan.n_operands * LD * 4 + LD * 4;
     if (gradients) n += (plan.n_steps + plan.n_weights) * LD * 4;
     return round_up(n, 64) + 64;
   }
@@ -25,6 +24,7 @@ struct Rows {
   void carve(Carver& c, bool gradients) {
     const Plan& plan = *p.plan;
     char* at = c.bytes(bytes(plan, gradients));
+    masks.carve(c);
     if (!c.base) return;
     for (int i = 0; i < plan.n_operands; ++i) {
       number[i] = reinterpret_cast<float*>(at);
@@ -32,35 +32,36 @@ struct Rows {
     }
     kept = reinterpret_cast<float*>(at);
     at += LD * 4;
-    if (gradients) {
-      saved = reinterpret_cast<float*>(at);
-      at += (plan.n_steps + plan.n_weights) * LD * 4;
-    }
-    for (int i = 0; i < plan.n_operands; ++i) {
-      keep[i] = reinterpret_cast<uint8_t*>(at);
-      at += round_up(LD, 64);
-    }
+    if (gradients) saved = reinterpret_cast<float*>(at);
   }
 
   void enter_element(i64 e, const i64* index) {
     element = e;
-    for (int i = 0; i < p.plan->n_operands; ++i) base[i] = p.operand[i].at(index);
+    masks.enter_element(index);
     n = 0;
   }
-  void enter_tile(i64 key, i64 keys) {
+  // Enters the tile of queries [q, q + count) and keys [key, key + keys), and finds out which of them matter.
+  void enter_tile(i64 q, i64 count, i64 key, i64 keys, bool full, Limits& limits) {
     k0 = key;
     n = keys;
-    for (int i = 0; i < p.plan->n_operands; ++i) number_of[i] = keep_of[i] = -1;
+    for (int i = 0; i < p.plan->n_operands; ++i) number_of[i] = -1;
+    masks.enter_tile(q, count, key, keys, full, limits);
+    if (!limits.any) return;
+    for (int i = 0; i < p.plan->n_steps; ++i) {
+      const Step& step = p.plan->steps[i];
+      if (step.col.begin < step.col.end && !step.slides) masks.key_vectors(step.col);
+      if (step.row.begin < step.row.end) masks.key_vectors(step.row);
+    }
   }
 
   const char* row_of(int i, i64 query) const {
     const Ref& r = p.operand[i];
-    return base[i] + (query * r.row() + k0 * r.col()) * size_of(r.dtype);
+    return masks.base[i] + (query * r.row() + k0 * r.col()) * size_of(r.dtype);
   }
   void prefetch(i64 query) const {
     for (int i = 0; i < p.plan->n_operands; ++i) {
-      const Ref& r = p.operand[i];
-      if (r.row() == 0 || r.col() != 1) continue;
+      const Operand& r = p.operand[i];
+      if (r.row() == 0 || r.col() != 1 || r.rows < p.Q || r.cols < p.K) continue;
       const char* at = row_of(i, query);
       for (i64 b = 0; b < n * size_of(r.dtype); b += 64) __builtin_prefetch(at + b);
     }
@@ -82,49 +83,91 @@ struct Rows {
     }
     return number[i];
   }
-  // Operand i on this row of the tile, nonzero where it is.
-  const uint8_t* truths(int i, i64 query) {
-    const Ref& r = p.operand[i];
-    if (r.dtype == U8 && r.col() == 1) return reinterpret_cast<const uint8_t*>(row_of(i, query));
-    const i64 row = r.row() ? query : 0;
-    if (keep_of[i] == row) return keep[i];
-    keep_of[i] = row;
-    if (r.col() == 0) {
-      uint8_t x;
-      nonzero(r.dtype, row_of(i, query), 1, &x, 1);
-      for (i64 j = 0; j < n; ++j) keep[i][j] = x;
-    } else {
-      nonzero(r.dtype, row_of(i, query), r.col(), keep[i], n);
+
+  // Where an added table is read on a row of the tile: at rows and columns of their own for each key where these are not
+  // null, else at `row`, and at columns from `first` on, or at the single one `only`.
+  struct Place {
+    i64 row, first, only;
+    const i64 *rows, *cols;
+  };
+  const i64* vector_of(const Span& s, i64& number) const {
+    const i64 last = s.end - 1;
+    if (p.depends[last] & ON_KEY) return masks.vectors + p.slot[last] * LD;
+    number = masks.scalar[last];
+    return nullptr;
+  }
+  Place place(const Step& step, i64 query) {
+    const Operand& r = p.operand[step.operand];
+    Place x{query, k0, -1, nullptr, nullptr};
+    if (step.row.begin < step.row.end) {
+      masks.row_vectors(step.row, query);
+      x.rows = vector_of(step.row, x.row);
+      x.row = masks.clamped(x.row, r.rows);
     }
-    return keep[i];
+    if (step.col.begin == step.col.end) return x;
+    if (step.slides) {
+      x.first = masks.value_at(step.col, query, k0);
+      // never past the table, whatever it is told
+      x.first = x.first < 0 ? 0 : (x.first + n > r.cols ? r.cols - n : x.first);
+      return x;
+    }
+    masks.row_vectors(step.col, query);
+    x.cols = vector_of(step.col, x.only);
+    x.only = masks.clamped(x.only, r.cols);
+    return x;
+  }
+  // The element of the table for key j of the tile, as an offset in elements.
+  INLINE i64 offset_of(const Place& x, const Operand& r, i64 j, i64 rs, i64 cs) const {
+    const i64 row = x.rows ? masks.clamped(x.rows[j], r.rows) : x.row;
+    const i64 col = x.cols ? masks.clamped(x.cols[j], r.cols) : (x.only >= 0 ? x.only : x.first + j);
+    return row * rs + col * cs;
+  }
+  // What a step adds on this row of the tile.
+  const float* added(const Step& step, i64 query) {
+    const int i = static_cast<int>(step.operand);
+    if (step.row.begin == step.row.end && step.col.begin == step.col.end) return numbers(i, query);
+    const Operand& r = p.operand[i];
+    const Place x = place(step, query);
+    const i64 width = size_of(r.dtype);
+    number_of[i] = -1;
+    if (step.slides) {
+      const char* at = masks.element(i, x.row, x.first);
+      if (r.dtype == F32 && r.col() == 1) return reinterpret_cast<const float*>(at);
+      convert(r.dtype, at, r.col(), number[i], n);
+      return number[i];
+    }
+    for (i64 j = 0; j < n; ++j)
+      convert(r.dtype, masks.base[i] + offset_of(x, r, j, r.row(), r.col()) * width, 1, number[i] + j, 1);
+    return number[i];
   }
 
-  // f(j) on [lo, hi) where the mask of the step does not keep, by a loop that vectorises.
-  template <class Fill>
-  INLINE void where_hidden(const Step& step, i64 query, i64 lo, i64 hi, Fill fill) {
-    if (step.operand >= 0) {
-      const uint8_t* t = truths(static_cast<int>(step.operand), query);
-      fill(t, step.inverted != 0, lo, hi);
-      return;
+  // f(kept, a, b) on the parts of [lo, hi) where the mask of the step hides keys: all of [a, b) if kept is null, else
+  // those where it is 0.
+  template <class F>
+  INLINE void where_hidden(const Step& step, i64 query, i64 lo, i64 hi, F f) {
+    const Fill& x = masks.fill[masks.index_of(step)];
+    i64 a = lo, b = hi;
+    if (x.band == KEEPS_NONE) return f(nullptr, lo, hi);
+    if (x.band == MIXED) {
+      masks.edges(x, query, a, b);
+      a = a > hi ? hi : a;
+      b = b < a ? a : b;
+      if (lo < a) f(nullptr, lo, a);
+      if (b < hi) f(nullptr, b, hi);
     }
-    // keys below `edge` are within the causal limit
-    i64 edge = query + step.offset + 1 - k0;
-    edge = edge < lo ? lo : (edge > hi ? hi : edge);
-    if (step.inverted) fill(nullptr, false, lo, edge);
-    else fill(nullptr, false, edge, hi);
+    if (x.rest == KEEPS_NONE) f(nullptr, a, b);
+    else if (x.rest == MIXED) f(x.kept + (query - masks.q0) * LD, a, b);
   }
 
   INLINE void replace(const Step& step, float* s, i64 query, i64 lo, i64 hi, float value) {
-    where_hidden(step, query, lo, hi, [s, value](const uint8_t* t, bool inverted, i64 a, i64 b) {
+    where_hidden(step, query, lo, hi, [s, value](const uint8_t* t, i64 a, i64 b) {
       if (!t) for (i64 j = a; j < b; ++j) s[j] = value;
-      else if (inverted) for (i64 j = a; j < b; ++j) s[j] = t[j] ? value : s[j];
       else for (i64 j = a; j < b; ++j) s[j] = t[j] ? s[j] : value;
     });
   }
   INLINE void add(const Step& step, float* s, i64 query, i64 lo, i64 hi, float value) {
-    where_hidden(step, query, lo, hi, [s, value](const uint8_t* t, bool inverted, i64 a, i64 b) {
+    where_hidden(step, query, lo, hi, [s, value](const uint8_t* t, i64 a, i64 b) {
       if (!t) for (i64 j = a; j < b; ++j) s[j] += value;
-      else if (inverted) for (i64 j = a; j < b; ++j) s[j] += t[j] ? value : 0.0f;
       else for (i64 j = a; j < b; ++j) s[j] += t[j] ? 0.0f : value;
     });
   }
@@ -143,7 +186,7 @@ struct Rows {
         }
         return;
       case BIAS: {
-        const float* x = numbers(static_cast<int>(step.operand), query);
+        const float* x = added(step, query);
         if (value == 1.0f) for (i64 j = lo; j < hi; ++j) s[j] += x[j];
         else for (i64 j = lo; j < hi; ++j) s[j] += value * x[j];
         return;
@@ -192,7 +235,12 @@ struct Rows {
         }
         return;
       case BIAS:
-        if (p.doperand[step.operand].mode) give(static_cast<int>(step.operand), g, value, query, lo, hi, index, chunk);
+        if (p.doperand[step.operand].mode) {
+          if (step.row.begin < step.row.end || step.col.begin < step.col.end)
+            scatter(step, g, value, query, lo, hi, index, chunk);
+          else
+            give(static_cast<int>(step.operand), g, value, query, lo, hi, index, chunk);
+        }
         return;
       case SOFTCAP: case TANH:
         for (i64 j = lo; j < hi; ++j) g[j] *= 1.0f - save[j] * save[j];
@@ -203,6 +251,15 @@ struct Rows {
       case REPLACE: return replace(step, g, query, lo, hi, 0.0f);
       default: return;
     }
+  }
+
+  // The gradient of a table, whose elements several keys may share.
+  void scatter(const Step& step, const float* g, float alpha, i64 query, i64 lo, i64 hi, const i64* index, i64 chunk) {
+    const Grad& t = p.doperand[step.operand];
+    const Operand& r = p.operand[step.operand];
+    const Place x = place(step, query);
+    float* to = reinterpret_cast<float*>(t.at(index)) + chunk * t.chunk;
+    for (i64 j = lo; j < hi; ++j) to[offset_of(x, r, j, t.row(), t.col())] += alpha * g[j];
   }
 
   void give(int i, const float* g, float alpha, i64 query, i64 lo, i64 hi, const i64* index, i64 chunk) const {

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
+from attnfuse import expr
 from attnfuse.kernels import dropout
-from attnfuse.mask import Causal, Dense, Mask
 from attnfuse.spec import (
     AddFill,
     Attention,
@@ -71,23 +71,25 @@ def attend(
     return torch.matmul(p, v.to(compute)), stats
 
 
-def keep_of(mask: Mask, s: torch.Tensor, operands: Sequence[torch.Tensor]) -> torch.Tensor:
+def keep_of(keep: expr.Expr, s: torch.Tensor, operands: Sequence[torch.Tensor]) -> torch.Tensor:
     """Bool, broadcastable to s [*batch, Q, K]: True where the mask keeps."""
-    if isinstance(mask, Dense):
-        kept = operands[mask.operand] != 0
-    elif isinstance(mask, Causal):
-        rows = torch.arange(s.shape[-2], device=s.device)[:, None]
-        kept = torch.arange(s.shape[-1], device=s.device)[None] <= rows + mask.offset
-    else:
-        raise TypeError(f"unknown mask {mask!r}")
-    return ~kept if mask.inverted else kept
+    return expr.evaluate(keep, operands, *_indices(s))
+
+
+def _indices(s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.arange(s.shape[-2], device=s.device)[:, None], torch.arange(s.shape[-1], device=s.device)[None]
+
+
+def _added(step: Bias, s: torch.Tensor, operands: Sequence[torch.Tensor]) -> torch.Tensor:
+    read = expr.Load(step.operand, "float32", step.row, step.col)
+    return expr.load(read, operands, *_indices(s))
 
 
 def _apply(step: Step, s: torch.Tensor, operands: Sequence[torch.Tensor]) -> torch.Tensor:
     if isinstance(step, Scale):
         return s * (step.value if step.operand is None else operands[step.operand].to(s.dtype))
     if isinstance(step, Bias):
-        return s + step.alpha * operands[step.operand].to(s.dtype)
+        return s + step.alpha * _added(step, s, operands).to(s.dtype)
     if isinstance(step, Shift):
         return s + step.value
     if isinstance(step, Softcap):

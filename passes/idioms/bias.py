@@ -11,7 +11,6 @@ from torch import fx
 from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, name_of, shape_of
 from attnfuse.passes.capture import is_mutating, is_stale
 from attnfuse.passes.find import maximum_subtracted
-from attnfuse.passes.idioms.band import band_of
 from attnfuse.passes.idioms.example import Example, NearMiss
 from attnfuse.passes.labels import Labels, known_equal
 from attnfuse.passes.read import Peeled, Reader
@@ -70,12 +69,6 @@ def _full(tensor: fx.Node, node: fx.Node) -> bool:
 def added_steps(reader: Reader, term: fx.Node, labels: Labels, factor: float) -> list[Step]:
     """The steps for adding factor * term, which is broadcast against scores with `labels`."""
     leaf = reader.side(term, labels)
-    band = band_of(reader, leaf.node, leaf.labels)
-    if band is not None and factor == 1.0:
-        if band.low == 0.0 and band.high != 0.0:
-            return [AddFill(band.keep(), band.high)]
-        if band.high == 0.0 and band.low != 0.0:
-            return [AddFill(band.keep(inverted=True), band.low)]
     parts = _smaller_terms(leaf.node) if reader.passable(leaf.node) else None
     if parts is not None:
         return [s for part in parts for s in added_steps(reader, part, leaf.labels, factor)]

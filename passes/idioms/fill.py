@@ -7,10 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from attnfuse.mask import Dense, Mask
+from attnfuse.expr import Expr, dense
 from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, name_of, rounded, shape_of
 from attnfuse.passes.capture import is_mutating, is_stale
-from attnfuse.passes.idioms.band import band_of
 from attnfuse.passes.idioms.example import Example, NearMiss
 from attnfuse.passes.labels import Labels, known_equal
 from attnfuse.passes.read import Peeled, Reader
@@ -57,7 +56,7 @@ def replaced(reader: Reader, condition: fx.Node, labels: Labels, value: float, i
     return ReplaceFill(mask_of(reader, condition, labels, inverted), value)
 
 
-def mask_of(reader: Reader, condition: fx.Node, labels: Labels, inverted: bool) -> Mask:
+def mask_of(reader: Reader, condition: fx.Node, labels: Labels, inverted: bool) -> Expr:
     """A boolean node, broadcast against `labels`, as a mask that keeps where it is true (false if inverted)."""
     leaf = reader.side(condition, labels)
     while (
@@ -65,10 +64,7 @@ def mask_of(reader: Reader, condition: fx.Node, labels: Labels, inverted: bool) 
     ):
         inverted = not inverted
         leaf = reader.shrink(leaf.node.args[0], leaf.labels)  # type: ignore[arg-type]
-    band = band_of(reader, leaf.node, leaf.labels)
-    if band is not None and bool(band.low) != bool(band.high):
-        return band.keep(inverted=inverted != bool(band.high))
-    return Dense(reader.operand(leaf), inverted)
+    return dense(reader.operand(leaf), dtype_name(dtype_of(leaf.node)), inverted)
 
 
 RULES = {"masked_fill": filled, "where": filled}

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import fx
 
-from attnfuse.mask import Causal
+from attnfuse.expr import causal
 from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, shape_of
 from attnfuse.passes.capture import value_of
 from attnfuse.passes.idioms.example import Example, NearMiss
@@ -46,7 +46,7 @@ def read(reader: Reader) -> Site | Refusal:
     score_labels: Labels = (*batch, q_dim, k_dim)
     scores = Scores(node, q_leaf, k_leaf, q_dim, d_dim, score_labels, steps, {node})
     if args["is_causal"]:
-        steps.append(ReplaceFill(Causal(), -math.inf))
+        steps.append(ReplaceFill(causal(), -math.inf))
     if mask is not None:
         steps += _mask_steps(reader, mask, score_labels)
     weight_steps: list[Step] = [Scale(factor)] if factor != 1.0 else []

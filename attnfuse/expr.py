@@ -1,0 +1,680 @@
+"""Expressions over the index of a query (q) and of a key (k): what masks and table indices are made of.
+
+An expression is a bool or an integer; integers are exact, since readers only make expressions that cannot overflow int64.
+`Algebra` has the constructors. They bring what they make to a normal form, so that equal masks in different spellings
+become equal expressions: sums are `Linear`, comparisons 'le' and 'eq' of two sums with positive coefficients, the constant on the
+right; negation stands at leaves only; what the sizes decide is decided.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+Type = Literal["bool", "int", "float"]
+
+#: Integer dtypes and the values they hold; int64 counts as unbounded.
+_RANGES: dict[str, tuple[float, float]] = {
+    "bool": (0, 1),
+    "uint8": (0, 255),
+    "int8": (-128, 127),
+    "int16": (-(2**15), 2**15 - 1),
+    "int32": (-(2**31), 2**31 - 1),
+}
+Bounds = tuple[float, float]
+UNBOUNDED: Bounds = (-math.inf, math.inf)
+
+
+class Expr:
+    """Base of all expressions. `type` is that of its values."""
+
+    kind: ClassVar[str]
+    type: Type
+
+    @property
+    def bounds(self) -> Bounds:
+        """Least and greatest value, as far as the expression itself tells."""
+        return UNBOUNDED
+
+    @property
+    def parts(self) -> tuple[Expr, ...]:
+        """The expressions it is made of."""
+        return ()
+
+    def rebuilt(self, parts: Sequence[Expr], algebra: Algebra) -> Expr:
+        """The same of other parts, in normal form."""
+        return self
+
+
+@dataclass(frozen=True)
+class Const(Expr):
+    """A number. Readers also use floating ones; those never get into a spec."""
+
+    kind: ClassVar[str] = "number"
+    value: float
+    type: Type = "int"
+
+    @property
+    def bounds(self) -> Bounds:
+        return (self.value, self.value)
+
+
+@dataclass(frozen=True)
+class Index(Expr):
+    """The index of the query, or of the key."""
+
+    kind: ClassVar[str] = "index"
+    type: ClassVar[Type] = "int"  # type: ignore[misc]
+    axis: Literal["q", "k"]
+
+    @property
+    def bounds(self) -> Bounds:
+        return (0, math.inf)
+
+
+@dataclass(frozen=True)
+class Load(Expr):
+    """An element of operand [*batch, rows, columns]: at (row, col), or where they are None at (q, k), 0 in dims of size 1."""
+
+    kind: ClassVar[str] = "load"
+    operand: int
+    dtype: str
+    row: Expr | None = None
+    col: Expr | None = None
+
+    @property
+    def type(self) -> Type:  # type: ignore[override]
+        if self.dtype == "bool":
+            return "bool"
+        return "int" if "int" in self.dtype else "float"
+
+    @property
+    def bounds(self) -> Bounds:
+        return _RANGES.get(self.dtype, UNBOUNDED)
+
+    @property
+    def parts(self) -> tuple[Expr, ...]:
+        return tuple(x for x in (self.row, self.col) if x is not None)
+
+    def rebuilt(self, parts: Sequence[Expr], algebra: Algebra) -> Expr:
+        rest = iter(parts)
+        row = next(rest) if self.row is not None else None
+        return Load(self.operand, self.dtype, row, next(rest) if self.col is not None else None)
+
+
+@dataclass(frozen=True)
+class Linear(Expr):
+    """The sum of coefficient * expression over `terms`, plus const."""
+
+    kind: ClassVar[str] = "linear"
+    type: ClassVar[Type] = "int"  # type: ignore[misc]
+    terms: tuple[tuple[int, Expr], ...]
+    const: int = 0
+
+    @property
+    def parts(self) -> tuple[Expr, ...]:
+        return tuple(t for _, t in self.terms)
+
+    def rebuilt(self, parts: Sequence[Expr], algebra: Algebra) -> Expr:
+        out: Expr = Const(self.const)
+        for (c, _), x in zip(self.terms, parts, strict=True):
+            out = algebra.add(out, x, c)
+        return out
+
+
+#: min, max, abs, floordiv (by a positive constant), mod likewise, where: integers. le, eq, ne: two integers to a bool.
+#: and, or (any number), not (of a load): bools. int: a bool as 0 or 1.
+Op = Literal["min", "max", "abs", "floordiv", "mod", "where", "le", "eq", "ne", "and", "or", "not", "int"]
+
+
+@dataclass(frozen=True)
+class Apply(Expr):
+    """An operation on expressions."""
+
+    kind: ClassVar[str] = "apply"
+    op: Op
+    args: tuple[Expr, ...]
+    type: Type = "bool"
+
+    @property
+    def parts(self) -> tuple[Expr, ...]:
+        return self.args
+
+    def rebuilt(self, parts: Sequence[Expr], algebra: Algebra) -> Expr:
+        return _CONSTRUCTORS[self.op](algebra, *parts)
+
+
+TRUE, FALSE = Const(1, "bool"), Const(0, "bool")
+Q, K = Index("q"), Index("k")
+
+
+class NotExpressible(Exception):
+    """There is no expression for it; what it is stays a tensor."""
+
+
+def walk(e: Expr) -> Iterator[Expr]:
+    """e and everything inside it."""
+    yield e
+    for part in e.parts:
+        yield from walk(part)
+
+
+def loads(e: Expr) -> list[Load]:
+    return [x for x in walk(e) if isinstance(x, Load)]
+
+
+def _order(e: Expr) -> tuple[int, str]:
+    rank = 0 if e == K else 1 if e == Q else 2
+    return rank, repr(e)
+
+
+def sum_of(e: Expr) -> dict[Expr, int]:
+    """The terms of a sum with their coefficients, without the constant."""
+    return dict(_lin(e)[0])
+
+
+def _lin(e: Expr) -> tuple[dict[Expr, int], int]:
+    if isinstance(e, Const):
+        return {}, int(e.value)
+    if isinstance(e, Linear):
+        return {t: c for c, t in e.terms}, e.const
+    return {e: 1}, 0
+
+
+def _sum(terms: dict[Expr, int], const: int) -> Expr:
+    kept = sorted(((c, t) for t, c in terms.items() if c), key=lambda ct: _order(ct[1]))
+    if not kept:
+        return Const(const)
+    if len(kept) == 1 and kept[0][0] == 1 and const == 0:
+        return kept[0][1]
+    return Linear(tuple(kept), const)
+
+
+@dataclass(frozen=True)
+class Algebra:
+    """Constructors of expressions. Q and K: the numbers of queries and keys, None where they are not known."""
+
+    Q: int | None = None
+    K: int | None = None
+
+    # -- bounds
+
+    def bounds(self, e: Expr) -> Bounds:
+        """Least and greatest value of an integer or bool expression."""
+        if isinstance(e, Index):
+            size = self.Q if e.axis == "q" else self.K
+            return (0, math.inf if size is None else max(size - 1, 0))
+        if isinstance(e, Linear):
+            low = high = float(e.const)
+            for c, t in e.terms:
+                a, b = self.bounds(t)
+                low += c * (a if c > 0 else b)
+                high += c * (b if c > 0 else a)
+            return low, high
+        if isinstance(e, Apply):
+            return self._bounds_of(e.op, [self.bounds(a) for a in e.args if a.type != "float"])
+        return e.bounds
+
+    def _bounds_of(self, op: str, args: list[Bounds]) -> Bounds:
+        if op == "min":
+            return min(a for a, _ in args), min(b for _, b in args)
+        if op == "max":
+            return max(a for a, _ in args), max(b for _, b in args)
+        if op == "abs":
+            a, b = args[0]
+            return (0 if a <= 0 <= b else min(abs(a), abs(b))), max(abs(a), abs(b))
+        if op == "floordiv":
+            (a, b), (c, _) = args
+            return (a // c if math.isfinite(a) else a), (b // c if math.isfinite(b) else b)
+        if op == "mod":
+            return 0, args[1][0] - 1
+        if op == "where" and len(args) == 3:
+            return min(args[1][0], args[2][0]), max(args[1][1], args[2][1])
+        return (0, 1) if op in ("le", "eq", "ne", "and", "or", "not", "int") else UNBOUNDED
+
+    # -- integers
+
+    def add(self, a: Expr, b: Expr, times: int = 1) -> Expr:
+        """a + times * b."""
+        terms, const = _lin(a)
+        more, extra = _lin(b)
+        terms = dict(terms)
+        for t, c in more.items():
+            terms[t] = terms.get(t, 0) + c * times
+        return _sum(terms, const + times * extra)
+
+    def sub(self, a: Expr, b: Expr) -> Expr:
+        return self.add(a, b, -1)
+
+    def mul(self, a: Expr, b: Expr) -> Expr:
+        for x, y in ((a, b), (b, a)):
+            if isinstance(x, Const):
+                return self.add(Const(0), y, int(x.value))
+        raise NotExpressible("a product of two indices")
+
+    def floordiv(self, a: Expr, b: Expr) -> Expr:
+        quotient, rest, by = self._divided(a, b)
+        low, high = self.bounds(rest)
+        if low >= 0 and high < by:
+            return quotient
+        return self.add(quotient, Apply("floordiv", (rest, Const(by)), "int"))
+
+    def mod(self, a: Expr, b: Expr) -> Expr:
+        _, rest, by = self._divided(a, b)
+        low, high = self.bounds(rest)
+        return rest if low >= 0 and high < by else Apply("mod", (rest, Const(by)), "int")
+
+    def _divided(self, a: Expr, b: Expr) -> tuple[Expr, Expr, int]:
+        """a = quotient * by + rest, with all in the quotient that is surely divisible."""
+        if not isinstance(b, Const) or b.value <= 0:
+            raise NotExpressible("a division by something other than a positive constant")
+        by = int(b.value)
+        terms, const = _lin(a)
+        whole = {t: c // by for t, c in terms.items() if c % by == 0}
+        rest = {t: c for t, c in terms.items() if c % by}
+        return _sum(whole, const // by), _sum(rest, const % by), by
+
+    def minimum(self, a: Expr, b: Expr) -> Expr:
+        low, high = self.bounds(self.sub(a, b))
+        if high <= 0:
+            return a
+        return b if low >= 0 else Apply("min", tuple(sorted((a, b), key=_order)), "int")
+
+    def maximum(self, a: Expr, b: Expr) -> Expr:
+        low, high = self.bounds(self.sub(a, b))
+        if low >= 0:
+            return a
+        return b if high <= 0 else Apply("max", tuple(sorted((a, b), key=_order)), "int")
+
+    def abs(self, a: Expr) -> Expr:
+        low, high = self.bounds(a)
+        if low >= 0:
+            return a
+        negative = self.mul(a, Const(-1))
+        if high <= 0:
+            return negative
+        # |x| and |-x| look the same
+        return Apply("abs", (min(a, negative, key=lambda e: (_leading(e) < 0, _order(e))),), "int")
+
+    # -- bools
+
+    def compare(self, op: str, a: Expr, b: Expr) -> Expr:
+        """op: lt, le, gt, ge, eq, ne."""
+        if op == "ne":
+            return self.not_(self.compare("eq", a, b))
+        if op in ("gt", "ge"):
+            return self.compare("lt" if op == "gt" else "le", b, a)
+        if op == "lt":
+            return self.compare("le", self.add(a, Const(1)), b)
+        for x, y, flipped in ((a, b, False), (b, a, True)):
+            if isinstance(x, Apply) and x.op in ("where", "int"):
+                arms = x.args[1:] if x.op == "where" else (Const(1), Const(0))
+                if all(isinstance(arm, Const) for arm in arms) or isinstance(y, Const):
+                    yes, no = (self.compare(op, y, arm) if flipped else self.compare(op, arm, y) for arm in arms)
+                    return self.where(x.args[0], yes, no)
+        terms, const = _lin(self.sub(a, b))
+        if op == "le":
+            taken_apart = self._le_apart(terms, const)
+            if taken_apart is not None:
+                return taken_apart
+        divisor = math.gcd(*terms.values()) if terms else 1
+        if divisor > 1:
+            if op == "eq" and const % divisor:
+                return FALSE
+            terms = {t: c // divisor for t, c in terms.items()}
+            const = -(-const // divisor)
+        low, high = self.bounds(_sum(terms, const))
+        if op == "le":
+            if high <= 0:
+                return TRUE
+            if low > 0:
+                return FALSE
+        elif low > 0 or high < 0:
+            return FALSE
+        elif low == high == 0:
+            return TRUE
+        elif low == 0 or high == 0:
+            # nothing is below the least value, so that equal to it is the same as not above it
+            return self.compare("le", *((_sum(terms, const), Const(0))[:: 1 if low == 0 else -1]))
+        if op == "eq" and _leading(_sum(terms, const)) < 0:
+            terms, const = {t: -c for t, c in terms.items()}, -const
+        left = _sum({t: c for t, c in terms.items() if c > 0}, 0)
+        right = _sum({t: -c for t, c in terms.items() if c < 0}, -const)
+        return Apply(op, (left, right))  # type: ignore[arg-type]
+
+    def _le_apart(self, terms: dict[Expr, int], const: int) -> Expr | None:
+        """sum <= 0 without the abs, min or max that is one of its terms."""
+        for t, c in terms.items():
+            if abs(c) != 1 or not isinstance(t, Apply) or t.op not in ("abs", "min", "max"):
+                continue
+            rest = _sum({x: y for x, y in terms.items() if x != t}, const)
+            parts = t.args if t.op != "abs" else (t.args[0], self.mul(t.args[0], Const(-1)))
+            # abs(x) is the larger of x and -x
+            found = [self.compare("le", self.add(rest, part, c), Const(0)) for part in parts]
+            return self.and_(*found) if (c > 0) == (t.op != "min") else self.or_(*found)
+        return None
+
+    def not_(self, a: Expr) -> Expr:
+        if isinstance(a, Const):
+            return FALSE if a.value else TRUE
+        if isinstance(a, Apply):
+            if a.op == "not":
+                return a.args[0]
+            if a.op == "and":
+                return self.or_(*(self.not_(x) for x in a.args))
+            if a.op == "or":
+                return self.and_(*(self.not_(x) for x in a.args))
+            if a.op == "le":
+                return self.compare("lt", a.args[1], a.args[0])
+            if a.op in ("eq", "ne"):
+                return Apply("ne" if a.op == "eq" else "eq", a.args)
+        return Apply("not", (a,))
+
+    def and_(self, *args: Expr) -> Expr:
+        return self._joined("and", args)
+
+    def or_(self, *args: Expr) -> Expr:
+        return self._joined("or", args)
+
+    def _joined(self, op: Literal["and", "or"], args: Iterable[Expr]) -> Expr:
+        neutral, absorbing = (TRUE, FALSE) if op == "and" else (FALSE, TRUE)
+        found: dict[Expr, None] = {}
+        for arg in args:
+            for part in arg.args if isinstance(arg, Apply) and arg.op == op else (arg,):
+                if part == absorbing:
+                    return absorbing
+                if part != neutral:
+                    found[part] = None
+        kept = self._tightest(op, list(found))
+        if any(self.not_(x) in kept for x in kept):
+            return absorbing
+        # x & (x | y) is x
+        dual = "or" if op == "and" else "and"
+        kept = [
+            x for x in kept if not (isinstance(x, Apply) and x.op == dual and any(y in kept for y in x.args if y != x))
+        ]
+        if not kept:
+            return neutral
+        return kept[0] if len(kept) == 1 else Apply(op, tuple(sorted(kept, key=_order)))
+
+    def _tightest(self, op: str, args: list[Expr]) -> list[Expr]:
+        """Of comparisons that differ in their constant alone, the one that matters; FALSE or TRUE where two are at odds."""
+        best: dict[tuple[tuple[Expr, int], ...], tuple[int, Expr]] = {}
+        rest = []
+        for e in args:
+            if not (isinstance(e, Apply) and e.op == "le"):
+                rest.append(e)
+                continue
+            terms, const = _lin(self.sub(*e.args))
+            key = tuple(sorted(terms.items(), key=lambda tc: _order(tc[0])))
+            old = best.get(key)
+            # sum + const <= 0 says more the greater the constant is
+            if old is None or (const > old[0]) == (op == "and"):
+                best[key] = (const, e)
+        for key, (const, _) in best.items():
+            opposite = best.get(tuple((t, -c) for t, c in key))
+            if opposite is not None:
+                # x <= -const and -opposite <= ... : no integer is in between
+                if op == "and" and const + opposite[0] > 0:
+                    return [FALSE]
+                if op == "or" and const + opposite[0] <= 1:
+                    return [TRUE]
+        return [e for _, e in best.values()] + rest
+
+    def where(self, c: Expr, a: Expr, b: Expr) -> Expr:
+        if isinstance(c, Const):
+            return a if c.value else b
+        if a == b:
+            return a
+        if a.type == "bool" and b.type == "bool":
+            return self.or_(self.and_(c, a), self.and_(self.not_(c), b))
+        pin = self._pinned(c)
+        if pin is not None and substitute(b, {pin[0]: Const(pin[1])}, self) == a:
+            return b
+        if isinstance(c, Apply) and c.op in ("not", "ne"):
+            return self.where(self.not_(c), b, a)
+        if isinstance(b, Apply) and b.op == "where":
+            if b.args[1] == a:
+                return self.where(self.or_(c, b.args[0]), a, b.args[2])
+            if b.args[2] == a:
+                return self.where(self.and_(self.not_(c), b.args[0]), b.args[1], a)
+        if isinstance(a, Apply) and a.op == "where":
+            if a.args[1] == b:
+                return self.where(self.and_(c, self.not_(a.args[0])), a.args[2], b)
+            if a.args[2] == b:
+                return self.where(self.and_(c, a.args[0]), a.args[1], b)
+        if (a, b) == (Const(1), Const(0)):
+            return self.int_(c)
+        return Apply("where", (c, a, b), a.type)
+
+    def _pinned(self, c: Expr) -> tuple[Expr, int] | None:
+        """(x, n) where c says that x is n."""
+        if isinstance(c, Apply) and c.op in ("le", "eq") and isinstance(c.args[1], Const):
+            x, n = c.args[0], int(c.args[1].value)
+            if not isinstance(x, Linear) and (c.op == "eq" or self.bounds(x)[0] == n):
+                return x, n
+        return None
+
+    def int_(self, a: Expr) -> Expr:
+        """A bool as 0 or 1."""
+        return Const(int(a.value)) if isinstance(a, Const) else Apply("int", (a,), "int")
+
+    def truth(self, a: Expr) -> Expr:
+        """An integer as a bool."""
+        return a if a.type == "bool" else self.compare("ne", a, Const(0))
+
+
+def _leading(e: Expr) -> int:
+    return e.terms[0][0] if isinstance(e, Linear) else 1
+
+
+_CONSTRUCTORS: dict[str, Callable[..., Expr]] = {
+    "min": Algebra.minimum,
+    "max": Algebra.maximum,
+    "abs": Algebra.abs,
+    "floordiv": Algebra.floordiv,
+    "mod": Algebra.mod,
+    "where": Algebra.where,
+    "le": lambda g, a, b: g.compare("le", a, b),
+    "eq": lambda g, a, b: g.compare("eq", a, b),
+    "ne": lambda g, a, b: g.compare("ne", a, b),
+    "and": Algebra.and_,
+    "or": Algebra.or_,
+    "not": Algebra.not_,
+    "int": Algebra.int_,
+}
+
+
+def transform(e: Expr, leaf: Callable[[Expr], Expr | None], algebra: Algebra) -> Expr:
+    """e with every part replaced for which `leaf` gives something, from the outside in, and brought to normal form."""
+    new = leaf(e)
+    if new is not None:
+        return new
+    return e.rebuilt([transform(x, leaf, algebra) for x in e.parts], algebra) if e.parts else e
+
+
+def substitute(e: Expr, values: dict[Expr, Expr], algebra: Algebra) -> Expr:
+    return transform(e, values.get, algebra)
+
+
+def causal(offset: int = 0) -> Expr:
+    """Key k is kept for query q where k <= q + offset. With Q != K, offset 0 is the top-left alignment, K - Q the other one."""
+    return Algebra().compare("le", K, Algebra().add(Q, Const(offset)))
+
+
+def window(width: int) -> Expr:
+    """Key k is kept for query q where k > q - width: with causal(), the query's own key and the width - 1 before it."""
+    return Algebra().compare("gt", K, Algebra().add(Q, Const(-width)))
+
+
+def dense(operand: int, dtype: str = "bool", inverted: bool = False) -> Expr:
+    """Kept where operand [*batch, Q, K] is nonzero; where it is zero if inverted."""
+    algebra = Algebra()
+    kept = algebra.truth(Load(operand, dtype))
+    return algebra.not_(kept) if inverted else kept
+
+
+def documents(of_queries: int, of_keys: int, dtype: str = "int64") -> Expr:
+    """Kept where operands [*batch, Q, 1] and [*batch, 1, K] are equal."""
+    return Algebra().compare("eq", Load(of_queries, dtype), Load(of_keys, dtype))
+
+
+# -- what an expression is on tensors
+
+
+def evaluate(e: Expr, operands: Sequence[torch.Tensor], q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """The values of e at query indices q [Q, 1] and key indices k [1, K]: [*batch, Q, K], or what broadcasts to it."""
+
+    def run(x: Expr) -> torch.Tensor:
+        if isinstance(x, Const):
+            return torch.tensor(bool(x.value) if x.type == "bool" else int(x.value), device=q.device)
+        if isinstance(x, Index):
+            return q if x.axis == "q" else k
+        if isinstance(x, Load):
+            return load(x, operands, q, k)
+        if isinstance(x, Linear):
+            total = torch.tensor(x.const, device=q.device)
+            for c, t in x.terms:
+                total = total + c * run(t).to(torch.int64)
+            return total
+        assert isinstance(x, Apply)
+        return _RUN[x.op](*(run(a) for a in x.args))
+
+    return run(e)
+
+
+def load(e: Load, operands: Sequence[torch.Tensor], q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """The elements of the operand that e names, [*batch, Q, K] or what broadcasts to it."""
+    x = operands[e.operand]
+    if e.row is None and e.col is None:
+        return x
+    # an index of its own may be anything: taken once per row and column, in the operand's batch dims
+    row = evaluate(e.row, operands, q, k) if e.row is not None else (q if x.shape[-2] > 1 else torch.zeros_like(q))
+    col = evaluate(e.col, operands, q, k) if e.col is not None else (k if x.shape[-1] > 1 else torch.zeros_like(k))
+    row, col = torch.broadcast_tensors(row, col)
+    if row.dim() > 2:
+        raise NotExpressible("an index that differs between batch elements")
+    return x[..., row, col]
+
+
+_RUN: dict[str, Callable[..., torch.Tensor]] = {
+    "min": torch.minimum,
+    "max": torch.maximum,
+    "abs": torch.abs,
+    "floordiv": lambda a, b: torch.div(a, b, rounding_mode="floor"),
+    "mod": torch.remainder,
+    "where": torch.where,
+    "le": torch.le,
+    "eq": torch.eq,
+    "ne": torch.ne,
+    "and": lambda *x: _reduced(torch.logical_and, x),
+    "or": lambda *x: _reduced(torch.logical_or, x),
+    "not": torch.logical_not,
+    "int": lambda a: a.to(torch.int64),
+}
+
+
+def _reduced(op: Callable[..., torch.Tensor], args: Sequence[torch.Tensor]) -> torch.Tensor:
+    total = args[0]
+    for x in args[1:]:
+        total = op(total, x)
+    return total
+
+
+# -- words
+
+
+def describe(e: Expr, dims: Callable[[int], Sequence[str]]) -> str:
+    """A mask as one would say it: 'causal & window 256 & key padding 0'. dims gives the dims of an operand by its number."""
+    if isinstance(e, Const):
+        return "always" if e.value else "never"
+    if isinstance(e, Apply) and e.op == "and":
+        parts = sorted((_said(x, dims) for x in e.args), key=_place)
+        return " & ".join(f"({p})" if " | " in p else p for p in parts)
+    return _said(e, dims)
+
+
+def _place(text: str) -> int:
+    known = ("causal", "anti-causal", "prefix", "window", "chunks", "documents")
+    return next((i for i, word in enumerate(known) if text.startswith(word)), len(known))
+
+
+def _said(e: Expr, dims: Callable[[int], Sequence[str]]) -> str:
+    if isinstance(e, Load) or (isinstance(e, Apply) and e.op == "not" and isinstance(e.args[0], Load)):
+        inner = e if isinstance(e, Load) else e.args[0]
+        return f"{'' if e is inner else 'not '}{_named(inner, dims)}"
+    if isinstance(e, Apply) and e.op == "or":
+        return " | ".join(f"({p})" if " & " in p else p for p in (describe(x, dims) for x in e.args))
+    if isinstance(e, Apply) and e.op in ("le", "eq", "ne"):
+        return _compared(e, dims)
+    return text(e, dims)
+
+
+def _named(e: Load, dims: Callable[[int], Sequence[str]]) -> str:
+    own = dims(e.operand)[-2:]
+    what = {("1", "K"): "key padding", ("Q", "1"): "query padding"}.get(tuple(own), "mask")
+    return f"{what} {e.operand}"
+
+
+def _compared(e: Apply, dims: Callable[[int], Sequence[str]]) -> str:
+    left, right = e.args
+    terms, const = _lin(Algebra().sub(left, right))
+    if e.op == "le":
+        by = dict(terms)
+        if by.pop(K, 0) == 1 and by.pop(Q, 0) == -1:
+            offset = Algebra().mul(_sum(by, const), Const(-1))
+            return "causal" if offset == Const(0) else f"causal + {text(offset, dims)}".replace("+ -", "- ")
+        by = dict(terms)
+        if by.pop(K, 0) == -1 and by.pop(Q, 0) == 1:
+            # q <= k + rest: the keys from q - rest on
+            rest = Algebra().add(Algebra().mul(_sum(by, const), Const(-1)), Const(1))
+            if isinstance(rest, Const) and rest.value <= 0:
+                return "anti-causal" if rest.value == 0 else f"anti-causal - {-int(rest.value)}"
+            return f"window {text(rest, dims)}"
+        if left == K and not any(x in (Q, K) or isinstance(x, Load) and dims(x.operand)[-1] == "K" for x in walk(right)):
+            return f"prefix {text(Algebra().add(right, Const(1)), dims)}"
+    if e.op in ("eq", "ne"):
+        no = "" if e.op == "eq" else "not "
+        if isinstance(left, Load) and isinstance(right, Load):
+            return f"{no}documents {left.operand}, {right.operand}"
+        if all(isinstance(x, Apply) and x.op == "floordiv" for x in (left, right)):
+            sizes = {x.args[1] for x in (left, right)}  # type: ignore[attr-defined]
+            if len(sizes) == 1:
+                return f"{no}chunks of {text(sizes.pop(), dims)}"
+    return text(e, dims)
+
+
+_SIGNS = {"le": "<=", "eq": "==", "ne": "!=", "and": "&", "or": "|", "floordiv": "//", "mod": "%"}
+
+
+def text(e: Expr, dims: Callable[[int], Sequence[str]] | None = None) -> str:
+    """The expression as code, such as 'k <= q + 3'."""
+    if isinstance(e, Const):
+        return str(bool(e.value)) if e.type == "bool" else f"{int(e.value)}" if e.type == "int" else f"{e.value:g}"
+    if isinstance(e, Index):
+        return e.axis
+    if isinstance(e, Load):
+        at = [text(x, dims) for x in (e.row, e.col) if x is not None]
+        return f"operand{e.operand}" + (f"[{', '.join(at)}]" if at else "")
+    if isinstance(e, Linear):
+        parts = []
+        for c, t in e.terms:
+            sign = "- " if c < 0 else "+ "
+            parts.append(sign + (f"{abs(c)} * " if abs(c) != 1 else "") + _inner(t, dims))
+        if e.const:
+            parts.append(f"{'-' if e.const < 0 else '+'} {abs(e.const)}")
+        return " ".join(parts).removeprefix("+ ").replace("- ", "-", 1 if parts[0][0] == "-" else 0)
+    if isinstance(e, Apply) and e.op in _SIGNS:
+        return f" {_SIGNS[e.op]} ".join(_inner(a, dims) for a in e.args)
+    if isinstance(e, Apply):
+        return f"{e.op}({', '.join(text(a, dims) for a in e.args)})"
+    return repr(e)
+
+
+def _inner(e: Expr, dims: Callable[[int], Sequence[str]] | None) -> str:
+    plain = not isinstance(e, (Linear, Apply)) or (isinstance(e, Apply) and e.op not in _SIGNS)
+    return text(e, dims) if plain or (isinstance(e, Linear)) else f"({text(e, dims)})"

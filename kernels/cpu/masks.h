@@ -1,0 +1,521 @@
+// Masks: the programs that decide which keys a query keeps, evaluated for whole tiles by bounds and for single rows exactly.
+#pragma once
+
+#include "problem.h"
+
+// What is known of a fill on the current tile.
+enum State : int { KEEPS_ALL, KEEPS_NONE, MIXED };
+
+struct Fill {
+  // keys kept by the comparisons with q: k < q + below_q, k >= q + from_q, k < below, k >= from
+  i64 below_q, from_q, below, from;
+  State band, rest;  // of those comparisons; of what is left of the mask
+  uint8_t* kept;     // [QT][LD], where rest is MIXED
+};
+
+struct Interval {
+  i64 lo, hi;
+};
+
+constexpr i64 LEAST = std::numeric_limits<i64>::min(), GREATEST = std::numeric_limits<i64>::max();
+
+// A sum that stays at the ends where these stand for "no bound".
+INLINE i64 plus(i64 a, i64 b) {
+  i64 c;
+  if (a == LEAST || b == LEAST) return LEAST;
+  if (a == GREATEST || b == GREATEST) return GREATEST;
+  return __builtin_add_overflow(a, b, &c) ? (a < 0 ? LEAST : GREATEST) : c;
+}
+INLINE i64 times(i64 a, i64 b) {
+  i64 c;
+  if (a == LEAST || a == GREATEST) return b == 0 ? 0 : ((a == LEAST) == (b > 0) ? LEAST : GREATEST);
+  return __builtin_mul_overflow(a, b, &c) ? ((a < 0) == (b < 0) ? GREATEST : LEAST) : c;
+}
+INLINE i64 floor_div(i64 a, i64 b) {
+  const i64 d = a / b;
+  return a % b < 0 ? d - 1 : d;
+}
+INLINE i64 floor_mod(i64 a, i64 b) {
+  const i64 m = a % b;
+  return m < 0 ? m + b : m;
+}
+// (a + b * s) as torch's int64 has it, wrapping.
+INLINE i64 wrap_add(i64 a, i64 b) { return static_cast<i64>(static_cast<uint64_t>(a) + static_cast<uint64_t>(b)); }
+INLINE i64 wrap_mul(i64 a, i64 b) { return static_cast<i64>(static_cast<uint64_t>(a) * static_cast<uint64_t>(b)); }
+
+template <class T>
+INLINE void widen_loop(const char* p, i64 stride, i64* dst, i64 n) {
+  if (stride == 1)
+    for (i64 j = 0; j < n; ++j) dst[j] = static_cast<i64>(load<T>(p + j * static_cast<i64>(sizeof(T))));
+  else
+    for (i64 j = 0; j < n; ++j) dst[j] = static_cast<i64>(load<T>(p + j * stride * static_cast<i64>(sizeof(T))));
+}
+
+// n integers or bools, `stride` elements apart.
+inline void widen(i64 dtype, const char* p, i64 stride, i64* dst, i64 n) {
+  switch (dtype) {
+    case U8: return widen_loop<uint8_t>(p, stride, dst, n);
+    case I8: return widen_loop<int8_t>(p, stride, dst, n);
+    case I16: return widen_loop<int16_t>(p, stride, dst, n);
+    case I32: return widen_loop<int32_t>(p, stride, dst, n);
+    default: return widen_loop<int64_t>(p, stride, dst, n);
+  }
+}
+inline i64 integer(i64 dtype, const char* p) {
+  i64 x;
+  widen(dtype, p, 1, &x, 1);
+  return x;
+}
+
+template <class T>
+INLINE Interval bounds_loop(const char* p, i64 rs, i64 cs, i64 rows, i64 cols, bool truths) {
+  T lo = std::numeric_limits<T>::max(), hi = std::numeric_limits<T>::lowest();
+  for (i64 r = 0; r < rows; ++r) {
+    const char* row = p + r * rs * static_cast<i64>(sizeof(T));
+    if (cs == 1) {
+      for (i64 c = 0; c < cols; ++c) {
+        const T x = load<T>(row + c * static_cast<i64>(sizeof(T)));
+        lo = x < lo ? x : lo;
+        hi = x > hi ? x : hi;
+      }
+    } else {
+      for (i64 c = 0; c < cols; ++c) {
+        const T x = load<T>(row + c * cs * static_cast<i64>(sizeof(T)));
+        lo = x < lo ? x : lo;
+        hi = x > hi ? x : hi;
+      }
+    }
+    // a bool that was seen both ways needs no further look
+    if (truths && lo == 0 && hi == 1) break;
+  }
+  return {static_cast<i64>(lo), static_cast<i64>(hi)};
+}
+
+inline Interval bounds_of(i64 dtype, const char* p, i64 rs, i64 cs, i64 rows, i64 cols) {
+  switch (dtype) {
+    case U8: return bounds_loop<uint8_t>(p, rs, cs, rows, cols, true);
+    case I8: return bounds_loop<int8_t>(p, rs, cs, rows, cols, false);
+    case I16: return bounds_loop<int16_t>(p, rs, cs, rows, cols, false);
+    case I32: return bounds_loop<int32_t>(p, rs, cs, rows, cols, false);
+    default: return bounds_loop<int64_t>(p, rs, cs, rows, cols, false);
+  }
+}
+
+// The keys each row of a query tile sees of a key tile, and the same for blocks of MR rows.
+struct Limits {
+  i64 lo[QT], hi[QT], block_lo[QT / MR], block_hi[QT / MR];
+  // for blocks of MR keys, the first row that sees one of them and the one after the last
+  i64 first[KT / MR + 1], last[KT / MR + 1];
+  bool any, whole;
+
+  void all(i64 rows, i64 keys) {
+    for (i64 r = 0; r < rows; ++r) lo[r] = 0, hi[r] = keys;
+  }
+  void settle(i64 rows, i64 keys) {
+    any = false;
+    whole = true;
+    for (i64 b = 0; b * MR < rows; ++b) {
+      const i64 first = b * MR, last = first + MR < rows ? first + MR : rows;
+      i64 from = keys, to = 0;
+      for (i64 r = first; r < last; ++r) {
+        whole &= lo[r] == 0 && hi[r] == keys;
+        if (lo[r] >= hi[r]) continue;
+        from = lo[r] < from ? lo[r] : from;
+        to = hi[r] > to ? hi[r] : to;
+      }
+      if (from >= to) from = to = 0;
+      for (i64 r = first; r < last; ++r)
+        if (lo[r] >= hi[r]) lo[r] = hi[r] = from;
+      block_lo[b] = from;
+      block_hi[b] = to;
+      any |= from < to;
+    }
+  }
+  void find_columns(i64 rows, i64 keys) {
+    for (i64 b = 0; b * MR < keys; ++b) {
+      first[b] = whole ? 0 : rows;
+      last[b] = whole ? rows : 0;
+    }
+    if (whole) return;
+    for (i64 r = 0; r < rows; ++r) {
+      if (lo[r] >= hi[r]) continue;
+      for (i64 b = lo[r] / MR; b * MR < hi[r]; ++b) {
+        first[b] = r < first[b] ? r : first[b];
+        last[b] = r + 1;
+      }
+    }
+  }
+};
+
+struct Masks {
+  const Problem& p;
+  const char* base[MAX_OPERANDS];
+  Fill fill[2 * MAX_STEPS];
+  uint8_t* kept = nullptr;
+  i64* vectors = nullptr;
+  i64 q0 = 0, k0 = 0, keys = 0;
+  i64 scalar[MAX_INSTRS];
+  Interval range[MAX_INSTRS];
+
+  explicit Masks(const Problem& problem) : p(problem) {}
+
+  static i64 bytes(const Problem& p) { return p.n_kept * QT * LD + p.n_vectors * LD * 8 + 64; }
+  void carve(Carver& c) {
+    char* at = c.bytes(bytes(p));
+    if (!c.base) return;
+    vectors = reinterpret_cast<i64*>(at);
+    kept = reinterpret_cast<uint8_t*>(at + p.n_vectors * LD * 8);
+  }
+  const Step& step(int i) const { return i < p.plan->n_steps ? p.plan->steps[i] : p.plan->weights[i - p.plan->n_steps]; }
+  int steps() const { return static_cast<int>(p.plan->n_steps + p.plan->n_weights); }
+  int index_of(const Step& s) const {
+    const Plan& plan = *p.plan;
+    return static_cast<int>(&s >= plan.steps && &s < plan.steps + MAX_STEPS ? &s - plan.steps
+                                                                          : plan.n_steps + (&s - plan.weights));
+  }
+  static bool is_fill(const Step& s) { return s.kind == REPLACE || s.kind == ADD; }
+
+  void enter_element(const i64* index) {
+    const Plan& plan = *p.plan;
+    for (int i = 0; i < plan.n_operands; ++i) base[i] = p.operand[i].at(index);
+    uint8_t* at = kept;
+    for (int i = 0; i < steps(); ++i) {
+      const Step& s = step(i);
+      if (!is_fill(s)) continue;
+      Fill& f = fill[i];
+      f.below_q = number(s.below_q, GREATEST);
+      f.from_q = number(s.from_q, LEAST);
+      f.below = number(s.below, GREATEST);
+      f.from = number(s.from, LEAST);
+      f.kept = nullptr;
+      if (s.keep.begin < s.keep.end) {
+        f.kept = at;
+        at += QT * LD;
+      }
+    }
+  }
+  i64 number(const Span& s, i64 otherwise) { return s.begin < s.end ? value_at(s, 0, 0) : otherwise; }
+
+  // The first key, and the one after the last, that hiding comparisons let query tile [q, q + n) see.
+  i64 first_key(i64 q) const {
+    i64 k = 0;
+    for (int i = 0; i < p.plan->n_steps; ++i)
+      if (p.hides[i] && is_fill(p.plan->steps[i])) {
+        const i64 a = plus(fill[i].from_q, q), b = fill[i].from;
+        k = a > k ? a : k;
+        k = b > k ? b : k;
+      }
+    return k > p.K ? p.K : k;
+  }
+  i64 last_key(i64 q) const {
+    i64 k = p.K;
+    for (int i = 0; i < p.plan->n_steps; ++i)
+      if (p.hides[i] && is_fill(p.plan->steps[i])) {
+        const i64 a = plus(fill[i].below_q, q), b = fill[i].below;
+        k = a < k ? a : k;
+        k = b < k ? b : k;
+      }
+    return k < 0 ? 0 : k;
+  }
+
+  // Enters the tile of queries [q, q + n) and keys [k, k + count). Sets the limits; without any where no row needs the tile.
+  void enter_tile(i64 q, i64 n, i64 k, i64 count, bool full, Limits& limits) {
+    q0 = q;
+    k0 = k;
+    keys = count;
+    limits.all(n, count);
+    for (int i = 0; i < steps(); ++i) {
+      const Step& s = step(i);
+      if (!is_fill(s)) continue;
+      Fill& f = fill[i];
+      const bool hides = !full && i < p.plan->n_steps && p.hides[i];
+      classify(s, f, n);
+      if (hides && (f.band == KEEPS_NONE || f.rest == KEEPS_NONE)) return none(n, limits);
+      if (hides && f.band == MIXED)
+        for (i64 r = 0; r < n; ++r) edges(f, q + r, limits.lo[r], limits.hi[r]);
+    }
+    bool some = false;
+    for (i64 r = 0; r < n && !some; ++r) some = limits.lo[r] < limits.hi[r];
+    if (!some) return none(n, limits);
+    for (int i = 0; i < steps(); ++i) {
+      const Step& s = step(i);
+      const bool hides = !full && i < p.plan->n_steps && p.hides[i];
+      if (is_fill(s) && fill[i].rest == MIXED) evaluate(s, fill[i], n, hides, limits);
+      if (s.kind == BIAS && hides) look_through(s, n, limits);
+    }
+    limits.settle(n, count);
+  }
+  static void none(i64 n, Limits& limits) {
+    limits.all(n, 0);
+    limits.settle(n, 0);
+  }
+
+  void classify(const Step& s, Fill& f, i64 n) {
+    const i64 last = q0 + n - 1, end = k0 + keys;
+    f.band = MIXED;
+    if (end <= plus(f.below_q, q0) && end <= f.below && k0 >= plus(f.from_q, last) && k0 >= f.from) f.band = KEEPS_ALL;
+    else if (k0 >= plus(f.below_q, last) || k0 >= f.below || end <= plus(f.from_q, q0) || end <= f.from)
+      f.band = KEEPS_NONE;
+    f.rest = KEEPS_ALL;
+    if (!f.kept || f.band == KEEPS_NONE) return;
+    const Interval x = interval(s.keep, n);
+    f.rest = x.lo > 0 ? KEEPS_ALL : (x.hi <= 0 ? KEEPS_NONE : MIXED);
+  }
+
+  // Narrows [lo, hi) to what the comparisons keep for a query.
+  void edges(const Fill& f, i64 query, i64& lo, i64& hi) const {
+    i64 a = plus(f.from_q, query), b = plus(f.below_q, query);
+    a = (a > f.from ? a : f.from) < k0 ? 0 : (a > f.from ? a : f.from) - k0;
+    b = b < f.below ? b : f.below;
+    b = b < k0 ? 0 : b - k0;
+    lo = a > lo ? a : lo;
+    hi = b < hi ? b : hi;
+    if (hi < lo) hi = lo;
+  }
+
+  // What is left of a mask, for every key that the limits leave; narrows them if it hides.
+  void evaluate(const Step& s, const Fill& f, i64 n, bool hides, Limits& limits) {
+    const i64 last = s.keep.end - 1;
+    const Instr& only = p.plan->instrs[s.keep.begin];
+    const Ref* bytes = last == s.keep.begin && only.op == X_LOAD && only.a < 0 && only.b < 0 ? &p.operand[only.operand] : nullptr;
+    if (bytes && (bytes->dtype != U8 || bytes->col() != 1)) bytes = nullptr;
+    if (!bytes) key_vectors(s.keep);
+    for (i64 r = 0; r < n; ++r) {
+      i64 &lo = limits.lo[r], &hi = limits.hi[r];
+      uint8_t* to = f.kept + r * LD;
+      if (!bytes) row_vectors(s.keep, q0 + r);
+      if (bytes) {
+        std::memcpy(to, element(only.operand, q0 + r, k0), keys);
+      } else if (p.depends[last] & ON_KEY) {
+        const i64* x = vectors + p.slot[last] * LD;
+        for (i64 j = 0; j < keys; ++j) to[j] = x[j] != 0;
+      } else {
+        std::memset(to, scalar[last] != 0, keys);
+      }
+      if (!hides) continue;
+      while (lo < hi && !to[lo]) ++lo;
+      while (lo < hi && !to[hi - 1]) --hi;
+    }
+  }
+
+  // Narrows the limits by an added operand that is as good as -inf on keys at either end of a row.
+  void look_through(const Step& s, i64 n, Limits& limits) const {
+    const Ref& r = p.operand[s.operand];
+    const i64 rs = r.row(), cs = r.col(), width = size_of(r.dtype);
+    const float bound = static_cast<float>(HIDDEN_BELOW / s.value);
+    const char* at = base[s.operand] + (q0 * rs + k0 * cs) * width;
+    const auto hidden = [&](i64 row, i64 j) {
+      float x;
+      convert(r.dtype, at + (row * rs + j * cs) * width, 1, &x, 1);
+      return x <= bound;
+    };
+    const auto narrow = [&](i64 row, i64& lo, i64& hi) {
+      if (cs == 0) {
+        if (lo < hi && hidden(row, 0)) hi = lo;
+        return;
+      }
+      while (lo < hi && hidden(row, lo)) ++lo;
+      while (lo < hi && hidden(row, hi - 1)) --hi;
+    };
+    if (rs == 0) {
+      i64 lo = 0, hi = keys;
+      narrow(0, lo, hi);
+      for (i64 i = 0; i < n; ++i) {
+        limits.lo[i] = lo > limits.lo[i] ? lo : limits.lo[i];
+        limits.hi[i] = hi < limits.hi[i] ? hi : limits.hi[i];
+        if (limits.hi[i] < limits.lo[i]) limits.hi[i] = limits.lo[i];
+      }
+      return;
+    }
+    for (i64 i = 0; i < n; ++i) narrow(i, limits.lo[i], limits.hi[i]);
+  }
+
+  // -- programs
+
+  i64 clamped(i64 i, i64 size) const { return i < 0 ? 0 : (i >= size ? size - 1 : i); }
+
+  // The address of the element that a load reads, given its indices.
+  const char* element(i64 operand, i64 row, i64 col) const {
+    const Ref& r = p.operand[operand];
+    return base[operand] + (row * r.row() + col * r.col()) * size_of(r.dtype);
+  }
+
+  // A program's value at one query and key.
+  i64 value_at(const Span& s, i64 q, i64 k) {
+    for (i64 i = s.begin; i < s.end; ++i) scalar[i] = one(p.plan->instrs[i], q, k);
+    return scalar[s.end - 1];
+  }
+
+  i64 one(const Instr& x, i64 q, i64 k) {
+    const i64 *v = scalar, a = x.a >= 0 ? v[x.a] : 0, b = x.b >= 0 ? v[x.b] : 0;
+    switch (x.op) {
+      case X_NUMBER: return x.value;
+      case X_QUERY: return q;
+      case X_KEY: return k;
+      case X_LOAD: {
+        const Operand& r = p.operand[x.operand];
+        const i64 row = x.a >= 0 ? clamped(a, r.rows) : q, col = x.b >= 0 ? clamped(b, r.cols) : k;
+        return integer(r.dtype, element(x.operand, row, col));
+      }
+      case X_ADD: return wrap_add(a, b);
+      case X_TIMES: return wrap_mul(a, x.value);
+      case X_MIN: return a < b ? a : b;
+      case X_MAX: return a > b ? a : b;
+      case X_ABS: return a < 0 ? wrap_mul(a, -1) : a;
+      case X_FLOORDIV: return floor_div(a, x.value);
+      case X_MOD: return floor_mod(a, x.value);
+      case X_WHERE: return a ? b : v[x.c];
+      case X_LE: return a <= b;
+      case X_EQ: return a == b;
+      case X_NE: return a != b;
+      case X_AND: return a & b;
+      case X_OR: return a | b;
+      default: return !a;
+    }
+  }
+
+  // Results that depend on the key alone, for the keys of the tile.
+  void key_vectors(const Span& s) {
+    for (i64 i = s.begin; i < s.end; ++i) {
+      if (p.depends[i] == ON_KEY) vector(i, 0);
+      else if (p.depends[i] == 0) scalar[i] = one(p.plan->instrs[i], 0, 0);
+    }
+  }
+  // The others, for one query.
+  void row_vectors(const Span& s, i64 q) {
+    for (i64 i = s.begin; i < s.end; ++i) {
+      if (p.depends[i] == (ON_KEY | ON_QUERY)) vector(i, q);
+      else if (p.depends[i] == ON_QUERY) scalar[i] = one(p.plan->instrs[i], q, 0);
+    }
+  }
+
+  struct Argument {
+    const i64* v;  // null for a number
+    i64 x;
+  };
+  Argument argument(i64 i) const {
+    if (p.depends[i] & ON_KEY) return {vectors + p.slot[i] * LD, 0};
+    return {nullptr, scalar[i]};
+  }
+  template <class F>
+  INLINE void each(i64* __restrict to, Argument a, Argument b, F f) {
+    if (a.v && b.v) for (i64 j = 0; j < keys; ++j) to[j] = f(a.v[j], b.v[j]);
+    else if (a.v) for (i64 j = 0; j < keys; ++j) to[j] = f(a.v[j], b.x);
+    else for (i64 j = 0; j < keys; ++j) to[j] = f(a.x, b.v[j]);
+  }
+
+  void vector(i64 i, i64 q) {
+    const Instr& x = p.plan->instrs[i];
+    i64* to = vectors + p.slot[i] * LD;
+    const Argument none{nullptr, 0};
+    const Argument a = x.a >= 0 ? argument(x.a) : none, b = x.b >= 0 ? argument(x.b) : none;
+    switch (x.op) {
+      case X_KEY:
+        for (i64 j = 0; j < keys; ++j) to[j] = k0 + j;
+        return;
+      case X_LOAD: return gather(x, a, b, q, to);
+      case X_ADD: return each(to, a, b, [](i64 s, i64 t) { return wrap_add(s, t); });
+      case X_TIMES: return each(to, a, none, [&](i64 s, i64) { return wrap_mul(s, x.value); });
+      case X_MIN: return each(to, a, b, [](i64 s, i64 t) { return s < t ? s : t; });
+      case X_MAX: return each(to, a, b, [](i64 s, i64 t) { return s > t ? s : t; });
+      case X_ABS: return each(to, a, none, [](i64 s, i64) { return s < 0 ? wrap_mul(s, -1) : s; });
+      case X_FLOORDIV: return each(to, a, none, [&](i64 s, i64) { return floor_div(s, x.value); });
+      case X_MOD: return each(to, a, none, [&](i64 s, i64) { return floor_mod(s, x.value); });
+      case X_WHERE: {
+        const Argument c = argument(x.c);
+        for (i64 j = 0; j < keys; ++j)
+          to[j] = (a.v ? a.v[j] : a.x) ? (b.v ? b.v[j] : b.x) : (c.v ? c.v[j] : c.x);
+        return;
+      }
+      case X_LE: return each(to, a, b, [](i64 s, i64 t) -> i64 { return s <= t; });
+      case X_EQ: return each(to, a, b, [](i64 s, i64 t) -> i64 { return s == t; });
+      case X_NE: return each(to, a, b, [](i64 s, i64 t) -> i64 { return s != t; });
+      case X_AND: return each(to, a, b, [](i64 s, i64 t) { return s & t; });
+      case X_OR: return each(to, a, b, [](i64 s, i64 t) { return s | t; });
+      default: return each(to, a, none, [](i64 s, i64) -> i64 { return !s; });
+    }
+  }
+
+  void gather(const Instr& x, Argument a, Argument b, i64 q, i64* to) const {
+    const Operand& r = p.operand[x.operand];
+    if (!a.v && x.b < 0) {
+      const i64 row = x.a >= 0 ? clamped(a.x, r.rows) : q;
+      return widen(r.dtype, element(x.operand, row, k0), r.col(), to, keys);
+    }
+    for (i64 j = 0; j < keys; ++j) {
+      const i64 row = x.a >= 0 ? clamped(a.v ? a.v[j] : a.x, r.rows) : q;
+      const i64 col = x.b >= 0 ? clamped(b.v ? b.v[j] : b.x, r.cols) : k0 + j;
+      to[j] = integer(r.dtype, element(x.operand, row, col));
+    }
+  }
+
+  // Between which values a program lies on the tile.
+  Interval interval(const Span& s, i64 n) {
+    for (i64 i = s.begin; i < s.end; ++i) range[i] = interval_of(p.plan->instrs[i], n);
+    return range[s.end - 1];
+  }
+
+  Interval interval_of(const Instr& x, i64 n) const {
+    const Interval zero{0, 0}, a = x.a >= 0 ? range[x.a] : zero, b = x.b >= 0 ? range[x.b] : zero;
+    switch (x.op) {
+      case X_NUMBER: return {x.value, x.value};
+      case X_QUERY: return {q0, q0 + n - 1};
+      case X_KEY: return {k0, k0 + keys - 1};
+      case X_LOAD: return loaded(x, a, b, n);
+      case X_ADD: return {plus(a.lo, b.lo), plus(a.hi, b.hi)};
+      case X_TIMES: {
+        const i64 s = times(a.lo, x.value), t = times(a.hi, x.value);
+        return s < t ? Interval{s, t} : Interval{t, s};
+      }
+      case X_MIN: return {a.lo < b.lo ? a.lo : b.lo, a.hi < b.hi ? a.hi : b.hi};
+      case X_MAX: return {a.lo > b.lo ? a.lo : b.lo, a.hi > b.hi ? a.hi : b.hi};
+      case X_ABS: {
+        const i64 s = a.lo < 0 ? times(a.lo, -1) : a.lo, t = a.hi < 0 ? times(a.hi, -1) : a.hi;
+        const i64 most = s > t ? s : t, least = s < t ? s : t;
+        return {a.lo <= 0 && a.hi >= 0 ? 0 : least, most};
+      }
+      case X_FLOORDIV: {
+        const bool ends = a.lo == LEAST || a.hi == GREATEST;
+        return ends ? Interval{LEAST, GREATEST} : Interval{floor_div(a.lo, x.value), floor_div(a.hi, x.value)};
+      }
+      case X_MOD:
+        if (a.lo > LEAST && a.hi < GREATEST && floor_div(a.lo, x.value) == floor_div(a.hi, x.value))
+          return {floor_mod(a.lo, x.value), floor_mod(a.hi, x.value)};
+        return {0, x.value - 1};
+      case X_WHERE: {
+        const Interval c = range[x.c];
+        if (a.lo > 0) return b;
+        if (a.hi <= 0) return c;
+        return {b.lo < c.lo ? b.lo : c.lo, b.hi > c.hi ? b.hi : c.hi};
+      }
+      case X_LE: return {a.hi <= b.lo, a.lo <= b.hi};
+      case X_EQ: return {a.lo == a.hi && b.lo == b.hi && a.lo == b.lo, a.lo <= b.hi && b.lo <= a.hi};
+      case X_NE: return {a.lo > b.hi || b.lo > a.hi, !(a.lo == a.hi && b.lo == b.hi && a.lo == b.lo)};
+      case X_AND: return {a.lo && b.lo, a.hi && b.hi};
+      case X_OR: return {a.lo || b.lo, a.hi || b.hi};
+      default: return {!a.hi, !a.lo};
+    }
+  }
+
+  Interval loaded(const Instr& x, Interval a, Interval b, i64 n) const {
+    const Operand& r = p.operand[x.operand];
+    i64 r0 = 0, rows = 1, c0 = 0, cols = 1;
+    if (x.a >= 0) {
+      r0 = clamped(a.lo, r.rows);
+      rows = clamped(a.hi, r.rows) - r0 + 1;
+    } else if (r.row()) {
+      r0 = q0;
+      rows = n;
+    }
+    if (x.b >= 0) {
+      c0 = clamped(b.lo, r.cols);
+      cols = clamped(b.hi, r.cols) - c0 + 1;
+    } else if (r.col()) {
+      c0 = k0;
+      cols = keys;
+    }
+    // a table that is larger than a tile tells nothing at a bearable price
+    if (rows * cols > 2 * QT * LD) return r.dtype == U8 ? Interval{0, 255} : Interval{LEAST, GREATEST};
+    return bounds_of(r.dtype, element(x.operand, r0, c0), r.row(), r.col(), rows, cols);
+  }
+};

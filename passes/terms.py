@@ -1,0 +1,713 @@
+"""What a tensor of the graph is at given indices, as an expression: tensors made of index arithmetic, read without making them.
+
+`Terms.at(node, index)` asks for the element of `node` at `index`, one expression for each dim, and carries the question
+back through the ops that made it. Where it ends in a tensor that is not made of indices, that is a `Tensor` leaf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnfuse._compat import OpOverload
+from attnfuse.expr import UNBOUNDED, Algebra, Apply, Bounds, Const, Expr, Index, K, NotExpressible, Q, Type, walk
+from attnfuse.passes import views
+from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, name_of, shape_of
+from attnfuse.passes.capture import View, is_stale, value_of
+from attnfuse.passes.labels import Atom, Size, is_one, known_equal
+
+#: No tensor has more elements in a dim; so int32 indices do not overflow.
+_LONGEST = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Axis(Expr):
+    """The index along a batch dim."""
+
+    atom: Atom
+    type: Type = "int"
+
+    @property
+    def bounds(self) -> Bounds:
+        return (0, self.atom.size - 1 if isinstance(self.atom.size, int) else _LONGEST)
+
+
+@dataclass(frozen=True)
+class Symbol(Expr):
+    """A symbolic size."""
+
+    text: str
+    value: Any = field(compare=False)
+    type: Type = "int"
+
+    @property
+    def bounds(self) -> Bounds:
+        return (0, _LONGEST)
+
+
+@dataclass(frozen=True)
+class Tensor(Expr):
+    """An element of a tensor of the graph."""
+
+    node: fx.Node
+    index: tuple[Expr, ...]
+
+    @property
+    def type(self) -> Type:  # type: ignore[override]
+        return type_of(dtype_of(self.node))
+
+    @property
+    def bounds(self) -> Bounds:
+        return range_of(dtype_of(self.node))
+
+    @property
+    def parts(self) -> tuple[Expr, ...]:
+        return self.index
+
+    def rebuilt(self, parts: Sequence[Expr], algebra: Algebra) -> Expr:
+        return Tensor(self.node, tuple(parts))
+
+
+@dataclass(frozen=True)
+class Call(Expr):
+    """A pointwise op. args: expressions, each with the dtype it has there, and plain values."""
+
+    target: OpOverload
+    args: tuple[Any, ...]
+    dtypes: tuple[torch.dtype | None, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    dtype: torch.dtype
+
+    @property
+    def type(self) -> Type:  # type: ignore[override]
+        return type_of(self.dtype)
+
+    @property
+    def bounds(self) -> Bounds:
+        return range_of(self.dtype)
+
+    @property
+    def parts(self) -> tuple[Expr, ...]:
+        return tuple(a for a in self.args if isinstance(a, Expr))
+
+    def rebuilt(self, parts: Sequence[Expr], algebra: Algebra) -> Expr:
+        rest = iter(parts)
+        return Call(
+            self.target,
+            tuple(next(rest) if isinstance(a, Expr) else a for a in self.args),
+            self.dtypes,
+            self.kwargs,
+            self.dtype,
+        )
+
+
+def type_of(dtype: torch.dtype) -> Type:
+    if dtype == torch.bool:
+        return "bool"
+    if dtype.is_complex:
+        raise NotExpressible("a complex number")
+    return "float" if dtype.is_floating_point else "int"
+
+
+def range_of(dtype: torch.dtype) -> Bounds:
+    if dtype == torch.bool:
+        return (0, 1)
+    if dtype.is_floating_point or dtype == torch.int64:
+        return UNBOUNDED
+    info = torch.iinfo(dtype)
+    return (info.min, info.max)
+
+
+def depends(e: Expr) -> set[Expr]:
+    """The indices that e depends on: Q, K and axes of the batch."""
+    return {x for x in walk(e) if isinstance(x, (Index, Axis))}
+
+
+def is_joint(e: Expr) -> bool:
+    """Whether e depends on both the query and the key."""
+    return {Q, K} <= depends(e)
+
+
+#: Pointwise ops that may be computed again on fewer indices.
+_POINTWISE = (
+    *("add", "sub", "rsub", "mul", "div", "neg", "abs", "log", "log2", "exp", "sqrt", "rsqrt", "pow", "to", "where"),
+    *("masked_fill", "minimum", "maximum", "clamp", "clamp_min", "clamp_max", "sign", "floor", "ceil", "round"),
+    *("sin", "cos", "tanh", "sigmoid", "reciprocal", "square", "remainder", "floor_divide", "eq", "ne", "lt", "le"),
+    *("gt", "ge", "logical_not", "logical_and", "logical_or", "logical_xor", "bitwise_not", "bitwise_and"),
+    *("bitwise_or", "bitwise_xor", "__and__", "__or__", "__iand__", "__ior__", "min", "max"),
+)
+_COMPARE = ("eq", "ne", "lt", "le", "gt", "ge")
+_AND = ("logical_and", "bitwise_and", "__and__", "__iand__")
+_OR = ("logical_or", "bitwise_or", "__or__", "__ior__")
+
+
+class Terms:
+    """Reads tensors of one view, for one site."""
+
+    def __init__(self, view: View, algebra: Algebra, sizes: dict[Expr, Size], trains: bool) -> None:
+        self.view = view
+        self.algebra = algebra
+        # of the query and key dims
+        self.sizes = sizes
+        # whether gradients flow through the site
+        self.trains = trains
+        self.budget = 2000
+        self._known: dict[tuple[fx.Node, tuple[Expr, ...], bool], Expr] = {}
+
+    def at(self, node: fx.Node, index: tuple[Expr, ...], frozen: bool = False) -> Expr:
+        """The element of `node` at `index`. Raises NotExpressible.
+
+        frozen: gradients are stopped between here and the site.
+        """
+        key = (node, index, frozen)
+        if key not in self._known:
+            self.budget -= 1
+            if self.budget < 0:
+                raise NotExpressible("the mask is too large to read")
+            self._known[key] = self._read(node, index, frozen)
+        return self._known[key]
+
+    def _read(self, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
+        if not is_tensor(node) or value_of(node).layout != torch.strided:
+            raise NotExpressible("not a dense tensor")
+        number = constant(node)
+        if number is not None:
+            return self.number(number, dtype_of(node))
+        leaf = self._leaf(node, index, frozen)
+        if is_stale(node) or not isinstance(node.target, OpOverload):
+            return self._taken(leaf, node)
+        frozen = frozen or not self.view.grad.get(node, True) or name_of(node) == "detach"
+        moved = self._moved(node, index, frozen)
+        if moved is not None:
+            return moved
+        try:
+            found = self._computed(node, index, frozen)
+        except NotExpressible:
+            found = None
+        # a small tensor that is there is better than computing it for every query and key
+        inside = [] if found is None else [x for x in walk(found) if isinstance(x, (Tensor, Call))]
+        thin = not {Q, K} <= set().union(*(depends(i) for i in index))
+        structured = not any(isinstance(x, Call) or {Q, K} & depends(x) for x in inside)
+        if found is None or (thin and not structured):
+            return self._taken(leaf, node)
+        return found
+
+    def _leaf(self, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr | None:
+        """The element as it lies in memory; None if a gradient would flow that is stopped in the graph."""
+        if frozen and self.trains and dtype_of(node).is_floating_point:
+            return None
+        return Tensor(node, index)
+
+    def _taken(self, leaf: Expr | None, node: fx.Node) -> Expr:
+        if leaf is None:
+            raise NotExpressible(f"a gradient stops behind {node.name}")
+        return leaf
+
+    def number(self, value: float, dtype: torch.dtype) -> Expr:
+        kind = type_of(dtype)
+        if kind == "int" and abs(value) >= 2**53:
+            raise NotExpressible("a number that a double does not hold")
+        return Const(value if kind == "float" else int(value), kind)
+
+    # -- ops that only move elements
+
+    def _moved(self, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr | None:
+        name = name_of(node)
+        if not node.args or not is_tensor(node.args[0]):
+            return None
+        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        if name == "detach" or views.is_identity(node):
+            return self.at(source, index, frozen)
+        move = _MOVES.get(name)
+        if move is None:
+            return None
+        try:
+            found = move(self, node, source, index)
+        except NotExpressible:
+            return None
+        return self.at(source, found, frozen)
+
+    def inside(self, e: Expr, size: Size) -> Expr:
+        """An index known to be valid in a dim of that size, counted from its beginning."""
+        low, high = self.algebra.bounds(e)
+        if isinstance(size, int):
+            if low >= 0 and high < size:
+                return e
+            if low >= -size and high < 0:
+                return self.algebra.add(e, Const(size))
+        elif isinstance(e, Axis) and known_equal(e.atom.size, size):
+            return e
+        elif e in (Q, K) and self.sizes.get(e) is not None and known_equal(self.sizes[e], size):
+            return e
+        raise NotExpressible("an index that may be outside of its tensor")
+
+    # -- ops that compute
+
+    def _computed(self, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
+        name = name_of(node)
+        special = _SPECIAL.get(name)
+        if special is not None:
+            return special(self, node, index, frozen)
+        if name in _POINTWISE:
+            return self._pointwise(node, index, frozen)
+        raise NotExpressible(f"{name or node.target} is not made of indices")
+
+    def operand(self, x: Any, index: tuple[Expr, ...], frozen: bool) -> Expr:
+        """A tensor broadcast against one read at `index`, or a number."""
+        if isinstance(x, bool):
+            return Const(int(x), "bool")
+        if isinstance(x, (int, float)):
+            return Const(x, "float" if isinstance(x, float) else "int")
+        if not isinstance(x, fx.Node):
+            raise NotExpressible("an argument that is not a number")
+        value = value_of(x)
+        if isinstance(value, torch.Tensor):
+            shape = shape_of(x)
+            own = index[len(index) - len(shape) :]
+            return self.at(x, tuple(Const(0) if is_one(n) else i for n, i in zip(shape, own)), frozen)
+        if isinstance(value, (int, float)):
+            return self.operand(value, index, frozen)
+        return self.size(value)
+
+    def size(self, value: Any) -> Expr:
+        if isinstance(value, int):
+            return Const(value)
+        if isinstance(value, fx.Node):
+            return self.size(value_of(value))
+        if isinstance(value, torch.SymInt):
+            number = value.node.maybe_as_int()
+            return Const(int(number)) if number is not None else Symbol(str(value), value)
+        raise NotExpressible("a symbolic number that is not a size")
+
+    def _pointwise(self, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
+        args: list[Any] = []
+        dtypes: list[torch.dtype | None] = []
+        for x in node.args:
+            tensor = is_tensor(x)
+            if tensor or isinstance(x, (bool, int, float, fx.Node)):
+                args.append(self.operand(x, index, frozen))
+            elif x is None or isinstance(x, (str, torch.dtype, torch.device, torch.memory_format, torch.layout)):
+                args.append(x)
+            else:
+                raise NotExpressible("an argument that is not a number")
+            dtypes.append(dtype_of(x) if tensor else None)  # type: ignore[arg-type]
+        if any(isinstance(v, fx.Node) for v in node.kwargs.values()):
+            raise NotExpressible("a computed keyword argument")
+        call = Call(node.target, tuple(args), tuple(dtypes), tuple(node.kwargs.items()), dtype_of(node))  # type: ignore[arg-type]
+        return self.applied(name_of(node), call, node)
+
+    def applied(self, name: str, call: Call, node: fx.Node) -> Expr:
+        """A pointwise op on expressions, in the algebra as far as it goes."""
+        numbers = [a for a in call.args if isinstance(a, Expr)]
+        open_ = [a for a in numbers if not isinstance(a, Const)]
+        if not open_:
+            return self._folded(call, call.args)
+        exact = all(a.type != "float" for a in numbers)
+        if name in ("where", "masked_fill"):
+            found = self._chosen(name, call)
+            if found is not None:
+                return found
+        elif exact and call.type != "float":
+            found = self._integer(name, call, node)
+            if found is not None:
+                return self._fits(found, call.dtype)
+        if len(set(open_)) == 1:
+            pushed = self._pushed(call, open_[0])
+            if pushed is not None:
+                return pushed
+        return call
+
+    def _folded(self, call: Call, args: Sequence[Any]) -> Expr:
+        """The op run on numbers, in the dtypes they have in the graph."""
+        given = []
+        for a, dtype in zip(args, call.dtypes, strict=True):
+            if not isinstance(a, Const):
+                given.append(a)
+            elif dtype is None:
+                given.append(bool(a.value) if a.type == "bool" else a.value)
+            else:
+                given.append(torch.tensor(a.value, dtype=torch.float64 if a.type == "float" else None).to(dtype))
+        kwargs = {k: v for k, v in call.kwargs if k != "device"}
+        result = call.target(*given, **kwargs)
+        return self.number(result.item(), call.dtype)
+
+    def _pushed(self, call: Call, only: Expr) -> Expr | None:
+        """op(where(c, x, y)) as where(c, op(x), op(y)) for numbers x and y."""
+        if only.type == "bool" and not isinstance(only, Apply):
+            arms: tuple[Expr, Expr, Expr] = (only, Const(1, "bool"), Const(0, "bool"))
+        elif isinstance(only, Apply) and only.op == "where":
+            arms = only.args  # type: ignore[assignment]
+        elif isinstance(only, Apply) and only.op == "int":
+            arms = (only.args[0], Const(1), Const(0))
+        elif only.type == "bool":
+            arms = (only, Const(1, "bool"), Const(0, "bool"))
+        else:
+            return None
+        out = []
+        for arm in arms[1:]:
+            args = [arm if isinstance(a, Expr) and not isinstance(a, Const) else a for a in call.args]
+            if isinstance(arm, Const):
+                out.append(self._folded(call, args))
+                continue
+            inner = self._pushed(call, arm)
+            if inner is None:
+                return None
+            out.append(inner)
+        return self.algebra.where(arms[0], *out)
+
+    def _chosen(self, name: str, call: Call) -> Expr | None:
+        args = [a for a in call.args if isinstance(a, Expr)]
+        if len(args) != 3:
+            return None
+        c, a, b = args if name == "where" else (args[1], args[2], args[0])
+        if c.type != "bool":
+            return None
+        values = []
+        for x in (a, b):
+            if isinstance(x, Const):
+                own = torch.tensor(float(x.value), dtype=torch.float64).to(call.dtype)
+                x = self.number(own.item(), call.dtype)
+            elif x.type != call.type or _dtype_in(call, x) not in (None, call.dtype):
+                return None
+            values.append(x)
+        return self.algebra.where(c, *values)
+
+    def _fits(self, e: Expr, dtype: torch.dtype) -> Expr:
+        """e, if it surely is in the range of dtype; int64 counts as having no end."""
+        if dtype not in (torch.bool, torch.int64):
+            (low, high), (least, most) = self.algebra.bounds(e), range_of(dtype)
+            if low < least or high > most:
+                raise NotExpressible(f"arithmetic that may leave the range of {dtype}")
+        return e
+
+    def _integer(self, name: str, call: Call, node: fx.Node) -> Expr | None:
+        """Arithmetic on integers and bools; None for what the algebra does not have."""
+        g = self.algebra
+        args = [a for a in call.args if isinstance(a, Expr)]
+        if call.type == "bool":
+            if name in _COMPARE:
+                return g.compare(name, *(self._as_int(a) for a in args[:2]))
+            if name in ("logical_not", "bitwise_not"):
+                return g.not_(g.truth(args[0]))
+            if name == "to":
+                return g.truth(args[0])
+            if all(a.type == "bool" for a in args) or name.startswith("logical"):
+                truths = [g.truth(a) for a in args]
+                if name in _AND or name == "mul":
+                    return g.and_(*truths)
+                if name in _OR or (name == "add" and len(args) == 2):
+                    return g.or_(*truths)
+                if name in ("logical_xor", "bitwise_xor"):
+                    return g.where(truths[0], g.not_(truths[1]), truths[1])
+            return None
+        ints = [self._as_int(a) for a in args]
+        if name in ("add", "sub", "rsub"):
+            named = arguments(node)
+            alpha = constant(named.get("alpha", 1))
+            if alpha is None or alpha != int(alpha):
+                return None
+            a, b = (ints[1], ints[0]) if name == "rsub" else (ints[0], ints[1])
+            if name == "rsub" and alpha != 1:
+                return None
+            return g.add(a, b, int(alpha) if name == "add" else -int(alpha))
+        if name == "mul":
+            return g.mul(*ints)
+        if name == "neg":
+            return g.mul(ints[0], Const(-1))
+        if name == "abs":
+            return g.abs(ints[0])
+        if name in ("minimum", "clamp_max"):
+            return g.minimum(*ints[:2])
+        if name in ("maximum", "clamp_min"):
+            return g.maximum(*ints[:2])
+        if name in ("min", "max"):
+            return (g.minimum if name == "min" else g.maximum)(*ints[:2]) if len(ints) == 2 else None
+        if name == "clamp":
+            return self._clamped(node, ints[0])
+        if name == "floor_divide" or (name == "div" and dict(call.kwargs).get("rounding_mode") == "floor"):
+            return g.floordiv(*ints[:2])
+        if name == "remainder":
+            return g.mod(*ints[:2])
+        if name == "to" and call.dtype in (torch.int64, torch.int32):
+            return ints[0]
+        return None
+
+    def _clamped(self, node: fx.Node, x: Expr) -> Expr:
+        named = arguments(node)
+        for bound, apply in (("min", self.algebra.maximum), ("max", self.algebra.minimum)):
+            if named.get(bound) is not None:
+                number = constant(named[bound])
+                if number is None or number != int(number):
+                    raise NotExpressible("a clamp to something that is not a constant")
+                x = apply(x, Const(int(number)))
+        return x
+
+    def _as_int(self, e: Expr) -> Expr:
+        return self.algebra.int_(e) if e.type == "bool" else e
+
+
+def _dtype_in(call: Call, x: Expr) -> torch.dtype | None:
+    return next((d for a, d in zip(call.args, call.dtypes, strict=True) if a is x), None)
+
+
+# -- where the elements of a view come from
+
+
+def _view(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    """A reshape: dims of the same size stay, the others are flattened and split again."""
+    have = [(n, i) for n, i in zip(shape_of(node), index) if not is_one(n)]
+    own = shape_of(source)
+    want = [d for d, n in enumerate(own) if not is_one(n)]
+    found: dict[int, Expr] = {}
+    while have or want:
+        if not have or not want:
+            raise NotExpressible("a reshape that cannot be followed")
+        if known_equal(have[0][0], own[want[0]]):
+            found[want.pop(0)] = have.pop(0)[1]
+            continue
+        size, flat = have.pop(0)
+        dims = [want.pop(0)]
+        inner = own[dims[0]]
+        while not known_equal(size, inner):
+            if not (isinstance(size, int) and isinstance(inner, int)):
+                raise NotExpressible("a reshape of symbolic sizes")
+            if size < inner:
+                if not have or not isinstance(have[0][0], int):
+                    raise NotExpressible("a reshape that cannot be followed")
+                n, i = have.pop(0)
+                flat = t.algebra.add(t.algebra.mul(flat, Const(n)), i)
+                size *= n
+            else:
+                if not want:
+                    raise NotExpressible("a reshape that cannot be followed")
+                dims.append(want.pop(0))
+                inner *= own[dims[-1]]
+        for d in reversed(dims):
+            n = Const(own[d])
+            found[d] = t.algebra.mod(flat, n) if d != dims[0] else flat
+            flat = t.algebra.floordiv(flat, n) if d != dims[0] else flat
+    return tuple(found.get(d, Const(0)) for d in range(len(own)))
+
+
+def _permute(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    placed = list(index)
+    for out_dim, in_dim in enumerate(views._permutation(node)):
+        placed[in_dim] = index[out_dim]
+    return tuple(placed)
+
+
+def _expand(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    shape = shape_of(source)
+    own = index[len(index) - len(shape) :]
+    return tuple(Const(0) if is_one(n) else i for n, i in zip(shape, own))
+
+
+def _slice(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    named = arguments(node)
+    dim, start, step = named["dim"] % len(index), named["start"], named["step"]
+    size = shape_of(source)[dim]
+    if start is None:
+        start = 0
+    if not isinstance(start, int) or not isinstance(step, int):
+        raise NotExpressible("a slice from a symbolic place")
+    if start < 0:
+        if not isinstance(size, int):
+            raise NotExpressible("a slice from the end of a symbolic size")
+        start = max(start + size, 0)
+    at = t.algebra.add(t.algebra.mul(index[dim], Const(step)), Const(start))
+    return (*index[:dim], at, *index[dim + 1 :])
+
+
+def _select(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    named = arguments(node)
+    dim, at = named["dim"] % (len(index) + 1), named["index"]
+    size = shape_of(source)[dim]
+    if not isinstance(at, int) or (at < 0 and not isinstance(size, int)):
+        raise NotExpressible("a selection at a symbolic place")
+    return (*index[:dim], Const(at + size if at < 0 else at), *index[dim:])
+
+
+def _flip(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    shape = shape_of(source)
+    dims = {d % len(shape) for d in arguments(node)["dims"]}
+    if not all(isinstance(shape[d], int) for d in dims):
+        raise NotExpressible("a flip of a symbolic size")
+    return tuple(t.algebra.sub(Const(n - 1), i) if d in dims else i for d, (n, i) in enumerate(zip(shape, index)))
+
+
+def _repeat(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    shape = shape_of(source)
+    own = index[len(index) - len(shape) :]
+    out = []
+    for n, i, total in zip(shape, own, shape_of(node)[len(index) - len(shape) :]):
+        if is_one(n):
+            out.append(Const(0))
+        elif known_equal(n, total):
+            out.append(i)
+        elif isinstance(n, int):
+            out.append(t.algebra.mod(i, Const(n)))
+        else:
+            raise NotExpressible("a repeated symbolic size")
+    return tuple(out)
+
+
+def _repeat_interleave(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    named = arguments(node)
+    repeats, dim = named.get("repeats"), named.get("dim")
+    if not isinstance(repeats, int) or not isinstance(dim, int):
+        raise NotExpressible("repeats that are not a number")
+    dim %= len(index)
+    return (*index[:dim], t.algebra.floordiv(index[dim], Const(repeats)), *index[dim + 1 :])
+
+
+def _index(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    """Advanced indexing: the dims of the index tensors stand where the first one was, or in front."""
+    given = list(node.args[1])  # type: ignore[arg-type]
+    shape = shape_of(source)
+    given += [None] * (len(shape) - len(given))
+    tensors = [x for x in given if x is not None]
+    if any(not is_tensor(x) or dtype_of(x) not in (torch.int64, torch.int32) for x in tensors):
+        raise NotExpressible("indexing by a mask")
+    at = [d for d, x in enumerate(given) if x is not None]
+    rank = max(len(shape_of(x)) for x in tensors)
+    together = at == list(range(at[0], at[-1] + 1))
+    first = at[0] if together else 0
+    block, rest = index[first : first + rank], iter(index[:first] + index[first + rank :])
+    return tuple(
+        next(rest) if x is None else t.inside(t.operand(x, block, True), n) for x, n in zip(given, shape, strict=True)
+    )
+
+
+def _gather(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    named = arguments(node)
+    dim = named["dim"] % len(index)
+    at = t.inside(t.at(named["index"], index, True), shape_of(source)[dim])
+    return (*index[:dim], at, *index[dim + 1 :])
+
+
+def _index_select(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    named = arguments(node)
+    dim = named["dim"] % len(index)
+    at = t.inside(t.at(named["index"], (index[dim],), True), shape_of(source)[dim])
+    return (*index[:dim], at, *index[dim + 1 :])
+
+
+def _embedding(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    named = arguments(node)
+    if named.get("scale_grad_by_freq") or named.get("sparse") or named.get("padding_idx", -1) >= 0:
+        raise NotExpressible("an embedding with a gradient of its own kind")
+    return (t.at(named["indices"], index[:-1], True), index[-1])
+
+
+_MOVES: dict[str, Callable[[Terms, fx.Node, fx.Node, tuple[Expr, ...]], tuple[Expr, ...]]] = {
+    "view": _view,
+    "permute": _permute,
+    "expand": _expand,
+    "slice": _slice,
+    "select": _select,
+    "flip": _flip,
+    "repeat": _repeat,
+    "repeat_interleave": _repeat_interleave,
+    "index": _index,
+    "gather": _gather,
+    "index_select": _index_select,
+    "embedding": _embedding,
+}
+
+
+# -- tensors made of indices
+
+
+def _arange(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
+    named = arguments(node)
+    start, step = named.get("start", 0), named.get("step", 1)
+    if isinstance(start, float) or not isinstance(step, int):
+        raise NotExpressible("an arange of fractions")
+    at = t.algebra.add(t.algebra.mul(index[0], Const(step)), t.size(start))
+    if type_of(dtype_of(node)) == "int":
+        return at
+    return _converted(t, at, dtype_of(node))
+
+
+def _converted(t: Terms, e: Expr, dtype: torch.dtype) -> Expr:
+    return Call(torch.ops.aten.to.dtype, (e, dtype), (torch.int64, None), (), dtype)
+
+
+def _triangle(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
+    named = arguments(node)
+    if not isinstance(named["diagonal"], int):
+        diagonal = t.size(named["diagonal"])
+    else:
+        diagonal = Const(named["diagonal"])
+    edge = t.algebra.add(index[-2], diagonal)
+    keep = t.algebra.compare("le" if name_of(node) == "tril" else "ge", index[-1], edge)
+    value = t.at(named["self"], index, frozen)
+    return t.algebra.where(keep, value, t.number(0, dtype_of(node)))
+
+
+def _full(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
+    if type_of(dtype_of(node)) != "int":
+        raise NotExpressible("a full tensor of something that is not a constant")
+    return t.size(arguments(node)["fill_value"])
+
+
+def _pieces(t: Terms, parts: Sequence[fx.Node], dim: int, index: tuple[Expr, ...], frozen: bool) -> Expr:
+    """The element of the concatenation of tensors made of indices alone."""
+    at, first = index[dim], parts[0]
+    if len(parts) == 1:
+        found = t.at(first, index, frozen)
+    else:
+        size = shape_of(first)[dim]
+        rest = t.algebra.sub(at, t.size(size))
+        whole = (*index[:dim], at, *index[dim + 1 :]) if not is_one(size) else (*index[:dim], Const(0), *index[dim + 1 :])
+        low = t.at(first, whole, frozen)
+        high = _pieces(t, parts[1:], dim, (*index[:dim], rest, *index[dim + 1 :]), frozen)
+        found = t.algebra.where(t.algebra.compare("lt", at, t.size(size)), low, high)
+    if any(isinstance(x, (Tensor, Call)) for x in walk(found)):
+        # each part would be read outside of its bounds
+        raise NotExpressible("a concatenation of tensors that are not made of indices")
+    return found
+
+
+def _cat(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
+    named = arguments(node)
+    parts = [x for x in named["tensors"] if len(shape_of(x)) == len(index)]
+    if any(dtype_of(x) != dtype_of(node) for x in parts):
+        raise NotExpressible("a concatenation of several dtypes")
+    return _pieces(t, parts, named["dim"] % len(index), index, frozen)
+
+
+def _diff(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
+    named = arguments(node)
+    if named["n"] != 1 or type_of(dtype_of(node)) != "int":
+        raise NotExpressible("a difference of higher order or of bools")
+    parts = [x for x in (named["prepend"], named["self"], named["append"]) if x is not None]
+    dim = named["dim"] % len(index)
+    after = (*index[:dim], t.algebra.add(index[dim], Const(1)), *index[dim + 1 :])
+    return t.algebra.sub(_pieces(t, parts, dim, after, frozen), _pieces(t, parts, dim, index, frozen))
+
+
+def _cumsum(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
+    named = arguments(node)
+    value = t.at(named["self"], index, frozen)
+    if not isinstance(value, Const) or value.type == "float" or dtype_of(node) != torch.int64:
+        raise NotExpressible("a running sum of something that is not a constant")
+    return t.algebra.mul(t.algebra.add(index[named["dim"] % len(index)], Const(1)), Const(int(value.value)))
+
+
+_SPECIAL: dict[str, Callable[[Terms, fx.Node, tuple[Expr, ...], bool], Expr]] = {
+    "arange": _arange,
+    "tril": _triangle,
+    "triu": _triangle,
+    "full": _full,
+    "cat": _cat,
+    "concat": _cat,
+    "diff": _diff,
+    "cumsum": _cumsum,
+}
+
+__all__ = ["Axis", "Call", "Symbol", "Tensor", "Terms", "depends", "is_joint"]

@@ -172,7 +172,14 @@ def _treat(result: Site | Refusal, emitter: Emitter, chosen: Settings, fused: li
     assert isinstance(result, Site)
     spec = replace(result.spec, nan_policy=chosen.nan_policy)
     result.spec = spec
-    report = functools.partial(reporting.SiteReport, spec=spec, where=result.where, node=result.anchor.name)
+    report = functools.partial(
+        reporting.SiteReport,
+        spec=spec,
+        where=result.where,
+        node=result.anchor.name,
+        names=tuple(emitter.view.input_of(leaf.node) for leaf in result.operands),
+        notes=result.notes,
+    )
     if chosen.fuel is not None and len(fused) >= chosen.fuel:
         return report(status="left", reason=f"fuel: {chosen.fuel} rewrites are done", kernel=None)
     choice = choose(spec, value_of(result.q.node).device, chosen.kernel)

@@ -195,7 +195,7 @@ def sites_table(results: Sequence[Result]) -> Table:
         table.add_column(column, overflow="fold")
     for result in results:
         for site in result.sites:
-            read = "" if site.spec is None else site.spec.describe()
+            read = site.reads
             status = Text(site.status, style=styles[site.status])
             if site.reason:
                 status.append(f": {site.reason}", style="default")

@@ -588,93 +588,117 @@ def _reduced(op: Callable[..., torch.Tensor], args: Sequence[torch.Tensor]) -> t
 # -- words
 
 
-def describe(e: Expr, dims: Callable[[int], Sequence[str]]) -> str:
-    """A mask as one would say it: 'causal & window 256 & key padding 0'. dims gives the dims of an operand by its number."""
-    if isinstance(e, Const):
-        return "always" if e.value else "never"
-    if isinstance(e, Apply) and e.op == "and":
-        parts = sorted((_said(x, dims) for x in e.args), key=_place)
-        return " & ".join(f"({p})" if " | " in p else p for p in parts)
-    return _said(e, dims)
+class Words:
+    """Says masks. dims: of each operand, the last two; names: what each is called, such as 'from attention_mask'."""
 
+    def __init__(self, dims: Sequence[Sequence[str]], names: Sequence[str]) -> None:
+        self.dims = [tuple(d[-2:]) for d in dims]
+        self.names = names
 
-def _place(text: str) -> int:
-    known = ("causal", "anti-causal", "prefix", "window", "chunks", "documents")
-    return next((i for i, word in enumerate(known) if text.startswith(word)), len(known))
+    def say(self, e: Expr) -> str:
+        """Such as 'causal & window 256 & key padding from attention_mask'."""
+        if isinstance(e, Const):
+            return "always" if e.value else "never"
+        if isinstance(e, Apply) and e.op in ("and", "or"):
+            parts = sorted((self.say(x) for x in e.args), key=_place)
+            sign, other = (" & ", " | ") if e.op == "and" else (" | ", " & ")
+            return sign.join(f"({p})" if other in p else p for p in parts)
+        return self._of_one(e) or self._compared(e) or text(e)
 
+    def _of_one(self, e: Expr) -> str | None:
+        """A mask that is an operand, nonzero or zero."""
+        found = loads(e)
+        if len(found) != 1 or found[0].row is not None or found[0].col is not None:
+            return None
+        algebra = Algebra()
+        kept = algebra.truth(found[0])
+        if e not in (kept, algebra.not_(kept)):
+            return None
+        what = {("1", "K"): "key padding", ("Q", "1"): "query padding"}.get(self.dims[found[0].operand], "mask")
+        return f"{'' if e == kept else 'not '}{what} {self.names[found[0].operand]}"
 
-def _said(e: Expr, dims: Callable[[int], Sequence[str]]) -> str:
-    if isinstance(e, Load) or (isinstance(e, Apply) and e.op == "not" and isinstance(e.args[0], Load)):
-        inner = e if isinstance(e, Load) else e.args[0]
-        return f"{'' if e is inner else 'not '}{_named(inner, dims)}"
-    if isinstance(e, Apply) and e.op == "or":
-        return " | ".join(f"({p})" if " & " in p else p for p in (describe(x, dims) for x in e.args))
-    if isinstance(e, Apply) and e.op in ("le", "eq", "ne"):
-        return _compared(e, dims)
-    return text(e, dims)
-
-
-def _named(e: Load, dims: Callable[[int], Sequence[str]]) -> str:
-    own = dims(e.operand)[-2:]
-    what = {("1", "K"): "key padding", ("Q", "1"): "query padding"}.get(tuple(own), "mask")
-    return f"{what} {e.operand}"
-
-
-def _compared(e: Apply, dims: Callable[[int], Sequence[str]]) -> str:
-    left, right = e.args
-    terms, const = _lin(Algebra().sub(left, right))
-    if e.op == "le":
-        by = dict(terms)
-        if by.pop(K, 0) == 1 and by.pop(Q, 0) == -1:
-            offset = Algebra().mul(_sum(by, const), Const(-1))
-            return "causal" if offset == Const(0) else f"causal + {text(offset, dims)}".replace("+ -", "- ")
-        by = dict(terms)
-        if by.pop(K, 0) == -1 and by.pop(Q, 0) == 1:
-            # q <= k + rest: the keys from q - rest on
-            rest = Algebra().add(Algebra().mul(_sum(by, const), Const(-1)), Const(1))
-            if isinstance(rest, Const) and rest.value <= 0:
-                return "anti-causal" if rest.value == 0 else f"anti-causal - {-int(rest.value)}"
-            return f"window {text(rest, dims)}"
-        if left == K and not any(x in (Q, K) or isinstance(x, Load) and dims(x.operand)[-1] == "K" for x in walk(right)):
-            return f"prefix {text(Algebra().add(right, Const(1)), dims)}"
-    if e.op in ("eq", "ne"):
-        no = "" if e.op == "eq" else "not "
+    def _compared(self, e: Expr) -> str | None:
+        if not (isinstance(e, Apply) and e.op in ("le", "eq", "ne")):
+            return None
+        left, right = e.args
+        no = "not " if e.op == "ne" else ""
+        if e.op == "le":
+            return self._ordered(left, right)
         if isinstance(left, Load) and isinstance(right, Load):
-            return f"{no}documents {left.operand}, {right.operand}"
+            names = dict.fromkeys(self.names[x.operand] for x in (left, right))
+            return f"{no}documents {', '.join(names)}"
         if all(isinstance(x, Apply) and x.op == "floordiv" for x in (left, right)):
             sizes = {x.args[1] for x in (left, right)}  # type: ignore[attr-defined]
             if len(sizes) == 1:
-                return f"{no}chunks of {text(sizes.pop(), dims)}"
-    return text(e, dims)
+                return f"{no}chunks of {text(sizes.pop())}"
+        return None
+
+    def _ordered(self, left: Expr, right: Expr) -> str | None:
+        algebra = Algebra()
+        by, const = _lin(algebra.sub(left, right))
+        by_position = self._by_position(by, const)
+        if by_position is not None:
+            return by_position
+        of_k, of_q = by.pop(K, 0), by.pop(Q, 0)
+        rest = _sum(by, const)
+        if any(x in (Q, K) or isinstance(x, Load) and self.dims[x.operand] != ("1", "1") for x in walk(rest)):
+            return None
+        if (of_k, of_q) == (1, -1):
+            offset = algebra.mul(rest, Const(-1))
+            return "causal" if offset == Const(0) else f"causal + {text(offset)}".replace("+ -", "- ")
+        if (of_k, of_q) == (-1, 1):
+            # q <= k - rest: the keys from q + rest on
+            width = algebra.sub(Const(1), rest)
+            if isinstance(width, Const) and width.value <= 1:
+                return "anti-causal" if width.value == 1 else f"anti-causal + {int(1 - width.value)}"
+            return f"window {text(width)}"
+        return f"prefix {text(algebra.sub(Const(1), rest))}" if (of_k, of_q) == (1, 0) else None
+
+
+    def _by_position(self, by: dict[Expr, int], const: int) -> str | None:
+        """Causal and window masks over loaded positions."""
+        dims = {self.dims[x.operand]: (x, c) for x, c in by.items() if isinstance(x, Load) and x.row is x.col is None}
+        if len(by) != 2 or set(dims) != {("1", "K"), ("Q", "1")}:
+            return None
+        (of_keys, c), (_, d) = dims["1", "K"], dims["Q", "1"]
+        source = self.names[of_keys.operand].replace("from", "by")
+        if (c, d) == (1, -1):
+            return f"causal {f'{-const:+d} ' if const else ''}{source}"
+        return f"window {1 - const} {source}" if (c, d) == (-1, 1) and const < 1 else None
+
+
+def _place(said: str) -> int:
+    known = ("causal", "anti-causal", "prefix", "window", "chunks", "documents")
+    return next((i for i, word in enumerate(known) if said.startswith(word)), len(known))
 
 
 _SIGNS = {"le": "<=", "eq": "==", "ne": "!=", "and": "&", "or": "|", "floordiv": "//", "mod": "%"}
 
 
-def text(e: Expr, dims: Callable[[int], Sequence[str]] | None = None) -> str:
+def text(e: Expr) -> str:
     """The expression as code, such as 'k <= q + 3'."""
     if isinstance(e, Const):
         return str(bool(e.value)) if e.type == "bool" else f"{int(e.value)}" if e.type == "int" else f"{e.value:g}"
     if isinstance(e, Index):
         return e.axis
     if isinstance(e, Load):
-        at = [text(x, dims) for x in (e.row, e.col) if x is not None]
+        at = [text(x) for x in (e.row, e.col) if x is not None]
         return f"operand{e.operand}" + (f"[{', '.join(at)}]" if at else "")
     if isinstance(e, Linear):
         parts = []
         for c, t in e.terms:
             sign = "- " if c < 0 else "+ "
-            parts.append(sign + (f"{abs(c)} * " if abs(c) != 1 else "") + _inner(t, dims))
+            parts.append(sign + (f"{abs(c)} * " if abs(c) != 1 else "") + _inner(t))
         if e.const:
             parts.append(f"{'-' if e.const < 0 else '+'} {abs(e.const)}")
         return " ".join(parts).removeprefix("+ ").replace("- ", "-", 1 if parts[0][0] == "-" else 0)
     if isinstance(e, Apply) and e.op in _SIGNS:
-        return f" {_SIGNS[e.op]} ".join(_inner(a, dims) for a in e.args)
+        return f" {_SIGNS[e.op]} ".join(_inner(a) for a in e.args)
     if isinstance(e, Apply):
-        return f"{e.op}({', '.join(text(a, dims) for a in e.args)})"
+        return f"{e.op}({', '.join(text(a) for a in e.args)})"
     return repr(e)
 
 
-def _inner(e: Expr, dims: Callable[[int], Sequence[str]] | None) -> str:
+def _inner(e: Expr) -> str:
     plain = not isinstance(e, (Linear, Apply)) or (isinstance(e, Apply) and e.op not in _SIGNS)
-    return text(e, dims) if plain or (isinstance(e, Linear)) else f"({text(e, dims)})"
+    return text(e) if plain or (isinstance(e, Linear)) else f"({text(e)})"

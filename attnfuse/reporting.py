@@ -42,6 +42,8 @@ class SiteReport:
     reason   why it is not fused; None where it is
     spec     what was read off the graph; None where reading failed
     where    'file.py:123', the user's line that made the node `node` of the graph
+    names    for each operand of the spec, the input of the graph it comes from, '' where it is none or several
+    notes    why masks and biases stay tensors, those that do
     """
 
     status: Status
@@ -50,6 +52,13 @@ class SiteReport:
     spec: Attention | None
     where: str
     node: str
+    names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def reads(self) -> str:
+        """The spec in words, '' where there is none."""
+        return "" if self.spec is None else self.spec.describe(self.names)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; the spec as the object that its text holds, and `reads`, the spec in words."""
@@ -57,10 +66,11 @@ class SiteReport:
             "status": self.status,
             "reason": self.reason,
             "kernel": self.kernel,
-            "reads": None if self.spec is None else self.spec.describe(),
+            "reads": None if self.spec is None else self.reads,
             "spec": None if self.spec is None else json.loads(self.spec.text),
             "where": self.where,
             "node": self.node,
+            "notes": list(self.notes),
         }
 
 
@@ -128,7 +138,7 @@ class Report:
         for column in ("where", "what was read", "kernel", "status", "reason"):
             table.add_column(column, overflow="fold")
         for number, site in enumerate(self.sites):
-            read = "" if site.spec is None else site.spec.describe()
+            read = site.reads
             cells = (str(number), site.where, read, site.kernel or "")
             table.add_row(
                 *map(Text, cells), Text(site.status, style=_STYLES.get(site.status, "")), Text(site.reason or "")

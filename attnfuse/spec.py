@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -281,20 +282,16 @@ class Attention:
             raise ValueError(f"not an attention spec of version {OP_VERSION}: {text[:80]!r}")
         return Attention(**{f.name: _decode(data[f.name]) for f in fields(Attention)})
 
-    def describe(self) -> str:
-        """One line for the report, such as 'scale 0.125, causal, GQA 4:1'."""
-        parts = [str(s) for s in self.steps if not isinstance(s, (Cast, Bias, ReplaceFill, AddFill))]
-        for step in self.steps:
-            if isinstance(step, Bias):
-                parts.append(f"{step} {self.operands[step.operand]}")
-            elif isinstance(step, (ReplaceFill, AddFill)):
-                word = "else" if isinstance(step, ReplaceFill) else "plus"
-                parts.append(f"{self.said(step.keep)} {word} {_number(step.value)}")
-            elif isinstance(step, Cast):
-                parts.append(str(step))
-        for step in self.weight_steps:
-            filled = isinstance(step, (ReplaceFill, AddFill))
-            parts.append(f"weights {self.said(step.keep)} else {_number(step.value)}" if filled else f"weights {step}")  # type: ignore[union-attr]
+    def describe(self, names: Sequence[str] = ()) -> str:
+        """One line for the report, such as 'scale 0.125, causal & key padding from attention_mask else -inf, GQA 4:1'.
+
+        names: what each operand is called; its dtype and dims are said for one that has no name.
+        """
+        called = [f"from {n}" if n else str(o) for o, n in zip(self.operands, (*names, *[""] * len(self.operands)))]
+        words = expr.Words([o.dims for o in self.operands], called)
+        parts = [_said(s, words, called) for s in self.steps if not isinstance(s, (Cast, Bias, ReplaceFill, AddFill))]
+        parts += [_said(s, words, called) for s in self.steps if isinstance(s, (Cast, Bias, ReplaceFill, AddFill))]
+        parts += [f"weights {_said(s, words, called)}" for s in self.weight_steps]
         if self.softmax != "plain":
             parts.append(f"softmax {self.softmax}")
         if self.dropout:
@@ -305,14 +302,18 @@ class Attention:
             parts.append(f"E {self.E} != D {self.D}")
         return ", ".join(parts) or "plain"
 
-    def said(self, keep: Expr) -> str:
-        """A mask in words, its operands with their dtypes and dims."""
-        seen = {load.operand: str(self.operands[load.operand]) for load in expr.loads(keep)}
-        words = expr.describe(keep, lambda i: self.operands[i].dims)
-        return " ".join([words, *seen.values()])
-
     def __str__(self) -> str:
         return self.describe()
+
+
+def _said(step: Step, words: expr.Words, called: Sequence[str]) -> str:
+    if isinstance(step, (ReplaceFill, AddFill)):
+        return f"{words.say(step.keep)} {'else' if isinstance(step, ReplaceFill) else 'plus'} {_number(step.value)}"
+    if isinstance(step, Bias):
+        factor = "" if step.alpha == 1.0 else f"{_number(step.alpha)} * "
+        where = ", ".join(expr.text(x) for x in (step.row, step.col) if x is not None)
+        return f"{factor}{'table' if where else 'bias'} {called[step.operand]}{f' at {where}' if where else ''}"
+    return str(step)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -9,6 +9,7 @@ target is `opaque`.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,6 +87,37 @@ class View:
         """'file.py:12' of the user's line that made `node`, or '' if it is not known."""
         origin = self.origin.get(node)
         return source_line(origin.node) if origin else ""
+
+
+    def input_of(self, node: fx.Node) -> str:
+        """The name of the graph's input that `node` is made of; '' if there is none, or more than one."""
+        found: set[fx.Node] = set()
+        stack, seen = [node], set()
+        while stack and len(found) < 2:
+            at = stack.pop()
+            if at in seen:
+                continue
+            seen.add(at)
+            if at.op == "placeholder":
+                if isinstance(value_of(at), torch.Tensor):
+                    found.add(at)
+            else:
+                stack += at.all_input_nodes
+        if len(found) != 1:
+            return ""
+        given = self.scopes[0].nodes.get(found.pop())
+        return _plain_name(str(given.target)) if given is not None else ""
+
+
+def _plain_name(target: str) -> str:
+    """'attention_mask' for Dynamo's l_kwargs_attention_mask_, 'encoder.bias' for a parameter's."""
+    name = target.removeprefix("L_").removeprefix("l_").removesuffix("_")
+    for prefix in ("kwargs_", "args_", "stack0_"):
+        name = name.removeprefix(prefix)
+    if "modules_" in name or "buffers_" in name or "parameters_" in name:
+        parts = [p for p in re.split(r"_*(?:self_)?_?(?:modules|buffers|parameters)_", name) if p and p != "self"]
+        name = ".".join(p.strip("_") for p in parts[-2:])
+    return name
 
 
 def source_line(node: fx.Node) -> str:

@@ -310,5 +310,5 @@ class _Structure:
         difference = self.algebra.sub(Axis(line), last)
         moved = substitute(e, {K: self.algebra.add(Q, difference)}, self.algebra)
         if Q in depends(moved):
-            raise NotExpressible("a value that depends on more than the distance of query and key")
+            raise NotExpressible("a tensor with a value of its own for every query and key")
         return (line,), moved, self._lowered(self.algebra.add(self.algebra.sub(K, Q), last))

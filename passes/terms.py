@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from attnfuse._compat import OpOverload
-from attnfuse.expr import UNBOUNDED, Algebra, Apply, Bounds, Const, Expr, Index, K, NotExpressible, Q, Type, walk
+from attnfuse.expr import UNBOUNDED, Algebra, Apply, Bounds, Const, Expr, Index, K, Linear, NotExpressible, Q, Type, walk
 from attnfuse.passes import views
 from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, name_of, shape_of
 from attnfuse.passes.capture import View, is_stale, value_of
@@ -191,7 +191,7 @@ class Terms:
         # a small tensor that is there is better than computing it for every query and key
         inside = [] if found is None else [x for x in walk(found) if isinstance(x, (Tensor, Call))]
         thin = not {Q, K} <= set().union(*(depends(i) for i in index))
-        structured = not any(isinstance(x, Call) or {Q, K} & depends(x) for x in inside)
+        structured = not any(isinstance(x, Call) or {Q, K} & depends(x) for x in inside) or _is_shifted(found)
         if found is None or (thin and not structured):
             return self._taken(leaf, node)
         return found
@@ -448,6 +448,11 @@ class Terms:
 
     def _as_int(self, e: Expr) -> Expr:
         return self.algebra.int_(e) if e.type == "bool" else e
+
+
+def _is_shifted(e: Expr | None) -> bool:
+    """A tensor plus a constant, which costs nothing where it is compared."""
+    return isinstance(e, Linear) and [c for c, _ in e.terms] == [1] and isinstance(e.terms[0][1], Tensor)
 
 
 def _dtype_in(call: Call, x: Expr) -> torch.dtype | None:

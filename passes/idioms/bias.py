@@ -91,14 +91,14 @@ def _smaller_terms(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 RULES = {"add": score_term, "sub": score_term, "rsub": score_term}
 
 EXAMPLES = (
-    Example(lambda q, k, v, bias: (q @ k.mT + bias).softmax(-1) @ v, "bias 0 float32[1, H, Q, K]"),
-    Example(lambda q, k, v, bias: (bias[0] + q @ k.mT).softmax(-1) @ v, "bias 0 float32[1, H, Q, K]"),
-    Example(lambda q, k, v, bias: (q @ k.mT - bias).softmax(-1) @ v, "-1 * bias 0 float32[1, H, Q, K]"),
-    Example(lambda q, k, v, bias: (q @ k.mT).add_(bias).softmax(-1) @ v, "bias 0 float32[1, H, Q, K]"),
-    Example(lambda q, k, v, bias: (bias - q @ k.mT).softmax(-1) @ v, "scale -1, bias 0 float32[1, H, Q, K]"),
+    Example(lambda q, k, v, bias: (q @ k.mT + bias).softmax(-1) @ v, "bias float32[1, H, Q, K]"),
+    Example(lambda q, k, v, bias: (bias[0] + q @ k.mT).softmax(-1) @ v, "bias float32[1, H, Q, K]"),
+    Example(lambda q, k, v, bias: (q @ k.mT - bias).softmax(-1) @ v, "-1 * bias float32[1, H, Q, K]"),
+    Example(lambda q, k, v, bias: (q @ k.mT).add_(bias).softmax(-1) @ v, "bias float32[1, H, Q, K]"),
+    Example(lambda q, k, v, bias: (bias - q @ k.mT).softmax(-1) @ v, "scale -1, bias float32[1, H, Q, K]"),
     Example(
         lambda q, k, v, bias, padding: (q @ k.mT + (bias + padding)).softmax(-1) @ v,
-        "bias 0 float32[1, H, Q, K], bias 1 float32[B, 1, 1, K]",
+        "bias float32[1, H, Q, K], bias float32[B, 1, 1, K]",
     ),
     Example(
         lambda q, k, v: (q @ k.mT + torch.triu(torch.full((16, 16), float("-inf")), 1)).softmax(-1) @ v,
@@ -117,7 +117,7 @@ EXAMPLES = (
             .softmax(-1)
             @ v
         ),
-        "scale 0.25, 0.5 * bias 0 float32[1, H, Q, K]",
+        "scale 0.25, 0.5 * bias float32[1, H, Q, K]",
     ),
 )
 NEAR_MISSES = (

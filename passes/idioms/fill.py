@@ -72,15 +72,15 @@ RULES = {"masked_fill": filled, "where": filled}
 EXAMPLES = (
     Example(
         lambda q, k, v, keep: (q @ k.mT).masked_fill(~keep, float("-inf")).softmax(-1) @ v,
-        "mask 0 else -inf bool[B, 1, 1, K]",
+        "key padding bool[B, 1, 1, K] else -inf",
     ),
     Example(
         lambda q, k, v, keep: torch.where(keep, q @ k.mT / 2, torch.finfo(torch.float32).min).softmax(-1) @ v,
-        "scale 0.5, mask 0 else -3.40282e+38 bool[B, 1, 1, K]",
+        "scale 0.5, key padding bool[B, 1, 1, K] else -3.40282e+38",
     ),
     Example(
         lambda q, k, v, keep: torch.where(~keep, torch.full((), -1e9), q @ k.mT).softmax(-1) @ v,
-        "mask 0 else -1e+09 bool[B, 1, 1, K]",
+        "key padding bool[B, 1, 1, K] else -1e+09",
     ),
     Example(
         lambda q, k, v: (q @ k.mT).masked_fill(torch.tril(torch.ones(16, 16)) == 0, float("-inf")).softmax(-1) @ v,
@@ -94,7 +94,7 @@ EXAMPLES = (
     ),
     Example(
         lambda q, k, v, keep: (q @ k.mT).div_(4.0).masked_fill_(~keep, -1e4).softmax(-1) @ v,
-        "scale 0.25, mask 0 else -10000 bool[B, 1, 1, K]",
+        "scale 0.25, key padding bool[B, 1, 1, K] else -10000",
     ),
 )
 NEAR_MISSES = (

@@ -119,8 +119,8 @@ _attend = torch.nn.functional.scaled_dot_product_attention
 EXAMPLES = (
     Example(lambda q, k, v: _attend(q, k, v), "scale 0.353553"),
     Example(lambda q, k, v: _attend(q, k, v, is_causal=True, scale=0.5), "scale 0.5, causal else -inf"),
-    Example(lambda q, k, v, keep: _attend(q, k, v, keep), "scale 0.353553, mask 0 else -inf bool[B, 1, 1, K]"),
-    Example(lambda q, k, v, bias: _attend(q, k, v, bias), "scale 0.353553, bias 0 float32[1, H, Q, K]"),
+    Example(lambda q, k, v, keep: _attend(q, k, v, keep), "scale 0.353553, key padding bool[B, 1, 1, K] else -inf"),
+    Example(lambda q, k, v, bias: _attend(q, k, v, bias), "scale 0.353553, bias float32[1, H, Q, K]"),
     Example(lambda q, kg, vg: _attend(q, kg, vg, enable_gqa=True), "scale 0.353553, GQA 2:1"),
     Example(lambda q, k, v: _attend(q[0], k[0], v[0]), "scale 0.353553"),
 )

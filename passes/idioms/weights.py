@@ -235,7 +235,7 @@ EXAMPLES = (
     Example(lambda q, k, v: torch.nn.functional.dropout((q @ k.mT).softmax(-1), 0.0) @ v, "plain"),
     Example(
         lambda q, k, v, keep: (q @ k.mT).softmax(-1).masked_fill(~keep, 0.0) @ v,
-        "weights mask 0 else 0",
+        "weights key padding bool[B, 1, 1, K] else 0",
     ),
     Example(lambda q, k, v, temperature: ((q @ k.mT).softmax(-1) * temperature) @ v, "weights times operand 0"),
     Example(lambda q, k, v: (q @ k.mT).softmax(-1).nan_to_num() @ v, "plain"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -592,7 +592,7 @@ class Words:
     """Says masks. dims: of each operand, the last two; names: what each is called, such as 'from attention_mask'."""
 
     def __init__(self, dims: Sequence[Sequence[str]], names: Sequence[str]) -> None:
-        self.dims = [tuple(d[-2:]) for d in dims]
+        self.dims = [(d[-2], d[-1]) for d in dims]
         self.names = names
 
     def say(self, e: Expr) -> str:
@@ -641,7 +641,7 @@ class Words:
             return by_position
         of_k, of_q = by.pop(K, 0), by.pop(Q, 0)
         rest = _sum(by, const)
-        if any(x in (Q, K) or isinstance(x, Load) and self.dims[x.operand] != ("1", "1") for x in walk(rest)):
+        if any(x in (Q, K) or (isinstance(x, Load) and self.dims[x.operand] != ("1", "1")) for x in walk(rest)):
             return None
         if (of_k, of_q) == (1, -1):
             offset = algebra.mul(rest, Const(-1))
@@ -653,7 +653,6 @@ class Words:
                 return "anti-causal" if width.value == 1 else f"anti-causal + {int(1 - width.value)}"
             return f"window {text(width)}"
         return f"prefix {text(algebra.sub(Const(1), rest))}" if (of_k, of_q) == (1, 0) else None
-
 
     def _by_position(self, by: dict[Expr, int], const: int) -> str | None:
         """Causal and window masks over loaded positions."""
@@ -693,12 +692,13 @@ def text(e: Expr) -> str:
             parts.append(f"{'-' if e.const < 0 else '+'} {abs(e.const)}")
         return " ".join(parts).removeprefix("+ ").replace("- ", "-", 1 if parts[0][0] == "-" else 0)
     if isinstance(e, Apply) and e.op in _SIGNS:
-        return f" {_SIGNS[e.op]} ".join(_inner(a) for a in e.args)
+        compared = e.op in ("le", "eq", "ne")
+        return f" {_SIGNS[e.op]} ".join(text(a) if compared and isinstance(a, Linear) else _inner(a) for a in e.args)
     if isinstance(e, Apply):
         return f"{e.op}({', '.join(text(a) for a in e.args)})"
     return repr(e)
 
 
 def _inner(e: Expr) -> str:
-    plain = not isinstance(e, (Linear, Apply)) or (isinstance(e, Apply) and e.op not in _SIGNS)
-    return text(e) if plain or (isinstance(e, Linear)) else f"({text(e)})"
+    compound = isinstance(e, Linear) or (isinstance(e, Apply) and e.op in _SIGNS)
+    return f"({text(e)})" if compound else text(e)

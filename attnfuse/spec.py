@@ -155,9 +155,7 @@ class Cast:
 
 Step = Scale | Bias | Shift | Softcap | Tanh | Clamp | ReplaceFill | AddFill | Cast
 _STEPS: dict[str, type] = {c.kind: c for c in (Scale, Bias, Shift, Softcap, Tanh, Clamp, ReplaceFill, AddFill, Cast)}
-_EXPRS: dict[str, type] = {
-    c.kind: c for c in (expr.Const, expr.Index, expr.Load, expr.Linear, expr.Apply)
-}
+_EXPRS: dict[str, type] = {c.kind: c for c in (expr.Const, expr.Index, expr.Load, expr.Linear, expr.Apply)}
 
 
 @dataclass(frozen=True)
@@ -242,7 +240,8 @@ class Attention:
     @property
     def tables(self) -> frozenset[int]:
         """Operands that are read at an index of their own: their last two dims need not be Q and K."""
-        reads = (*self.loads, *(s for s in self.steps + self.weight_steps if isinstance(s, Bias)))
+        steps = [s for s in self.steps + self.weight_steps if isinstance(s, Bias)]
+        reads: list[expr.Load | Bias] = [*self.loads, *steps]
         return frozenset(x.operand for x in reads if x.row is not None or x.col is not None)
 
     @property

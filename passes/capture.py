@@ -88,7 +88,6 @@ class View:
         origin = self.origin.get(node)
         return source_line(origin.node) if origin else ""
 
-
     def input_of(self, node: fx.Node) -> str:
         """The name of the graph's input that `node` is made of; '' if there is none, or more than one."""
         found: set[fx.Node] = set()

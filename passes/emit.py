@@ -13,7 +13,7 @@ from attnfuse._compat import FakeTensorMode, OpOverload, alias_key, pytree
 from attnfuse.expr import Apply, Const, Expr, Index, Linear
 from attnfuse.passes.aten import name_of, shape_of
 from attnfuse.passes.capture import Scope, View, is_mutating, is_stale, opaque, value_of, written
-from attnfuse.passes.labels import Dim, Labels, known_equal
+from attnfuse.passes.labels import Atom, Dim, Distances, Labels, known_equal
 from attnfuse.passes.read import stride_hint
 from attnfuse.passes.site import Leaf, Refusal, Site
 from attnfuse.passes.terms import Axis, Call, Symbol, Tensor
@@ -51,7 +51,8 @@ class Emitter:
                 self._redirect(site, scope, owner, result, writer)
         except EmitError as error:
             for node in reversed(list(graph.nodes)):
-                if node not in before:
+                # an input that was added to a region stays, since its call has an argument for it
+                if node not in before and node.op != "placeholder":
                     graph.erase_node(node)
             return Refusal(str(error), site.final)
         self.touched.add(scope)
@@ -237,7 +238,30 @@ class _Writer:
             return existing
         if made in self.made:
             return self.made[made]
+        if self.scope.parent is not None and self._is_outside(made):
+            return self._imported(made)
         return self._copy(made)
+
+    def _is_outside(self, made: fx.Node) -> bool:
+        """Whether the value is made outside of this checkpointed region."""
+        origin = self.emitter.view.origin.get(made)
+        return origin is None or origin.scope is not self.scope
+
+    def _imported(self, made: fx.Node) -> fx.Node:
+        """A value of the graph around a checkpointed region, as one more input of the region."""
+        parent, call = self.scope.parent, self.scope.call
+        assert parent is not None and call is not None
+        outer = _Writer(self.emitter, parent, call, self.device)
+        with parent.module.graph.inserting_before(call):
+            node = outer.node_for(made)
+        self.emitter.touched.add(parent)
+        last = next(n for n in reversed(self.graph.nodes) if n.op == "placeholder")
+        with self.graph.inserting_after(last):
+            given = self.graph.placeholder(f"attnfuse_{made.name}")
+        given.meta.update(node.meta)
+        call.args = (*call.args, node)
+        self.made[made] = self.emitter.replaced[self.scope, made] = given
+        return given
 
     def _comes_first(self, node: fx.Node) -> bool:
         return node.op == "placeholder" or (not node._erased and node < self.owner)
@@ -299,15 +323,24 @@ class _Writer:
                         return self.method("size", node, dim)
         raise EmitError(f"no tensor of the graph has the size {wanted}")
 
+    def size_of(self, atom: Atom) -> int | fx.Node:
+        """The number of values of an index, as an argument."""
+        if not isinstance(atom, Distances):
+            return self.size(atom.size)
+        queries, keys = self.size(atom.queries), self.size(atom.keys)
+        if isinstance(queries, int) and isinstance(keys, int):
+            return queries + keys - 1
+        return self.call(operator.sub, (self.call(operator.add, (queries, keys)), 1))
+
     def canonical(self, leaf: Leaf, batch: Dim, row: Dim, column: Dim) -> fx.Node:
         """The leaf as [*batch, row, column] with 1 where it has no such dim: only views, no copy."""
         node = self.node_for(leaf.node) if leaf.made is None else self._made(leaf)
-        for dim, start in enumerate(leaf.starts):
+        for at, start in enumerate(leaf.starts):
             length: Any = 1
-            for atom in leaf.labels[dim]:
+            for atom in leaf.labels[at]:
                 length = length * atom.size
-            if not known_equal(length, shape_of(leaf.node)[dim]):
-                node = self.call(torch.narrow, (node, dim, start, self.size(length)))
+            if not known_equal(length, shape_of(leaf.node)[at]):
+                node = self.call(torch.narrow, (node, at, start, self.size(length)))
         if leaf.depth:
             node = self.call(operator.pow, (self.method("size", node, -1), -0.5))
         if leaf.number or leaf.depth:
@@ -410,7 +443,7 @@ class Values:
         found = self.as_tensor(self.run(e), dtype)
         if found.meta["example_value"].dtype != dtype:
             found = w.method("to", found, dtype)
-        return w.method("expand", found, *(w.size(atom.size) for atom in self.dims)) if self.dims else found
+        return w.method("expand", found, *(w.size_of(atom) for atom in self.dims)) if self.dims else found
 
     def run(self, e: Expr) -> Any:
         """A node, or a number."""
@@ -462,7 +495,7 @@ class Values:
         w = self.writer
         atom = e.atom if isinstance(e, Axis) else next(a for a in self.dims if a not in self._batch())
         at = self.dims.index(atom)
-        line = w.call(torch.arange, (w.size(atom.size),), {"device": w.device})
+        line = w.call(torch.arange, (w.size_of(atom),), {"device": w.device})
         shape = [-1 if d == at else 1 for d in range(len(self.dims))]
         return w.method("view", line, *shape)
 

@@ -28,6 +28,16 @@ class Atom:
         return f"<{self.size}@{id(self) % 9973}>"
 
 
+class Distances(Atom):
+    """The index k - q + Q - 1 of how far a key is from a query: Q + K - 1 values."""
+
+    __slots__ = ("keys", "queries")
+
+    def __init__(self, queries: Size, keys: Size) -> None:
+        super().__init__(queries + keys - 1)
+        self.queries, self.keys = queries, keys
+
+
 Dim = tuple[Atom, ...]
 Labels = tuple[Dim, ...]
 

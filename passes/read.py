@@ -518,7 +518,8 @@ def read_by(leaf: Leaf) -> list[fx.Node]:
     """The nodes whose values an operand is made of."""
     if leaf.made is None:
         return [leaf.node]
-    return [x.node for x in walk(leaf.made) if isinstance(getattr(x, "node", None), fx.Node)]
+    nodes = [getattr(x, "node", None) for x in walk(leaf.made)]
+    return [n for n in nodes if isinstance(n, fx.Node)]
 
 
 def _writers(view: View, node: fx.Node) -> list[fx.Node]:

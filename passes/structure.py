@@ -12,10 +12,25 @@ from typing import Any
 
 import torch
 
-from attnfuse.expr import Algebra, Apply, Const, Expr, Index, K, Load, NotExpressible, Q, loads, substitute, sum_of, transform, walk
+from attnfuse.expr import (
+    Algebra,
+    Apply,
+    Const,
+    Expr,
+    Index,
+    K,
+    Load,
+    NotExpressible,
+    Q,
+    loads,
+    substitute,
+    sum_of,
+    transform,
+    walk,
+)
 from attnfuse.passes.aten import dtype_of, shape_of
 from attnfuse.passes.capture import View, value_of
-from attnfuse.passes.labels import Atom, Dim, Labels, known_equal
+from attnfuse.passes.labels import Atom, Dim, Distances, Labels, known_equal
 from attnfuse.passes.read import _isolated, describe_operand
 from attnfuse.passes.simplify import simplify
 from attnfuse.passes.site import Leaf, Refusal, Site
@@ -40,14 +55,14 @@ class _Structure:
         self.view = view
         self.site = site
         Qs, Ks = (d[0].size if d else 1 for d in (site.q_dim, site.k_dim))
-        self.sizes = {Q: Qs, K: Ks}
+        self.sizes: dict[Expr, Any] = {Q: Qs, K: Ks}
         self.algebra = Algebra(*(s if isinstance(s, int) else None for s in (Qs, Ks)))
         trains = view.trains and view.grad.get(site.final, True)
         self.terms = Terms(view, self.algebra, self.sizes, trains)
         self.leaves: list[Leaf] = []
         self.notes: list[str] = []
-        # the dims of tables of distances made so far
-        self.lines: list[Atom] = []
+        # the dim of tables of distances
+        self.line: Distances | None = None
 
     def run(self) -> Site | None:
         site = self.site
@@ -57,7 +72,9 @@ class _Structure:
         site.notes = notes
         if self.leaves == list(site.operands) and steps == list(site.spec.steps):
             return None
-        before, after = (set().union(*(self._batch(x) for x in found)) for found in (self._all(), self._all(self.leaves)))
+        before, after = (
+            set().union(*(self._batch(x) for x in found)) for found in (self._all(), self._all(self.leaves))
+        )
         if before != after:
             # the mask alone has that batch dim
             return None
@@ -301,12 +318,7 @@ class _Structure:
         """e as a function of t = k - q + Q - 1: the dim of t, the function, and t for a kernel."""
         queries, keys = self.sizes[Q], self.sizes[K]
         last = self.algebra.sub(self.terms.size(queries), Const(1))
-        for line in self.lines:
-            if known_equal(line.size, queries + keys - 1):
-                break
-        else:
-            line = Atom(queries + keys - 1)
-            self.lines.append(line)
+        line = self.line = self.line or Distances(queries, keys)
         difference = self.algebra.sub(Axis(line), last)
         moved = substitute(e, {K: self.algebra.add(Q, difference)}, self.algebra)
         if Q in depends(moved):

@@ -14,7 +14,21 @@ import torch
 from torch import fx
 
 from attnfuse._compat import OpOverload
-from attnfuse.expr import UNBOUNDED, Algebra, Apply, Bounds, Const, Expr, Index, K, Linear, NotExpressible, Q, Type, walk
+from attnfuse.expr import (
+    UNBOUNDED,
+    Algebra,
+    Apply,
+    Bounds,
+    Const,
+    Expr,
+    Index,
+    K,
+    Linear,
+    NotExpressible,
+    Q,
+    Type,
+    walk,
+)
 from attnfuse.passes import views
 from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, name_of, shape_of
 from attnfuse.passes.capture import View, is_stale, value_of
@@ -239,10 +253,10 @@ class Terms:
                 return e
             if low >= -size and high < 0:
                 return self.algebra.add(e, Const(size))
-        elif isinstance(e, Axis) and known_equal(e.atom.size, size):
-            return e
-        elif e in (Q, K) and self.sizes.get(e) is not None and known_equal(self.sizes[e], size):
-            return e
+        else:
+            own = e.atom.size if isinstance(e, Axis) else self.sizes.get(e)
+            if own is not None and known_equal(own, size):
+                return e
         raise NotExpressible("an index that may be outside of its tensor")
 
     # -- ops that compute
@@ -338,16 +352,16 @@ class Terms:
     def _pushed(self, call: Call, only: Expr) -> Expr | None:
         """op(where(c, x, y)) as where(c, op(x), op(y)) for numbers x and y."""
         if only.type == "bool" and not isinstance(only, Apply):
-            arms: tuple[Expr, Expr, Expr] = (only, Const(1, "bool"), Const(0, "bool"))
+            arms: tuple[Expr, ...] = (only, Const(1, "bool"), Const(0, "bool"))
         elif isinstance(only, Apply) and only.op == "where":
-            arms = only.args  # type: ignore[assignment]
+            arms = only.args
         elif isinstance(only, Apply) and only.op == "int":
             arms = (only.args[0], Const(1), Const(0))
         elif only.type == "bool":
             arms = (only, Const(1, "bool"), Const(0, "bool"))
         else:
             return None
-        out = []
+        out: list[Expr] = []
         for arm in arms[1:]:
             args = [arm if isinstance(a, Expr) and not isinstance(a, Const) else a for a in call.args]
             if isinstance(arm, Const):
@@ -366,7 +380,7 @@ class Terms:
         c, a, b = args if name == "where" else (args[1], args[2], args[0])
         if c.type != "bool":
             return None
-        values = []
+        values: list[Expr] = []
         for x in (a, b):
             if isinstance(x, Const):
                 own = torch.tensor(float(x.value), dtype=torch.float64).to(call.dtype)
@@ -547,7 +561,7 @@ def _flip(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> 
 def _repeat(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
     shape = shape_of(source)
     own = index[len(index) - len(shape) :]
-    out = []
+    out: list[Expr] = []
     for n, i, total in zip(shape, own, shape_of(node)[len(index) - len(shape) :]):
         if is_one(n):
             out.append(Const(0))
@@ -668,7 +682,9 @@ def _pieces(t: Terms, parts: Sequence[fx.Node], dim: int, index: tuple[Expr, ...
     else:
         size = shape_of(first)[dim]
         rest = t.algebra.sub(at, t.size(size))
-        whole = (*index[:dim], at, *index[dim + 1 :]) if not is_one(size) else (*index[:dim], Const(0), *index[dim + 1 :])
+        whole = (
+            (*index[:dim], at, *index[dim + 1 :]) if not is_one(size) else (*index[:dim], Const(0), *index[dim + 1 :])
+        )
         low = t.at(first, whole, frozen)
         high = _pieces(t, parts[1:], dim, (*index[:dim], rest, *index[dim + 1 :]), frozen)
         found = t.algebra.where(t.algebra.compare("lt", at, t.size(size)), low, high)

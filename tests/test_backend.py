@@ -12,8 +12,8 @@ import torch
 import attnfuse
 from attnfuse import backend as backend_module
 from attnfuse import ops, settings
-from attnfuse.kernels import CPU, KERNELS, REFERENCE
 from attnfuse.expr import dense
+from attnfuse.kernels import CPU, KERNELS, REFERENCE
 from attnfuse.settings import Settings
 from attnfuse.spec import AddFill, Attention, Bias, Operand, ReplaceFill, Scale, Softcap
 

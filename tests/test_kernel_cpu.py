@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from attnfuse import expr
+from attnfuse.expr import Algebra, causal, dense, documents, window
 from attnfuse.kernels import cpu, dropout, layout, reference
 from attnfuse.kernels.cpu import build
-from attnfuse import expr
-from attnfuse.expr import Algebra, causal, dense
 from attnfuse.spec import (
     AddFill,
     Attention,
@@ -277,9 +277,7 @@ def test_v_and_out_may_differ_from_q_in_dtype():
     torch.testing.assert_close(out.double(), want, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.bool, torch.uint8, torch.int32, torch.int64, torch.int8, torch.int16]
-)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.int64, torch.int8, torch.int16])
 @pytest.mark.parametrize("shape", [(2, 2, 40, 70), (2, 1, 1, 70), (1, 1, 40, 1)])
 @pytest.mark.parametrize("inverted", [False, True])
 def test_masks_of_every_dtype_and_broadcast(dtype, shape, inverted):
@@ -668,3 +666,142 @@ def test_allocate_works_on_fake_tensors_of_symbolic_size():
     assert len(shapes.guards) == guards
     assert tuple(out.shape) == (2, 2, 33, 16) and tuple(stats.shape) == (2, 2, 2, 33)
     assert [int(s) for s in out.stride()] == [33 * 2 * 16, 16, 2 * 16, 1]
+
+
+g = Algebra()
+_DOCS_Q, _DOCS_K = expr.Load(0, "int64"), expr.Load(1, "int64")
+_KEEP, _LENGTH, _WHOLE = expr.Load(2, "bool"), expr.Load(3, "int32"), expr.Load(4, "uint8")
+
+
+def _distance() -> expr.Expr:
+    return g.sub(expr.K, expr.Q)
+
+
+#: operands 0, 1: document ids of queries and of keys; 2: key padding; 3: a length per batch element; 4: a [Q, K] mask
+MASKS = {
+    "documents": documents(0, 1),
+    "causal documents": g.and_(causal(), documents(0, 1)),
+    "causal window": g.and_(causal(), window(100)),
+    "band": g.compare("le", g.abs(_distance()), expr.Const(40)),
+    "chunks": g.compare("eq", g.floordiv(expr.K, expr.Const(128)), g.floordiv(expr.Q, expr.Const(128))),
+    "causal chunks": g.and_(
+        causal(), g.compare("eq", g.floordiv(expr.K, expr.Const(70)), g.floordiv(expr.Q, expr.Const(70)))
+    ),
+    "prefix": g.or_(causal(), g.compare("lt", expr.K, expr.Const(250))),
+    "padding": _KEEP,
+    "causal padding": g.and_(causal(), _KEEP),
+    "lengths": g.compare("lt", expr.K, _LENGTH),
+    "from length": g.compare("ge", expr.K, g.sub(_LENGTH, expr.Const(100))),
+    "decode": g.compare("le", expr.K, g.add(expr.Q, _LENGTH)),
+    "query padding": g.and_(causal(), g.compare("ne", _DOCS_Q, expr.Const(0))),
+    "strided": g.compare("eq", g.mod(_distance(), expr.Const(3)), expr.Const(0)),
+    "either": g.or_(g.and_(causal(), documents(0, 1)), g.compare("le", expr.K, expr.Const(3))),
+    "cases": g.where(_KEEP, documents(0, 1), g.compare("le", g.add(expr.K, expr.Const(20)), expr.Q)),
+    "nearest": g.compare("le", g.minimum(g.abs(_distance()), g.mod(expr.K, expr.Const(64))), expr.Const(5)),
+    "given": g.truth(_WHOLE),
+    "given and causal": g.and_(causal(5), g.truth(_WHOLE)),
+    "not documents": g.not_(documents(0, 1)),
+    "never": g.compare("lt", expr.K, expr.Const(0)),
+}
+
+
+def _mask_operands(Q: int, K: int) -> list[torch.Tensor]:
+    queries = torch.randint(0, 4, (2, 1, Q, 1)).sort(dim=2).values
+    keys = torch.randint(0, 4, (2, 1, 1, K)).sort(dim=3).values
+    # one batch element in order, as packed batches are; the other without any
+    keys[1] = keys[1][..., torch.randperm(K)]
+    keep = torch.ones(2, 1, 1, K, dtype=torch.bool)
+    keep[0, ..., K // 2 :] = False
+    keep[1, ..., : K // 3] = False
+    keep[1, ..., K - 5] = False
+    lengths = torch.tensor([K // 3, K - 3], dtype=torch.int32).view(2, 1, 1, 1)
+    whole = torch.ones(Q, K, dtype=torch.uint8).tril(7)
+    whole[:, ::9] = 0
+    return [queries, keys, keep, lengths, whole[None, None]]
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("value", [-INF, FLOAT_MIN, -1e9, -3.0])
+@pytest.mark.parametrize("fill", [ReplaceFill, AddFill])
+def test_masks_as_expressions_match_the_reference(name, value, fill):
+    Q, K = (300, 330) if value == -INF else (107, 700)
+    q, k, v = qkv(2, 2, Q, K, 8)
+    hidden = "zero" if value == -INF else "nan"
+    # an infinite added fill gives NaN gradients in autograd's softmax where a row is empty, ours are zero
+    backward = not (fill is AddFill and value == -INF)
+    steps = (Scale(0.3), fill(MASKS[name], value))
+    check(q, k, v, _mask_operands(Q, K), steps=steps, hidden=hidden, backward=backward)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_as_expressions_with_few_queries(name):
+    q, k, v = qkv(2, 4, 3, 700, 16)
+    k, v = k[:, :2].repeat_interleave(1, 1), v[:, :2]
+    q = q.view(2, 2, 2, 3, 16)
+    operands = [o.unsqueeze(1) for o in _mask_operands(3, 700)]
+    for value in (-INF, FLOAT_MIN):
+        steps = (Scale(0.3), ReplaceFill(MASKS[name], value))
+        check(q, k[:, :, None], v[:, :, None], operands, steps=steps, hidden="zero", backward=False)
+
+
+@pytest.mark.parametrize("name", ["documents", "padding", "prefix", "given and causal"])
+def test_masks_as_expressions_on_weights(name):
+    q, k, v = qkv(2, 2, 107, 330, 8)
+    check(q, k, v, _mask_operands(107, 330), weight_steps=(ReplaceFill(MASKS[name], 0.0),))
+    check(q, k, v, _mask_operands(107, 330), weight_steps=(ReplaceFill(MASKS[name], 0.25),))
+
+
+def test_masks_join_with_biases_and_each_other():
+    Q, K = 107, 700
+    q, k, v = qkv(2, 2, Q, K, 8)
+    operands = [
+        *_mask_operands(Q, K),
+        randn(1, 2, Q, K),
+        randn(2, 1, 1, K).masked_fill(torch.rand(2, 1, 1, K) < 0.5, FLOAT_MIN),
+    ]
+    steps = (Scale(0.3), Bias(5), ReplaceFill(MASKS["documents"], -INF), Bias(6), AddFill(causal(400), FLOAT_MIN))
+    check(q, k, v, operands, steps=steps, hidden="zero")
+
+
+TABLES = {
+    # relative positions: one column per distance
+    "distances": ((1, 2, 1, 407), None, g.add(_distance(), expr.Const(106))),
+    "reversed": ((2, 2, 1, 407), None, g.add(g.sub(expr.Q, expr.K), expr.Const(300))),
+    # clamped distances, with a row per query (content to position) or per key (position to content)
+    "by query": ((2, 2, 107, 64), None, g.minimum(g.maximum(g.add(_distance(), expr.Const(32)), expr.Const(0)), expr.Const(63))),
+    "by key": ((2, 2, 301, 64), expr.K, g.minimum(g.maximum(g.add(_distance(), expr.Const(32)), expr.Const(0)), expr.Const(63))),
+    "one column": ((2, 1, 107, 9), None, g.mod(expr.Q, expr.Const(9))),
+    "a row of its own": ((1, 2, 5, 301), g.floordiv(expr.Q, expr.Const(30)), expr.K),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tables_and_their_gradients_match_the_reference(name, dtype):
+    shape, row, col = TABLES[name]
+    q, k, v = qkv(2, 2, 107, 301, 8)
+    operands = _mask_operands(107, 301)
+    table = randn(*shape, dtype=dtype)
+    check(q, k, v, [table], steps=(Scale(0.3), Bias(0, 0.5, row, col)))
+    check(
+        q,
+        k,
+        v,
+        [*operands, table],
+        steps=(Scale(0.3), Bias(5, 1.0, row, col), ReplaceFill(MASKS["causal padding"], -1e9)),
+    )
+
+
+def test_an_index_past_its_table_reads_its_end():
+    q, k, v = qkv(1, 1, 40, 50, 8)
+    table = randn(1, 1, 1, 30)
+    for col, inside in (
+        (g.add(_distance(), expr.Const(500)), None),
+        (g.add(g.mul(expr.K, expr.Const(3)), expr.Const(-20)), (torch.arange(50) * 3 - 20).clamp(0, 29)),
+    ):
+        out, _ = cpu.forward(make_spec(q, k, v, [table], steps=(Bias(0, 1.0, None, col),)), q, k, v, [table], None)
+        assert out.isfinite().all()
+        if inside is not None:
+            picked = table[..., inside]
+            want, _ = cpu.forward(make_spec(q, k, v, [picked], steps=(Bias(0),)), q, k, v, [picked], None)
+            assert torch.equal(out, want)

@@ -24,7 +24,17 @@ import filelock
 import platformdirs
 import torch
 
-_SOURCES = ("attention.cpp", "backward.h", "decode.h", "forward.h", "gemm.h", "masks.h", "problem.h", "rows.h", "simd.h")
+_SOURCES = (
+    "attention.cpp",
+    "backward.h",
+    "decode.h",
+    "forward.h",
+    "gemm.h",
+    "masks.h",
+    "problem.h",
+    "rows.h",
+    "simd.h",
+)
 # no -ffast-math: NaN and infinities mean something here
 _FLAGS = (
     *("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno"),

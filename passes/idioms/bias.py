@@ -14,7 +14,7 @@ from attnfuse.passes.find import maximum_subtracted
 from attnfuse.passes.idioms.example import Example, NearMiss
 from attnfuse.passes.labels import Labels, known_equal
 from attnfuse.passes.read import Peeled, Reader
-from attnfuse.spec import AddFill, Bias, Cast, Scale, Shift, Step, dtype_name
+from attnfuse.spec import Bias, Cast, Scale, Shift, Step, dtype_name
 
 
 def score_term(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled | str]:

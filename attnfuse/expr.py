@@ -428,6 +428,9 @@ class Algebra:
     def where(self, c: Expr, a: Expr, b: Expr) -> Expr:
         if isinstance(c, Const):
             return a if c.value else b
+        # a choice by the same condition inside is made already
+        opposite = self.not_(c)
+        a, b = _decided(a, c, opposite, True), _decided(b, c, opposite, False)
         if a == b:
             return a
         if a.type == "bool" and b.type == "bool":
@@ -466,6 +469,13 @@ class Algebra:
     def truth(self, a: Expr) -> Expr:
         """An integer as a bool."""
         return a if a.type == "bool" else self.compare("ne", a, Const(0))
+
+
+def _decided(e: Expr, c: Expr, opposite: Expr, holds: bool) -> Expr:
+    """e where c holds, or does not."""
+    while isinstance(e, Apply) and e.op == "where" and e.args[0] in (c, opposite):
+        e = e.args[1] if (e.args[0] == c) == holds else e.args[2]
+    return e
 
 
 def _leading(e: Expr) -> int:

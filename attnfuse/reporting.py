@@ -258,13 +258,35 @@ def explain(model_or_function: Callable[..., Any], /, *args: Any, **kwargs: Any)
         return backend(gm, example_inputs, options={"inner": "eager"})
 
     with collecting() as collected:
-        compile_fresh(model_or_function, explaining)(*args, **kwargs)
+        positional, keywords = _by_name(model_or_function, args, kwargs)
+        compile_fresh(model_or_function, explaining)(*positional, **keywords)
     name = name_of(model_or_function)
     if not collected:
         return Report(
             (), "", "", name, ("no graph was compiled: is torch.compile disabled, or did Dynamo skip the call?",)
         )
     return merge(collected, name)
+
+
+def _by_name(
+    model_or_function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments by keyword where that is the same call, so that the graph's inputs have names to report."""
+    from attnfuse._compat import original
+
+    target = original(model_or_function)
+    forward = getattr(target, "forward", target)
+    if getattr(target, "_forward_pre_hooks", None):
+        # a hook may look at positional arguments
+        return args, kwargs
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())
+    except (TypeError, ValueError):
+        return args, kwargs
+    taken = parameters[: len(args)]
+    if len(taken) < len(args) or any(p.kind is not p.POSITIONAL_OR_KEYWORD or p.name in kwargs for p in taken):
+        return args, kwargs
+    return (), {**{p.name: a for p, a in zip(taken, args, strict=True)}, **kwargs}
 
 
 def compile_fresh(

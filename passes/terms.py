@@ -429,6 +429,9 @@ class Terms:
                 return None
             return g.add(a, b, int(alpha) if name == "add" else -int(alpha))
         if name == "mul":
+            for a, b in (args[:2], args[1::-1]):
+                if a.type == "bool" or (isinstance(a, Apply) and a.op == "int"):
+                    return g.where(g.truth(a) if a.type == "bool" else a.parts[0], self._as_int(b), Const(0))
             return g.mul(*ints)
         if name == "neg":
             return g.mul(ints[0], Const(-1))

@@ -13,7 +13,7 @@ finfo.min swallows the logarithm of the sum.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ _LIBRARY.define("own(Tensor x) -> Tensor")
 
 #: Kernels that failed in this process, with the error: they are not tried again.
 failed: dict[str, str] = {}
+#: Called with (spec, q, k, operands) before each attention.
+observers: list[Callable[[Attention, torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], None]] = []
 _loaded: dict[str, Any] = {}
 
 
@@ -74,6 +76,8 @@ def _forward(
     strict: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     parsed = Attention.parse(spec)
+    for observe in observers:
+        observe(parsed, q, k, operands)
     if strict or kernel not in failed:
         try:
             return _module(kernel).forward(parsed, q, k, v, operands, seed)  # type: ignore[no-any-return]

@@ -17,8 +17,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import rich.console
     import rich.table
+    import torch
 
     from attnfuse.spec import Attention
 
@@ -44,6 +47,7 @@ class SiteReport:
     where    'file.py:123', the user's line that made the node `node` of the graph
     names    for each operand of the spec, the input of the graph it comes from, '' where it is none or several
     notes    why masks and biases stay tensors, those that do
+    kept     bool [*batch, Q, K], the keys that masks leave, on the inputs of the call; from `explain` only
     """
 
     status: Status
@@ -54,6 +58,7 @@ class SiteReport:
     node: str
     names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    kept: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def reads(self) -> str:
@@ -104,6 +109,12 @@ class Report:
 
     def _count(self, status: Status) -> int:
         return sum(site.status == status for site in self.sites)
+
+    def draw(self, folder: str | Path, tile: int = 0, element: int = 0) -> list[Path]:
+        """Write a picture of the tiles that each site's masks skip, need, or leave full; see attnfuse.drawing.draw."""
+        from attnfuse.drawing import draw
+
+        return draw(self, folder, tile, element)
 
     @property
     def summary(self) -> str:
@@ -257,7 +268,8 @@ def explain(model_or_function: Callable[..., Any], /, *args: Any, **kwargs: Any)
     def explaining(gm: Any, example_inputs: Any) -> Any:
         return backend(gm, example_inputs, options={"inner": "eager"})
 
-    with collecting() as collected:
+    calls: list[tuple[str, torch.Tensor | None]] = []
+    with collecting() as collected, _observing(calls):
         positional, keywords = _by_name(model_or_function, args, kwargs)
         compile_fresh(model_or_function, explaining)(*positional, **keywords)
     name = name_of(model_or_function)
@@ -265,7 +277,35 @@ def explain(model_or_function: Callable[..., Any], /, *args: Any, **kwargs: Any)
         return Report(
             (), "", "", name, ("no graph was compiled: is torch.compile disabled, or did Dynamo skip the call?",)
         )
-    return merge(collected, name)
+    return _with_masks(merge(collected, name), calls)
+
+
+@contextlib.contextmanager
+def _observing(calls: list[tuple[str, torch.Tensor | None]]) -> Iterator[None]:
+    """Note the spec of every attention that runs, and the keys its masks leave."""
+    from attnfuse import ops
+    from attnfuse.drawing import kept_keys
+
+    def observe(spec: Attention, q: torch.Tensor, k: torch.Tensor, operands: Sequence[torch.Tensor]) -> None:
+        calls.append((spec.text, kept_keys(spec, q, k, operands)))
+
+    ops.observers.append(observe)
+    try:
+        yield
+    finally:
+        ops.observers.remove(observe)
+
+
+def _with_masks(report: Report, calls: list[tuple[str, torch.Tensor | None]]) -> Report:
+    """The report with the masks of the calls: those of one spec are made in the order of its sites."""
+    left: dict[str, list[torch.Tensor | None]] = {}
+    for text, kept in calls:
+        left.setdefault(text, []).append(kept)
+    sites = []
+    for site in report.sites:
+        waiting = left.get(site.spec.text, []) if site.spec is not None and site.status == "fused" else []
+        sites.append(replace(site, kept=waiting.pop(0)) if waiting else site)
+    return replace(report, sites=tuple(sites))
 
 
 def _by_name(

@@ -120,9 +120,10 @@ def _document(content: dict[str, Any]) -> str:
         ],
     )
     intro = (
-        "`softmax(q @ k.T * scale + mask, dtype=float32).to(dtype) @ v`, B1 H8 D64. Training is forward and the "
-        "gradients of q, k and v. Speed-ups are against Inductor on the same code, quartiles in brackets; SDPA is a call "
-        "of `scaled_dot_product_attention` with the same mask, eager."
+        "`softmax(q @ k.T * scale + mask, dtype=float32).to(dtype) @ v`, B1 H8 D64. The mask is an input: 'dense' is "
+        "causal, finfo.min above the diagonal, of which the kernel passes over what it finds hidden; 'bias' has normal "
+        "values and hides nothing. Training is forward and the gradients of q, k and v. Speed-ups are against Inductor on "
+        "the same code, quartiles in brackets; SDPA is a call of `scaled_dot_product_attention` with the same mask, eager."
     )
     memory = (
         "Peak memory of one call above what was there before it, without a mask, each in a fresh process (without a "
@@ -144,7 +145,7 @@ def main(
     lengths: Annotated[str, typer.Option(help="instead of those of --quick or --full, such as 64,512")] = "",
     dtypes: Annotated[str, typer.Option()] = ",".join(DTYPES),
     modes: Annotated[str, typer.Option()] = "forward,training",
-    masks: Annotated[str, typer.Option(help="of dense, none and causal")] = "dense",
+    masks: Annotated[str, typer.Option(help="of dense, bias, none and causal")] = "dense,bias",
     memory: Annotated[bool, typer.Option(help="peak memory too")] = True,
     budget: Annotated[float, typer.Option(help="seconds a row; 0: 2 with --quick, 6 with --full")] = 0.0,
     kernel: Annotated[str, typer.Option(help="force this kernel on attnfuse")] = "",

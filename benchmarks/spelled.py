@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from benchmarks.timing import copy_of
 
 Mode = Literal["forward", "training"]
-Mask = Literal["dense", "none", "causal"]
+Mask = Literal["dense", "bias", "none", "causal"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 #: The backends that compile the eager spelling.
@@ -23,8 +23,8 @@ BACKENDS = ("inductor", "attnfuse")
 class Case:
     """q, k, v [B, H, L, D] in dtype.
 
-    mask   'dense': [1, 1, L, L] in dtype, finfo.min above the diagonal, an input; 'causal': the same made from arange
-           inside the function; 'none'
+    mask   'dense': [1, 1, L, L] in dtype, finfo.min above the diagonal, an input; 'bias': the same with normal values,
+           which hide nothing; 'causal': that of 'dense' made from arange inside the function; 'none'
     mode   'forward' without gradients, or 'training': forward and the gradients of q, k and v
     """
 
@@ -76,6 +76,7 @@ def called_causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Te
 
 _FUNCTIONS: Mapping[Mask, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "dense": (spelled, called),
+    "bias": (spelled, called),
     "none": (spelled_without_mask, called_without_mask),
     "causal": (spelled_causal, called_causal),
 }
@@ -91,6 +92,8 @@ def inputs(case: Case) -> tuple[list[torch.Tensor], torch.Tensor]:
     if case.mask == "dense":
         fill = torch.full((case.length, case.length), torch.finfo(dtype).min)
         arguments.append(fill.triu(1).to(dtype)[None, None])
+    elif case.mask == "bias":
+        arguments.append(torch.randn(1, 1, case.length, case.length, generator=generator).to(dtype))
     return arguments, cotangent
 
 

@@ -74,6 +74,6 @@ def test_reports_without_masks_say_so(tmp_path) -> None:
 
 def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     report, _ = explained()
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"attnfuse\[draw\]"):
         report.draw(tmp_path)

@@ -805,3 +805,51 @@ def test_an_index_past_its_table_reads_its_end():
             picked = table[..., inside]
             want, _ = cpu.forward(make_spec(q, k, v, [picked], steps=(Bias(0),)), q, k, v, [picked], None)
             assert torch.equal(out, want)
+
+
+@pytest.mark.parametrize("value", [-INF, FLOAT_MIN])
+def test_rows_without_a_gradient_are_passed_over_and_leave_none(value):
+    Q, K = 200, 300
+    q, k, v = qkv(2, 2, Q, K, 8)
+    operands = _mask_operands(Q, K)
+    # an infinite added fill gives NaN gradients in autograd's softmax where a row is empty, ours are zero
+    fill = ReplaceFill if value == -INF else AddFill
+    steps = (Scale(0.3), fill(MASKS["causal padding"], value))
+    spec = make_spec(q, k, v, operands, steps=steps, hidden="zero" if value == -INF else "nan")
+    out, stats = cpu.forward(spec, q, k, v, operands, None)
+    dout = randn(2, 2, Q, 8)
+    # the second element is padded on the left, so that its first rows see no key; a whole tile, and rows here and there
+    dout[1, :, : K // 3] = 0.0
+    dout[0, :, 100:] = 0.0
+    dout[0, :, ::7] = 0.0
+    needs = [True] * 3 + [False] * 5
+    grads = cpu.backward(spec, dout, q, k, v, operands, None, out, stats, needs)
+    tensors = (q, k, v, *operands)
+    _, oracle = evaluate(spec, tensors, None, torch.float64, dout)
+    _, eager = evaluate(spec, tensors, None, torch.float32, dout)
+    for i in range(3):
+        assert_close(grads[i], oracle[i], eager[i], f"gradient {i}")
+
+
+def test_a_nan_value_reaches_gradients_whatever_the_cotangent_is():
+    q, k, v = qkv(1, 1, 30, 40, 8)
+    v[0, 0, 3, 2] = math.nan
+    spec = make_spec(q, k, v, steps=(Scale(0.3), ReplaceFill(causal(20), -INF)))
+    out, stats = cpu.forward(spec, q, k, v, [], None)
+    dout = torch.zeros(1, 1, 30, 8)
+    grads = cpu.backward(spec, dout, q, k, v, [], None, out, stats, [True] * 3)
+    _, oracle = evaluate(spec, (q, k, v), None, torch.float64, dout)
+    for grad, want in zip(grads, oracle, strict=True):
+        assert torch.equal(grad.isnan(), want.isnan())
+
+
+@pytest.mark.parametrize("fill", [ReplaceFill, AddFill])
+@pytest.mark.parametrize("size", [1.0, 1e15])
+def test_rows_of_nothing_but_padding_weigh_all_keys_as_eager_does(fill, size):
+    # with scores of 1e30 an added finfo.min no longer makes all of them equal
+    q, k, v = qkv(2, 2, 200, 300, 8, scale=size)
+    k = k * size
+    keep = torch.ones(2, 1, 1, 300, dtype=torch.bool)
+    keep[1, ..., :120] = False
+    mask = g.and_(causal(), expr.Load(0, "bool"))
+    check(q, k, v, [keep], steps=(Scale(0.3), fill(mask, FLOAT_MIN)), backward=size == 1.0)

@@ -13,7 +13,8 @@ struct BackwardItem {
   i64 index[BATCH];
   bool want_scores;
   float *q, *dout, *dq, *m, *inverse, *delta, *k_cols, *k_rows, *v_cols, *dk, *dv, *s, *g, *weight, *spare;
-  uint8_t *full, *zero;
+  // tiles that see all keys; rows of zero weights; rows without a gradient, which are passed over
+  uint8_t *full, *zero, *idle;
 
   explicit BackwardItem(const Problem& problem) : p(problem), rows(problem) {
     const i64 nq = (p.Q + QT - 1) / QT, nk = (p.K + KT - 1) / KT;
@@ -44,6 +45,7 @@ struct BackwardItem {
     spare = c.floats(LD);
     full = reinterpret_cast<uint8_t*>(c.bytes(q_tiles));
     zero = reinterpret_cast<uint8_t*>(c.bytes(p.Q));
+    idle = reinterpret_cast<uint8_t*>(c.bytes(p.Q));
     rows.carve(c, true);
   }
 
@@ -67,9 +69,10 @@ struct BackwardItem {
         m[row] = top;
         inverse[row] = 1.0f / end.divisor;
         zero[row] = end.zero;
+        idle[row] = p.skips && end.divisor == end.divisor && is_idle(d, padded, r, row);
         // what forward went on to, or what is NaN on every key
-        if (p.skips && !end.zero && (!(top > p.doubt) || end.divisor != end.divisor)) full[t] = true;
-        if (p.skips && end.zero && p.doubt > -INF) full[t] = true;
+        if (!idle[row] && p.skips && !end.zero && (!(top > p.doubt) || end.divisor != end.divisor)) full[t] = true;
+        if (!idle[row] && p.skips && end.zero && p.doubt > -INF) full[t] = true;
         delta[row] = 0.0f;
       }
       if (want_scores && !p.nonlinear_weights)
@@ -80,6 +83,18 @@ struct BackwardItem {
         pack_tile(t);
         for (i64 u = 0; u < q_tiles; ++u) tile(t, u, true);
       }
+  }
+
+  // Whether a row's output has no gradient: then nothing has one through it, as long as no NaN is met on the way, which
+  // would show in the output.
+  bool is_idle(const float* d, i64 padded, i64 r, i64 row) {
+    for (i64 e = 0; e < p.Ep; e += NR)
+      for (i64 i = 0; i < NR; ++i)
+        if (d[e * padded + r * NR + i] != 0.0f) return false;
+    convert(p.out.dtype, at(p.out, index, row), p.out.col(), s, p.E);
+    float sum = 0.0f;
+    for (i64 e = 0; e < p.E; ++e) sum += s[e] * 0.0f;
+    return sum == 0.0f;
   }
 
   // delta = sum of dout * out over e, one e after the other as in the tiles: where a row sees one key only, the gradient
@@ -122,6 +137,12 @@ struct BackwardItem {
     const i64 q0 = q_tile * qt, n = p.Q - q0 < qt ? p.Q - q0 : qt, padded = round_up(n, MR);
     rows.enter_tile(q0, n, k0, keys, full[q_tile], limits);
     if (!limits.any) return;
+    if (std::memchr(idle + q0, 1, n)) {
+      for (i64 r = 0; r < n; ++r)
+        if (idle[q0 + r]) limits.lo[r] = limits.hi[r] = 0;
+      limits.settle(n, keys);
+      if (!limits.any) return;
+    }
     limits.find_columns(n, keys);
     products(s, q + q0 * p.Dp, padded * NR, k_cols, n, keys, p.D, limits);
     if (want_scores) products(g, dout + q0 * p.Ep, padded * NR, v_cols, n, keys, p.E, limits);

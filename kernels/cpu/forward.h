@@ -108,6 +108,7 @@ struct ForwardTile {
   float *q, *s, *o, *m, *l;
   Limits limits;
   i64 kt;
+  bool seen[QT];
 
   explicit ForwardTile(const Problem& problem) : p(problem), rows(problem) {
     const i64 tiles = (p.K + KT - 1) / KT;
@@ -125,7 +126,7 @@ struct ForwardTile {
   void pass(Pass kind, bool full, i64 q0, i64 n, const float* kp, const float* vp, const Finish* ends) {
     const i64 padded = round_up(n, MR);
     if (kind != EXACT)
-      for (i64 r = 0; r < n; ++r) m[r] = -INF, l[r] = 0.0f;
+      for (i64 r = 0; r < n; ++r) m[r] = -INF, l[r] = 0.0f, seen[r] = false;
     if (kind != STATS_ONLY) std::memset(o, 0, padded * p.Ep * sizeof(float));
     const i64 begin = full ? 0 : rows.masks.first_key(q0) / kt * kt, end = full ? p.K : rows.masks.last_key(q0 + n - 1);
     bool later = false;
@@ -134,7 +135,10 @@ struct ForwardTile {
       rows.enter_tile(q0, n, k0, keys, full, limits);
       if (!limits.any) continue;
       products(s, q, padded * NR, kp + k0 * p.D, n, keys, p.D, limits);
-      for (i64 r = 0; r < n; ++r) row(kind, q0 + r, r, ends, later);
+      for (i64 r = 0; r < n; ++r) {
+        seen[r] |= limits.lo[r] < limits.hi[r];
+        row(kind, q0 + r, r, ends, later);
+      }
       later = true;
       if (kind != STATS_ONLY) combine(o, p.Ep, s, vp + k0 * NR, p.K * NR, n, limits);
     }
@@ -168,6 +172,46 @@ struct ForwardTile {
     fill(x, hi, limits.block_hi[b], 0.0f);
   }
 
+  // The rows that saw no key get the mean of all values, where that is what their equal scores come to.
+  bool spread_evenly(i64 n, i64 padded, const float* kp, const float* vp) {
+    if (p.uniform < 0) return false;
+    for (i64 r = 0; r < n; ++r)
+      if (!(m[r] > p.doubt) && seen[r]) return false;
+    const Step& step = p.plan->steps[p.uniform];
+    if (step.kind == ADD) {
+      // the scores must vanish beside what is added
+      const float bound = largest(q, p.Dp * padded) * largest(kp, round_up(p.K, NR) * p.D) * static_cast<float>(p.D);
+      if (!(bound < 1e29f)) return false;
+    }
+    vf sum[2][2];
+    for (i64 e = 0; e < p.Ep; e += NR) {
+      const float* v = vp + e * p.K;
+      for (auto& pair : sum) pair[0] = pair[1] = splat(0.0f);
+      for (i64 j = 0; j < p.K; ++j) {
+        sum[j & 1][0] += loadf(v + j * NR);
+        sum[j & 1][1] += loadf(v + j * NR + VL);
+      }
+      for (i64 r = 0; r < n; ++r) {
+        if (seen[r]) continue;
+        store(o + r * p.Ep + e, sum[0][0] + sum[1][0]);
+        store(o + r * p.Ep + e + VL, sum[0][1] + sum[1][1]);
+      }
+    }
+    for (i64 r = 0; r < n; ++r)
+      if (!seen[r]) m[r] = static_cast<float>(step.value), l[r] = static_cast<float>(p.K);
+    return true;
+  }
+  // The largest magnitude among n floats; NaN if one is not finite.
+  static float largest(const float* x, i64 n) {
+    vf top = splat(0.0f), sum = top;
+    for (i64 i = 0; i + VL <= n; i += VL) {
+      const vf y = loadf(x + i), size = select(y < 0.0f, -y, y);
+      top = select(size > top, size, top);
+      sum += size * 0.0f;
+    }
+    return max_of(top) + sum_of(sum);
+  }
+
   // Queries [q0, q0 + n) of one batch element against its packed keys and values.
   void run(i64 element, const i64* index, i64 q0, i64 n, const float* kp, const float* vp) {
     const i64 padded = round_up(n, MR);
@@ -179,7 +223,7 @@ struct ForwardTile {
     if (p.skips && p.doubt > -INF) {
       bool doubtful = false;
       for (i64 r = 0; r < n; ++r) doubtful |= !(m[r] > p.doubt);
-      if (doubtful) pass(kind, true, q0, n, kp, vp, nullptr);
+      if (doubtful && !spread_evenly(n, padded, kp, vp)) pass(kind, true, q0, n, kp, vp, nullptr);
     }
     Finish ends[QT];
     bool nan = false;

@@ -301,25 +301,12 @@ struct Masks {
   // Narrows the limits by an added operand that is as good as -inf on keys at either end of a row.
   void look_through(const Step& s, i64 n, Limits& limits) const {
     const Ref& r = p.operand[s.operand];
-    const i64 rs = r.row(), cs = r.col(), width = size_of(r.dtype);
+    const i64 rs = r.row(), width = size_of(r.dtype);
     const float bound = static_cast<float>(HIDDEN_BELOW / s.value);
-    const char* at = base[s.operand] + (q0 * rs + k0 * cs) * width;
-    const auto hidden = [&](i64 row, i64 j) {
-      float x;
-      convert(r.dtype, at + (row * rs + j * cs) * width, 1, &x, 1);
-      return x <= bound;
-    };
-    const auto narrow = [&](i64 row, i64& lo, i64& hi) {
-      if (cs == 0) {
-        if (lo < hi && hidden(row, 0)) hi = lo;
-        return;
-      }
-      while (lo < hi && hidden(row, lo)) ++lo;
-      while (lo < hi && hidden(row, hi - 1)) --hi;
-    };
+    const char* at = base[s.operand] + (q0 * rs + k0 * r.col()) * width;
     if (rs == 0) {
       i64 lo = 0, hi = keys;
-      narrow(0, lo, hi);
+      narrow(r, at, bound, lo, hi);
       for (i64 i = 0; i < n; ++i) {
         limits.lo[i] = lo > limits.lo[i] ? lo : limits.lo[i];
         limits.hi[i] = hi < limits.hi[i] ? hi : limits.hi[i];
@@ -327,7 +314,37 @@ struct Masks {
       }
       return;
     }
-    for (i64 i = 0; i < n; ++i) narrow(i, limits.lo[i], limits.hi[i]);
+    for (i64 i = 0; i < n; ++i) narrow(r, at + i * rs * width, bound, limits.lo[i], limits.hi[i]);
+  }
+
+  // Takes off both ends of [lo, hi) what is at most `bound`. NaN is not.
+  static void narrow(const Ref& r, const char* row, float bound, i64& lo, i64& hi) {
+    if (r.dtype != F64 && r.col() == 1) {
+      with_float(r.dtype, [&](auto dt) {
+        const i64 width = size_of(dt);
+        while (lo + VL <= hi && all_at_most<dt>(row + lo * width, bound)) lo += VL;
+        while (lo < hi && load1<dt>(row + lo * width) <= bound) ++lo;
+        while (lo + VL <= hi && all_at_most<dt>(row + (hi - VL) * width, bound)) hi -= VL;
+        while (lo < hi && load1<dt>(row + (hi - 1) * width) <= bound) --hi;
+      });
+      return;
+    }
+    const auto hidden = [&](i64 j) {
+      float x;
+      convert(r.dtype, row + j * r.col() * size_of(r.dtype), 1, &x, 1);
+      return x <= bound;
+    };
+    if (r.col() == 0) {
+      if (lo < hi && hidden(0)) hi = lo;
+      return;
+    }
+    while (lo < hi && hidden(lo)) ++lo;
+    while (lo < hi && hidden(hi - 1)) --hi;
+  }
+  template <i64 DT>
+  static INLINE bool all_at_most(const char* p, float bound) {
+    const vi low = loadv<DT>(p) <= splat(bound);
+    return max_of(select(low, splat(0.0f), splat(1.0f))) == 0.0f;
   }
 
   // -- programs

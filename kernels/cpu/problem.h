@@ -92,6 +92,8 @@ struct Problem {
   // a row whose maximum is not above this may see skipped keys after all; -INF where fills are -inf
   float doubt;
   bool fills_weights, nonlinear_weights;
+  // the only fill, where a row that it hides whole weighs all keys alike; -1 for none
+  int uniform;
   // of each instruction, what its value depends on, and for those of ON_KEY the place of its vector
   uint8_t depends[MAX_INSTRS], slot[MAX_INSTRS];
   i64 n_vectors, n_kept;
@@ -145,6 +147,20 @@ inline void find_skips(Problem& p) {
   }
 }
 
+// A fill that is the last step turns a row without keys into one of equal scores: surely if it replaces them, and if it
+// adds what no score of bearable size changes.
+inline void find_uniform(Problem& p) {
+  const Plan& plan = *p.plan;
+  p.uniform = -1;
+  if (!p.skips || plan.n_weights || p.dropout || plan.unshifted || plan.n_steps == 0) return;
+  const int last = static_cast<int>(plan.n_steps) - 1;
+  const Step& step = plan.steps[last];
+  if (!p.hides[last] || !(step.value > -INF)) return;
+  for (int i = 0; i < last; ++i)
+    if (p.hides[i]) return;
+  if (step.kind == REPLACE || (step.kind == ADD && step.value <= -1e37 && p.first == last)) p.uniform = last;
+}
+
 // What each instruction depends on, and where the vectors of those that depend on the key are kept.
 inline void find_dependencies(Problem& p) {
   const Plan& plan = *p.plan;
@@ -183,6 +199,7 @@ inline void finish(Problem& p) {
   }
   p.dropout = plan.dropout != 0;
   find_skips(p);
+  find_uniform(p);
   find_dependencies(p);
 }
 

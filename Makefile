@@ -31,7 +31,7 @@ demo: $(STAMP)
 	$(BIN)/python -m attnfuse.demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m 'not slow and not gpu' --cov --cov-report=term --cov-report= -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu' --cov --cov-report=term -q $(PYTEST_ARGS)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)

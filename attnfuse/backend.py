@@ -25,6 +25,7 @@ from attnfuse.passes.read import read
 from attnfuse.passes.site import Refusal, Site
 from attnfuse.passes.structure import structure
 from attnfuse.settings import Settings
+from attnfuse.spec import Attention
 
 log = logging.getLogger("attnfuse")
 
@@ -170,29 +171,45 @@ def _treat(result: Site | Refusal, emitter: Emitter, chosen: Settings, fused: li
         name = result.anchor.name if result.anchor is not None else ""
         return reporting.SiteReport("refused", result.reason, None, None, result.where, name)
     assert isinstance(result, Site)
-    spec = replace(result.spec, nan_policy=chosen.nan_policy)
-    result.spec = spec
-    report = functools.partial(
+    if chosen.fuel is not None and len(fused) >= chosen.fuel:
+        spec = replace(result.spec, nan_policy=chosen.nan_policy)
+        return _report(result, spec, emitter)(
+            status="left", reason=f"fuel: {chosen.fuel} rewrites are done", kernel=None
+        )
+    report = _emit(result, emitter, chosen, fused)
+    if report.status == "refused" and result.unread is not None:
+        # a kernel may take a mask as a tensor that it does not take as an expression
+        again = _emit(result.unread, emitter, chosen, fused)
+        if again.status == "fused":
+            return replace(again, notes=(*again.notes, report.reason or ""))
+    return report
+
+
+def _report(site: Site, spec: Attention, emitter: Emitter) -> Callable[..., reporting.SiteReport]:
+    return functools.partial(
         reporting.SiteReport,
         spec=spec,
-        where=result.where,
-        node=result.anchor.name,
-        names=tuple(emitter.view.input_of(leaf.node) for leaf in result.operands),
-        notes=result.notes,
+        where=site.where,
+        node=site.anchor.name,
+        names=tuple(emitter.view.input_of(leaf.node) for leaf in site.operands),
+        notes=site.notes,
     )
-    if chosen.fuel is not None and len(fused) >= chosen.fuel:
-        return report(status="left", reason=f"fuel: {chosen.fuel} rewrites are done", kernel=None)
-    choice = choose(spec, value_of(result.q.node).device, chosen.kernel)
+
+
+def _emit(site: Site, emitter: Emitter, chosen: Settings, fused: list[Site]) -> reporting.SiteReport:
+    site.spec = spec = replace(site.spec, nan_policy=chosen.nan_policy)
+    report = _report(site, spec, emitter)
+    choice = choose(spec, value_of(site.q.node).device, chosen.kernel)
     problem = _problem(choice, chosen)
     if problem is not None:
         return report(status="refused", reason=problem, kernel=None)
     assert choice.kernel is not None
     if choice.leave is not None:
         return report(status="left", reason=choice.leave, kernel=None)
-    refusal = emitter.emit(result, choice.kernel.name)
+    refusal = emitter.emit(site, choice.kernel.name)
     if refusal is not None:
         return report(status="refused", reason=refusal.reason, kernel=None)
-    fused.append(result)
+    fused.append(site)
     return report(status="fused", reason=None, kernel=choice.kernel.name)
 
 

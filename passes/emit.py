@@ -13,7 +13,7 @@ from attnfuse._compat import FakeTensorMode, OpOverload, alias_key, pytree
 from attnfuse.expr import Apply, Const, Expr, Index, Linear
 from attnfuse.passes.aten import name_of, shape_of
 from attnfuse.passes.capture import Scope, View, is_mutating, is_stale, opaque, value_of, written
-from attnfuse.passes.labels import Atom, Dim, Distances, Labels, known_equal
+from attnfuse.passes.labels import Atom, Dim, Distances, Labels, is_one, known_equal
 from attnfuse.passes.read import stride_hint
 from attnfuse.passes.site import Leaf, Refusal, Site
 from attnfuse.passes.terms import Axis, Call, Symbol, Tensor
@@ -62,15 +62,7 @@ class Emitter:
         q = writer.canonical(site.q, site.batch, site.q_dim, site.d_dim)
         k = writer.canonical(site.k, site.batch, site.k_dim, site.d_dim)
         v = writer.canonical(site.v, site.batch, site.k_dim, site.e_dim)
-        operands = [
-            writer.canonical(
-                leaf,
-                site.batch,
-                site.q_dim if leaf.row is None else leaf.row,
-                site.k_dim if leaf.column is None else leaf.column,
-            )
-            for leaf in site.operands
-        ]
+        operands = [writer.operand(leaf, site) for leaf in site.operands]
         seed = None
         if site.spec.dropout > 0.0:
             device = value_of(site.q.node).device
@@ -365,6 +357,20 @@ class _Writer:
         for at, dim in enumerate(wanted):
             if not dim or dim[0] not in flat:
                 node = self.method("unsqueeze", node, at)
+        return node
+
+    def operand(self, leaf: Leaf, site: Site) -> fx.Node:
+        """A side tensor as [*batch, Q, K], or for a table [*batch, row, column]."""
+        row = site.q_dim if leaf.row is None else leaf.row
+        column = site.k_dim if leaf.column is None else leaf.column
+        node = self.canonical(leaf, site.batch, row, column)
+        wanted = [*((a,) for a in site.batch), row, column]
+        shape = node.meta["example_value"].shape
+        fits = len(shape) == len(wanted)
+        for size, dim in zip(shape, wanted):
+            fits = fits and (is_one(size) or (len(dim) == 1 and known_equal(size, dim[0].size)))
+        if not fits:
+            raise EmitError(f"an operand of the attention has the shape {list(shape)}")
         return node
 
     def _made(self, leaf: Leaf) -> fx.Node:

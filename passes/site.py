@@ -76,3 +76,5 @@ class Site:
     hints: dict[str, int | None] = field(default_factory=dict)
     # why masks stay tensors
     notes: tuple[str, ...] = ()
+    # the same site with its masks as the tensors they are in the graph
+    unread: Site | None = None

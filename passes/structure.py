@@ -84,7 +84,7 @@ class _Structure:
             describe_operand(leaf, site.batch, site.q_dim, site.k_dim, site.spec.batch) for leaf in self.leaves
         )
         spec = replace(site.spec, steps=tuple(steps), weight_steps=tuple(weight_steps), operands=operands)
-        return replace(site, spec=simplify(spec), operands=tuple(self.leaves), notes=notes)
+        return replace(site, spec=simplify(spec), operands=tuple(self.leaves), notes=notes, unread=site)
 
     def _all(self, operands: Sequence[Leaf] | None = None) -> list[Leaf]:
         site = self.site
@@ -217,7 +217,7 @@ class _Structure:
                 return self._hoisted(x, dtype_of(x.node))
             except NotExpressible:
                 return self._table(x)
-        leaf = Leaf(x.node, labels, starts=starts if any(starts) else ())
+        leaf = Leaf(x.node, labels, starts=starts)
         return Load(self._register(leaf), dtype_name(dtype_of(x.node)))
 
     def _labels(self, x: Tensor) -> tuple[Labels, tuple[int, ...]]:
@@ -230,7 +230,17 @@ class _Structure:
         atoms = [a for dim in labels for a in dim]
         if len(set(atoms)) != len(atoms):
             raise NotExpressible("a diagonal of a tensor")
-        return tuple(labels), tuple(starts)
+        return tuple(labels), self._cut(x, labels, starts)
+
+    def _cut(self, x: Tensor, labels: Sequence[Dim], starts: Sequence[int]) -> tuple[int, ...]:
+        """Where reading begins in each dim; nothing where all of the tensor is read."""
+        for dim, size in zip(labels, shape_of(x.node), strict=True):
+            extent: Any = 1
+            for atom in dim:
+                extent = extent * atom.size
+            if not known_equal(extent, size):
+                return tuple(starts)
+        return ()
 
     def _plain(self, at: Expr, size: Any) -> tuple[Dim, int]:
         terms = sum_of(at)
@@ -285,7 +295,7 @@ class _Structure:
             raise NotExpressible("an index that may be outside of its table")
         by_key = bool(self.site.k_dim) and self.site.k_dim[0] in atoms
         row = self.site.k_dim if by_key else self.site.q_dim
-        leaf = Leaf(x.node, tuple(labels), starts=tuple(starts) if any(starts) else (), row=row, column=(column,))
+        leaf = Leaf(x.node, tuple(labels), starts=self._cut(x, labels, starts), row=row, column=(column,))
         col = self._lowered(x.index[at])
         return Load(self._register(leaf), dtype_name(dtype_of(x.node)), K if by_key else None, col)
 

@@ -10,12 +10,12 @@ from hypothesis import Phase, given, settings
 
 import attnfuse
 from attnfuse.spec import AddFill, ReplaceFill
-from attnfuse.testing.graph_masks import MaskProgram, mask_programs, mutated_masks
+from attnfuse.testing.graph_masks import MaskProgram, Tree, mask_programs, mutated_masks
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 EACH = 5
-PROGRAMS = 2_000 if LONG else 200
-MUTATED = 1_000 if LONG else 100
+PROGRAMS = 2_000 if LONG else 120
+MUTATED = 1_000 if LONG else 40
 PHASES = [Phase.generate, Phase.shrink]
 
 
@@ -35,8 +35,13 @@ def is_dense(site: attnfuse.SiteReport) -> bool:
     return any(o.dims[-2:] == ("Q", "K") for o in site.spec.operands)
 
 
+def leaves(tree: Tree) -> set[str]:
+    parts = [t for t in tree[1:] if isinstance(t, tuple)]
+    return set().union(*(leaves(t) for t in parts)) if parts else {tree[0]}
+
+
 def check(program: MaskProgram) -> list[bool]:
-    """For each site whether its mask stayed a tensor."""
+    """For each site whether its mask stayed a tensor, though no part of it comes in as one."""
     out, report = compiled(program)
     expected = program.function(**program.inputs())
     assert [s.status for s in report.sites] == ["fused"] * len(program.trees), report
@@ -45,7 +50,9 @@ def check(program: MaskProgram) -> list[bool]:
         torch.testing.assert_close(
             a, b, rtol=1e-5, atol=1e-5, equal_nan=True, msg=functools.partial("{}\n{}".format, site.reads)
         )
-    return [is_dense(site) for site in report.sites]
+    return [
+        is_dense(s) and not {"buffer", "dense"} & leaves(t) for s, t in zip(report.sites, program.trees, strict=True)
+    ]
 
 
 def test_masks_are_read_right_and_nearly_all() -> None:
@@ -62,7 +69,7 @@ def test_masks_are_read_right_and_nearly_all() -> None:
 
 
 def test_masks_that_are_partly_inputs_are_read_right() -> None:
-    @settings(max_examples=PROGRAMS // 4, phases=PHASES)
+    @settings(max_examples=PROGRAMS // 3, phases=PHASES)
     @given(mask_programs(EACH, dense=True))
     def run(program: MaskProgram) -> None:
         check(program)

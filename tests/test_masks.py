@@ -350,6 +350,56 @@ def test_narrow_integers_wrap_as_in_eager() -> None:
     torch.testing.assert_close(compiled(*args, _keep()), wrapped(*args, _keep()))
 
 
+def _sliced(q, k, v, buffer):
+    n = q.shape[2]
+    return attend(q, k, v, buffer[:, :, 3 : n + 3, :n] & (torch.arange(n)[None] <= torch.arange(n)[:, None]))
+
+
+@pytest.mark.parametrize("side", [LENGTH + 3, 2 * LENGTH])
+def test_a_part_of_a_larger_tensor_is_read_where_it_lies(side: int) -> None:
+    buffer = torch.rand(1, 1, side, side) < 0.8
+    args = (*_inputs(), buffer)
+    (site,) = attnfuse.explain(_sliced, *args).sites
+    assert site.reads == "causal & mask from buffer else -inf"
+    attnfuse.verify(_sliced, *args, options=FAST).raise_if_failed()
+
+
+def test_where_an_expression_cannot_be_emitted_the_mask_stays_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnfuse.passes import emit
+
+    right = emit._Writer.operand
+
+    def fail_for_tables(self: Any, leaf: Any, site: Any) -> Any:
+        if leaf.made is not None:
+            raise emit.EmitError("no tables today")
+        return right(self, leaf, site)
+
+    monkeypatch.setattr(emit._Writer, "operand", fail_for_tables)
+    args = (*_inputs(), torch.randn(11, 4))
+    (site,) = attnfuse.explain(_relative, *args).sites
+    assert site.status == "fused" and "no tables today" in site.notes
+    assert site.spec is not None and [o.dims[-2:] for o in site.spec.operands] == [("Q", "K")]
+    attnfuse.verify(_relative, *args, options=FAST).raise_if_failed()
+
+
+def test_an_operand_of_the_wrong_shape_is_never_emitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnfuse.passes import emit
+
+    right = emit._Writer.canonical
+
+    def too_large(self: Any, leaf: Any, *dims: Any) -> Any:
+        node = right(self, leaf, *dims)
+        return self.method("repeat", node, 1, 1, 2, 2) if value_shape(leaf)[-2:] == (11, 4) or leaf.made else node
+
+    def value_shape(leaf: Any) -> tuple[int, ...]:
+        return tuple(leaf.node.meta["val"].shape)
+
+    monkeypatch.setattr(emit._Writer, "canonical", too_large)
+    args = (*_inputs(), torch.randn(11, 4))
+    (site,) = attnfuse.explain(_relative, *args).sites
+    assert site.status == "fused" and any("has the shape" in note for note in site.notes), site
+
+
 @pytest.mark.parametrize("spelled", ["eager", "sdpa"])
 def test_memory_of_a_causal_window_does_not_grow_with_the_square_of_the_length(spelled: str) -> None:
     from attnfuse._measure import peak_of

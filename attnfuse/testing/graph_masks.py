@@ -37,7 +37,8 @@ _LEAVES: dict[str, int] = {
 class MaskProgram:
     """A function with one attention for each mask.
 
-    source      the text of `program(q, k, v, keep, other, lengths, ids_q, ids_k, keep_q, dense)`, which returns a list
+    source      the text of `program(q, k, v, keep, other, longer, buffer, lengths, ids_q, ids_k, keep_q, dense)`, which
+                returns a list
     trees       the masks it means
     Q, K        sizes
     """
@@ -60,6 +61,9 @@ class MaskProgram:
         made = {name: torch.randn(B, H, n, D, generator=g) for name, n in (("q", Q), ("k", K), ("v", K))}
         made["keep"] = torch.rand(B, K, generator=g) < 0.7
         made["other"] = (torch.rand(B, K, generator=g) < 0.7).long()
+        # larger than what is attended to: read from some place on
+        made["longer"] = torch.rand(B, K + 5, generator=g) < 0.7
+        made["buffer"] = torch.rand(1, 1, 16, 16, generator=g) < 0.7
         made["lengths"] = torch.randint(0, K + 1, (B,), generator=g)
         made["ids_q"] = torch.randint(0, 3, (B, Q), generator=g).sort(-1).values
         made["ids_k"] = torch.randint(0, 3, (B, K), generator=g)
@@ -93,6 +97,8 @@ def _kept(t: Tree, x: dict[str, torch.Tensor], q: torch.Tensor, k: torch.Tensor)
         "stride": lambda: torch.remainder(k - q, max(n, 1)) == t[2],
         "padding": lambda: x["keep"][:, None, None],
         "other padding": lambda: x["other"][:, None, None] != 0,
+        "longer": lambda: x["longer"][:, n : n + k.shape[-1]][:, None, None],
+        "buffer": lambda: x["buffer"][:, :, n : n + q.shape[0], : k.shape[-1]],
         "lengths": lambda: k < x["lengths"][:, None, None, None],
         "documents": lambda: x["ids_q"][:, None, :, None] == x["ids_k"][:, None, None],
         "positions": lambda: x["ids_k"][:, None, None] <= x["ids_q"][:, None, :, None] + n,
@@ -159,7 +165,7 @@ def spelled(draw: st.DrawFn, masks: Sequence[Tree], Q: int, K: int) -> MaskProgr
     lines = ["out = []"]
     for tree in masks:
         lines += [f"m = {w.mask(tree)}", f"out.append({w.attention()})"]
-    names = "q, k, v, keep, other, lengths, ids_q, ids_k, keep_q, dense"
+    names = "q, k, v, keep, other, longer, buffer, lengths, ids_q, ids_k, keep_q, dense"
     body = "".join(f"    {line}\n" for line in [*lines, "return out"])
     return MaskProgram(f"def program({names}):\n{body}", tuple(masks), Q, K)
 
@@ -268,6 +274,13 @@ class _Speller:
                 f"~{self.over_keys('keep')} == False",
             ),
             "other padding": (f"{self.over_keys('other')} != 0", f"{self.over_keys('other')}.bool()"),
+            "longer": (
+                f"longer[:, {n}:{n + K}][:, None, None]",
+                f"longer[:, None, None, {n} : {n + K}]",
+                f"longer.narrow(1, {n}, {K}).view({B}, 1, 1, {K})",
+                f"longer[:, torch.arange({K}) + {n}][:, None, None, :]",
+            ),
+            "buffer": (f"buffer[:, :, {n}:{n + Q}, :{K}]", f"buffer[0, 0, {n}:{n + Q}, :{K}]"),
             "lengths": (f"({k}) < lengths[:, None, None, None]", f"lengths.view(-1, 1, 1, 1) > ({k})"),
             "documents": (
                 "ids_q[:, None, :, None] == ids_k[:, None, None, :]",

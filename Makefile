@@ -47,6 +47,7 @@ coverage-table: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.attention --full
+	$(BIN)/python -m benchmarks.masks
 	$(BIN)/python -m benchmarks.models
 
 gpu-check: $(STAMP)

@@ -204,8 +204,6 @@ def _emit(site: Site, emitter: Emitter, chosen: Settings, fused: list[Site]) -> 
     if problem is not None:
         return report(status="refused", reason=problem, kernel=None)
     assert choice.kernel is not None
-    if choice.leave is not None:
-        return report(status="left", reason=choice.leave, kernel=None)
     refusal = emitter.emit(site, choice.kernel.name)
     if refusal is not None:
         return report(status="refused", reason=refusal.reason, kernel=None)

@@ -40,7 +40,7 @@ logger = logging.getLogger("attnfuse")
 class SiteReport:
     """One attention, or what looked like one.
 
-    status   'fused': runs on `kernel`; 'left': is an attention, stays as it was because that is better or was asked for;
+    status   'fused': runs on `kernel`; 'left': is an attention, stays as it was since the option `fuel` was used up;
              'refused': could not be read, or no kernel serves it
     reason   why it is not fused; None where it is
     spec     what was read off the graph; None where reading failed

@@ -8,11 +8,12 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.coverage import table
+from benchmarks.masks import KINDS
 
 README = results.ROOT / "README.md"
 
 #: What is shown of attention alone, and of models.
-_LENGTHS = (512, 2048)
+_LENGTHS = (128, 2048)
 _MODEL_LENGTHS = (512, 2048)
 
 Content = dict[str, Any]
@@ -63,11 +64,11 @@ def attention(content: Content) -> str:
     """Times of attention alone."""
     lines = [
         [
-            f"attention, L={row['case']['length']}, {row['case']['dtype']}, {row['case']['mode']}",
+            f"attention, {_GIVEN[case['mask']]}, L={case['length']}, {case['dtype']}, {case['mode']}",
             *_compared(row, ("eager", "inductor", "attnfuse")),
         ]
         for row in content["times"]
-        if row["case"]["length"] in _LENGTHS and row["case"]["mask"] == "dense"
+        if (case := row["case"])["length"] in _LENGTHS and case["mask"] in _GIVEN
     ]
     return results.table(_HEAD, lines)
 
@@ -85,6 +86,19 @@ def models(content: Content) -> str:
     return results.table(_HEAD, lines)
 
 
+def masks(content: Content) -> str:
+    """Masks that the graph makes, against SDPA with the finished mask."""
+    lines = []
+    for row in content["times"]:
+        kind, seconds = KINDS[row["name"]], {name: timing["seconds"] for name, timing in row["timings"].items()}
+        shown = (results.duration(seconds[n]) if n in seconds else "" for n in ("inductor", "sdpa", "attnfuse"))
+        what = f"{row['name']}, B={kind.batch} L={kind.length}, {row['dtype']}, {row['mode']}"
+        lines.append([what, *shown, f"{row['timings']['attnfuse']['speedup']:.1f}"])
+    return results.table(("", "Inductor", "SDPA", "attnfuse", "attnfuse / SDPA"), lines)
+
+
+#: Masks that are inputs, in words.
+_GIVEN = {"dense": "causal mask given", "bias": "bias given"}
 _MODELS = {"bert": "BERT", "llama": "Llama"}
 _HEAD = ("", "eager", "Inductor", "attnfuse", "attnfuse / Inductor")
 
@@ -117,6 +131,10 @@ def main() -> None:
             f"Time, side by side ({facts['device']}, {facts['threads']} threads), `attnfuse / Inductor` as a speed-up:"
         )
     parts += [attention(alone)] if alone else []
+    made = _read("masks")
+    if made:
+        told = "Masks that the graph makes, beside SDPA (eager) that is given the mask as a tensor:"
+        parts += [told, masks({**made, "times": [row for row in made["times"] if row["dtype"] == "float32"]})]
     parts += [models(whole), compiling(whole)] if whole else []
     if not parts:
         raise SystemExit("nothing has been measured: run make bench and make coverage-table first")

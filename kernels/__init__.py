@@ -73,11 +73,10 @@ class Unsupported(ValueError):
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel to use, or the reasons for none, or why the site is better left as it is."""
+    """The kernel to use, or the reasons for none."""
 
     kernel: Kernel | None
     reasons: tuple[str, ...] = ()
-    leave: str | None = None
 
 
 def kernel_named(name: str) -> Kernel:
@@ -95,12 +94,6 @@ def choose(spec: Attention, device: torch.device, forced: str | None = None) -> 
     for kernel in candidates:
         found = kernel.capability.reasons(spec, device)
         if not found:
-            leave = None if forced else _better_left(spec, device)
-            return Choice(kernel, leave=leave)
+            return Choice(kernel)
         reasons.append(f"kernel {kernel.name} cannot: {'; '.join(found)}")
     return Choice(None, tuple(reasons))
-
-
-def _better_left(spec: Attention, device: torch.device) -> str | None:
-    """Why fusing would not pay, where all sizes are known. Set by benchmarks/attention.py."""
-    return None

@@ -149,6 +149,43 @@ def test_chunked_and_sliding_layers(attention: str) -> None:
     attnfuse.verify(model, grad=False, options=FAST, **inputs).raise_if_failed()
 
 
+@pytest.mark.models
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_left_padded_generation_with_a_static_cache(attention: str) -> None:
+    from transformers import StaticCache
+
+    longest, prompt = 20, 9
+    model, _ = build("llama")
+    model.set_attn_implementation(attention)
+    model.config.use_cache = True
+    ids = torch.randint(5, 128, (2, prompt))
+    keep = torch.ones(2, longest, dtype=torch.long)
+    keep[1, :4] = 0
+
+    def generate(call: Callable[..., Any]) -> list[torch.Tensor]:
+        cache, step, found = StaticCache(config=model.config, max_cache_len=longest), ids, []
+        with torch.no_grad():
+            for _ in range(5):
+                logits = call(input_ids=step, attention_mask=keep, past_key_values=cache, use_cache=True).logits
+                found.append(logits[:, -1])
+                step = logits[:, -1:].argmax(-1)
+        return found
+
+    attnfuse.reset()
+    torch.compiler.reset()
+    expected = generate(model)
+    found = generate(torch.compile(model, backend="attnfuse", fullgraph=True, options=FAST))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
+    sites = [site for report in attnfuse.reports() for site in report.sites]
+    assert sites and all(site.status == "fused" for site in sites)
+    for site in sites:
+        # with one query a mask is a row of keys, and small; where the queries of the prompt are, the graph computes
+        assert not any(o.dims[-2:] == ("Q", "K") for o in site.spec.operands), site.reads
+        if site.spec.Q != 1:
+            assert "key padding from attention_mask" in site.reads and "causal" in site.reads, site.reads
+
+
 # -- spellings
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import attnfuse
-from benchmarks import models, results, spelled, summary
+from benchmarks import masks, models, results, spelled, summary
 from benchmarks.memory import peak_of
 from benchmarks.spelled import Case, deviation
 from benchmarks.timing import copy_of, interleaved
@@ -107,6 +107,14 @@ def test_contenders_compute_the_same(mask: spelled.Mask, mode: spelled.Mode) -> 
     assert deviation(outputs[0], outputs[0]) == 0
 
 
+@pytest.mark.parametrize("name", ["8 documents", "causal, left padding"])
+def test_contenders_of_a_mask_compute_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(masks.KINDS, name, replace(masks.KINDS[name], length=64))
+    row = masks.measure(masks.Case(name, "float32", "forward"), 0.1)
+    assert row["status"] == "fused" and row["reads"].startswith("scale 0.125, causal & ")
+    assert set(row["timings"]) == {"sdpa", "inductor", "attnfuse", "control"}
+
+
 def test_deviation_is_relative_to_the_largest_value() -> None:
     exact = torch.tensor([10.0, 1.0])
     assert deviation(exact + 0.1, exact) == pytest.approx(0.01, rel=1e-4)
@@ -159,12 +167,15 @@ def test_summary_shows_the_measured_figures(tmp_path: Path, monkeypatch: pytest.
     }
     (tmp_path / "attention.json").write_text(json.dumps(rows))
     (tmp_path / "models.json").write_text(json.dumps({**rows, "compile": [compiling]}))
+    masked = {"name": "causal", "dtype": "float32", "mode": "forward", "timings": {**timings, "sdpa": timing}}
+    (tmp_path / "masks.json").write_text(json.dumps({"environment": environment, "times": [masked]}))
     outcome = {"fused": 2}
     counted = {"name": "hf/bert", "sites": 2, "calls": 0, "eval": outcome, "training": None}
     (tmp_path / "coverage.json").write_text(json.dumps({"rows": [counted]}))
     summary.main()
     text = readme.read_text()
-    assert "| attention, L=2048, float32, forward | 2 ms | 2 ms | 2 ms | 1.50 |" in text
+    assert "| attention, causal mask given, L=2048, float32, forward | 2 ms | 2 ms | 2 ms | 1.50 |" in text
+    assert "| causal, B=1 L=2048, float32, forward | 2 ms | 2 ms | 2 ms | 1.5 |" in text
     assert "| BERT, L=2048, float32, forward | 2 ms | 2 ms | 2 ms | 1.50 |" in text
     assert "a 12-layer BERT (forward) takes 1.10 times" in text
     assert "| transformers | 1 | 2 | 2 | 0 | 0 | 0 | 0 |" in text

@@ -27,6 +27,8 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 Bounds = tuple[float, float]
 UNBOUNDED: Bounds = (-math.inf, math.inf)
+#: No dim has more elements, so that int32 holds every index.
+LONGEST = 2**31 - 1
 
 
 class Expr:
@@ -70,10 +72,6 @@ class Index(Expr):
     kind: ClassVar[str] = "index"
     type: ClassVar[Type] = "int"  # type: ignore[misc]
     axis: Literal["q", "k"]
-
-    @property
-    def bounds(self) -> Bounds:
-        return (0, math.inf)
 
 
 @dataclass(frozen=True)
@@ -207,7 +205,7 @@ class Algebra:
         """Least and greatest value of an integer or bool expression."""
         if isinstance(e, Index):
             size = self.Q if e.axis == "q" else self.K
-            return (0, math.inf if size is None else max(size - 1, 0))
+            return (0, LONGEST if size is None else max(size - 1, 0))
         if isinstance(e, Linear):
             low = high = float(e.const)
             for c, t in e.terms:

@@ -15,6 +15,7 @@ from torch import fx
 
 from attnfuse._compat import OpOverload
 from attnfuse.expr import (
+    LONGEST,
     UNBOUNDED,
     Algebra,
     Apply,
@@ -34,9 +35,6 @@ from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, name_
 from attnfuse.passes.capture import View, is_stale, value_of
 from attnfuse.passes.labels import Atom, Size, is_one, known_equal
 
-#: No tensor has more elements in a dim; so int32 indices do not overflow.
-_LONGEST = 2**31 - 1
-
 
 @dataclass(frozen=True)
 class Axis(Expr):
@@ -47,7 +45,7 @@ class Axis(Expr):
 
     @property
     def bounds(self) -> Bounds:
-        return (0, self.atom.size - 1 if isinstance(self.atom.size, int) else _LONGEST)
+        return (0, self.atom.size - 1 if isinstance(self.atom.size, int) else LONGEST)
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Symbol(Expr):
 
     @property
     def bounds(self) -> Bounds:
-        return (0, _LONGEST)
+        return (0, LONGEST)
 
 
 @dataclass(frozen=True)
@@ -265,7 +263,8 @@ class Terms:
         name = name_of(node)
         special = _SPECIAL.get(name)
         if special is not None:
-            return special(self, node, index, frozen)
+            made = special(self, node, index, frozen)
+            return self._fits(made, dtype_of(node)) if made.type == "int" else made
         if name in _POINTWISE:
             return self._pointwise(node, index, frozen)
         raise NotExpressible(f"{name or node.target} is not made of indices")
@@ -347,7 +346,8 @@ class Terms:
                 given.append(torch.tensor(a.value, dtype=torch.float64 if a.type == "float" else None).to(dtype))
         kwargs = {k: v for k, v in call.kwargs if k != "device"}
         result = call.target(*given, **kwargs)
-        return self.number(result.item(), call.dtype)
+        # tensors of no dims may promote each other where those of the graph did not
+        return self.number(result.to(call.dtype).item(), call.dtype)
 
     def _pushed(self, call: Call, only: Expr) -> Expr | None:
         """op(where(c, x, y)) as where(c, op(x), op(y)) for numbers x and y."""

@@ -437,6 +437,18 @@ def test_an_operand_of_the_wrong_shape_is_never_emitted(monkeypatch: pytest.Monk
     assert site.status == "fused" and any("has the shape" in note for note in site.notes), site
 
 
+def test_numbers_are_rounded_to_the_dtype_of_the_tensor_they_fill() -> None:
+    def added(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        hidden = (torch.arange(LENGTH)[None] > torch.arange(LENGTH)[:, None]).to(q.dtype)
+        # finfo(float32).min is -inf in bfloat16, also where a float32 tensor without dims is multiplied with
+        return (q @ k.mT + torch.where(hidden > 0, hidden * torch.tensor(-3.4e38), 0)).softmax(-1) @ v
+
+    (site,) = attnfuse.explain(added, *(x.detach().bfloat16() for x in _inputs())).sites
+    assert site.spec is not None
+    (value,) = [s.value for s in site.spec.steps if hasattr(s, "keep")]
+    assert value == float(torch.tensor(-3.4e38).bfloat16()), site.reads
+
+
 @pytest.mark.parametrize("spelled", ["eager", "sdpa"])
 def test_memory_of_a_causal_window_does_not_grow_with_the_square_of_the_length(spelled: str) -> None:
     from attnfuse._measure import peak_of

@@ -499,15 +499,12 @@ class Values:
 
     def _line(self, e: Index | Axis) -> fx.Node:
         w = self.writer
-        atom = e.atom if isinstance(e, Axis) else next(a for a in self.dims if a not in self._batch())
+        # an index of the query or key is the last dim, batch dims come before it
+        atom = e.atom if isinstance(e, Axis) else self.dims[-1]
         at = self.dims.index(atom)
         line = w.call(torch.arange, (w.size_of(atom),), {"device": w.device})
         shape = [-1 if d == at else 1 for d in range(len(self.dims))]
         return w.method("view", line, *shape)
-
-    def _batch(self) -> tuple[Any, ...]:
-        # an index of the query or key is the last dim, batch dims come before it
-        return tuple(self.dims[:-1])
 
     def _call(self, e: Call) -> fx.Node:
         w = self.writer

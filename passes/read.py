@@ -19,7 +19,7 @@ from attnfuse.passes.capture import View, getitem_source, is_mutating, is_stale,
 from attnfuse.passes.find import Anchor, looks_like_attention
 from attnfuse.passes.labels import Atom, Axes, Dim, Labels, is_one, known_equal
 from attnfuse.passes.site import Leaf, Refusal, Site
-from attnfuse.spec import Attention, Bias, Cast, Operand, Scale, Step, dtype_name
+from attnfuse.spec import Attention, Cast, Operand, Scale, Step, dtype_name
 
 
 @dataclass(frozen=True)
@@ -554,10 +554,6 @@ def _takes_shape_only(view: View, user: fx.Node, node: fx.Node, site: Site) -> b
 
 def _role(site: Site, node: fx.Node) -> str:
     return "weights" if node is site.anchor or site.anchor in node.all_input_nodes else "scores or weights"
-
-
-def added_bias(reader: Reader, leaf: Leaf, alpha: float) -> Step:
-    return Bias(reader.operand(leaf), alpha)
 
 
 __all__ = ["Peeled", "Reader", "Rule", "Scores", "build_site", "known_equal", "read", "read_scores", "read_value"]

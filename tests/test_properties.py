@@ -34,12 +34,11 @@ def reset_now_and_then(count):
         torch.compiler.reset()
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=[m.name for m in MUTATIONS])
-def test_no_decoy_is_rewritten_falsely(mutation):
+def check_decoys(decoys, number):
     count = 0
 
-    @sized(ROUNDS)
-    @given(testing.decoys((mutation,)))
+    @sized(number)
+    @given(decoys)
     def check(decoy):
         nonlocal count
         reset_now_and_then(count)
@@ -47,21 +46,16 @@ def test_no_decoy_is_rewritten_falsely(mutation):
         count += 1
 
     check()
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=[m.name for m in MUTATIONS])
+def test_no_decoy_is_rewritten_falsely(mutation):
+    check_decoys(testing.decoys((mutation,)), ROUNDS)
 
 
 def test_no_decoy_of_any_kind_is_rewritten_falsely():
     """The rest of the 500 that are drawn in all."""
-    count = 0
-
-    @sized(DECOYS - ROUNDS * len(MUTATIONS))
-    @given(testing.decoys())
-    def check(decoy):
-        nonlocal count
-        reset_now_and_then(count)
-        testing.check_program(decoy, seed=count, options=REWRITE)
-        count += 1
-
-    check()
+    check_decoys(testing.decoys(), DECOYS - ROUNDS * len(MUTATIONS))
 
 
 def test_spellings_of_attention_are_right_and_nearly_all_found():

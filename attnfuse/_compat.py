@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -129,6 +130,16 @@ def detect_fake_mode(values: list[Any]) -> FakeTensorMode | None:
 def is_functorch_tensor(value: Any) -> bool:
     """True for a tensor inside vmap, grad or another functorch transform."""
     return isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
+def _batch_dim_ops(name: str) -> tuple[Any, ...]:
+    homes = (torch._C._functorch, importlib.import_module("torch._functorch.predispatch"))
+    return tuple(getattr(home, name) for home in homes if hasattr(home, name))
+
+
+#: What Dynamo's graph calls at the beginning and at the end of torch.vmap, for each tensor.
+ADD_BATCH_DIM = _batch_dim_ops("_add_batch_dim")
+REMOVE_BATCH_DIM = _batch_dim_ops("_remove_batch_dim")
 
 
 def alias_key(tensor: torch.Tensor) -> int:

@@ -2,8 +2,8 @@
 
 Each ATen node knows the Dynamo node it came from (`View.origin`), and each Dynamo node the ATen node that holds its value
 (`Scope.values`). A checkpointed region is viewed in line, in a `Scope` of its own, so that a mask made outside is read
-outside. What cannot be viewed (an autograd.Function, hooks, functorch regions, other higher-order ops) is a node whose
-target is `opaque`.
+outside. What is under torch.vmap is viewed with the mapped dims in front (batched.py). What cannot be viewed (an
+autograd.Function, hooks, other functorch regions and higher-order ops) is a node whose target is `opaque`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch import fx
 
 from attnfuse import _compat
 from attnfuse._compat import HigherOrderOperator, OpOverload, pytree
+from attnfuse.passes import batched
+from attnfuse.passes.batched import Batched
 
 
 class CaptureError(Exception):
@@ -220,6 +222,11 @@ class _Recorder:
             return mode
         if node.target is _compat.exit_autocast:
             return args[0].__exit__(None, None, None)
+        leaves = pytree.tree_leaves((args, kwargs))
+        if batched.may_write(node.target, kwargs) and (_is_mapped(node) or any(isinstance(x, Batched) for x in leaves)):
+            raise CaptureError("a write to a tensor inside of torch.vmap")
+        if batched.takes_part(node.target, leaves) and not any(x is UNKNOWN for x in leaves):
+            return self._run_batched(node, args, kwargs)
         if self._must_stay_opaque(node, args, kwargs):
             return self._opaque(node, args, kwargs)
         try:
@@ -229,6 +236,18 @@ class _Recorder:
         except Exception:
             # Whatever cannot be run on fake tensors is not attention; what Dynamo knows of its value is enough.
             return self._opaque(node, args, kwargs)
+
+    def _run_batched(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        try:
+            found = batched.run(node.target, args, kwargs)
+        except Exception:
+            return self._opaque(node, args, kwargs)
+        example = node.meta.get("example_value")
+        tensor = found.tensor if isinstance(found, Batched) else found
+        # a tensor without dims counts as a number where dtypes are promoted; lined up, it has dims
+        if not isinstance(example, torch.Tensor) or tensor.dtype != example.dtype:
+            return self._opaque(node, args, kwargs)
+        return found
 
     def _must_stay_opaque(self, node: fx.Node, args: Any, kwargs: Any) -> bool:
         leaves = pytree.tree_leaves((args, kwargs))
@@ -248,11 +267,12 @@ class _Recorder:
 
     def _opaque(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         example = node.meta.get("example_value")
-        inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        inputs = [x.tensor if isinstance(x, Batched) else x for x in pytree.tree_leaves((args, kwargs))]
+        inputs = [x for x in inputs if isinstance(x, torch.Tensor)]
         inputs = [x for x in inputs if not _compat.is_functorch_tensor(x) and _compat.traced_node(x) is not None]
         proxies = tuple(_proxy(x) for x in inputs)
         leaves, tree = pytree.tree_flatten(example)
-        if any(_compat.is_functorch_tensor(x) for x in leaves):
+        if _is_mapped(node):
             _compat.record_opaque(opaque, proxies, None)
             return UNKNOWN
         with _compat.no_proxies():
@@ -282,6 +302,8 @@ class _Recorder:
         def made_by(x: Any) -> Any:
             if isinstance(x, torch.Tensor):
                 return None if _compat.is_functorch_tensor(x) else _compat.traced_node(x)
+            if isinstance(x, Batched):
+                return None
             if isinstance(x, (torch.SymInt, torch.SymFloat)):
                 return _compat.traced_node(x) or x
             return x
@@ -298,6 +320,10 @@ def _attribute(module: fx.GraphModule, target: str) -> Any:
     for part in target.split("."):
         value = getattr(value, part)
     return value
+
+
+def _is_mapped(node: fx.Node) -> bool:
+    return any(_compat.is_functorch_tensor(x) for x in pytree.tree_leaves(node.meta.get("example_value")))
 
 
 def _is_checkpoint(node: fx.Node) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnfuse._compat import FakeTensorMode, OpOverload, alias_key, pytree
+from attnfuse._compat import FakeTensorMode, OpOverload, alias_key, is_functorch_tensor, pytree
 from attnfuse.expr import Apply, Const, Expr, Index, Linear
 from attnfuse.passes.aten import name_of, shape_of
 from attnfuse.passes.capture import Scope, View, is_mutating, is_stale, opaque, value_of, written
@@ -309,6 +309,8 @@ class _Writer:
             if isinstance(example, torch.SymInt) and known_equal(example, wanted):
                 symbol: fx.Node = node
                 return symbol
+            if is_functorch_tensor(example):
+                continue
             if isinstance(example, torch.Tensor) and not isinstance(example, torch.nn.Parameter):
                 for dim, size in enumerate(example.shape):
                     if not isinstance(size, int) and known_equal(size, wanted):

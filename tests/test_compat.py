@@ -71,6 +71,18 @@ def test_detect_fake_mode_finds_the_first_one():
     assert _compat.detect_fake_mode([1, torch.ones(1)]) is None
 
 
+def test_vmap_is_bracketed_by_nodes_for_batch_dims():
+    seen = []
+
+    def note(gm, inputs):
+        seen.extend(node.target for node in gm.graph.nodes)
+        return gm.forward
+
+    torch.compile(torch.vmap(lambda x: x + 1), backend=note, fullgraph=True)(torch.ones(2, 3))
+    assert set(seen) & set(_compat.ADD_BATCH_DIM)
+    assert set(seen) & set(_compat.REMOVE_BATCH_DIM)
+
+
 def test_functorch_tensors_are_known():
     seen = []
     torch.vmap(lambda a: seen.append(_compat.is_functorch_tensor(a)) or a)(torch.ones(2))

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from model_zoo import ATTENTIONS, build
 from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.nn.attention.flex_attention import create_mask
 
 import attnfuse
 from attnfuse import backend
@@ -211,6 +213,23 @@ def _vmapped(q, k, v, keep):
     return attend(q, k, v, torch.vmap(inner, in_dims=(0, None))(rows, keys))
 
 
+def _mask_mod(q, k, v, keep):
+    # a function of four indices, vmapped over each, as in FlexAttention and transformers
+    def allowed(b, h, i, j):
+        return i.new_ones((), dtype=torch.bool) & (j <= i) & keep[b, j].bool()
+
+    mask = create_mask(allowed, q.shape[0], None, q.shape[2], k.shape[2], device="cpu")
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+def _vmapped_documents(q, k, v, ids):
+    # documents come per batch; keys stand in front, so that the mask is turned
+    index = torch.arange(q.shape[2])
+    same = torch.vmap(lambda own, i, j: own[i] == own[j], in_dims=(0, None, None))
+    same = torch.vmap(torch.vmap(same, in_dims=(None, 0, None), out_dims=-1), in_dims=(None, None, 0), out_dims=1)
+    return attend(q, k, v, same(ids, index, index).mT[:, None])
+
+
 def _old_style(q, k, v, keep):
     # extended masks as transformers built them for years
     seq = torch.arange(q.shape[2])
@@ -247,7 +266,7 @@ def _buckets(q, k, v, table):
     i = torch.arange(q.shape[2])
     distance = (i[None] - i[:, None]).abs().float()
     index = torch.log2(distance + 1).round().to(torch.long)
-    return (q @ k.mT + torch.nn.functional.embedding(index, table).permute(2, 0, 1)).softmax(-1) @ v
+    return (q @ k.mT + F.embedding(index, table).permute(2, 0, 1)).softmax(-1) @ v
 
 
 def _deberta(q, k, v, positions):
@@ -272,6 +291,13 @@ SPELLED = {
         "(causal + 4 & window 5) | key padding from keep | query padding from keep else -inf",
     ),
     "old style": (_old_style, _keep, "causal & key padding from keep plus -3.40282e+38"),
+    "vmapped": (_vmapped, _keep, "causal else -inf"),
+    "mask mod": (_mask_mod, _keep, "scale 0.25, causal & key padding from keep else -inf"),
+    "vmapped documents": (
+        _vmapped_documents,
+        lambda: torch.arange(LENGTH).expand(2, -1) // 7,
+        "documents from ids else -inf",
+    ),
     "gathered": (_gathered, _keep, "key padding from keep else -inf"),
     "written": (_written, _keep, "causal plus -1e+09"),
     "alibi": (_alibi, lambda: torch.rand(4).requires_grad_(), "-1 * table from slopes at k - q + 39"),
@@ -303,9 +329,27 @@ def test_gathers_by_distance_are_tables_of_queries_and_of_keys() -> None:
     attnfuse.verify(_deberta, *args, options=FAST).raise_if_failed()
 
 
-def test_vmapped_mask_is_right() -> None:
+def test_a_promotion_under_vmap_that_lining_up_would_change_stays_unknown() -> None:
+    def score(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        # under vmap both are numbers, so that the sum is float64; lined up, the one with dims would win
+        keys = torch.arange(k.shape[2], dtype=torch.float32)
+        bias = torch.vmap(lambda j: (j + start) - start)(keys)
+        return (q @ k.mT + bias.float()).softmax(-1) @ v
+
+    attnfuse.verify(score, *_inputs(), torch.tensor(2.0**25 + 1, dtype=torch.float64), options=FAST).raise_if_failed()
+
+
+def test_a_write_under_vmap_leaves_the_graph_alone() -> None:
+    def write(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        kept = keep.clone()
+        torch.vmap(lambda row: row.mul_(0))(kept)
+        return attend(q, k, v, kept[:, None, None].bool())
+
     args = (*_inputs(), _keep())
-    attnfuse.verify(_vmapped, *args, options=FAST).raise_if_failed()
+    report = attnfuse.explain(write, *args)
+    assert not report.sites
+    assert "torch.vmap" in str(report)
+    attnfuse.verify(write, *args, options=FAST | {"strict": False}).raise_if_failed()
 
 
 def test_a_mask_that_comes_in_stays_a_tensor_and_the_report_says_so() -> None:
@@ -457,7 +501,7 @@ def test_memory_of_a_causal_window_does_not_grow_with_the_square_of_the_length(s
         i = torch.arange(q.shape[2])
         mask = (i[None] <= i[:, None]) & (i[None] > i[:, None] - 64)
         if spelled == "sdpa":
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return (q @ k.mT + torch.where(mask, 0.0, torch.finfo(q.dtype).min)).softmax(-1) @ v
 
     compiled = torch.compile(local, backend="attnfuse", options={"kernel": "cpu", "strict": True})

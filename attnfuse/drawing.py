@@ -37,7 +37,9 @@ def kept_keys(
         if isinstance(step, (ReplaceFill, AddFill)) and step.value <= _HIDES:
             kept = kept & expr.evaluate(step.keep, on_cpu, rows, keys)
         elif isinstance(step, Bias) and step.row is None and step.col is None:
-            kept = kept & (step.alpha * on_cpu[step.operand].float() > _HIDES)
+            shown = step.alpha * on_cpu[step.operand].float() > _HIDES
+            gate = None if step.keep is None else expr.evaluate(step.keep, on_cpu, rows, keys)
+            kept = kept & (shown if gate is None else shown | ~gate)
         if kept.numel() > _MOST_ELEMENTS:
             return None
     return kept

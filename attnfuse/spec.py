@@ -26,7 +26,7 @@ from attnfuse import expr
 from attnfuse.expr import Expr
 
 #: Part of every spec's text, so that a compiled graph cached under an older meaning of a spec is never reused.
-OP_VERSION = 2
+OP_VERSION = 3
 
 #: What a row whose scores are all -inf gives: NaN as softmax does, 0 as scaled_dot_product_attention does, or 0 for every
 #: row that is NaN for whatever reason (softmax followed by nan_to_num).
@@ -55,7 +55,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Bias:
-    """s + alpha * operand; the operand may need a gradient.
+    """s + alpha * operand, only where `keep` holds if there is one; the operand may need a gradient.
 
     Of operand [*batch, rows, columns] it takes the element at (row, col), or where they are None that at (q, k): a table of
     relative positions is an operand [1, H, 1, T] read at col k - q + offset.
@@ -66,6 +66,7 @@ class Bias:
     alpha: float = 1.0
     row: Expr | None = None
     col: Expr | None = None
+    keep: Expr | None = None
 
     def __str__(self) -> str:
         return f"bias {self.operand}" if self.alpha == 1.0 else f"{_number(self.alpha)} * bias {self.operand}"
@@ -311,7 +312,8 @@ def _said(step: Step, words: expr.Words, called: Sequence[str]) -> str:
     if isinstance(step, Bias):
         factor = "" if step.alpha == 1.0 else f"{_number(step.alpha)} * "
         where = ", ".join(expr.text(x) for x in (step.row, step.col) if x is not None)
-        return f"{factor}{'table' if where else 'bias'} {called[step.operand]}{f' at {where}' if where else ''}"
+        said = f"{factor}{'table' if where else 'bias'} {called[step.operand]}{f' at {where}' if where else ''}"
+        return said if step.keep is None else f"{said} where {words.say(step.keep)}"
     return str(step)
 
 

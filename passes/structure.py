@@ -166,6 +166,8 @@ class _Structure:
                     return [AddFill(self._lowered(keep), no.value)]
                 if no.value == 0.0:
                     return [AddFill(self._lowered(self.algebra.not_(keep)), yes.value)]
+            if is_joint(keep) and isinstance(yes, Const) != isinstance(no, Const):
+                return self._chosen(keep, yes, no, alpha, dtype)
         if isinstance(e, Call) and e.target in (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor) and is_joint(e):
             same = all(d in (None, dtype) for d in e.dtypes) and e.dtype == dtype and not e.kwargs
             if same and len(e.args) == 2 and all(x.type == "float" for x in e.parts) and len(e.parts) == 2:
@@ -173,6 +175,14 @@ class _Structure:
                 return self._added(e.parts[0], alpha, dtype) + self._added(e.parts[1], sign * alpha, dtype)
         read = self._float(e, dtype)
         return [Bias(read.operand, alpha, read.row, read.col)]
+
+    def _chosen(self, keep: Expr, yes: Expr, no: Expr, alpha: float, dtype: torch.dtype) -> list[Step]:
+        """The steps for adding alpha * where(keep, yes, no), where one of the two is a number."""
+        if isinstance(yes, Const):
+            keep, yes, no = self.algebra.not_(keep), no, yes
+        read, keep = self._float(yes, dtype), self._lowered(keep)
+        steps: list[Step] = [Bias(read.operand, alpha, read.row, read.col, keep)]
+        return [*steps, AddFill(keep, alpha * no.value)] if no.value else steps  # type: ignore[attr-defined]
 
     def _float(self, e: Expr, dtype: torch.dtype) -> Load:
         if isinstance(e, Tensor):

@@ -7,7 +7,7 @@ back through the ops that made it. Where it ends in a tensor that is not made of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -328,8 +328,9 @@ class Terms:
             found = self._integer(name, call, node)
             if found is not None:
                 return self._fits(found, call.dtype)
-        if len(set(open_)) == 1:
-            pushed = self._pushed(call, open_[0])
+        joint = [a for a in dict.fromkeys(open_) if is_joint(a)]
+        if len(set(open_)) == 1 or len(joint) == 1:
+            pushed = self._pushed(call, joint[0] if joint else open_[0])
             if pushed is not None:
                 return pushed
         return call
@@ -350,7 +351,7 @@ class Terms:
         return self.number(result.to(call.dtype).item(), call.dtype)
 
     def _pushed(self, call: Call, only: Expr) -> Expr | None:
-        """op(where(c, x, y)) as where(c, op(x), op(y)) for numbers x and y."""
+        """op(where(c, x, y)) as where(c, op(x), op(y)) for numbers, and for what the query and the key do not decide jointly."""
         if only.type == "bool" and not isinstance(only, Apply):
             arms: tuple[Expr, ...] = (only, Const(1, "bool"), Const(0, "bool"))
         elif isinstance(only, Apply) and only.op == "where":
@@ -363,15 +364,31 @@ class Terms:
             return None
         out: list[Expr] = []
         for arm in arms[1:]:
-            args = [arm if isinstance(a, Expr) and not isinstance(a, Const) else a for a in call.args]
-            if isinstance(arm, Const):
-                out.append(self._folded(call, args))
-                continue
-            inner = self._pushed(call, arm)
+            args = tuple(arm if a == only else a for a in call.args)
+            inner = self._arm(replace(call, args=args), arm, is_joint(only))
             if inner is None:
                 return None
             out.append(inner)
         return self.algebra.where(arms[0], *out)
+
+    def _arm(self, call: Call, arm: Expr, split: bool) -> Expr | None:
+        """The op on one arm of a choice; None for one that is no simpler than the choice. split: the choice was joint."""
+        open_ = [a for a in call.args if isinstance(a, Expr) and not isinstance(a, Const)]
+        if not open_:
+            return self._folded(call, call.args)
+        if isinstance(arm, Const):
+            return self._scaled(call, arm, open_) if split else None
+        inner = self._pushed(call, arm)
+        return call if inner is None and split and not is_joint(arm) else inner
+
+    def _scaled(self, call: Call, number: Const, others: list[Expr]) -> Expr:
+        """A call with one number among its arguments, without the multiplication by 0 or 1 that it may be."""
+        if call.target is torch.ops.aten.mul.Tensor and len(others) == 1 and _dtype_in(call, others[0]) == call.dtype:
+            if number.value == 1:
+                return others[0]
+            if number.value == 0 and _is_whole(others[0]):
+                return self.number(0, call.dtype)
+        return call
 
     def _chosen(self, name: str, call: Call) -> Expr | None:
         args = [a for a in call.args if isinstance(a, Expr)]
@@ -470,6 +487,16 @@ class Terms:
 def _is_shifted(e: Expr | None) -> bool:
     """A tensor plus a constant, which costs nothing where it is compared."""
     return isinstance(e, Linear) and [c for c, _ in e.terms] == [1] and isinstance(e.terms[0][1], Tensor)
+
+
+def _is_whole(e: Expr) -> bool:
+    """Whether e is an integer in a floating dtype that holds all of them, so that it is finite."""
+    if isinstance(e, Call):
+        named = e.target._schema.name in ("aten::to", "aten::_to_copy", "aten::type_as")
+        return named and e.parts[0].type != "float" and e.dtype != torch.float16  # type: ignore[attr-defined]
+    if not isinstance(e, Tensor) or name_of(e.node) != "to" or is_stale(e.node):
+        return False
+    return type_of(dtype_of(e.node.args[0])) != "float" and dtype_of(e.node) != torch.float16  # type: ignore[arg-type]
 
 
 def _dtype_in(call: Call, x: Expr) -> torch.dtype | None:

@@ -133,20 +133,40 @@ def test_no_square_tensor_is_left_in_other_models(name: str, attention: str) -> 
     assert not any(site.notes for site in report.sites), [site.notes for site in report.sites]
 
 
+# model, what it needs besides, the masks of its layers
+FAMILIES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
+    "Gemma3Text": (
+        "Gemma3TextModel",
+        {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        {"causal & window 8", "causal"},
+    ),
+    "Qwen2": ("Qwen2Model", {}, {"causal"}),
+    "GPTNeoX": ("GPTNeoXModel", {}, {"causal"}),
+    "Llama4Text": (
+        "Llama4TextModel",
+        {"head_dim": 16, "attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 64},
+        {"causal & chunks of 8"},
+    ),
+}
+
+
 @pytest.mark.models
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_chunked_and_sliding_layers(attention: str) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chunks_windows_and_plain_layers_of_other_decoders(family: str, attention: str) -> None:
     import transformers
 
-    config = transformers.Gemma3TextConfig(
+    name, fields, masks = FAMILIES[family]
+    grouped = {} if family == "GPTNeoX" else {"num_key_value_heads": 2}
+    config = getattr(transformers, family + "Config")(
         vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0,
-        num_key_value_heads=2, head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"],
+        **grouped, **fields,
     )  # fmt: skip
     config._attn_implementation = attention
     config.use_cache = False
-    model, inputs = transformers.Gemma3TextModel(config).eval(), batch("left")
+    model, inputs = getattr(transformers, name)(config).eval(), batch("left")
     said = {text.split(" & key")[0] for text in reads(model, **inputs)}
-    assert said == {"causal & window 8", "causal"}
+    assert said == masks
     assert not square_tensors(rewritten(model, **inputs), {LENGTH})
     attnfuse.verify(model, grad=False, options=FAST, **inputs).raise_if_failed()
 
@@ -239,6 +259,27 @@ def _old_style(q, k, v, keep):
     return (q @ k.mT + extended).softmax(-1) @ v
 
 
+def _products(q, k, v, keep):
+    # transformers' get_extended_attention_mask: products of integers
+    seq = torch.arange(q.shape[2])
+    causal = (seq[None, None, :].repeat(q.shape[0], q.shape[2], 1) <= seq[None, :, None]).to(keep.dtype)
+    extended = causal[:, None, :, :] * keep[:, None, None, :]
+    extended = (1.0 - extended.to(dtype=q.dtype)) * torch.finfo(q.dtype).min
+    return (q @ k.mT + extended).softmax(-1) @ v
+
+
+def _float_products(q, k, v, keep):
+    causal = torch.ones(q.shape[2], k.shape[2]).tril()
+    return (q @ k.mT + (1.0 - causal * keep[:, None, None, :].to(q.dtype)) * -10000.0).softmax(-1) @ v
+
+
+def _causal_bias(q, k, v, bias):
+    # a bias by distance, -inf above the diagonal
+    i = torch.arange(q.shape[2])
+    distance = i[None] - i[:, None]
+    return (q @ k.mT + torch.where(distance <= 0, bias[:, distance + LENGTH - 1], float("-inf"))).softmax(-1) @ v
+
+
 def _gathered(q, k, v, keep):
     allowed = torch.gather(keep.expand(q.shape[0], -1), 1, torch.arange(k.shape[2]).expand(q.shape[0], -1))
     return attend(q, k, v, allowed.bool()[:, None, None, :])
@@ -291,6 +332,13 @@ SPELLED = {
         "(causal + 4 & window 5) | key padding from keep | query padding from keep else -inf",
     ),
     "old style": (_old_style, _keep, "causal & key padding from keep plus -3.40282e+38"),
+    "products": (_products, _keep, "bias from keep where causal, causal plus -3.40282e+38"),
+    "float products": (_float_products, _keep, "bias from keep where causal, causal plus -10000"),
+    "causal bias": (
+        _causal_bias,
+        lambda: torch.randn(4, 2 * LENGTH - 1).requires_grad_(),
+        "table from bias at k - q + 39 where causal, causal plus -inf",
+    ),
     "vmapped": (_vmapped, _keep, "causal else -inf"),
     "mask mod": (_mask_mod, _keep, "scale 0.25, causal & key padding from keep else -inf"),
     "vmapped documents": (

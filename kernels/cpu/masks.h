@@ -173,7 +173,8 @@ struct Masks {
     return static_cast<int>(&s >= plan.steps && &s < plan.steps + MAX_STEPS ? &s - plan.steps
                                                                           : plan.n_steps + (&s - plan.weights));
   }
-  static bool is_fill(const Step& s) { return s.kind == REPLACE || s.kind == ADD; }
+  // Whether the keys that the mask of score step i leaves out are hidden for good.
+  bool cuts(int i) const { return i < p.plan->n_steps && p.hides[i] && p.plan->steps[i].kind != BIAS; }
 
   void enter_element(const i64* index) {
     const Plan& plan = *p.plan;
@@ -181,7 +182,7 @@ struct Masks {
     uint8_t* at = kept;
     for (int i = 0; i < steps(); ++i) {
       const Step& s = step(i);
-      if (!is_fill(s)) continue;
+      if (!s.has_mask()) continue;
       Fill& f = fill[i];
       f.below_q = number(s.below_q, GREATEST);
       f.from_q = number(s.from_q, LEAST);
@@ -200,7 +201,7 @@ struct Masks {
   i64 first_key(i64 q) const {
     i64 k = 0;
     for (int i = 0; i < p.plan->n_steps; ++i)
-      if (p.hides[i] && is_fill(p.plan->steps[i])) {
+      if (cuts(i)) {
         const i64 a = plus(fill[i].from_q, q), b = fill[i].from;
         k = a > k ? a : k;
         k = b > k ? b : k;
@@ -210,7 +211,7 @@ struct Masks {
   i64 last_key(i64 q) const {
     i64 k = p.K;
     for (int i = 0; i < p.plan->n_steps; ++i)
-      if (p.hides[i] && is_fill(p.plan->steps[i])) {
+      if (cuts(i)) {
         const i64 a = plus(fill[i].below_q, q), b = fill[i].below;
         k = a < k ? a : k;
         k = b < k ? b : k;
@@ -226,9 +227,9 @@ struct Masks {
     limits.all(n, count);
     for (int i = 0; i < steps(); ++i) {
       const Step& s = step(i);
-      if (!is_fill(s)) continue;
+      if (!s.has_mask()) continue;
       Fill& f = fill[i];
-      const bool hides = !full && i < p.plan->n_steps && p.hides[i];
+      const bool hides = !full && cuts(i);
       classify(s, f, n);
       if (hides && (f.band == KEEPS_NONE || f.rest == KEEPS_NONE)) return none(n, limits);
       if (hides && f.band == MIXED)
@@ -239,9 +240,8 @@ struct Masks {
     if (!some) return none(n, limits);
     for (int i = 0; i < steps(); ++i) {
       const Step& s = step(i);
-      const bool hides = !full && i < p.plan->n_steps && p.hides[i];
-      if (is_fill(s) && fill[i].rest == MIXED) evaluate(s, fill[i], n, hides, limits);
-      if (s.kind == BIAS && hides) look_through(s, n, limits);
+      if (s.has_mask() && fill[i].rest == MIXED) evaluate(s, fill[i], n, !full && cuts(i), limits);
+      if (s.kind == BIAS && !full && i < p.plan->n_steps && p.hides[i]) look_through(s, n, limits);
     }
     limits.settle(n, count);
   }

@@ -312,6 +312,7 @@ class Programs:
 
     def __init__(self) -> None:
         self.words: list[bytes] = []
+        self._spans: dict[Expr, tuple[int, int]] = {}
 
     def packed(self) -> bytes:
         if len(self.words) > MAX_INSTRS:
@@ -319,11 +320,15 @@ class Programs:
         return b"".join(self.words) + bytes(_INSTR.size * (MAX_INSTRS - len(self.words)))
 
     def add(self, e: Expr | None) -> tuple[int, int]:
-        """The span of the program for e, empty for None. An expression that occurs twice in it is computed once."""
-        begin = len(self.words)
-        if e is not None:
+        """The span of the program for e, empty for None: one span for equal expressions. What occurs twice in it is computed
+        once."""
+        if e is None:
+            return 0, 0
+        if e not in self._spans:
+            begin = len(self.words)
             self._run(e, {})
-        return begin, len(self.words)
+            self._spans[e] = begin, len(self.words)
+        return self._spans[e]
 
     def _run(self, e: Expr, known: dict[Expr, int]) -> int:
         if e not in known:
@@ -427,6 +432,12 @@ def _bound(part: Expr, uniform: frozenset[int]) -> tuple[str, Expr] | None:
 
 def _words(step: Step, programs: Programs, uniform: frozenset[int]) -> bytes:
     spans = dict.fromkeys(("keep", "below_q", "from_q", "below", "from", "row", "col"), (0, 0))
+    mask = getattr(step, "keep", None)
+    if mask is not None:
+        found = cut(mask, uniform)
+        spans["keep"] = programs.add(found.rest)
+        for name, bound in found.bounds.items():
+            spans[name] = programs.add(bound)
     kind, operand, slides, value, high = 0, -1, 0, 0.0, 0.0
     if isinstance(step, Scale):
         kind, operand, value = 0, -1 if step.operand is None else step.operand, step.value
@@ -444,10 +455,6 @@ def _words(step: Step, programs: Programs, uniform: frozenset[int]) -> bytes:
         kind, value, high = 5, step.low, step.high
     elif isinstance(step, (ReplaceFill, AddFill)):
         kind, value = 6 if isinstance(step, ReplaceFill) else 7, step.value
-        found = cut(step.keep, uniform)
-        spans["keep"] = programs.add(found.rest)
-        for name, bound in found.bounds.items():
-            spans[name] = programs.add(bound)
     elif isinstance(step, Cast):
         kind = 8
     else:

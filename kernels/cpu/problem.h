@@ -30,16 +30,26 @@ struct Instr {
 // The instructions of one program, whose last one is the result; empty for none.
 struct Span {
   i64 begin, end;
+  bool empty() const { return begin == end; }
+  bool operator==(const Span& o) const { return begin == o.begin && end == o.end; }
 };
 
 struct Step {
   i64 kind, operand;  // operand -1: a number
-  // fills: the keys kept are k < q + below_q, k >= q + from_q, k < below, k >= from, and `keep` on top of these
+  // fills, and added operands with a mask: the keys kept are k < q + below_q, k >= q + from_q, k < below, k >= from, and `keep` on top of these
   Span keep, below_q, from_q, below, from;
   // an added table's own indices; slides: its column is k + something that does not depend on k
   Span row, col;
   i64 slides;
   double value, high;
+
+  bool has_mask() const {
+    return kind == REPLACE || kind == ADD ||
+           !(keep.empty() && below_q.empty() && from_q.empty() && below.empty() && from.empty());
+  }
+  bool same_mask(const Step& o) const {
+    return keep == o.keep && below_q == o.below_q && from_q == o.from_q && below == o.below && from == o.from;
+  }
 };
 
 struct Plan {
@@ -127,7 +137,9 @@ inline void find_skips(Problem& p) {
     // known: the score itself is a number, and not only much smaller than all others
     bool known = step.kind == REPLACE, stays = known || step.kind == ADD;
     if (step.kind == BIAS && !table && step.value > 0 && plan.operand_dtype[step.operand] <= F64) {
-      stays = true;
+      // with a mask of its own it hides if the fill after it hides what that mask leaves out
+      const Step* next = i + 1 < plan.n_steps ? &step + 1 : nullptr;
+      stays = !step.has_mask() || (next && next->kind == ADD && next->same_mask(step) && next->value <= HIDDEN_BELOW);
       value = HIDDEN_BELOW;
     }
     for (int j = i + 1; j < plan.n_steps && stays; ++j) {
@@ -178,8 +190,8 @@ inline void find_dependencies(Problem& p) {
     p.slot[i] = static_cast<uint8_t>(p.n_vectors);
     if (on & ON_KEY) ++p.n_vectors;
   }
-  for (int i = 0; i < plan.n_steps; ++i) p.n_kept += plan.steps[i].keep.begin < plan.steps[i].keep.end;
-  for (int i = 0; i < plan.n_weights; ++i) p.n_kept += plan.weights[i].keep.begin < plan.weights[i].keep.end;
+  for (int i = 0; i < plan.n_steps; ++i) p.n_kept += !plan.steps[i].keep.empty();
+  for (int i = 0; i < plan.n_weights; ++i) p.n_kept += !plan.weights[i].keep.empty();
 }
 
 inline void finish(Problem& p) {

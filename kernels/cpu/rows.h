@@ -12,11 +12,12 @@ struct Rows {
   i64 number_of[MAX_OPERANDS];    // the row each holds, -1 for none
   float* saved = nullptr;         // [n_steps + n_weights][LD], for gradients
   float* kept = nullptr;          // [LD] dropout factors
+  float* gated = nullptr;         // [LD] an added operand, 0 where its mask leaves it out
 
   explicit Rows(const Problem& problem) : p(problem), masks(problem) {}
 
   static i64 bytes(const Plan& plan, bool gradients) {
-    i64 n = plan.n_operands * LD * 4 + LD * 4;
+    i64 n = plan.n_operands * LD * 4 + 2 * LD * 4;
     if (gradients) n += (plan.n_steps + plan.n_weights) * LD * 4;
     return round_up(n, 64) + 64;
   }
@@ -31,6 +32,8 @@ struct Rows {
       at += LD * 4;
     }
     kept = reinterpret_cast<float*>(at);
+    at += LD * 4;
+    gated = reinterpret_cast<float*>(at);
     at += LD * 4;
     if (gradients) saved = reinterpret_cast<float*>(at);
   }
@@ -187,6 +190,11 @@ struct Rows {
         return;
       case BIAS: {
         const float* x = added(step, query);
+        if (step.has_mask()) {
+          std::memcpy(gated + lo, x + lo, (hi - lo) * sizeof(float));
+          replace(step, gated, query, lo, hi, 0.0f);
+          x = gated;
+        }
         if (value == 1.0f) for (i64 j = lo; j < hi; ++j) s[j] += x[j];
         else for (i64 j = lo; j < hi; ++j) s[j] += value * x[j];
         return;
@@ -236,10 +244,16 @@ struct Rows {
         return;
       case BIAS:
         if (p.doperand[step.operand].mode) {
+          const float* given = g;
+          if (step.has_mask()) {
+            std::memcpy(spare + lo, g + lo, (hi - lo) * sizeof(float));
+            replace(step, spare, query, lo, hi, 0.0f);
+            given = spare;
+          }
           if (step.row.begin < step.row.end || step.col.begin < step.col.end)
-            scatter(step, g, value, query, lo, hi, index, chunk);
+            scatter(step, given, value, query, lo, hi, index, chunk);
           else
-            give(static_cast<int>(step.operand), g, value, query, lo, hi, index, chunk);
+            give(static_cast<int>(step.operand), given, value, query, lo, hi, index, chunk);
         }
         return;
       case SOFTCAP: case TANH:

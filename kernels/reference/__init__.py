@@ -89,7 +89,8 @@ def _apply(step: Step, s: torch.Tensor, operands: Sequence[torch.Tensor]) -> tor
     if isinstance(step, Scale):
         return s * (step.value if step.operand is None else operands[step.operand].to(s.dtype))
     if isinstance(step, Bias):
-        return s + step.alpha * _added(step, s, operands).to(s.dtype)
+        added = step.alpha * _added(step, s, operands).to(s.dtype)
+        return s + (added if step.keep is None else torch.where(keep_of(step.keep, s, operands), added, 0.0))
     if isinstance(step, Shift):
         return s + step.value
     if isinstance(step, Softcap):

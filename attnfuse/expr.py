@@ -17,18 +17,30 @@ import torch
 
 Type = Literal["bool", "int", "float"]
 
+Bounds = tuple[float, float]
+UNBOUNDED: Bounds = (-math.inf, math.inf)
 #: Integer dtypes and the values they hold; int64 counts as unbounded.
-_RANGES: dict[str, tuple[float, float]] = {
+_RANGES: dict[str, Bounds] = {
     "bool": (0, 1),
     "uint8": (0, 255),
     "int8": (-128, 127),
     "int16": (-(2**15), 2**15 - 1),
     "int32": (-(2**31), 2**31 - 1),
 }
-Bounds = tuple[float, float]
-UNBOUNDED: Bounds = (-math.inf, math.inf)
 #: No dim has more elements, so that int32 holds every index.
 LONGEST = 2**31 - 1
+
+
+def type_of(dtype: str) -> Type:
+    """What values of a dtype are. Raises NotExpressible for complex numbers."""
+    if dtype.startswith("complex"):
+        raise NotExpressible("a complex number")
+    return "bool" if dtype == "bool" else "int" if "int" in dtype else "float"
+
+
+def range_of(dtype: str) -> Bounds:
+    """The least and the greatest value that a dtype holds."""
+    return _RANGES.get(dtype, UNBOUNDED)
 
 
 class Expr:
@@ -86,13 +98,11 @@ class Load(Expr):
 
     @property
     def type(self) -> Type:  # type: ignore[override]
-        if self.dtype == "bool":
-            return "bool"
-        return "int" if "int" in self.dtype else "float"
+        return type_of(self.dtype)
 
     @property
     def bounds(self) -> Bounds:
-        return _RANGES.get(self.dtype, UNBOUNDED)
+        return range_of(self.dtype)
 
     @property
     def parts(self) -> tuple[Expr, ...]:

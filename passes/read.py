@@ -121,7 +121,7 @@ def read(view: View, anchor: Anchor) -> Site | Refusal | None:
     reader = Reader(view, anchor)
     result = sdpa.read(reader) if anchor.kind == "sdpa" else _read_softmax(reader)
     if isinstance(result, Site):
-        problem = _isolated(view, result)
+        problem = isolated(view, result)
         result = problem or result
     if isinstance(result, Refusal) and not looks_like_attention(view, anchor):
         return None
@@ -474,7 +474,7 @@ def stride_hint(stride: object) -> int:
     return hint if isinstance(hint, int) else 0
 
 
-def _isolated(view: View, site: Site) -> Refusal | None:
+def isolated(view: View, site: Site) -> Refusal | None:
     """Nothing outside uses or writes to what the op takes over, or to what it reads, in between."""
     for node in site.inside:
         if node is site.final:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnfuse import expr
 from attnfuse._compat import OpOverload
 from attnfuse.expr import (
     LONGEST,
-    UNBOUNDED,
     Algebra,
     Apply,
     Bounds,
@@ -34,6 +34,7 @@ from attnfuse.passes import views
 from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, name_of, shape_of
 from attnfuse.passes.capture import View, is_stale, value_of
 from attnfuse.passes.labels import Atom, Size, is_one, known_equal
+from attnfuse.spec import dtype_name
 
 
 @dataclass(frozen=True)
@@ -118,20 +119,11 @@ class Call(Expr):
 
 
 def type_of(dtype: torch.dtype) -> Type:
-    if dtype == torch.bool:
-        return "bool"
-    if dtype.is_complex:
-        raise NotExpressible("a complex number")
-    return "float" if dtype.is_floating_point else "int"
+    return expr.type_of(dtype_name(dtype))
 
 
 def range_of(dtype: torch.dtype) -> Bounds:
-    if dtype == torch.bool:
-        return (0, 1)
-    if dtype.is_floating_point or dtype == torch.int64:
-        return UNBOUNDED
-    info = torch.iinfo(dtype)
-    return (info.min, info.max)
+    return expr.range_of(dtype_name(dtype))
 
 
 def depends(e: Expr) -> set[Expr]:
@@ -189,10 +181,9 @@ class Terms:
         number = constant(node)
         if number is not None:
             return self.number(number, dtype_of(node))
-        leaf = self._leaf(node, index, frozen)
         if is_stale(node) or not isinstance(node.target, OpOverload):
-            return self._taken(leaf, node)
-        frozen = frozen or not self.view.grad.get(node, True) or name_of(node) == "detach"
+            return self._taken(node, index, frozen)
+        stopped, frozen = frozen, frozen or not self.view.grad.get(node, True) or name_of(node) == "detach"
         moved = self._moved(node, index, frozen)
         if moved is not None:
             return moved
@@ -205,19 +196,14 @@ class Terms:
         thin = not {Q, K} <= set().union(*(depends(i) for i in index))
         structured = not any(isinstance(x, Call) or {Q, K} & depends(x) for x in inside) or _is_shifted(found)
         if found is None or (thin and not structured):
-            return self._taken(leaf, node)
+            return self._taken(node, index, stopped)
         return found
 
-    def _leaf(self, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr | None:
-        """The element as it lies in memory; None if a gradient would flow that is stopped in the graph."""
+    def _taken(self, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
+        """The element as it lies in memory, where no gradient would flow that is stopped in the graph."""
         if frozen and self.trains and dtype_of(node).is_floating_point:
-            return None
-        return Tensor(node, index)
-
-    def _taken(self, leaf: Expr | None, node: fx.Node) -> Expr:
-        if leaf is None:
             raise NotExpressible(f"a gradient stops behind {node.name}")
-        return leaf
+        return Tensor(node, index)
 
     def number(self, value: float, dtype: torch.dtype) -> Expr:
         kind = type_of(dtype)
@@ -544,7 +530,7 @@ def _view(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> 
 
 def _permute(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
     placed = list(index)
-    for out_dim, in_dim in enumerate(views._permutation(node)):
+    for out_dim, in_dim in enumerate(views.permutation(node)):
         placed[in_dim] = index[out_dim]
     return tuple(placed)
 

@@ -29,7 +29,7 @@ def _same_shape(a: fx.Node, b: fx.Node) -> bool:
     return len(x) == len(y) and all(known_equal(i, j) for i, j in zip(x, y))
 
 
-def _permutation(node: fx.Node) -> list[int]:
+def permutation(node: fx.Node) -> list[int]:
     """For each output dim of a permuting op, the input dim it is."""
     rank = len(shape_of(node))
     probe = torch.empty([2 + i for i in range(rank)], device="meta")
@@ -67,7 +67,7 @@ def back(axes: Axes, node: fx.Node, labels: Labels) -> Step | None:
         return Step(source, found, alias_key(value_of(source)) != alias_key(value_of(node)))
     if name == "permute":
         placed = list(labels)
-        for out_dim, in_dim in enumerate(_permutation(node)):
+        for out_dim, in_dim in enumerate(permutation(node)):
             placed[in_dim] = labels[out_dim]
         return Step(source, tuple(placed), False)
     if name == "expand":
@@ -117,5 +117,5 @@ def forward(axes: Axes, node: fx.Node, labels: Labels) -> Labels | None:
     if name == "view":
         return axes.regroup(labels, shape_of(node))
     if name == "permute":
-        return tuple(labels[i] for i in _permutation(node))
+        return tuple(labels[i] for i in permutation(node))
     return None

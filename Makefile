@@ -3,15 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+# NumPy computes in Triton's interpreter: one thread for each process
+INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest tests/interpreted
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help setup demo test test-all lint coverage-table bench gpu-check clean
+.PHONY: help setup demo test test-all test-coverage lint coverage-table bench gpu-check clean
 
 help:
 	@echo "make demo            compile BERT, Llama and T5, and show what was rewritten"
 	@echo "make test            the test suite, without what is marked slow or gpu"
 	@echo "make test-all        the whole suite, the slow part included"
+	@echo "make test-coverage   make test, with the lines and branches that it ran"
 	@echo "make lint            ruff and mypy"
 	@echo "make coverage-table  run all coverage cases and write docs/coverage.md"
 	@echo "make bench           time attention and models beside Inductor, write docs/benchmarks.md"
@@ -31,10 +34,15 @@ demo: $(STAMP)
 	$(BIN)/python -m attnfuse.demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu' --cov --cov-report=term -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu' -q $(PYTEST_ARGS)
+	$(INTERPRETED) -n 2 -m 'not slow' -q $(PYTEST_ARGS)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(INTERPRETED) -q $(PYTEST_ARGS)
+
+test-coverage: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu' --cov --cov-report=term -q $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -10,7 +11,8 @@ from types import ModuleType
 import torch
 
 from attnfuse.kernels.capability import Capability
-from attnfuse.spec import Attention
+from attnfuse.kernels.device import Device
+from attnfuse.spec import Attention, ReplaceFill
 
 FLOATS = frozenset({"float32", "bfloat16", "float16"})
 NUMBERS = FLOATS | {"float64", "bool", "uint8", "int32", "int64"}
@@ -22,6 +24,17 @@ def _cpu_available() -> str | None:
     from attnfuse.kernels import cpu
 
     return cpu.available()
+
+
+def _triton_available() -> str | None:
+    from attnfuse.kernels import triton
+
+    return triton.available()
+
+
+def _weights_filled(spec: Attention) -> list[str]:
+    filled = any(isinstance(s, ReplaceFill) and s.value != 0.0 for s in spec.weight_steps)
+    return ["weights filled with a number other than 0"] if filled else []
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,23 @@ CPU = Kernel(
     Capability(frozenset({"cpu"}), FLOATS, NUMBERS, STEPS, WEIGHT_STEPS, available=_cpu_available),
     "attnfuse.kernels.cpu",
 )
+TRITON = Kernel(
+    "triton",
+    Capability(
+        # Triton's interpreter, for tests, takes tensors of the CPU
+        frozenset({"cuda", "xpu"} | ({"cpu"} if os.environ.get("TRITON_INTERPRET") == "1" else set())),
+        FLOATS,
+        NUMBERS | {"int16", "int8"},
+        STEPS,
+        WEIGHT_STEPS,
+        head_dims=256,
+        # below, Triton has no tensor cores and Inductor's own kernels are faster
+        least=80,
+        also=_weights_filled,
+        available=_triton_available,
+    ),
+    "attnfuse.kernels.triton",
+)
 REFERENCE = Kernel(
     "reference",
     Capability(
@@ -57,7 +87,45 @@ REFERENCE = Kernel(
 )
 
 #: All kernels, the preferred ones first.
-KERNELS: tuple[Kernel, ...] = (CPU, REFERENCE)
+KERNELS: tuple[Kernel, ...] = (CPU, TRITON, REFERENCE)
+
+
+def _no_bfloat16_casts(spec: Attention) -> list[str]:
+    return [] if spec.out_dtype == spec.v_dtype == spec.qk_dtype else ["inputs and result of several dtypes"]
+
+
+def _ascend_limits(spec: Attention) -> list[str]:
+    found = ["an unshifted softmax"] if spec.softmax != "plain" else []
+    heads = spec.groups
+    return found + ([] if heads is not None and heads <= 256 else ["more than 256 query heads to a key head"])
+
+
+#: What the kernels to come will take, so that every spec is held against it from the beginning; they are not chosen yet.
+PLANNED: dict[str, Capability] = {
+    # m8n8k4 tensor cores multiply float16 alone
+    "volta": Capability(
+        frozenset({"cuda"}),
+        frozenset({"float16"}),
+        NUMBERS,
+        STEPS,
+        WEIGHT_STEPS,
+        head_dims=128,
+        least=70,
+        most=75,
+        also=lambda spec: [*_weights_filled(spec), *_no_bfloat16_casts(spec)],
+    ),
+    # torch-npu's fused attention: scale, added bias, hidden keys, in this order
+    "ascend": Capability(
+        frozenset({"npu"}),
+        FLOATS,
+        FLOATS | {"bool", "int32", "int64"},
+        frozenset({"scale", "bias", "replace", "add", "cast"}),
+        frozenset(),
+        head_dims=512,
+        chips=frozenset({"Ascend910B", "Ascend910C"}),
+        also=lambda spec: [*_ascend_limits(spec), *_no_bfloat16_casts(spec)],
+    ),
+}
 
 
 def prepare() -> None:
@@ -87,8 +155,9 @@ def kernel_named(name: str) -> Kernel:
     raise ValueError(f"there is no kernel {name!r}; the kernels are {', '.join(k.name for k in KERNELS)}")
 
 
-def choose(spec: Attention, device: torch.device, forced: str | None = None) -> Choice:
+def choose(spec: Attention, device: torch.device | Device, forced: str | None = None) -> Choice:
     """The kernel for `spec` on `device`: the first that can run it, or `forced` by name if that can."""
+    device = Device.of(device)
     candidates: Sequence[Kernel] = [kernel_named(forced)] if forced else [k for k in KERNELS if not k.on_request]
     reasons = []
     for kernel in candidates:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 
+from attnfuse.kernels.device import Device
 from attnfuse.spec import Attention, Step
 
 
@@ -19,6 +20,10 @@ class Capability:
     operand_dtypes  dtypes of operands
     steps           kinds of score steps; weight_steps likewise after the softmax
     max_batch_rank  batch dims
+    head_dims       largest D and E; 0 for any
+    least, most     compute capabilities of NVIDIA GPUs, as 10 * major + minor; 0 for any
+    chips           chips of an NPU by name; none for any
+    also            what else speaks against a spec
     available       None if the kernel can run here, else why not (a compiler is missing, say)
     """
 
@@ -31,13 +36,16 @@ class Capability:
     backward: bool = True
     max_batch_rank: int = 6
     layouts: frozenset[str] = frozenset({"dense"})
+    head_dims: int = 0
+    least: int = 0
+    most: int = 0
+    chips: frozenset[str] = frozenset()
+    also: Callable[[Attention], Iterable[str]] = lambda spec: ()
     available: Callable[[], str | None] = lambda: None
 
-    def reasons(self, spec: Attention, device: torch.device) -> tuple[str, ...]:
+    def reasons(self, spec: Attention, device: torch.device | Device) -> tuple[str, ...]:
         """Why the kernel cannot run `spec` on `device`; empty if it can."""
-        found = []
-        if device.type not in self.devices:
-            found.append(f"device {device.type} (runs on {_list(self.devices)})")
+        found = self._of_device(Device.of(device))
         for name, dtype in (("q and k", spec.qk_dtype), ("v", spec.v_dtype), ("the result", spec.out_dtype)):
             if dtype not in self.dtypes:
                 found.append(f"{name} in {dtype} (takes {_list(self.dtypes)})")
@@ -50,6 +58,10 @@ class Capability:
             found.append("dropout")
         if len(spec.batch) > self.max_batch_rank:
             found.append(f"{len(spec.batch)} batch dims (takes {self.max_batch_rank})")
+        for what, size in (("D", spec.D), ("E", spec.E)):
+            if self.head_dims and (size is None or size > self.head_dims):
+                found.append(f"head size {what} {'unknown' if size is None else size} (takes {self.head_dims})")
+        found += self.also(spec)
         if spec.layout not in self.layouts:
             found.append(f"layout {spec.layout} (takes {_list(self.layouts)})")
         if not found:
@@ -57,6 +69,18 @@ class Capability:
             if missing is not None:
                 found.append(missing)
         return tuple(found)
+
+    def _of_device(self, device: Device) -> list[str]:
+        if device.type not in self.devices:
+            return [f"device {device} (runs on {_list(self.devices)})"]
+        if self.chips and device.name not in self.chips:
+            return [f"chip {device.name or 'unknown'} (runs on {_list(self.chips)})"]
+        # other vendors' devices of the same type have no compute capability
+        least, most = self.least, self.most or device.capability
+        if device.capability and not least <= device.capability <= most:
+            limits = f"from {least / 10:.1f} on" if not self.most else f"{least / 10:.1f} to {most / 10:.1f}"
+            return [f"compute capability {device.capability / 10:.1f} (takes {limits})"]
+        return [f"a device of type {device.type} that is not NVIDIA's"] if self.most and not device.capability else []
 
 
 def _list(names: frozenset[str]) -> str:

@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
+import kernel_cases
 import pytest
 import torch
+from kernel_cases import FLOAT_MIN, GATES, INF, STEPS, WEIGHTS, assert_close, evaluate, make_spec, qkv, randn
 
 from attnfuse import expr
 from attnfuse.expr import Algebra, Const, causal, dense, documents, window
@@ -19,107 +20,20 @@ from attnfuse.kernels import cpu, dropout, layout, reference
 from attnfuse.kernels.cpu import build
 from attnfuse.spec import (
     AddFill,
-    Attention,
     Bias,
     Cast,
-    Clamp,
-    Operand,
     ReplaceFill,
     Scale,
     Shift,
-    Softcap,
     Tanh,
     dtype_name,
 )
 
-INF = math.inf
-FLOAT_MIN = torch.finfo(torch.float32).min
-
 pytestmark = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
 
 
-def make_spec(q, k, v, operands=(), **fields) -> Attention:
-    rank = q.dim()
-    given = {
-        "batch": tuple(f"B{i}" for i in range(rank - 2)),
-        "sizes": (None,) * (rank + 2),
-        "qk_dtype": dtype_name(q.dtype),
-        "v_dtype": dtype_name(v.dtype),
-        "out_dtype": dtype_name(v.dtype),
-        "operands": tuple(Operand(dtype_name(o.dtype), _dims(o, rank)) for o in operands),
-        "steps": (Scale(q.shape[-1] ** -0.5 if q.shape[-1] else 1.0),),
-    }
-    return Attention(**{**given, **fields})
-
-
-def _dims(operand, rank) -> tuple[str, ...]:
-    names = (*(f"B{i}" for i in range(rank - 2)), "Q", "K")
-    return tuple("1" if size == 1 else name for size, name in zip(operand.shape, names, strict=True))
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
-    return (torch.randn(*shape) * scale).to(dtype)
-
-
-def qkv(B=2, H=2, Q=33, K=33, D=16, E=None, dtype=torch.float32, scale=1.0):
-    E = D if E is None else E
-    return randn(B, H, Q, D, dtype=dtype, scale=scale), randn(B, H, K, D, dtype=dtype), randn(B, H, K, E, dtype=dtype)
-
-
-def evaluate(spec, tensors, seed, compute, dout):
-    """out and gradients of the reference, through leaves of dtype `compute` (float64) or the inputs' own."""
-    widen = compute == torch.float64
-    leaves = [t.detach().to(compute) if widen and t.is_floating_point() else t.detach() for t in tensors]
-    floating = [t for t in leaves if t.is_floating_point()]
-    for t in floating:
-        t.requires_grad_()
-    out = reference.attend(spec, *leaves[:3], leaves[3:], seed, compute)[0]
-    found = torch.autograd.grad(out, floating, dout.to(compute), allow_unused=True) if out.requires_grad else []
-    found = iter(found)
-    return out.detach(), [next(found, None) if t.is_floating_point() else None for t in leaves]
-
-
-def assert_close(got, oracle, eager, what, factor=2.0):
-    """max error <= factor x eager's + 1e-5, mean <= 10x (float32) or 1.1x (lower); non-finite at the same places."""
-    assert torch.equal(got.isnan(), oracle.isnan()), f"{what}: NaN at other places"
-    assert torch.equal(got.isinf(), oracle.isinf()), f"{what}: infinities at other places"
-    ok = oracle.isfinite()
-    if not ok.any():
-        return
-    ours, theirs = (got.double() - oracle)[ok].abs(), (eager.double() - oracle)[ok].abs()
-    assert ours.max() <= factor * theirs.max() + 1e-5, f"{what}: max {ours.max():.2e}, eager {theirs.max():.2e}"
-    if theirs.max() == 0:
-        # a softmax over one key: eager's differences cancel exactly
-        return
-    mean = 10.0 if got.dtype == torch.float32 else 1.1
-    assert ours.mean() <= mean * theirs.mean() + 1e-6, f"{what}: mean {ours.mean():.2e}, eager {theirs.mean():.2e}"
-
-
-def check(q, k, v, operands: Sequence[torch.Tensor] = (), seed=None, backward=True, **fields):
-    """Forward and backward against the oracle; returns (out, gradients)."""
-    spec = make_spec(q, k, v, operands, **fields)
-    tensors = (q, k, v, *operands)
-    out, stats = cpu.forward(spec, q, k, v, operands, seed)
-    fake_out, fake_stats = layout.allocate(spec, q, k, v, operands)
-    assert (out.shape, out.stride(), out.dtype) == (fake_out.shape, fake_out.stride(), fake_out.dtype)
-    assert (stats.shape, stats.stride(), stats.dtype) == (fake_stats.shape, fake_stats.stride(), fake_stats.dtype)
-    dout = torch.randn(out.shape).to(out.dtype)
-    oracle, oracle_grads = evaluate(spec, tensors, seed, torch.float64, dout)
-    eager, eager_grads = evaluate(spec, tensors, seed, q.dtype, dout)
-    assert_close(out, oracle, eager, "out")
-    if not backward:
-        return out, []
-    needs = [t.is_floating_point() for t in tensors]
-    grads = cpu.backward(spec, dout, q, k, v, operands, seed, out, stats, needs)
-    factor = 3.0 if operands or spec.dropout else 2.0
-    for i, (grad, want, other) in enumerate(zip(grads, oracle_grads, eager_grads, strict=True)):
-        if want is None:
-            assert grad is None or not grad.any(), f"gradient {i} should be zero"
-            continue
-        assert grad.shape == tensors[i].shape and grad.dtype == tensors[i].dtype
-        if want.numel():
-            assert_close(grad, want, want if other is None else other, f"gradient {i}", factor)
-    return out, grads
+def check(*args, **fields):
+    return kernel_cases.check(cpu, *args, **fields)
 
 
 @pytest.fixture(autouse=True)
@@ -304,13 +218,6 @@ def test_an_operand_used_twice_gets_both_gradients():
         check(*qkv(), [bias], steps=(Scale(operand=0), Bias(0), Tanh()))
 
 
-GATES = {
-    "band": causal(3),
-    "rest": Algebra().compare("eq", Algebra().mod(expr.Q, Const(3)), Algebra().mod(expr.K, Const(3))),
-    "never": Const(0, "bool"),
-}
-
-
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("value", [None, -1e4, FLOAT_MIN])
 @pytest.mark.parametrize(("rows", "Qn", "Kn"), [(1, 4, 50), (130, 130, 300), (1, 130, 300)])
@@ -339,18 +246,6 @@ def test_a_number_that_is_left_out_reaches_nothing():
     bias[..., :20] = 1.0
     keep = Algebra().compare("le", expr.K, Const(19))
     check(*qkv(1, 2, 40, 60, 8), [bias], steps=(Bias(0, keep=keep),))
-
-
-STEPS = {
-    "softcap": (Scale(2.0), Softcap(3.0)),
-    "tanh": (Scale(0.5), Tanh(), Scale(4.0)),
-    "clamp": (Clamp(-1.0, 1.5),),
-    "clamp below": (Clamp(low=-0.5), Shift(2.0)),
-    "half": (Cast("float16"), Scale(0.25)),
-    "negative scale": (Scale(-0.7), Softcap(2.0), Clamp(high=1.0)),
-    "fill then cap": (ReplaceFill(causal(0), -1e9), Softcap(5.0)),
-    "many": (Scale(0.5), Shift(1.0), Tanh(), Scale(3.0), AddFill(causal(3), -1e4), Clamp(-50.0, 2.0), Cast("bfloat16")),
-}
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -472,15 +367,6 @@ def test_unshifted_softmax_is_nan_where_its_sum_is_out_of_range(Q):
     assert out.isnan().all(-1).squeeze().tolist()[:4] == [True, True, False, False]
     grads = cpu.backward(spec, torch.ones_like(out), q, k, v, [bias], None, out, stats, [True] * 4)
     assert grads[0].isnan().all(-1).squeeze().tolist()[:4] == [True, True, False, False]
-
-
-WEIGHTS = {
-    "zeroed": (ReplaceFill(dense(0), 0.0),),
-    "scaled": (Scale(0.5), Scale(operand=1)),
-    "zeroed and scaled": (Scale(operand=1), ReplaceFill(dense(0, inverted=True), 0.0), Scale(2.0)),
-    "filled": (ReplaceFill(dense(0), 0.25), Scale(operand=1)),
-    "causal": (ReplaceFill(causal(0), 0.0),),
-}
 
 
 @pytest.mark.parametrize("name", WEIGHTS)

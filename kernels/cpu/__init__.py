@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from attnfuse.kernels.cpu.build import BuildError, available, load, warm_up
+from attnfuse.kernels.cache import BuildError
+from attnfuse.kernels.cpu.build import available, load, warm_up
 from attnfuse.kernels.cpu.plan import plan_of, reverse_words
 from attnfuse.kernels.layout import allocate
 from attnfuse.spec import Attention

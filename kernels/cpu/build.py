@@ -7,7 +7,6 @@ a name made from the source, the compiler, the flags and the processor. Nothing 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import ctypes
 import hashlib
 import os
@@ -21,8 +20,9 @@ import threading
 from pathlib import Path
 
 import filelock
-import platformdirs
 import torch
+
+from attnfuse.kernels.cache import BuildError, cache_dir, refuse_unsafe
 
 _SOURCES = (
     "attention.cpp",
@@ -45,10 +45,6 @@ _FLAGS = (
 _TARGETS = (("-march=native", "-mtune=generic"), ())
 _HERE = Path(__file__).parent
 _LOCK_SECONDS = 300.0
-
-
-class BuildError(RuntimeError):
-    """The kernels cannot be compiled or loaded here; the message says why."""
 
 
 _lock = threading.RLock()
@@ -110,31 +106,6 @@ def compiler() -> list[str]:
     raise BuildError(f"no C++ compiler found (looked for {tried}, g++, clang++)")
 
 
-def cache_dir() -> Path:
-    """The directory for the library, made with mode 0700. Raises BuildError if somebody else could write to it.
-
-    Raises OSError where it cannot be made.
-    """
-    path = Path(os.environ.get("ATTNFUSE_CACHE_DIR") or platformdirs.user_cache_dir("attnfuse"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        path.mkdir(mode=0o700)
-    _refuse_unsafe(path, stat.S_ISDIR, "directory")
-    return path
-
-
-def _refuse_unsafe(path: Path, right_kind: object, kind: str) -> None:
-    info = os.lstat(path)
-    if stat.S_ISLNK(info.st_mode) or not right_kind(info.st_mode):  # type: ignore[operator]
-        raise BuildError(f"the cache {kind} {path} is a symlink or not a {kind}; remove it or set ATTNFUSE_CACHE_DIR")
-    if info.st_uid != os.getuid():
-        raise BuildError(f"the cache {kind} {path} belongs to user {info.st_uid}, not to {os.getuid()}")
-    if info.st_mode & 0o022:
-        raise BuildError(
-            f"the cache {kind} {path} is writable by others (mode {stat.S_IMODE(info.st_mode):o}); chmod go-w it"
-        )
-
-
 def _load() -> ctypes.CDLL:
     command = [*compiler(), *_FLAGS]
     name = f"attention-{_key(command)}.so"
@@ -153,7 +124,7 @@ def _load() -> ctypes.CDLL:
             _compile(command, path)
         except OSError as error:
             raise BuildError(f"nowhere to write the compiled kernels: {error}") from error
-    _refuse_unsafe(path, stat.S_ISREG, "file")
+    refuse_unsafe(path, stat.S_ISREG, "file")
     try:
         return _open(path)
     except OSError:

@@ -1,0 +1,40 @@
+"""Where compiled and generated code is kept: a directory that only its owner can write to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from pathlib import Path
+
+import platformdirs
+
+
+class BuildError(RuntimeError):
+    """The kernels cannot be compiled or loaded here; the message says why."""
+
+
+def cache_dir() -> Path:
+    """The directory for compiled and generated code, made with mode 0700. Raises BuildError if somebody else could write to it.
+
+    Raises OSError where it cannot be made.
+    """
+    path = Path(os.environ.get("ATTNFUSE_CACHE_DIR") or platformdirs.user_cache_dir("attnfuse"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    refuse_unsafe(path, stat.S_ISDIR, "directory")
+    return path
+
+
+def refuse_unsafe(path: Path, right_kind: object, kind: str) -> None:
+    """Raises BuildError for a path that is not what it should be, or that somebody else owns or may write to."""
+    info = os.lstat(path)
+    if stat.S_ISLNK(info.st_mode) or not right_kind(info.st_mode):  # type: ignore[operator]
+        raise BuildError(f"the cache {kind} {path} is a symlink or not a {kind}; remove it or set ATTNFUSE_CACHE_DIR")
+    if info.st_uid != os.getuid():
+        raise BuildError(f"the cache {kind} {path} belongs to user {info.st_uid}, not to {os.getuid()}")
+    if info.st_mode & 0o022:
+        raise BuildError(
+            f"the cache {kind} {path} is writable by others (mode {stat.S_IMODE(info.st_mode):o}); chmod go-w it"
+        )

@@ -1,0 +1,389 @@
+"""Fused attention in Triton: NVIDIA GPUs from compute capability 8.0 on, and what else Triton compiles for.
+
+Memory is linear in Q + K. Scores, sums and gradients of operands are float32 whatever the inputs are; float32 products are
+IEEE, or TF32 where torch.backends.cuda.matmul.allow_tf32 says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from attnfuse.kernels import dropout
+from attnfuse.kernels.device import Device
+from attnfuse.kernels.layout import allocate, batch_shape
+from attnfuse.kernels.triton.configs import Config, Pass, config, padded
+from attnfuse.spec import Attention
+
+__all__ = ["allocate", "available", "backward", "forward"]
+
+_T = TypeVar("_T")
+#: No dim may be longer: key and query indices are 32-bit numbers in the kernels.
+_LONGEST = 2**29
+#: How often the tiles of a spec were halved because a device had no shared memory or registers for them.
+_shrunk: dict[tuple[object, ...], int] = {}
+_HIDDEN = {"nan": 0, "zero": 1, "nan_to_zero": 2}
+
+
+def available() -> str | None:
+    """None if Triton is there, else the reason why not."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@dataclass
+class _Call:
+    """What the launches of one call have in common."""
+
+    spec: Attention
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    operands: list[torch.Tensor]
+    seed: torch.Tensor | None
+
+    def __post_init__(self) -> None:
+        from attnfuse.kernels.triton import codegen, generated
+
+        self.functions: Any = generated.functions(self.spec)
+        self.traits = codegen.traits(self.spec)
+        self.batch = batch_shape((self.q, self.k, self.v, *self.operands))
+        self.elements = math.prod(self.batch)
+        self.Q, self.K, self.D, self.E = self.q.shape[-2], self.k.shape[-2], self.q.shape[-1], self.v.shape[-1]
+        # bools as bytes, which every backend loads alike
+        self.operands = [o.view(torch.uint8) if o.dtype == torch.bool else o for o in self.operands]
+        if max(self.Q, self.K, self.elements, *(n for o in self.operands for n in o.shape)) > _LONGEST:
+            raise ValueError(f"no dim may be longer than {_LONGEST}")
+        if self.spec.dropout and self.seed is None:
+            raise ValueError("a spec with dropout needs a seed")
+        self.precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 and not interpreted() else "ieee"
+
+    def config(self, which: Pass) -> Config:
+        if interpreted():
+            return Config(32, 64, 4, 1)
+        found = config(Device.of(self.q.device).capability, which, self.q.element_size() * 8, self.D, self.E)
+        for _ in range(_shrunk.get(self._tile_key(which), 0)):
+            found = found.smaller() or found
+        return found
+
+    def _tile_key(self, which: Pass) -> tuple[object, ...]:
+        return (self.q.device, which, self.spec.text, self.D, self.E)
+
+    def shrink(self, which: Pass) -> bool:
+        """Use smaller tiles for this spec from now on; False if there are none."""
+        key = self._tile_key(which)
+        if self.config(which).smaller() is None:
+            return False
+        _shrunk[key] = _shrunk.get(key, 0) + 1
+        return True
+
+    def strides(self, x: torch.Tensor) -> tuple[int, ...]:
+        """Of the batch dims, 0 where x is broadcast."""
+        return tuple(0 if n == 1 else s for n, s in zip(x.shape[:-2], x.stride()))
+
+    def shared(self) -> dict[str, Any]:
+        """Arguments that every kernel takes."""
+        spec = self.spec
+        return {
+            "seed": self.seed if self.seed is not None else self.q,
+            "threshold": dropout.threshold(spec.dropout),
+            "keep_scale": 1.0 / (1.0 - spec.dropout) if spec.dropout < 1.0 else 0.0,
+            "sizes": self.batch,
+            "ops": tuple(self.operands),
+            "bst": tuple(self.strides(o) for o in self.operands),
+            "st": tuple(o.stride()[-2:] for o in self.operands),
+            "n": tuple(tuple(o.shape[-2:]) for o in self.operands),
+            "elements": self.elements,
+            "Qn": self.Q,
+            "Kn": self.K,
+        }
+
+    def widths(self) -> dict[str, int]:
+        return {"D": self.D, "E": self.E, "DP": padded(self.D), "EP": padded(self.E)}
+
+    def matrices(self, **named: torch.Tensor) -> dict[str, Any]:
+        """Each matrix with its batch strides and its row and column strides: q gives Q, qb and qs."""
+        found: dict[str, Any] = {}
+        for name, x in named.items():
+            found |= {name.upper(): x, f"{name}b": self.strides(x), f"{name}s": tuple(x.stride()[-2:])}
+        return found
+
+
+def forward(
+    spec: Attention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [*batch, Q, E] of spec.out_dtype in spec.out_order; stats float32 [2, *batch, Q].
+
+    q [*batch, Q, D], k [*batch, K, D], v [*batch, K, E] in float32, bfloat16 or float16; operands [*batch, Q, K]; any
+    strides. seed int64 with one element, needed with dropout. stats: the row maximum m and the row sum of exp(s - m).
+    Raises ValueError for dims that are too long, and what Triton raises where it cannot compile or launch.
+    """
+    out, stats = allocate(spec, q, k, v, operands)
+    if out.numel() == 0 or k.shape[-2] == 0:
+        stats[0].fill_(-math.inf)
+        stats[1].zero_()
+        return out.zero_(), stats
+    call = _Call(spec, q, k, v, list(operands), seed)
+    _fitting(call, "forward", lambda: _forward(call, out, stats))
+    return out, stats
+
+
+def _fitting(call: _Call, which: Pass, run: Callable[[], _T]) -> _T:
+    """run(), again with smaller tiles as long as the device has no room for those that were tried."""
+    from triton.runtime.errors import OutOfResources
+
+    guard = torch.cuda.device(call.q.device) if call.q.is_cuda else contextlib.nullcontext()
+    with guard:
+        while True:
+            try:
+                return run()
+            except OutOfResources:
+                if not call.shrink(which):
+                    raise
+
+
+def _forward(call: _Call, out: torch.Tensor, stats: torch.Tensor) -> None:
+    from attnfuse.kernels.triton import template
+
+    spec, made, traits, f = call.spec, call.config("forward"), call.traits, call.functions
+    template.forward[(-(-call.Q // made.BM) * call.elements,)](
+        **call.matrices(q=call.q, k=call.k, v=call.v, o=out),
+        M=stats,
+        **call.shared(),
+        **call.widths(),
+        BM=made.BM,
+        BN=made.BN,
+        OFFSET=f.offset,
+        BASES=f.bases,
+        SCORE=f.score,
+        WEIGH=f.weigh,
+        LEFT=f.left,
+        KEYS=f.keys,
+        SEEN=f.seen,
+        LOWER=traits.lower,
+        CHECKED=traits.checked,
+        DOUBT=traits.doubt,
+        FILLS=traits.fills,
+        DROPOUT=spec.dropout > 0.0,
+        HIDDEN=_HIDDEN[spec.hidden],
+        UNSHIFTED=spec.softmax == "unshifted",
+        PRECISION=call.precision,
+        STAGES=made.stages,
+        num_warps=made.warps,
+    )
+
+
+def backward(
+    spec: Attention,
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    seed: torch.Tensor | None,
+    out: torch.Tensor,
+    stats: torch.Tensor,
+    needs: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """Gradients of q, k, v and the operands where `needs` asks for them, each with its input's shape and dtype.
+
+    out and stats are what forward returned for the same inputs; dout has out's shape and any strides. Under
+    torch.use_deterministic_algorithms the same bits come out on every run, except for tables (RuntimeError, or a warning
+    with warn_only). Raises as forward does.
+    """
+    if out.numel() == 0 or k.shape[-2] == 0:
+        return [torch.zeros_like(x) if need else None for x, need in zip((q, k, v, *operands), needs, strict=True)]
+    call = _Call(spec, q, k, v, list(operands), seed)
+    return _fitting(call, "backward", lambda: _backward(call, dout, out, stats, operands, needs))
+
+
+def _backward(
+    call: _Call,
+    dout: torch.Tensor,
+    out: torch.Tensor,
+    stats: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    needs: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    from attnfuse.kernels.triton import template
+
+    spec, traits, f, q, k, v = call.spec, call.traits, call.functions, call.q, call.k, call.v
+    made = call.config("backward")
+    dout = dout.to(v.dtype)
+    q_tiles = -(-call.Q // made.BM)
+    work = torch.empty((3, call.elements, call.Q), dtype=torch.float32, device=q.device)
+    flags = torch.zeros((call.elements, q_tiles + 1) if traits.hides else (1,), dtype=torch.int32, device=q.device)
+    shared = call.shared()
+    template.prepare[(q_tiles * call.elements,)](
+        O=out,
+        G=dout,
+        M=stats,
+        W=work,
+        F=flags,
+        sizes=call.batch,
+        ob=call.strides(out),
+        gb=call.strides(dout),
+        os=tuple(out.stride()[-2:]),
+        gs=tuple(dout.stride()[-2:]),
+        elements=call.elements,
+        Qn=call.Q,
+        E=call.E,
+        EP=padded(call.E),
+        BM=made.BM,
+        OFFSET=f.offset,
+        HIDES=traits.hides,
+        DOUBT=traits.doubt,
+        HIDDEN=_HIDDEN[spec.hidden],
+        UNSHIFTED=spec.softmax == "unshifted",
+    )
+    sums = _Sums(call, needs[3:])
+    common = {
+        **call.matrices(q=q, k=k, v=v, g=dout),
+        "W": work,
+        "F": flags,
+        **shared,
+        **call.widths(),
+        **sums.arguments(),
+        "OFFSET": f.offset,
+        "BASES": f.bases,
+        "GRAD_BASES": f.grad_bases,
+        "SCORE": f.score,
+        "SCORE_GRAD": f.score_grad,
+        "WEIGH": f.weigh,
+        "WEIGH_GRAD": f.weigh_grad,
+        "SEEN": f.seen,
+        "CHECKED": traits.checked,
+        "HIDES": traits.hides,
+        "DROPOUT": spec.dropout > 0.0,
+        "PRECISION": call.precision,
+    }
+    dq, dk, dv = _target(q, call.batch, (True,) * len(call.batch)), None, None
+    if needs[0] or sums.by_rows:
+        template.backward_rows[(q_tiles * call.elements,)](
+            **common,
+            DQ=dq,
+            dqb=call.strides(dq),
+            dqs=tuple(dq.stride()[-2:]),
+            BM=made.BM,
+            BN=made.BN,
+            KEYS=f.keys,
+            STAGES=made.stages,
+            num_warps=made.warps,
+        )
+    if needs[1] or needs[2] or sums.by_columns:
+        # batch dims that neither k nor v has are summed over inside of a program
+        full = tuple(not (a == b == 1) for a, b in zip(k.shape[:-2], v.shape[:-2]))
+        outer = tuple(n if own else 1 for n, own in zip(call.batch, full))
+        inner = tuple(1 if own else n for n, own in zip(call.batch, full))
+        dk, dv = _target(k, call.batch, full), _target(v, call.batch, full)
+        element = [math.prod(call.batch[d + 1 :]) for d in range(len(call.batch))]
+        template.backward_columns[(-(-call.K // made.BN) * math.prod(outer),)](
+            **common,
+            DK=dk,
+            DV=dv,
+            outer=outer,
+            inner=inner,
+            members=math.prod(inner),
+            eb=tuple(element),
+            dkb=call.strides(dk),
+            dvb=call.strides(dv),
+            dks=tuple(dk.stride()[-2:]),
+            dvs=tuple(dv.stride()[-2:]),
+            BM=made.BM,
+            BN=made.BN,
+            QUERIES=f.queries,
+            STAGES=made.stages,
+            num_warps=made.warps,
+        )
+    grads: list[torch.Tensor | None] = [
+        _summed(x, g) if need else None for x, g, need in zip((q, k, v), (dq, dk, dv), needs)
+    ]
+    return [*grads, *sums.results(operands)]
+
+
+def _target(x: torch.Tensor, batch: tuple[int, ...], full: Sequence[bool]) -> torch.Tensor:
+    """What a kernel writes the gradient of x to: like x, or in float32 with the dims that are summed over afterwards."""
+    shape = tuple(n if own else 1 for n, own in zip(batch, full))
+    if shape == tuple(x.shape[:-2]):
+        return torch.empty_like(x)
+    return torch.empty((*shape, *x.shape[-2:]), dtype=torch.float32, device=x.device)
+
+
+def _summed(x: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
+    assert grad is not None
+    if grad.shape == x.shape:
+        return grad
+    return torch.empty_like(x).copy_(grad.sum_to_size(x.shape))
+
+
+def _not_deterministic(what: str) -> None:
+    text = f"attnfuse: {what} has no deterministic kernel"
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise RuntimeError(f"{text}; torch.use_deterministic_algorithms(True, warn_only=True) would allow it")
+    warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+
+def _steps(x: torch.Tensor) -> tuple[int, int]:
+    """The row and column strides, 0 where there is one."""
+    rows, columns = (0 if n == 1 else s for n, s in zip(x.shape[-2:], x.stride()[-2:]))
+    return rows, columns
+
+
+class _Sums:
+    """Where the gradients of operands are added up: float32, in the operand's shape, or wider where order must not matter."""
+
+    def __init__(self, call: _Call, needs: Sequence[bool]) -> None:
+        from attnfuse.kernels.triton import codegen
+
+        self.call = call
+        self.targets: list[torch.Tensor | None] = []
+        self.by_rows = self.by_columns = False
+        ordered = torch.are_deterministic_algorithms_enabled()
+        for i, (o, need) in enumerate(zip(call.operands, needs, strict=True)):
+            if not need:
+                self.targets.append(None)
+                continue
+            if not o.dtype.is_floating_point:
+                raise ValueError(f"operand {i} of dtype {o.dtype} has no gradient")
+            columns = codegen.by_columns(call.spec, i)
+            self.by_columns |= columns
+            self.by_rows |= not columns
+            shape: tuple[int, ...] = tuple(o.shape)
+            if ordered:
+                if i in call.spec.tables:
+                    _not_deterministic("the gradient of a table that is read at computed indices")
+                # one program adds to each element, one tile after the other
+                shape = (*call.batch, *((call.Q, shape[-1]) if shape[-2:] == (1, 1) else shape[-2:]))
+            self.targets.append(torch.zeros(shape, dtype=torch.float32, device=o.device))
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "gops": tuple(self.targets),
+            "gbst": tuple(() if t is None else self.call.strides(t) for t in self.targets),
+            "gst": tuple(() if t is None else _steps(t) for t in self.targets),
+        }
+
+    def results(self, operands: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        return [
+            None if t is None else torch.empty_like(o).copy_(t.sum_to_size(o.shape))
+            for o, t in zip(operands, self.targets, strict=True)
+        ]

@@ -1,0 +1,619 @@
+"""Spec -> the source of the Triton functions that the kernels in template.py call: the score program and its masks.
+
+Nothing but integers, finite numbers, and names that are made here gets into the text. Every generated function takes the
+same context: `at` (each operand's address at the batch element), `st` (its row and column strides), `n` (its rows and
+columns), Qn and Kn (the numbers of queries and keys).
+
+    bases(e, sizes, ops, bst), grad_bases        at, for operands and for their gradients
+    offset(e, sizes, strides)                    where a batch element begins in a tensor
+    score(s, q, k, FULL, ...)                    the scores after all steps, and what their gradients need
+    score_grad(g, saved, q, k, gat, gst, GIVE, ...)  gradient of the scores before all steps; adds those of operands up
+    weigh(p, q, k, ...)                          the weights after their steps
+    weigh_grad(g, p, q, k, gat, gst, GIVE, ...)  gradient of the weights before their steps
+    left(q, k, ...)                              which weights their fills leave
+    keys(q0, q1, ...)                            the keys that queries q0 to q1 may see, and those that all of them see
+    queries(k0, k1, ...)                         the queries that may see keys k0 to k1
+    seen(q0, q1, k0, k1, BM, BN, ...)            whether a tile may hold a key that is not hidden
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from attnfuse import expr
+from attnfuse.expr import Apply, Const, Expr, Index, Linear, Load
+from attnfuse.kernels.bounds import Cut, cut
+from attnfuse.kernels.hiding import Hiding, hiding
+from attnfuse.spec import AddFill, Attention, Bias, Cast, Clamp, ReplaceFill, Scale, Shift, Softcap, Step, Tanh
+
+#: No query or key index is larger: sums with constants below it fit 32 bits.
+LONGEST = 2**29
+_CONTEXT = "at, st, n, Qn, Kn"
+_HEADER = '''"""Written by attnfuse."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    # the odd polynomial where 1 - 2 / (exp(2x) + 1) would lose digits
+    x2 = x * x
+    near = x * (1.0 + x2 * (-0.3333333333 + x2 * (0.1333333333 + x2 * (-0.0539682540 + x2 * 0.0218694885))))
+    far = 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+    return tl.where(x2 < 0.0625, near, far)
+
+
+@triton.jit
+def clamped(i, n):
+    return tl.minimum(tl.maximum(i, 0), n - 1)
+
+
+@triton.jit
+def floor_mod(a, b: tl.constexpr):
+    return ((a % b) + b) % b
+
+
+@triton.jit
+def floor_div(a, b: tl.constexpr):
+    return (a - ((a % b) + b) % b) // b
+'''
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the kernels need to know of a spec at compile time.
+
+    hides     there are hiding fills
+    lower     some hiding fill has a first key, so that tiles before the full ones need their masks
+    checked   tiles are looked at before they are computed
+    doubt     as in Hiding; -inf where no row needs a second look
+    fills     weights are filled with 0
+    """
+
+    hides: bool
+    lower: bool
+    checked: bool
+    doubt: float
+    fills: bool
+
+
+def traits(spec: Attention) -> Traits:
+    found = hiding(spec)
+    cuts = _cuts(spec)
+    hides = [cuts[i] for i in found.steps]
+    return Traits(
+        hides=bool(hides),
+        lower=any("from" in c.bounds or "from_q" in c.bounds for c in cuts.values()),
+        checked=any(c.rest is not None and _interval_of(c.rest) for c in hides),
+        doubt=found.doubt,
+        fills=any(isinstance(s, ReplaceFill) for s in spec.weight_steps),
+    )
+
+
+def by_columns(spec: Attention, operand: int) -> bool:
+    """Whether the gradient of an operand is summed along the queries of a key tile: it has keys and no queries."""
+    return operand not in spec.tables and spec.operands[operand].dims[-2:] == ("1", "K")
+
+
+def source(spec: Attention) -> str:
+    """The text of the module for `spec`. Raises ValueError for what the kernels cannot compute."""
+    return _Module(spec).text()
+
+
+def _cuts(spec: Attention) -> dict[int, Cut]:
+    """The fills' masks, by step."""
+    uniform = frozenset(i for i, o in enumerate(spec.operands) if o.dims[-2:] == ("1", "1") and i not in spec.tables)
+    return {i: cut(s.keep, uniform) for i, s in enumerate(spec.steps) if isinstance(s, (ReplaceFill, AddFill))}
+
+
+def _saves(step: Step) -> bool:
+    """Whether the gradient of a step needs its input or result."""
+    return isinstance(step, (Softcap, Tanh, Clamp)) or (isinstance(step, Scale) and step.operand is not None)
+
+
+def _number(x: float) -> str:
+    if math.isnan(x):
+        raise ValueError("a step with NaN")
+    return repr(float(x)) if math.isfinite(x) else f"float('{'-' if x < 0 else ''}inf')"
+
+
+def _interval_of(e: Expr) -> bool:
+    """Whether bounds of e on a tile say anything: it has more than loads of one number for each query and key."""
+    return any(isinstance(x, (Load, Index)) for x in expr.walk(e)) and not any(
+        isinstance(x, Load) and (x.row is not None or x.col is not None) for x in expr.walk(e)
+    )
+
+
+class _Body:
+    """Lines of one function, with each expression computed once."""
+
+    def __init__(self, module: _Module, at: str = "at") -> None:
+        self.module = module
+        self.lines: list[str] = []
+        self.known: dict[Expr, str] = {}
+        self.count = 0
+
+    def let(self, code: str) -> str:
+        self.count += 1
+        name = f"x{self.count}"
+        self.lines.append(f"{name} = {code}")
+        return name
+
+    def value(self, e: Expr) -> str:
+        """Code for e at queries q and keys k of a tile: a name."""
+        if e not in self.known:
+            self.known[e] = self._value(e)
+        return self.known[e]
+
+    def _value(self, e: Expr) -> str:
+        if isinstance(e, Const):
+            return str(int(e.value)) if e.type == "int" else "(q >= 0)" if e.value else "(q < 0)"
+        if isinstance(e, Index):
+            return "q" if e.axis == "q" else "k"
+        if isinstance(e, Load):
+            x = self.load(e.operand, e.row, e.col)
+            # sums in a normal form may leave the range that those of the graph kept to
+            return self.let(f"{x} != 0" if e.dtype == "bool" else f"{x}.to(tl.int64)")
+        if isinstance(e, Linear):
+            return self.let(self._sum(e))
+        assert isinstance(e, Apply)
+        args = [self.value(x) for x in e.args]
+        return self.let(_apply(e, args))
+
+    def _sum(self, e: Linear) -> str:
+        wide = abs(e.const) >= LONGEST or any(abs(c) != 1 for c, _ in e.terms)
+        parts = []
+        for c, t in e.terms:
+            x = self.value(t)
+            x = f"{x}.to(tl.int64)" if wide and not isinstance(t, Const) else x
+            parts.append(("- " if c < 0 else "+ ") + (x if abs(c) == 1 else f"{x} * {abs(c)}"))
+        if e.const:
+            parts.append(f"{'-' if e.const < 0 else '+'} {abs(e.const)}")
+        return " ".join(parts).removeprefix("+ ")
+
+    def load(self, operand: int, row: Expr | None = None, col: Expr | None = None) -> str:
+        """An element of an operand for each query and key, 0 outside of them."""
+        place, mask = self.place(operand, row, col, f"at[{operand}]", f"st[{operand}]")
+        return self.let(f"tl.load({place}, mask={mask}, other=0)" if mask else f"tl.load({place})")
+
+    def place(self, operand: int, row: Expr | None, col: Expr | None, base: str, strides: str) -> tuple[str, str]:
+        """The address of an operand's element, and the mask of those that exist ('' for one number)."""
+        dims = self.module.spec.operands[operand].dims
+        terms, uses = [base], set()
+        table = row is not None or col is not None
+        for which, (own, name) in enumerate(((row, "q"), (col, "k"))):
+            if own is not None:
+                found = self.value(own)
+                uses |= self.module.uses(own)
+                terms.append(f"clamped({found}, n[{operand}][{which}]) * {strides}[{which}]")
+            elif dims[which - 2] != "1":
+                uses.add(name)
+                # a table's other dim is the query's or the key's own
+                bound = f"clamped({name}, n[{operand}][{which}])" if table else name
+                terms.append(f"{bound}.to(tl.int64) * {strides}[{which}]")
+        mask = " & ".join(f"({x} < {x.upper()}n)" for x in sorted(uses, reverse=True))
+        return " + ".join(terms), mask
+
+
+def _apply(e: Apply, args: list[str]) -> str:
+    two = {"le": "<=", "eq": "==", "ne": "!="}
+    if e.op in two:
+        return f"{args[0]} {two[e.op]} {args[1]}"
+    if e.op in ("and", "or"):
+        return f" {'&' if e.op == 'and' else '|'} ".join(args)
+    if e.op == "not":
+        return f"({args[0]}) == 0"
+    if e.op == "int":
+        return f"{args[0]}.to(tl.int32)"
+    if e.op in ("floordiv", "mod"):
+        return f"floor_{'div' if e.op == 'floordiv' else 'mod'}({args[0]}, {args[1]})"
+    names = {"min": "tl.minimum", "max": "tl.maximum", "abs": "tl.abs", "where": "tl.where"}
+    return f"{names[e.op]}({', '.join(args)})"
+
+
+class _Module:
+    def __init__(self, spec: Attention) -> None:
+        self.spec = spec
+        self.hiding: Hiding = hiding(spec)
+        self.cuts = _cuts(spec)
+
+    def uses(self, e: Expr) -> set[str]:
+        """Which of q and k the value of e depends on."""
+        found: set[str] = set()
+        for x in expr.walk(e):
+            if isinstance(x, Index):
+                found.add(x.axis)
+            elif isinstance(x, Load):
+                dims = self.spec.operands[x.operand].dims
+                found |= {"q"} if x.row is None and dims[-2] != "1" else set()
+                found |= {"k"} if x.col is None and dims[-1] != "1" else set()
+        return found
+
+    def text(self) -> str:
+        parts = [_HEADER, self._offset(), self._bases(), self._grad_bases(), self._score(), self._score_grad()]
+        parts += [self._weigh(), self._weigh_grad(), self._left(), self._keys(), self._queries(), self._seen()]
+        return "\n\n".join(parts)
+
+    def _define(self, name: str, arguments: str, lines: list[str]) -> str:
+        return "\n".join(["@triton.jit", f"def {name}({arguments}):", *(f"    {x}" for x in lines)]) + "\n"
+
+    # -- where things are
+
+    def _offset(self) -> str:
+        rank = len(self.spec.batch)
+        lines = ["o = e * 0", "rest = e"]
+        for d in reversed(range(rank)):
+            lines.append(f"o += (rest % sizes[{d}]) * strides[{d}]")
+            lines.append(f"rest = rest // sizes[{d}]")
+        return self._define("offset", "e, sizes, strides", [*lines, "return o"])
+
+    def _bases(self) -> str:
+        made = ", ".join(f"ops[{i}] + offset(e, sizes, bst[{i}])" for i in range(len(self.spec.operands)))
+        return self._define("bases", "e, sizes, ops, bst", [f"return ({made}{',' if made else ''})"])
+
+    def _grad_bases(self) -> str:
+        lines = []
+        for i in range(len(self.spec.operands)):
+            lines += [
+                f"g{i} = ops[{i}]",
+                f"if ops[{i}] is not None:",
+                f"    g{i} = ops[{i}] + offset(e, sizes, bst[{i}])",
+            ]
+        made = ", ".join(f"g{i}" for i in range(len(self.spec.operands)))
+        return self._define("grad_bases", "e, sizes, ops, bst", [*lines, f"return ({made}{',' if made else ''})"])
+
+    # -- scores
+
+    def _score(self) -> str:
+        body = _Body(self)
+        saved = []
+        for i, step in enumerate(self.spec.steps):
+            kept = self._step(body, i, step)
+            saved += [kept] if kept else []
+        return self._define(
+            "score",
+            f"s, q, k, FULL: tl.constexpr, {_CONTEXT}",
+            [*body.lines, f"return s, ({', '.join(saved)}{',' if saved else ''})"],
+        )
+
+    def _step(self, body: _Body, i: int, step: Step) -> str:
+        """Write a score step; returns the name of what its gradient needs."""
+        put = body.lines.append
+        if isinstance(step, Scale):
+            if step.operand is None:
+                put(f"s = s * {_number(step.value)}")
+                return ""
+            kept = body.let("s")
+            put(f"s = s * {body.load(step.operand)}.to(tl.float32)")
+            return kept
+        if isinstance(step, Bias):
+            x = f"{body.load(step.operand, step.row, step.col)}.to(tl.float32)"
+            added = x if step.alpha == 1.0 else f"{x} * {_number(step.alpha)}"
+            put(f"s = s + {added}" if step.keep is None else f"s = s + tl.where({body.value(step.keep)}, {added}, 0.0)")
+        elif isinstance(step, Shift):
+            put(f"s = s + {_number(step.value)}")
+        elif isinstance(step, (Softcap, Tanh)):
+            cap = step.cap if isinstance(step, Softcap) else 1.0
+            kept = body.let(f"tanh(s / {_number(cap)})")
+            put(f"s = {kept} * {_number(cap)}")
+            return kept
+        elif isinstance(step, Clamp):
+            kept = body.let("s")
+            # a comparison with NaN is false: NaN stays
+            put(f"s = tl.where(s < {_number(step.low)}, {_number(step.low)}, s)")
+            put(f"s = tl.where(s > {_number(step.high)}, {_number(step.high)}, s)")
+            return kept
+        elif isinstance(step, (ReplaceFill, AddFill)):
+            self._fill(body, self.cuts[i], step)
+        elif isinstance(step, Cast):
+            if step.dtype == "float16":
+                put("s = tl.where(s >= 65520.0, float('inf'), tl.where(s <= -65520.0, float('-inf'), s))")
+        else:
+            raise ValueError(f"the Triton kernels do not know the step {step!r}")
+        return ""
+
+    def _fill(self, body: _Body, found: Cut, step: ReplaceFill | AddFill) -> None:
+        value = _number(step.value)
+        filled = value if isinstance(step, ReplaceFill) else f"s + {value}"
+        rest = [] if found.rest is None else [f"({body.value(found.rest)})"]
+        if not found.bounds:
+            body.lines.append(f"s = tl.where({rest[0]}, s, {filled})")
+            return
+        # on a full tile the comparisons with the key hold; what they compute is not shared with what stands outside
+        inner = _Body(self)
+        inner.count = 1000 + body.count
+        inner.known = dict(body.known)
+        edges = [f"({_bound(kind, inner.value(bound))})" for kind, bound in found.bounds.items()]
+        body.lines += ["if not FULL:", *(f"    {x}" for x in inner.lines)]
+        body.lines.append(f"    s = tl.where({' & '.join(rest + edges)}, s, {filled})")
+        if rest:
+            body.lines += ["else:", f"    s = tl.where({rest[0]}, s, {filled})"]
+
+    def _score_grad(self) -> str:
+        body = _Body(self)
+        at = sum(map(_saves, self.spec.steps))
+        for i, step in reversed(list(enumerate(self.spec.steps))):
+            at -= _saves(step)
+            self._reverse(body, i, step, f"saved[{at}]")
+        return self._define(
+            "score_grad", f"g, saved, q, k, gat, gst, GIVE: tl.constexpr, {_CONTEXT}", [*body.lines, "return g"]
+        )
+
+    def _reverse(self, body: _Body, i: int, step: Step, saved: str) -> None:
+        put = body.lines.append
+        if isinstance(step, Scale):
+            if step.operand is None:
+                put(f"g = g * {_number(step.value)}")
+                return
+            self._give(body, step.operand, None, None, f"g * {saved}")
+            put(f"g = g * {body.load(step.operand)}.to(tl.float32)")
+        elif isinstance(step, Bias):
+            given = "g" if step.alpha == 1.0 else f"g * {_number(step.alpha)}"
+            if step.keep is not None:
+                given = f"tl.where({body.value(step.keep)}, {given}, 0.0)"
+            self._give(body, step.operand, step.row, step.col, given)
+        elif isinstance(step, (Softcap, Tanh)):
+            put(f"g = g * (1.0 - {saved} * {saved})")
+        elif isinstance(step, Clamp):
+            put(f"g = tl.where(({saved} >= {_number(step.low)}) & ({saved} <= {_number(step.high)}), g, 0.0)")
+        elif isinstance(step, ReplaceFill):
+            put(f"g = tl.where({body.value(step.keep)}, g, 0.0)")
+
+    def _give(self, body: _Body, operand: int, row: Expr | None, col: Expr | None, given: str) -> None:
+        """Add `given` [BM, BN] to the gradient of an operand, in the kernel that is to make it."""
+        inner = _Body(self)
+        inner.count = 1000 + body.count
+        inner.known = dict(body.known)
+        dims = self.spec.operands[operand].dims[-2:]
+        place, mask = inner.place(operand, row, col, f"gat[{operand}]", f"gst[{operand}]")
+        x = inner.let(given)
+        if row is None and col is None:
+            if dims[0] == "1":
+                x = inner.let(f"tl.sum({x}, 0, keep_dims=True)")
+            if dims[1] == "1":
+                x = inner.let(f"tl.sum({x}, 1, keep_dims=True)")
+            if dims == ("1", "1"):
+                place, mask = f"{place} + tl.zeros([1, 1], tl.int32)", ""
+        else:
+            mask = "(q < Qn) & (k < Kn)"
+            place = f"{place} + tl.zeros_like({x}).to(tl.int32)"
+        inner.lines.append(f"tl.atomic_add({place}, {x}, {f'mask={mask}, ' if mask else ''}sem='relaxed')")
+        wanted = 2 if by_columns(self.spec, operand) else 1
+        body.lines.append(f"if GIVE == {wanted} and gat[{operand}] is not None:")
+        body.lines += [f"    {line}" for line in inner.lines]
+
+    # -- weights
+
+    def _factor(self, body: _Body, step: Scale) -> str:
+        return _number(step.value) if step.operand is None else body.let(f"{body.load(step.operand)}.to(tl.float32)")
+
+    def _weigh(self) -> str:
+        body = _Body(self)
+        for step in self.spec.weight_steps:
+            if isinstance(step, Scale):
+                body.lines.append(f"p = p * {self._factor(body, step)}")
+            elif isinstance(step, ReplaceFill) and step.value == 0.0:
+                body.lines.append(f"p = tl.where({body.value(step.keep)}, p, 0.0)")
+            elif not isinstance(step, Cast):
+                raise ValueError(f"the Triton kernels do not know the step {step!r} on weights")
+        return self._define("weigh", f"p, q, k, {_CONTEXT}", [*body.lines, "return p"])
+
+    def _weigh_grad(self) -> str:
+        """The steps are linear, one after the other: the gradient of each needs the weights before it."""
+        body = _Body(self)
+        before = ["p"]
+        factors = []
+        for step in self.spec.weight_steps:
+            factor = ""
+            if isinstance(step, Scale):
+                factor = self._factor(body, step)
+                before.append(body.let(f"{before[-1]} * {factor}"))
+            elif isinstance(step, ReplaceFill):
+                before.append(body.let(f"tl.where({body.value(step.keep)}, {before[-1]}, 0.0)"))
+            else:
+                before.append(before[-1])
+            factors.append(factor)
+        for step, p, factor in list(zip(self.spec.weight_steps, before, factors))[::-1]:
+            if isinstance(step, Scale):
+                if step.operand is not None:
+                    self._give(body, step.operand, None, None, f"g * {p}")
+                body.lines.append(f"g = g * {factor}")
+            elif isinstance(step, ReplaceFill):
+                body.lines.append(f"g = tl.where({body.value(step.keep)}, g, 0.0)")
+        return self._define(
+            "weigh_grad", f"g, p, q, k, gat, gst, GIVE: tl.constexpr, {_CONTEXT}", [*body.lines, "return g"]
+        )
+
+    def _left(self) -> str:
+        body = _Body(self)
+        made = [f"({body.value(s.keep)})" for s in self.spec.weight_steps if isinstance(s, ReplaceFill)]
+        return self._define("left", f"q, k, {_CONTEXT}", [*body.lines, f"return {' & '.join([*made, '(q >= 0)'])}"])
+
+    # -- what tiles see
+
+    def _bounds(self, hiding_only: bool) -> list[tuple[str, Expr]]:
+        steps = self.hiding.steps if hiding_only else self.cuts
+        return [(kind, bound) for i in sorted(steps) for kind, bound in self.cuts[i].bounds.items()]
+
+    def _scalar(self, body: _Body, e: Expr) -> str:
+        """A bound, which depends on no query and no key, as a 32-bit number."""
+        found = body.value(e)
+        if isinstance(e, Const):
+            return str(max(-LONGEST, min(LONGEST, int(e.value))))
+        return body.let(f"tl.minimum(tl.maximum({found}, -{LONGEST}), {LONGEST}).to(tl.int32)")
+
+    def _keys(self) -> str:
+        body = _Body(self)
+        lo, hi, full_lo, full_hi = ["0"], ["Kn"], ["0"], ["Kn"]
+        for hides, low, high, first, last in ((True, lo, hi, "q0", "q1"), (False, full_lo, full_hi, "q1", "q0")):
+            for kind, bound in self._bounds(hides):
+                x = self._scalar(body, bound)
+                (low if kind.startswith("from") else high).append(
+                    f"{first} + {x}" if kind == "from_q" else f"{last} + {x}" if kind == "below_q" else x
+                )
+        made = [_most("maximum", lo), _most("minimum", hi), _most("maximum", full_lo), _most("minimum", full_hi)]
+        return self._define("keys", f"q0, q1, {_CONTEXT}", [*body.lines, f"return {', '.join(made)}"])
+
+    def _queries(self) -> str:
+        body = _Body(self)
+        lo, hi = ["0"], ["Qn"]
+        for kind, bound in self._bounds(True):
+            x = self._scalar(body, bound)
+            if kind == "below_q":
+                lo.append(f"k0 - {x} + 1")
+            elif kind == "from_q":
+                hi.append(f"k1 - {x} + 1")
+            else:
+                outside = f"k0 >= {x}" if kind == "below" else f"k1 < {x}"
+                hi.append(body.let(f"tl.where({outside}, 0, Qn)"))
+        made = [_most("maximum", lo), _most("minimum", hi)]
+        return self._define("queries", f"k0, k1, {_CONTEXT}", [*body.lines, f"return {', '.join(made)}"])
+
+    def _seen(self) -> str:
+        body = _Intervals(self)
+        found = []
+        for i in sorted(self.hiding.steps):
+            rest = self.cuts[i].rest
+            if rest is not None and _interval_of(rest):
+                ends = body.of(rest)
+                if ends is not None:
+                    found.append(f"({ends[1]} > 0)")
+        return self._define(
+            "seen",
+            f"q0, q1, k0, k1, BM: tl.constexpr, BN: tl.constexpr, {_CONTEXT}",
+            [*body.lines, f"return {' & '.join(found) or 'True'}"],
+        )
+
+
+def _bound(kind: str, x: str) -> str:
+    return {"below_q": f"k < q + {x}", "from_q": f"k >= q + {x}", "below": f"k < {x}", "from": f"k >= {x}"}[kind]
+
+
+def _most(op: str, parts: list[str]) -> str:
+    found = parts[0]
+    for x in dict.fromkeys(parts[1:]):
+        found = f"tl.{op}({found}, {x})"
+    return found
+
+
+Ends = tuple[str, str]
+
+
+class _Intervals(_Body):
+    """Bounds of expressions on a tile, as scalars; None for a part of which nothing is known."""
+
+    def __init__(self, module: _Module) -> None:
+        super().__init__(module)
+        self.ends: dict[Expr, Ends | None] = {}
+
+    def of(self, e: Expr) -> Ends | None:
+        if e not in self.ends:
+            self.ends[e] = self._of(e)
+        return self.ends[e]
+
+    def _both(self, lo: str, hi: str) -> Ends:
+        return self.let(lo), self.let(hi)
+
+    def _of(self, e: Expr) -> Ends | None:
+        if isinstance(e, Const):
+            return (str(int(e.value)),) * 2
+        if isinstance(e, Index):
+            return ("q0", "q1") if e.axis == "q" else ("k0", "k1")
+        if isinstance(e, Load):
+            return self._loaded(e)
+        if isinstance(e, Linear):
+            return self._summed(e)
+        assert isinstance(e, Apply)
+        args = [self.of(x) for x in e.args]
+        rule: Callable[..., Ends | None] = getattr(self, f"_{e.op}")
+        if e.op in ("and", "or"):
+            return rule(args)
+        if any(x is None for x in args):
+            # a bool is at least 0 and at most 1
+            return ("0", "1") if e.type == "bool" else None
+        return rule(*args)
+
+    def _loaded(self, e: Load) -> Ends | None:
+        dims = self.module.spec.operands[e.operand].dims[-2:]
+        if e.row is not None or e.col is not None or dims == ("Q", "K"):
+            return ("0", "1") if e.dtype == "bool" else None
+        base, strides = f"at[{e.operand}]", f"st[{e.operand}]"
+        if dims == ("1", "1"):
+            x = self.let(f"tl.load({base}).to(tl.int64)")
+            return x, x
+        by_key = dims[1] != "1"
+        first, end, size, stride = (
+            ("k0", "Kn", "BN", f"{strides}[1]") if by_key else ("q0", "Qn", "BM", f"{strides}[0]")
+        )
+        i = self.let(f"{first} + tl.arange(0, {size})")
+        # places past the end repeat the last element
+        x = self.let(f"tl.load({base} + tl.minimum({i}, {end} - 1).to(tl.int64) * {stride}).to(tl.int64)")
+        return self._both(f"tl.min({x}, 0)", f"tl.max({x}, 0)")
+
+    def _summed(self, e: Linear) -> Ends | None:
+        lo, hi = [str(e.const)], [str(e.const)]
+        for c, t in e.terms:
+            ends = self.of(t)
+            if ends is None:
+                return None
+            a, b = ends if c > 0 else ends[::-1]
+            lo.append(f"{a} * {c}" if c != 1 else a)
+            hi.append(f"{b} * {c}" if c != 1 else b)
+        return self._both(" + ".join(lo), " + ".join(hi))
+
+    def _min(self, a: Ends, b: Ends) -> Ends:
+        return self._both(f"tl.minimum({a[0]}, {b[0]})", f"tl.minimum({a[1]}, {b[1]})")
+
+    def _max(self, a: Ends, b: Ends) -> Ends:
+        return self._both(f"tl.maximum({a[0]}, {b[0]})", f"tl.maximum({a[1]}, {b[1]})")
+
+    def _abs(self, a: Ends) -> Ends:
+        return self._both(f"tl.maximum(tl.maximum({a[0]}, -({a[1]})), 0)", f"tl.maximum(-({a[0]}), {a[1]})")
+
+    def _floordiv(self, a: Ends, b: Ends) -> Ends:
+        return self._both(f"floor_div({a[0]}, {b[0]})", f"floor_div({a[1]}, {b[0]})")
+
+    def _mod(self, a: Ends, b: Ends) -> Ends:
+        same = self.let(f"floor_div({a[0]}, {b[0]}) == floor_div({a[1]}, {b[0]})")
+        return self._both(
+            f"tl.where({same}, floor_mod({a[0]}, {b[0]}), 0)",
+            f"tl.where({same}, floor_mod({a[1]}, {b[0]}), {b[0]} - 1)",
+        )
+
+    def _where(self, c: Ends, a: Ends, b: Ends) -> Ends:
+        low, high = f"tl.minimum({a[0]}, {b[0]})", f"tl.maximum({a[1]}, {b[1]})"
+        return self._both(
+            f"tl.where({c[0]} > 0, {a[0]}, tl.where({c[1]} <= 0, {b[0]}, {low}))",
+            f"tl.where({c[0]} > 0, {a[1]}, tl.where({c[1]} <= 0, {b[1]}, {high}))",
+        )
+
+    def _truths(self, lo: str, hi: str) -> Ends:
+        return self._both(f"tl.where({lo}, 1, 0)", f"tl.where({hi}, 1, 0)")
+
+    def _le(self, a: Ends, b: Ends) -> Ends:
+        return self._truths(f"{a[1]} <= {b[0]}", f"{a[0]} <= {b[1]}")
+
+    def _eq(self, a: Ends, b: Ends) -> Ends:
+        sure = f"({a[0]} == {a[1]}) & ({b[0]} == {b[1]}) & ({a[0]} == {b[0]})"
+        return self._truths(sure, f"({a[0]} <= {b[1]}) & ({b[0]} <= {a[1]})")
+
+    def _ne(self, a: Ends, b: Ends) -> Ends:
+        lo, hi = self._eq(a, b)
+        return self._both(f"1 - {hi}", f"1 - {lo}")
+
+    def _not(self, a: Ends) -> Ends:
+        return self._truths(f"{a[1]} <= 0", f"{a[0]} <= 0")
+
+    def _int(self, a: Ends) -> Ends:
+        return a
+
+    def _and(self, args: list[Ends | None]) -> Ends:
+        known = [x or ("0", "1") for x in args]
+        return _most("minimum", [x[0] for x in known]), _most("minimum", [x[1] for x in known])
+
+    def _or(self, args: list[Ends | None]) -> Ends:
+        known = [x or ("0", "1") for x in args]
+        return _most("maximum", [x[0] for x in known]), _most("maximum", [x[1] for x in known])

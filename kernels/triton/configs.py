@@ -1,0 +1,61 @@
+"""Tile sizes, warps and pipeline stages per target: a table that ships, made by compiling for each target (docs/kernels.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Pass = Literal["forward", "backward"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """BM queries and BN keys a tile."""
+
+    BM: int
+    BN: int
+    warps: int
+    stages: int
+
+    def smaller(self) -> Config | None:
+        """What needs less shared memory and fewer registers; None if there is nothing."""
+        if self.stages > 1:
+            return replace(self, stages=self.stages - 1)
+        if self.BN > 16 and self.BN >= self.BM:
+            return replace(self, BN=self.BN // 2)
+        return replace(self, BM=self.BM // 2) if self.BM > 16 else None
+
+
+def padded(width: int) -> int:
+    """The next power of two from 16 on: what a tile is wide for head size `width`."""
+    found = 16
+    while found < width:
+        found *= 2
+    return found
+
+
+def config(capability: int, which: Pass, bits: int, D: int, E: int) -> Config:
+    """The configuration for compute capability 80, 90, ...; 0 for any other device, which gets what fits everywhere.
+
+    bits: of an element of q, k and v; D, E: the head sizes.
+    """
+    width = max(padded(D), padded(E))
+    if capability in (70, 75):
+        # no tensor cores through Triton: small tiles keep the multiply-adds in registers
+        return Config(32, 32, 4, 1)
+    roomy = capability in (80, 90, 100)
+    if bits == 32:
+        if width <= 64:
+            return Config(64, 32, 4, 2) if which == "forward" else Config(32, 32, 4, 1)
+        return Config(32, 32, 4, 1) if width <= 128 else Config(16, 32, 4, 1)
+    if which == "forward":
+        if width <= 64:
+            return Config(128, 64, 8 if capability != 90 else 4, 3 if roomy else 2)
+        if width <= 128:
+            return Config(128, 64, 8, 3 if roomy else 2) if roomy else Config(64, 64, 4, 2)
+        return Config(64, 32, 8 if roomy else 4, 2 if roomy else 1)
+    if width <= 64:
+        return Config(64, 64, 4, 2)
+    if width <= 128:
+        return Config(64, 64, 8, 2) if roomy else Config(64, 32, 4, 1)
+    return Config(32, 32, 4, 1)

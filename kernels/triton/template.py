@@ -1,0 +1,367 @@
+"""The Triton kernels: tiles of online softmax with the score program of a spec generated into them.
+
+SCORE, WEIGH, KEYS and the like are the functions that codegen.py writes; `ops`, `bst`, `st`, `n` hold one entry for each
+operand, sizes and strides one for each batch dim. All sums are float32. Names: q0, q1 (k0, k1) are the first and last query
+(key) of a tile; e is the flat number of a batch element.
+
+Sources: Dao 2023, arXiv:2307.08691 (tiles, recomputation in backward); Milakov and Gimelshein 2018, arXiv:1805.02867
+(online softmax).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_of(base, rows, row_stride, n_rows, width: tl.constexpr, padded: tl.constexpr, col_stride):
+    """[rows, padded] elements of a matrix, 0 outside of it."""
+    cols = tl.arange(0, padded)
+    at = base + rows.to(tl.int64)[:, None] * row_stride + cols[None, :] * col_stride
+    if width == padded:
+        return tl.load(at, mask=rows[:, None] < n_rows, other=0.0)
+    return tl.load(at, mask=(rows[:, None] < n_rows) & (cols[None, :] < width), other=0.0)
+
+
+@triton.jit
+def put_tile(base, rows, row_stride, n_rows, width: tl.constexpr, padded: tl.constexpr, col_stride, x):
+    cols = tl.arange(0, padded)
+    at = base + rows.to(tl.int64)[:, None] * row_stride + cols[None, :] * col_stride
+    tl.store(at, x.to(base.dtype.element_ty), mask=(rows[:, None] < n_rows) & (cols[None, :] < width))
+
+
+@triton.jit
+def mixed(x):
+    """The lowbias32 finaliser on 32-bit words (kernels/dropout.py)."""
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def kept(seed, row, key, threshold):
+    """Which weights dropout keeps. row int64 [BM, 1], key int32 [1, BN]."""
+    word = tl.load(seed)
+    a = mixed((row >> 32).to(tl.uint32) ^ 0x9E3779B9)
+    a = mixed(row.to(tl.uint32) + a)
+    a = mixed((word >> 32).to(tl.uint32) + a)
+    a = mixed(word.to(tl.uint32) + a)
+    b = mixed(a ^ 0x85EBCA6B)
+    return mixed(mixed(key.to(tl.uint32) ^ a) + b) >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def visit(
+    acc, m, l, qt, e, q0, q1, k0, K, V, ks, vs, at, st, n, Qn, Kn, seed, threshold, keep_scale,
+    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SCORE: tl.constexpr, WEIGH: tl.constexpr, SEEN: tl.constexpr, FULL: tl.constexpr, CHECKED: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys: brings the sums of a query tile up to date."""
+    needed = True
+    if CHECKED:
+        needed = SEEN(q0, q1, k0, tl.minimum(k0 + BN, Kn) - 1, BM, BN, at, st, n, Qn, Kn)
+    if needed:
+        q = (q0 + tl.arange(0, BM))[:, None]
+        keys = k0 + tl.arange(0, BN)
+        k = keys[None, :]
+        kt = tile_of(K, keys, ks[0], Kn, D, DP, ks[1])
+        s = tl.dot(qt, tl.trans(kt), input_precision=PRECISION)
+        s, saved = SCORE(s, q, k, FULL, at, st, n, Qn, Kn)
+        if not FULL:
+            s = tl.where(k < Kn, s, float("-inf"))
+        top = tl.maximum(m, tl.max(s, 1))
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        p = tl.exp(s - shift[:, None])
+        fade = tl.exp(m - shift)
+        l = l * fade + tl.sum(p, 1)
+        p = WEIGH(p, q, k, at, st, n, Qn, Kn)
+        if DROPOUT:
+            row = e.to(tl.int64) * Qn + q
+            p = tl.where(kept(seed, row, k, threshold), p * keep_scale, 0.0)
+        vt = tile_of(V, keys, vs[0], Kn, E, EP, vs[1])
+        acc = tl.dot(p.to(vt.dtype), vt, acc * fade[:, None], input_precision=PRECISION)
+        m = top
+    return acc, m, l
+
+
+@triton.jit
+def forward(
+    Q, K, V, O, M, ops, seed, threshold, keep_scale, sizes, qb, kb, vb, ob, bst, st, n, qs, ks, vs, os, elements, Qn, Kn,
+    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    OFFSET: tl.constexpr, BASES: tl.constexpr, SCORE: tl.constexpr, WEIGH: tl.constexpr, LEFT: tl.constexpr, KEYS: tl.constexpr,
+    SEEN: tl.constexpr, LOWER: tl.constexpr, CHECKED: tl.constexpr, DOUBT: tl.constexpr,
+    FILLS: tl.constexpr, DROPOUT: tl.constexpr, HIDDEN: tl.constexpr, UNSHIFTED: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """out and stats [2, elements, Q] of one query tile of one batch element.
+
+    HIDDEN 0: a row without a score above -inf is NaN, 1: it is 0, 2: so is every row that is NaN.
+    """
+    tiles = tl.cdiv(Qn, BM)
+    e = tl.program_id(0) // tiles
+    # the last queries first: under a causal mask they take longest
+    q0 = (tiles - 1 - tl.program_id(0) % tiles) * BM
+    q1 = tl.minimum(q0 + BM, Qn) - 1
+    rows = q0 + tl.arange(0, BM)
+    wide = e.to(tl.int64)
+    at = BASES(wide, sizes, ops, bst)
+    K += OFFSET(wide, sizes, kb)
+    V += OFFSET(wide, sizes, vb)
+    qt = tile_of(Q + OFFSET(wide, sizes, qb), rows, qs[0], Qn, D, DP, qs[1])
+    m = tl.full([BM], float("-inf"), tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, EP], tl.float32)
+
+    lo, hi, first, last = KEYS(q0, q1, at, st, n, Qn, Kn)
+    lo = tl.minimum(lo, Kn) // BN * BN
+    hi = tl.maximum(tl.minimum(hi, Kn), lo)
+    # [first, last): whole tiles that need no comparison with the key
+    last = tl.maximum(tl.minimum(last, hi), lo) // BN * BN
+    last = tl.maximum(last, lo)
+    if LOWER:
+        first = tl.minimum(tl.cdiv(tl.maximum(first, lo), BN) * BN, last)
+        for k0 in tl.range(lo, first, BN, num_stages=STAGES):
+            acc, m, l = visit(
+                acc, m, l, qt, e, q0, q1, k0, K, V, ks, vs, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E,
+                DP, EP, BM, BN, SCORE, WEIGH, SEEN, False, CHECKED, DROPOUT, PRECISION,
+            )  # fmt: skip
+    else:
+        first = lo
+    for k0 in tl.range(first, last, BN, num_stages=STAGES):
+        acc, m, l = visit(
+            acc, m, l, qt, e, q0, q1, k0, K, V, ks, vs, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E,
+            DP, EP, BM, BN, SCORE, WEIGH, SEEN, True, CHECKED, DROPOUT, PRECISION,
+        )  # fmt: skip
+    for k0 in tl.range(last, hi, BN, num_stages=STAGES):
+        acc, m, l = visit(
+            acc, m, l, qt, e, q0, q1, k0, K, V, ks, vs, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E,
+            DP, EP, BM, BN, SCORE, WEIGH, SEEN, False, CHECKED, DROPOUT, PRECISION,
+        )  # fmt: skip
+    if float("-inf") < DOUBT:
+        if tl.min(tl.where(rows < Qn, m, float("inf")), 0) <= DOUBT:
+            # a row that may see keys that were skipped: all of them, once more
+            m = tl.full([BM], float("-inf"), tl.float32)
+            l = tl.zeros([BM], tl.float32)
+            acc = tl.zeros([BM, EP], tl.float32)
+            for k0 in tl.range(0, Kn, BN, num_stages=STAGES):
+                acc, m, l = visit(
+                    acc, m, l, qt, e, q0, q1, k0, K, V, ks, vs, at, st, n, Qn, Kn, seed, threshold, keep_scale, D,
+                    E, DP, EP, BM, BN, SCORE, WEIGH, SEEN, False, False, DROPOUT, PRECISION,
+                )  # fmt: skip
+
+    none = m == float("-inf")
+    broken = none | (l != l)
+    if UNSHIFTED:
+        total = l * tl.exp(m)
+        broken = broken | (total == 0.0) | (total == float("inf")) | (total != total)
+    out = acc / l[:, None]
+    nan = tl.where(broken, float("nan"), 0.0)
+    if FILLS:
+        # weights that are filled are not NaN, even in a row that is: such a row is NaN if any weight is left
+        if tl.max(broken.to(tl.int32), 0) != 0:
+            left = tl.zeros([BM], tl.int32)
+            for k0 in tl.range(0, Kn, BN):
+                k = (k0 + tl.arange(0, BN))[None, :]
+                stays = LEFT(rows[:, None], k, at, st, n, Qn, Kn) & (k < Kn)
+                left = tl.maximum(left, tl.max(stays.to(tl.int32), 1))
+            nan = tl.where(left > 0, nan, 0.0)
+            out = tl.where(broken[:, None], 0.0, out)
+    out += nan[:, None]
+    if HIDDEN == 1:
+        out = tl.where(none[:, None], 0.0, out)
+    if HIDDEN == 2:
+        out = tl.where(broken[:, None], 0.0, out)
+    put_tile(O + OFFSET(wide, sizes, ob), rows, os[0], Qn, E, EP, os[1], out)
+    tl.store(M + wide * Qn + rows, m, mask=rows < Qn)
+    tl.store(M + (elements + wide) * Qn + rows, tl.where(none, float("nan"), l), mask=rows < Qn)
+
+
+@triton.jit
+def prepare(
+    O, G, M, W, F, sizes, ob, gb, os, gs, elements, Qn, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr,
+    OFFSET: tl.constexpr, HIDES: tl.constexpr, DOUBT: tl.constexpr, HIDDEN: tl.constexpr, UNSHIFTED: tl.constexpr,
+):  # fmt: skip
+    """What backward needs of each row: W [3, elements, Q], the shift, 1 / sum and delta = sum(out * dout); F [elements,
+    tiles + 1], whether a row of the query tile may see hidden keys, and last whether one of any tile may."""
+    tiles = tl.cdiv(Qn, BM)
+    e = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    rows = tile * BM + tl.arange(0, BM)
+    wide = e.to(tl.int64)
+    o = tile_of(O + OFFSET(wide, sizes, ob), rows, os[0], Qn, E, EP, os[1]).to(tl.float32)
+    g = tile_of(G + OFFSET(wide, sizes, gb), rows, gs[0], Qn, E, EP, gs[1]).to(tl.float32)
+    m = tl.load(M + wide * Qn + rows, mask=rows < Qn, other=0.0)
+    l = tl.load(M + (elements + wide) * Qn + rows, mask=rows < Qn, other=1.0)
+    none = m == float("-inf")
+    broken = none | (l != l)
+    if UNSHIFTED:
+        total = l * tl.exp(m)
+        broken = broken | (total == 0.0) | (total == float("inf")) | (total != total)
+    inverse = tl.where(broken, float("nan"), 1.0 / l)
+    zero = tl.zeros([BM], tl.int1)
+    if HIDDEN == 1:
+        zero = none
+    if HIDDEN == 2:
+        zero = broken
+    inverse = tl.where(zero, 0.0, inverse)
+    delta = tl.where(zero, 0.0, tl.sum(o * g, 1))
+    tl.store(W + wide * Qn + rows, tl.where(none, 0.0, m), mask=rows < Qn)
+    tl.store(W + (elements + wide) * Qn + rows, inverse, mask=rows < Qn)
+    tl.store(W + (2 * elements + wide) * Qn + rows, delta, mask=rows < Qn)
+    if HIDES:
+        # NaN reaches all keys; rows without a gradient, such as those of padding, reach none
+        used = tl.max(tl.where(g == 0.0, 0, 1), 1) > 0
+        doubtful = used & (rows < Qn) & ((inverse != inverse) | ((m <= DOUBT) & (inverse != 0.0)))
+        found = tl.max(doubtful.to(tl.int32), 0)
+        if found != 0:
+            tl.store(F + wide * (tiles + 1) + tile, 1)
+            tl.atomic_max(F + wide * (tiles + 1) + tiles, 1, sem="relaxed")
+
+
+@triton.jit
+def reverse(
+    qt, gt, kt, vt, shift, inverse, delta, e, q, k, at, st, n, gat, gst, Qn, Kn, seed, threshold, keep_scale,
+    BM: tl.constexpr, BN: tl.constexpr, SCORE: tl.constexpr, SCORE_GRAD: tl.constexpr, WEIGH: tl.constexpr,
+    WEIGH_GRAD: tl.constexpr, FULL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, GIVE: tl.constexpr,
+):  # fmt: skip
+    """(weights that v was multiplied with, gradient of q @ k), both [BM, BN]."""
+    inside = (q < Qn) & (k < Kn)
+    s = tl.dot(qt, tl.trans(kt), input_precision=PRECISION)
+    s, saved = SCORE(s, q, k, FULL, at, st, n, Qn, Kn)
+    p = tl.exp(s - shift[:, None]) * inverse[:, None]
+    # a row of zeros has no gradient, whatever its scores are
+    p = tl.where(inside & (inverse[:, None] != 0.0), p, 0.0)
+    w = WEIGH(p, q, k, at, st, n, Qn, Kn)
+    dw = tl.dot(gt, tl.trans(vt), input_precision=PRECISION)
+    if DROPOUT:
+        stays = kept(seed, e.to(tl.int64) * Qn + q, k, threshold)
+        w = tl.where(stays, w * keep_scale, 0.0)
+        dw = tl.where(stays, dw * keep_scale, 0.0)
+    dp = WEIGH_GRAD(dw, p, q, k, gat, gst, GIVE, at, st, n, Qn, Kn)
+    ds = p * (dp - delta[:, None])
+    ds = tl.where(inside & (inverse[:, None] != 0.0), ds, 0.0)
+    return w, SCORE_GRAD(ds, saved, q, k, gat, gst, GIVE, at, st, n, Qn, Kn)
+
+
+@triton.jit
+def backward_rows(
+    Q, K, V, G, W, F, DQ, ops, gops, seed, threshold, keep_scale, sizes, qb, kb, vb, gb, dqb, bst, gbst, st, gst, n, qs,
+    ks, vs, gs, dqs, elements, Qn, Kn,
+    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    OFFSET: tl.constexpr, BASES: tl.constexpr, GRAD_BASES: tl.constexpr, SCORE: tl.constexpr, SCORE_GRAD: tl.constexpr,
+    WEIGH: tl.constexpr, WEIGH_GRAD: tl.constexpr, KEYS: tl.constexpr, SEEN: tl.constexpr, CHECKED: tl.constexpr,
+    HIDES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one query tile, and of the operands that have queries."""
+    tiles = tl.cdiv(Qn, BM)
+    e = tl.program_id(0) // tiles
+    tile = tiles - 1 - tl.program_id(0) % tiles
+    q0 = tile * BM
+    q1 = tl.minimum(q0 + BM, Qn) - 1
+    rows = q0 + tl.arange(0, BM)
+    q = rows[:, None]
+    wide = e.to(tl.int64)
+    at = BASES(wide, sizes, ops, bst)
+    gat = GRAD_BASES(wide, sizes, gops, gbst)
+    K += OFFSET(wide, sizes, kb)
+    V += OFFSET(wide, sizes, vb)
+    qt = tile_of(Q + OFFSET(wide, sizes, qb), rows, qs[0], Qn, D, DP, qs[1])
+    gt = tile_of(G + OFFSET(wide, sizes, gb), rows, gs[0], Qn, E, EP, gs[1])
+    shift = tl.load(W + wide * Qn + rows, mask=rows < Qn, other=0.0)
+    inverse = tl.load(W + (elements + wide) * Qn + rows, mask=rows < Qn, other=0.0)
+    delta = tl.load(W + (2 * elements + wide) * Qn + rows, mask=rows < Qn, other=0.0)
+    lo, hi, first, last = KEYS(q0, q1, at, st, n, Qn, Kn)
+    lo = tl.minimum(lo, Kn) // BN * BN
+    hi = tl.minimum(hi, Kn)
+    whole = False
+    if HIDES:
+        whole = tl.load(F + wide * (tiles + 1) + tile) != 0
+        lo = tl.where(whole, 0, lo)
+        hi = tl.where(whole, Kn, hi)
+    dq = tl.zeros([BM, DP], tl.float32)
+    for k0 in tl.range(lo, hi, BN, num_stages=STAGES):
+        needed = True
+        if CHECKED:
+            needed = SEEN(q0, q1, k0, tl.minimum(k0 + BN, Kn) - 1, BM, BN, at, st, n, Qn, Kn)
+            if HIDES:
+                needed = needed | whole
+        if needed:
+            keys = k0 + tl.arange(0, BN)
+            kt = tile_of(K, keys, ks[0], Kn, D, DP, ks[1])
+            vt = tile_of(V, keys, vs[0], Kn, E, EP, vs[1])
+            w, ds = reverse(
+                qt, gt, kt, vt, shift, inverse, delta, e, q, keys[None, :], at, st, n, gat, gst, Qn, Kn, seed, threshold,
+                keep_scale, BM, BN, SCORE, SCORE_GRAD, WEIGH, WEIGH_GRAD, False, DROPOUT, PRECISION, 1,
+            )  # fmt: skip
+            dq = tl.dot(ds.to(kt.dtype), kt, dq, input_precision=PRECISION)
+    put_tile(DQ + OFFSET(wide, sizes, dqb), rows, dqs[0], Qn, D, DP, dqs[1], dq)
+
+
+@triton.jit
+def backward_columns(
+    Q, K, V, G, W, F, DK, DV, ops, gops, seed, threshold, keep_scale, sizes, outer, inner, members, qb, kb, vb, gb, eb, dkb,
+    dvb, bst, gbst, st, gst, n, qs, ks, vs, gs, dks, dvs, elements, Qn, Kn,
+    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    OFFSET: tl.constexpr, BASES: tl.constexpr, GRAD_BASES: tl.constexpr, SCORE: tl.constexpr, SCORE_GRAD: tl.constexpr,
+    WEIGH: tl.constexpr, WEIGH_GRAD: tl.constexpr, QUERIES: tl.constexpr, SEEN: tl.constexpr, CHECKED: tl.constexpr,
+    HIDES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one tile of keys and values, and of the operands that have keys alone.
+
+    outer, inner: the batch dims that k or v has, and those that both are broadcast over; `members` elements of the latter
+    are gone through one after the other. eb: the strides of the flat element number.
+    """
+    tiles = tl.cdiv(Kn, BN)
+    head = (tl.program_id(0) // tiles).to(tl.int64)
+    k0 = tl.program_id(0) % tiles * BN
+    k1 = tl.minimum(k0 + BN, Kn) - 1
+    keys = k0 + tl.arange(0, BN)
+    kt = tile_of(K + OFFSET(head, outer, kb), keys, ks[0], Kn, D, DP, ks[1])
+    vt = tile_of(V + OFFSET(head, outer, vb), keys, vs[0], Kn, E, EP, vs[1])
+    dk = tl.zeros([BN, DP], tl.float32)
+    dv = tl.zeros([BN, EP], tl.float32)
+    q_tiles = tl.cdiv(Qn, BM)
+    for member in range(members):
+        other = tl.full([], member, tl.int64)
+        wide = OFFSET(head, outer, eb) + OFFSET(other, inner, eb)
+        e = wide.to(tl.int32)
+        at = BASES(wide, sizes, ops, bst)
+        gat = GRAD_BASES(wide, sizes, gops, gbst)
+        Qe = Q + OFFSET(head, outer, qb) + OFFSET(other, inner, qb)
+        Ge = G + OFFSET(head, outer, gb) + OFFSET(other, inner, gb)
+        lo, hi = QUERIES(k0, k1, at, st, n, Qn, Kn)
+        lo = tl.minimum(lo, Qn) // BM * BM
+        hi = tl.minimum(hi, Qn)
+        start, stop = lo, hi
+        any_whole = False
+        if HIDES:
+            # tiles of other queries may hold rows that see all keys
+            any_whole = tl.load(F + wide * (q_tiles + 1) + q_tiles) != 0
+            start = tl.where(any_whole, 0, lo)
+            stop = tl.where(any_whole, Qn, hi)
+        for q0 in tl.range(start, stop, BM, num_stages=STAGES):
+            needed = True
+            if HIDES:
+                needed = (q0 >= lo) & (q0 < hi)
+            if CHECKED:
+                needed = needed & SEEN(q0, tl.minimum(q0 + BM, Qn) - 1, k0, k1, BM, BN, at, st, n, Qn, Kn)
+            if HIDES:
+                needed = needed | (tl.load(F + wide * (q_tiles + 1) + q0 // BM) != 0)
+            if needed:
+                rows = q0 + tl.arange(0, BM)
+                qt = tile_of(Qe, rows, qs[0], Qn, D, DP, qs[1])
+                gt = tile_of(Ge, rows, gs[0], Qn, E, EP, gs[1])
+                shift = tl.load(W + wide * Qn + rows, mask=rows < Qn, other=0.0)
+                inverse = tl.load(W + (elements + wide) * Qn + rows, mask=rows < Qn, other=0.0)
+                delta = tl.load(W + (2 * elements + wide) * Qn + rows, mask=rows < Qn, other=0.0)
+                w, ds = reverse(
+                    qt, gt, kt, vt, shift, inverse, delta, e, rows[:, None], keys[None, :], at, st, n, gat, gst, Qn, Kn,
+                    seed, threshold, keep_scale, BM, BN, SCORE, SCORE_GRAD, WEIGH, WEIGH_GRAD, False, DROPOUT,
+                    PRECISION, 2,
+                )  # fmt: skip
+                dv = tl.dot(tl.trans(w).to(gt.dtype), gt, dv, input_precision=PRECISION)
+                dk = tl.dot(tl.trans(ds).to(qt.dtype), qt, dk, input_precision=PRECISION)
+    put_tile(DK + OFFSET(head, outer, dkb), keys, dks[0], Kn, D, DP, dks[1], dk)
+    put_tile(DV + OFFSET(head, outer, dvb), keys, dvs[0], Kn, E, EP, dvs[1], dv)

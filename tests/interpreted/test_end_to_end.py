@@ -1,0 +1,71 @@
+"""Models and drawn programs through torch.compile onto the Triton kernels, interpreted."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from model_zoo import ATTENTIONS, build
+
+import attnfuse
+from attnfuse import testing
+from attnfuse.testing import graph_masks
+
+OPTIONS = {"inner": "aot_eager", "kernel": "triton", "strict": True}
+# the interpreter takes its time: a few here, the rest by the long profile
+EXAMPLES = 200 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 6
+FEW = hypothesis.settings(max_examples=EXAMPLES, phases=[hypothesis.Phase.generate])
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_models_hold_the_bar_forward_and_backward(name: str) -> None:
+    model, inputs = build(name)
+    found = attnfuse.verify(model.train(), options=OPTIONS, **inputs)
+    found.raise_if_failed()
+    assert found.report.fused == ATTENTIONS[name], found.report
+    assert {site.kernel for site in found.report.sites} == {"triton"}
+
+
+@FEW
+@hypothesis.given(st.data())
+def test_drawn_inputs_hold_the_bar(data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+    drawn = data.draw(testing.inputs(dtype=dtype, mask=data.draw(st.sampled_from([None, "bool", "additive"]))))
+
+    def attend(q, k, v, mask=None):
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    attnfuse.reset()
+    torch.compiler.reset()
+    attnfuse.verify(attend, options=OPTIONS, **drawn).raise_if_failed()
+
+
+@FEW
+@hypothesis.given(testing.programs())
+def test_drawn_programs_are_right(program: testing.Program) -> None:
+    attnfuse.reset()
+    torch.compiler.reset()
+    # what Triton cannot do is left as it was, and right all the same
+    testing.check_program(program, options={"kernel": "triton"})
+
+
+@FEW
+@hypothesis.given(graph_masks.mask_programs(5))
+def test_drawn_masks_are_right(program: graph_masks.MaskProgram) -> None:
+    attnfuse.reset()
+    torch.compiler.reset()
+    run = torch.compile(program.function, backend="attnfuse", options=OPTIONS | {"inner": "eager"})
+    found, expected = run(**program.inputs()), program.function(**program.inputs())
+    (report,) = attnfuse.reports()
+    for site, a, b in zip(report.sites, found, expected, strict=True):
+        assert site.kernel == "triton"
+        torch.testing.assert_close(
+            a, b, rtol=1e-5, atol=1e-5, equal_nan=True, msg=lambda text, s=site: f"{s.reads}: {text}"
+        )

@@ -1,0 +1,345 @@
+"""The Triton kernels, interpreted, against the oracle."""
+
+from __future__ import annotations
+
+import kernel_cases
+import pytest
+import torch
+from kernel_cases import FLOAT_MIN, GATES, INF, STEPS, WEIGHTS, make_spec, qkv, randn
+from triton.runtime import interpreter
+
+from attnfuse.expr import Algebra, Const, K, Q, causal, dense, documents, window
+from attnfuse.kernels import layout, triton
+from attnfuse.kernels.triton import codegen, generated
+from attnfuse.spec import AddFill, Attention, Bias, Cast, ReplaceFill, Scale, Softcap
+
+HALF = Scale(0.25)
+A = Algebra()
+
+
+def check(*args, **fields):
+    return kernel_cases.check(triton, *args, **fields)
+
+
+@pytest.mark.parametrize(("D", "E"), [(1, 1), (8, 8), (20, 33), (64, 64), (96, 40), (128, 128), (256, 256)])
+def test_head_sizes(D, E):
+    check(*qkv(1, 1, 40, 70, D, E))
+
+
+@pytest.mark.parametrize(("Qn", "Kn"), [(1, 1), (1, 130), (130, 1), (32, 64), (33, 65), (97, 200)])
+def test_lengths(Qn, Kn):
+    check(*qkv(1, 2, Qn, Kn, 8))
+
+
+@pytest.mark.parametrize(("Qn", "Kn", "D", "E"), [(0, 5, 8, 8), (5, 0, 8, 8), (5, 5, 8, 0)])
+def test_an_empty_dim_gives_what_the_reference_gives(Qn, Kn, D, E):
+    check(*qkv(1, 2, Qn, Kn, D, E))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("steps", [(HALF,), (HALF, Softcap(2.0), AddFill(causal(0), -1e4))], ids=["plain", "softcap"])
+def test_low_precision(dtype, steps):
+    check(*qkv(1, 2, 70, 90, 32, dtype=dtype), steps=steps)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_every_step_forward_and_backward(name):
+    check(*qkv(1, 2, 40, 90, 8), steps=STEPS[name])
+
+
+@pytest.mark.parametrize("offset", [-100, -5, 0, 7, 64, 300])
+@pytest.mark.parametrize("fill", [ReplaceFill, AddFill])
+@pytest.mark.parametrize("value", [-INF, FLOAT_MIN, -1e9, -10.0])
+def test_causal_offsets(offset, fill, value):
+    hidden = "nan" if value > -INF else "zero"
+    # an infinite added fill gives NaN gradients in autograd's softmax, ours are zero
+    differs = fill is AddFill and value == -INF and offset < 0
+    check(*qkv(1, 1, 70, 130, 8), steps=(HALF, fill(causal(offset), value)), hidden=hidden, backward=not differs)
+
+
+@pytest.mark.parametrize("hidden", ["nan", "zero", "nan_to_zero"])
+@pytest.mark.parametrize("value", [-INF, FLOAT_MIN, -1e9])
+@pytest.mark.parametrize("also", [False, True])
+def test_rows_without_keys(hidden, value, also):
+    keep = torch.rand(2, 1, 1, 90) < 0.7
+    keep[0, ..., :40] = False
+    mask = A.and_(causal(0), dense(0)) if also else dense(0)
+    for fill in (ReplaceFill, AddFill):
+        differs = fill is AddFill and value == -INF and hidden != "nan"
+        check(*qkv(2, 2, 70, 90, 8), [keep], steps=(HALF, fill(mask, value)), hidden=hidden, backward=not differs)
+
+
+@pytest.mark.parametrize("hidden", ["zero", "nan_to_zero"])
+def test_rows_made_zero_have_zero_gradients_under_an_added_fill(hidden):
+    q, k, v = qkv(1, 2, 20, 30, 8)
+    keep = torch.ones(1, 1, 20, 30, dtype=torch.bool)
+    keep[..., 5:9, :] = False
+    spec = make_spec(q, k, v, [keep], steps=(AddFill(dense(0), -INF),), hidden=hidden)
+    out, stats = triton.forward(spec, q, k, v, [keep], None)
+    dout = torch.randn_like(out)
+    got = triton.backward(spec, dout, q, k, v, [keep], None, out, stats, [True] * 3 + [False])
+    other = make_spec(q, k, v, [keep], steps=(ReplaceFill(dense(0), -INF),), hidden=hidden)
+    want = kernel_cases.evaluate(other, (q, k, v, keep), None, torch.float64, dout)[1]
+    for a, b in zip(got[:3], want[:3], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+    assert not out[..., 5:9, :].any() and not got[0][..., 5:9, :].any()
+
+
+MASKS = {
+    "window": A.and_(causal(), window(20)),
+    "far window": A.and_(causal(-30), window(60)),
+    "chunks": A.and_(causal(), A.compare("eq", A.floordiv(Q, Const(16)), A.floordiv(K, Const(16)))),
+    "every third": A.compare("eq", A.mod(A.add(K, Const(-200)), Const(3)), Const(1)),
+    "prefix": A.or_(causal(), A.compare("lt", K, Const(30))),
+    "near": A.compare("le", A.abs(A.sub(K, Q)), Const(9)),
+    "all": Const(1, "bool"),
+    "none": Const(0, "bool"),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_of_indices(name):
+    for value in (-INF, FLOAT_MIN):
+        check(*qkv(1, 1, 100, 130, 8), steps=(HALF, ReplaceFill(MASKS[name], value)))
+
+
+def test_documents_and_lengths():
+    ids = torch.cat([torch.full((n,), i) for i, n in enumerate((30, 45, 25))])
+    q, k, v = qkv(1, 2, 100, 100, 8)
+    ids = ids.view(1, 1, 100, 1)
+    steps = (HALF, ReplaceFill(A.and_(causal(), documents(0, 1)), -INF))
+    check(q, k, v, [ids, ids.mT.contiguous()], steps=steps)
+    lengths = torch.tensor([3, 60]).view(2, 1, 1, 1)
+    kept = A.compare("lt", K, A.add(kernel_cases.expr.Load(0, "int64"), Const(0)))
+    check(*qkv(2, 2, 70, 100, 8), [lengths], steps=(HALF, ReplaceFill(kept, FLOAT_MIN)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.int64])
+@pytest.mark.parametrize("shape", [(2, 2, 40, 70), (2, 1, 1, 70), (1, 1, 40, 1)])
+def test_masks_of_every_dtype_and_broadcast(dtype, shape):
+    keep = (torch.rand(shape) < 0.7).to(dtype)
+    kept = dense(0, str(dtype).removeprefix("torch."))
+    check(*qkv(2, 2, 40, 70, 8), [keep], steps=(HALF, ReplaceFill(kept, -1e9)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(2, 2, 40, 70), (1, 2, 40, 70), (1, 2, 40, 1), (2, 1, 1, 70), (1, 2, 1, 1)])
+def test_operand_gradients_are_summed_over_broadcast_dims(dtype, shape):
+    bias = randn(*shape, dtype=dtype)
+    check(*qkv(2, 2, 40, 70, 8), [bias], steps=(HALF, Bias(0, 0.5)))
+    check(*qkv(2, 2, 40, 70, 8), [bias], steps=(HALF, Scale(operand=0)))
+
+
+def test_an_operand_used_twice_gets_both_gradients():
+    check(*qkv(2, 2, 33, 33, 8), [randn(2, 2, 33, 33)], steps=(Scale(operand=0), Bias(0), Softcap(3.0)))
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_a_bias_with_a_mask(gate):
+    keep = GATES[gate]
+    for bias in (randn(1, 2, 70, 90), randn(2, 1, 1, 90)):
+        check(*qkv(2, 2, 70, 90, 8), [bias], steps=(Bias(0, 0.5, keep=keep), AddFill(keep, FLOAT_MIN)))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_tables_by_distance_and_by_row(wide):
+    q, k, v = qkv(2, 2, 70, 70, 8)
+    table = randn(1, 2, 70 if wide else 1, 139)
+    dims = (("1", "B1", "Q", "T"),) if wide else (("1", "B1", "1", "T"),)
+    col = A.add(A.sub(K, Q), Const(69))
+    check(q, k, v, [table], dims=dims, steps=(HALF, Bias(0, 2.0, None, col)))
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_grouped_queries_share_keys(groups):
+    q, k, v = randn(2, 2, groups, 40, 8), randn(2, 2, 1, 70, 8), randn(2, 2, 1, 70, 8)
+    check(q, k, v, steps=(HALF, ReplaceFill(causal(0), -INF)))
+
+
+def test_any_input_may_be_broadcast_over_any_batch_dim():
+    shapes = [((2, 3), (1, 3), (2, 1)), ((1, 3), (2, 3), (2, 3)), ((1, 1), (2, 3), (1, 1)), ((2, 3), (1, 1), (1, 1))]
+    for a, b, c in shapes:
+        check(randn(*a, 33, 8), randn(*b, 70, 8), randn(*c, 70, 8))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3, 6])
+def test_any_number_of_batch_dims(rank):
+    batch = (2,) * min(rank, 3) + (1,) * max(0, rank - 3)
+    check(randn(*batch, 33, 8), randn(*batch, 40, 8), randn(*batch, 40, 8))
+
+
+def test_strides_and_nan_beyond_a_slice_change_no_bit():
+    def poisoned(x):
+        wide = torch.full((*x.shape[:-2], x.shape[-2] + 9, x.shape[-1] + 5), torch.nan, dtype=x.dtype)
+        wide[..., 4 : 4 + x.shape[-2], 2 : 2 + x.shape[-1]] = x
+        return wide[..., 4 : 4 + x.shape[-2], 2 : 2 + x.shape[-1]]
+
+    lays = [poisoned, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), lambda x: x.mT.contiguous().mT]
+    q, k, v = qkv(1, 2, 40, 70, 12)
+    bias = randn(1, 2, 40, 70)
+    spec = make_spec(q, k, v, [bias], steps=(HALF, Bias(0)))
+    dout = randn(1, 2, 40, 12)
+    out, stats = triton.forward(spec, q, k, v, [bias], None)
+    grads = triton.backward(spec, dout, q, k, v, [bias], None, out, stats, [True] * 4)
+    for lay in lays:
+        moved = [lay(x) for x in (q, k, v, bias)]
+        again, stats = triton.forward(spec, *moved[:3], moved[3:], None)
+        assert torch.equal(out, again)
+        found = triton.backward(spec, lay(dout), *moved[:3], moved[3:], None, again, stats, [True] * 4)
+        assert all(torch.equal(a, b) for a, b in zip(grads, found, strict=True))
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (2, 0, 1, 3)])
+def test_out_order_is_the_memory_order(order):
+    check(*qkv(2, 2, 33, 40, 8), out_order=order)
+
+
+@pytest.mark.parametrize("p", [0.3, 1.0])
+def test_dropout_draws_the_reference_mask(p):
+    seed = torch.tensor([0x123456789ABCDEF])
+    check(*qkv(2, 2, 40, 90, 8), seed=seed, dropout=p)
+
+
+def test_dropout_without_a_seed_is_refused():
+    q, k, v = qkv(1, 1, 8, 8, 8)
+    with pytest.raises(ValueError, match="seed"):
+        triton.forward(make_spec(q, k, v, dropout=0.5), q, k, v, [], None)
+
+
+@pytest.mark.parametrize("name", [n for n in WEIGHTS if n != "filled"])
+def test_weight_steps_forward_and_backward(name):
+    keep, factor = torch.rand(2, 1, 1, 70) < 0.7, randn(1, 2, 1, 1)
+    check(*qkv(2, 2, 40, 70, 8), [keep, factor], weight_steps=WEIGHTS[name])
+
+
+def test_weights_zeroed_in_rows_without_keys():
+    keep = torch.rand(2, 1, 1, 90) < 0.7
+    keep[0] = False
+    after = (ReplaceFill(dense(0), 0.0),)
+    check(*qkv(2, 2, 70, 90, 8), [keep], steps=(ReplaceFill(dense(0), -INF),), weight_steps=after)
+    mixed = A.and_(dense(0), causal())
+    check(*qkv(2, 2, 70, 90, 8), [keep], steps=(ReplaceFill(mixed, -INF),), weight_steps=(ReplaceFill(causal(), 0.0),))
+
+
+def test_unshifted_softmax():
+    check(*qkv(1, 2, 40, 70, 8), softmax="unshifted")
+    # exp(200) is no float32
+    q = torch.full((1, 1, 4, 1), 20.0)
+    k = torch.tensor([10.0, 1.0]).view(1, 1, 2, 1)
+    spec = make_spec(q, k, k, softmax="unshifted", steps=())
+    assert bool(triton.forward(spec, q, k, k, [], None)[0].isnan().all())
+
+
+@pytest.mark.parametrize("where", ["q", "k", "bias"])
+@pytest.mark.parametrize("hidden", ["nan", "zero"])
+def test_nan_reaches_what_it_reaches_in_the_reference(where, hidden):
+    q, k, v = qkv(1, 2, 40, 70, 8)
+    bias = randn(1, 2, 40, 70)
+    {"q": q, "k": k, "bias": bias}[where][0, 1, 3, 2] = torch.nan
+    check(q, k, v, [bias], steps=(HALF, Bias(0)), hidden=hidden)
+
+
+def test_a_half_overflow_is_an_infinity():
+    q, k, v = torch.full((1, 1, 1, 1), 300.0), torch.tensor([[[[300.0], [-300.0], [1.0]]]]), randn(1, 1, 3, 4)
+    out, _ = triton.forward(make_spec(q, k, v, steps=(Cast("float16"),)), q, k, v, [], None)
+    assert bool(out.isnan().all())
+
+
+def test_only_needed_gradients_are_made():
+    q, k, v = qkv(1, 2, 33, 33, 8)
+    bias = randn(1, 2, 33, 33)
+    spec = make_spec(q, k, v, [bias], steps=(Bias(0),))
+    out, stats = triton.forward(spec, q, k, v, [bias], None)
+    every = triton.backward(spec, out, q, k, v, [bias], None, out, stats, [True] * 4)
+    for i in range(4):
+        needs = [j == i for j in range(4)]
+        found = triton.backward(spec, out, q, k, v, [bias], None, out, stats, needs)
+        assert [g is not None for g in found] == needs
+        assert torch.equal(found[i], every[i])
+
+
+def test_deterministic_gradients_of_operands_are_right_and_tables_are_refused():
+    torch.use_deterministic_algorithms(True)
+    try:
+        for shape in ((1, 2, 40, 70), (1, 2, 40, 1), (2, 1, 1, 70), (1, 2, 1, 1)):
+            check(*qkv(2, 2, 40, 70, 8), [randn(*shape)], steps=(HALF, Bias(0)))
+        col = A.add(A.sub(K, Q), Const(69))
+        with pytest.raises(RuntimeError, match="deterministic"):
+            check(
+                *qkv(1, 2, 70, 70, 8),
+                [randn(1, 2, 1, 139)],
+                dims=[("1", "B1", "1", "T")],
+                steps=(Bias(0, 1.0, None, col),),
+            )
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# -- the number of tiles
+
+
+def tiles(monkeypatch, spec, q, k, v, operands=()) -> int:
+    """How many tiles of 32 x 64 forward computes."""
+    products = []
+    builder = interpreter.InterpreterBuilder
+    dot = builder.create_dot
+
+    def counted(self, *args):
+        products.append(args)
+        return dot(self, *args)
+
+    monkeypatch.setattr(builder, "create_dot", counted)
+    triton.forward(spec, q, k, v, list(operands), None)
+    monkeypatch.setattr(builder, "create_dot", dot)
+    return len(products) // 2
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "far window"])
+def test_no_tile_is_entered_that_the_comparisons_rule_out(monkeypatch, name):
+    mask = causal() if name == "causal" else MASKS[name]
+    q, k, v = qkv(1, 1, 256, 256, 8)
+    spec = make_spec(q, k, v, steps=(HALF, ReplaceFill(mask, -INF)), hidden="zero")
+    kept = kernel_cases.reference.keep_of(mask, torch.zeros(1, 1, 256, 256), [])
+    needed = kept.view(8, 32, 4, 64).any(3).any(1)
+    assert tiles(monkeypatch, spec, q, k, v) == int(needed.sum())
+
+
+def test_tiles_of_other_documents_and_of_padding_are_skipped(monkeypatch):
+    q, k, v = qkv(2, 1, 256, 256, 8)
+    ids = (torch.arange(256) // 64).view(1, 1, 256, 1)
+    same = documents(0, 1)
+    spec = make_spec(q, k, v, [ids, ids.mT.contiguous()], steps=(HALF, ReplaceFill(same, -INF)))
+    assert tiles(monkeypatch, spec, q, k, v, [ids, ids.mT.contiguous()]) == 2 * 8
+    keep = torch.arange(256) < torch.tensor([100, 256]).view(2, 1, 1, 1)
+    spec = make_spec(q, k, v, [keep], steps=(HALF, AddFill(dense(0), FLOAT_MIN)))
+    assert tiles(monkeypatch, spec, q, k, v, [keep]) == 8 * 2 + 8 * 4
+
+
+# -- the source
+
+
+def test_equal_specs_share_a_file_and_no_text_of_a_user_reaches_it():
+    q, k, v = qkv(1, 1, 8, 8, 8)
+    spec = make_spec(q, k, v, steps=(ReplaceFill(causal(), -INF),))
+    renamed = Attention(**{**vars_of(spec), "batch": ("x); import os", "y")})
+    assert codegen.source(spec) == codegen.source(renamed)
+    assert generated.functions(spec) is generated.functions(renamed)
+    assert "import os" not in codegen.source(renamed)
+
+
+def vars_of(spec):
+    return {name: getattr(spec, name) for name in spec.__dataclass_fields__}
+
+
+def test_weights_filled_with_a_number_are_refused():
+    q, k, v = qkv(1, 1, 8, 8, 8)
+    with pytest.raises(ValueError, match="on weights"):
+        codegen.source(make_spec(q, k, v, weight_steps=(ReplaceFill(causal(), 0.25),)))
+
+
+def test_results_lie_as_the_fake_ones_do():
+    q, k, v = qkv(1, 2, 8, 8, 8)
+    spec = make_spec(q, k, v, out_order=(0, 2, 1, 3))
+    out, stats = triton.forward(spec, q, k, v, [], None)
+    fake, fake_stats = layout.allocate(spec, q, k, v, [])
+    assert (out.stride(), stats.stride()) == (fake.stride(), fake_stats.stride())

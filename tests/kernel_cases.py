@@ -1,0 +1,140 @@
+"""Specs and inputs for testing kernels, and the error bars they are held to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from attnfuse import expr
+from attnfuse.expr import Algebra, Const, causal, dense
+from attnfuse.kernels import layout, reference
+from attnfuse.spec import (
+    AddFill,
+    Attention,
+    Cast,
+    Clamp,
+    Operand,
+    ReplaceFill,
+    Scale,
+    Shift,
+    Softcap,
+    Tanh,
+    dtype_name,
+)
+
+INF = math.inf
+FLOAT_MIN = torch.finfo(torch.float32).min
+
+
+def make_spec(q, k, v, operands=(), dims=(), **fields) -> Attention:
+    """dims: of each operand, where they are not those that its shape tells."""
+    rank = q.dim()
+    dims = dims or [_dims(o, rank) for o in operands]
+    given = {
+        "batch": tuple(f"B{i}" for i in range(rank - 2)),
+        "sizes": (None,) * (rank + 2),
+        "qk_dtype": dtype_name(q.dtype),
+        "v_dtype": dtype_name(v.dtype),
+        "out_dtype": dtype_name(v.dtype),
+        "operands": tuple(Operand(dtype_name(o.dtype), own) for o, own in zip(operands, dims, strict=True)),
+        "steps": (Scale(q.shape[-1] ** -0.5 if q.shape[-1] else 1.0),),
+    }
+    return Attention(**{**given, **fields})
+
+
+def _dims(operand, rank) -> tuple[str, ...]:
+    names = (*(f"B{i}" for i in range(rank - 2)), "Q", "K")
+    return tuple("1" if size == 1 else name for size, name in zip(operand.shape, names, strict=True))
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*shape) * scale).to(dtype)
+
+
+def qkv(B=2, H=2, Q=33, K=33, D=16, E=None, dtype=torch.float32, scale=1.0):
+    E = D if E is None else E
+    return randn(B, H, Q, D, dtype=dtype, scale=scale), randn(B, H, K, D, dtype=dtype), randn(B, H, K, E, dtype=dtype)
+
+
+def evaluate(spec, tensors, seed, compute, dout):
+    """out and gradients of the reference, through leaves of dtype `compute` (float64) or the inputs' own."""
+    widen = compute == torch.float64
+    leaves = [t.detach().to(compute) if widen and t.is_floating_point() else t.detach() for t in tensors]
+    floating = [t for t in leaves if t.is_floating_point()]
+    for t in floating:
+        t.requires_grad_()
+    out = reference.attend(spec, *leaves[:3], leaves[3:], seed, compute)[0]
+    found = torch.autograd.grad(out, floating, dout.to(compute), allow_unused=True) if out.requires_grad else []
+    found = iter(found)
+    return out.detach(), [next(found, None) if t.is_floating_point() else None for t in leaves]
+
+
+def assert_close(got, oracle, eager, what, factor=2.0):
+    """max error <= factor x eager's + 1e-5, mean <= 10x (float32) or 1.1x (lower); non-finite at the same places."""
+    assert torch.equal(got.isnan(), oracle.isnan()), f"{what}: NaN at other places"
+    assert torch.equal(got.isinf(), oracle.isinf()), f"{what}: infinities at other places"
+    ok = oracle.isfinite()
+    if not ok.any():
+        return
+    ours, theirs = (got.double() - oracle)[ok].abs(), (eager.double() - oracle)[ok].abs()
+    assert ours.max() <= factor * theirs.max() + 1e-5, f"{what}: max {ours.max():.2e}, eager {theirs.max():.2e}"
+    if theirs.max() == 0:
+        # a softmax over one key: eager's differences cancel exactly
+        return
+    mean = 10.0 if got.dtype == torch.float32 else 1.1
+    assert ours.mean() <= mean * theirs.mean() + 1e-6, f"{what}: mean {ours.mean():.2e}, eager {theirs.mean():.2e}"
+
+
+def check(kernel, q, k, v, operands: Sequence[torch.Tensor] = (), seed=None, backward=True, **fields):
+    """Forward and backward of a kernel module against the oracle; returns (out, gradients)."""
+    spec = make_spec(q, k, v, operands, **fields)
+    tensors = (q, k, v, *operands)
+    out, stats = kernel.forward(spec, q, k, v, operands, seed)
+    fake_out, fake_stats = layout.allocate(spec, q, k, v, operands)
+    assert (out.shape, out.stride(), out.dtype) == (fake_out.shape, fake_out.stride(), fake_out.dtype)
+    assert (stats.shape, stats.stride(), stats.dtype) == (fake_stats.shape, fake_stats.stride(), fake_stats.dtype)
+    dout = torch.randn(out.shape).to(out.dtype)
+    oracle, oracle_grads = evaluate(spec, tensors, seed, torch.float64, dout)
+    eager, eager_grads = evaluate(spec, tensors, seed, q.dtype, dout)
+    assert_close(out, oracle, eager, "out")
+    if not backward:
+        return out, []
+    needs = [t.is_floating_point() for t in tensors]
+    grads = kernel.backward(spec, dout, q, k, v, operands, seed, out, stats, needs)
+    factor = 3.0 if operands or spec.dropout else 2.0
+    for i, (grad, want, other) in enumerate(zip(grads, oracle_grads, eager_grads, strict=True)):
+        if want is None:
+            assert grad is None or not grad.any(), f"gradient {i} should be zero"
+            continue
+        assert grad.shape == tensors[i].shape and grad.dtype == tensors[i].dtype
+        if want.numel():
+            assert_close(grad, want, want if other is None else other, f"gradient {i}", factor)
+    return out, grads
+
+
+GATES = {
+    "band": causal(3),
+    "rest": Algebra().compare("eq", Algebra().mod(expr.Q, Const(3)), Algebra().mod(expr.K, Const(3))),
+    "never": Const(0, "bool"),
+}
+
+STEPS = {
+    "softcap": (Scale(2.0), Softcap(3.0)),
+    "tanh": (Scale(0.5), Tanh(), Scale(4.0)),
+    "clamp": (Clamp(-1.0, 1.5),),
+    "clamp below": (Clamp(low=-0.5), Shift(2.0)),
+    "half": (Cast("float16"), Scale(0.25)),
+    "negative scale": (Scale(-0.7), Softcap(2.0), Clamp(high=1.0)),
+    "fill then cap": (ReplaceFill(causal(0), -1e9), Softcap(5.0)),
+    "many": (Scale(0.5), Shift(1.0), Tanh(), Scale(3.0), AddFill(causal(3), -1e4), Clamp(-50.0, 2.0), Cast("bfloat16")),
+}
+
+WEIGHTS = {
+    "zeroed": (ReplaceFill(dense(0), 0.0),),
+    "scaled": (Scale(0.5), Scale(operand=1)),
+    "zeroed and scaled": (Scale(operand=1), ReplaceFill(dense(0, inverted=True), 0.0), Scale(2.0)),
+    "filled": (ReplaceFill(dense(0), 0.25), Scale(operand=1)),
+    "causal": (ReplaceFill(causal(0), 0.0),),
+}

@@ -55,6 +55,9 @@ class _Call:
     v: torch.Tensor
     operands: list[torch.Tensor]
     seed: torch.Tensor | None
+    device: Device
+    # launch(kernel, programs, arguments): what runs a kernel
+    launch: Callable[[Any, int, dict[str, Any]], None]
 
     def __post_init__(self) -> None:
         from attnfuse.kernels.triton import codegen, generated
@@ -73,15 +76,16 @@ class _Call:
         self.precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 and not interpreted() else "ieee"
 
     def config(self, which: Pass) -> Config:
-        if interpreted():
+        if self.device.type == "cpu":
+            # the interpreter's cost is in the number of operations
             return Config(32, 64, 4, 1)
-        found = config(Device.of(self.q.device).capability, which, self.q.element_size() * 8, self.D, self.E)
+        found = config(self.device.capability, which, self.q.element_size() * 8, self.D, self.E)
         for _ in range(_shrunk.get(self._tile_key(which), 0)):
             found = found.smaller() or found
         return found
 
     def _tile_key(self, which: Pass) -> tuple[object, ...]:
-        return (self.q.device, which, self.spec.text, self.D, self.E)
+        return (self.device, which, self.spec.text, self.D, self.E)
 
     def shrink(self, which: Pass) -> bool:
         """Use smaller tiles for this spec from now on; False if there are none."""
@@ -142,9 +146,13 @@ def forward(
         stats[0].fill_(-math.inf)
         stats[1].zero_()
         return out.zero_(), stats
-    call = _Call(spec, q, k, v, list(operands), seed)
+    call = _Call(spec, q, k, v, list(operands), seed, Device.of(q.device), _run)
     _fitting(call, "forward", lambda: _forward(call, out, stats))
     return out, stats
+
+
+def _run(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
+    kernel[(programs,)](**arguments)
 
 
 def _fitting(call: _Call, which: Pass, run: Callable[[], _T]) -> _T:
@@ -165,30 +173,34 @@ def _forward(call: _Call, out: torch.Tensor, stats: torch.Tensor) -> None:
     from attnfuse.kernels.triton import template
 
     spec, made, traits, f = call.spec, call.config("forward"), call.traits, call.functions
-    template.forward[(-(-call.Q // made.BM) * call.elements,)](
-        **call.matrices(q=call.q, k=call.k, v=call.v, o=out),
-        M=stats,
-        **call.shared(),
-        **call.widths(),
-        BM=made.BM,
-        BN=made.BN,
-        OFFSET=f.offset,
-        BASES=f.bases,
-        SCORE=f.score,
-        WEIGH=f.weigh,
-        LEFT=f.left,
-        KEYS=f.keys,
-        SEEN=f.seen,
-        LOWER=traits.lower,
-        CHECKED=traits.checked,
-        DOUBT=traits.doubt,
-        FILLS=traits.fills,
-        DROPOUT=spec.dropout > 0.0,
-        HIDDEN=_HIDDEN[spec.hidden],
-        UNSHIFTED=spec.softmax == "unshifted",
-        PRECISION=call.precision,
-        STAGES=made.stages,
-        num_warps=made.warps,
+    call.launch(
+        template.forward,
+        -(-call.Q // made.BM) * call.elements,
+        {
+            **call.matrices(q=call.q, k=call.k, v=call.v, o=out),
+            "M": stats,
+            **call.shared(),
+            **call.widths(),
+            "BM": made.BM,
+            "BN": made.BN,
+            "OFFSET": f.offset,
+            "BASES": f.bases,
+            "SCORE": f.score,
+            "WEIGH": f.weigh,
+            "LEFT": f.left,
+            "KEYS": f.keys,
+            "SEEN": f.seen,
+            "LOWER": traits.lower,
+            "CHECKED": traits.checked,
+            "DOUBT": traits.doubt,
+            "FILLS": traits.fills,
+            "DROPOUT": spec.dropout > 0.0,
+            "HIDDEN": _HIDDEN[spec.hidden],
+            "UNSHIFTED": spec.softmax == "unshifted",
+            "PRECISION": call.precision,
+            "STAGES": made.stages,
+            "num_warps": made.warps,
+        },
     )
 
 
@@ -212,7 +224,7 @@ def backward(
     """
     if out.numel() == 0 or k.shape[-2] == 0:
         return [torch.zeros_like(x) if need else None for x, need in zip((q, k, v, *operands), needs, strict=True)]
-    call = _Call(spec, q, k, v, list(operands), seed)
+    call = _Call(spec, q, k, v, list(operands), seed, Device.of(q.device), _run)
     return _fitting(call, "backward", lambda: _backward(call, dout, out, stats, operands, needs))
 
 
@@ -233,27 +245,31 @@ def _backward(
     work = torch.empty((3, call.elements, call.Q), dtype=torch.float32, device=q.device)
     flags = torch.zeros((call.elements, q_tiles + 1) if traits.hides else (1,), dtype=torch.int32, device=q.device)
     shared = call.shared()
-    template.prepare[(q_tiles * call.elements,)](
-        O=out,
-        G=dout,
-        M=stats,
-        W=work,
-        F=flags,
-        sizes=call.batch,
-        ob=call.strides(out),
-        gb=call.strides(dout),
-        os=tuple(out.stride()[-2:]),
-        gs=tuple(dout.stride()[-2:]),
-        elements=call.elements,
-        Qn=call.Q,
-        E=call.E,
-        EP=padded(call.E),
-        BM=made.BM,
-        OFFSET=f.offset,
-        HIDES=traits.hides,
-        DOUBT=traits.doubt,
-        HIDDEN=_HIDDEN[spec.hidden],
-        UNSHIFTED=spec.softmax == "unshifted",
+    call.launch(
+        template.prepare,
+        q_tiles * call.elements,
+        {
+            "O": out,
+            "G": dout,
+            "M": stats,
+            "W": work,
+            "F": flags,
+            "sizes": call.batch,
+            "ob": call.strides(out),
+            "gb": call.strides(dout),
+            "os": tuple(out.stride()[-2:]),
+            "gs": tuple(dout.stride()[-2:]),
+            "elements": call.elements,
+            "Qn": call.Q,
+            "E": call.E,
+            "EP": padded(call.E),
+            "BM": made.BM,
+            "OFFSET": f.offset,
+            "HIDES": traits.hides,
+            "DOUBT": traits.doubt,
+            "HIDDEN": _HIDDEN[spec.hidden],
+            "UNSHIFTED": spec.softmax == "unshifted",
+        },
     )
     sums = _Sums(call, needs[3:])
     common = {
@@ -265,7 +281,6 @@ def _backward(
         **sums.arguments(),
         "OFFSET": f.offset,
         "BASES": f.bases,
-        "GRAD_BASES": f.grad_bases,
         "SCORE": f.score,
         "SCORE_GRAD": f.score_grad,
         "WEIGH": f.weigh,
@@ -278,16 +293,21 @@ def _backward(
     }
     dq, dk, dv = _target(q, call.batch, (True,) * len(call.batch)), None, None
     if needs[0] or sums.by_rows:
-        template.backward_rows[(q_tiles * call.elements,)](
-            **common,
-            DQ=dq,
-            dqb=call.strides(dq),
-            dqs=tuple(dq.stride()[-2:]),
-            BM=made.BM,
-            BN=made.BN,
-            KEYS=f.keys,
-            STAGES=made.stages,
-            num_warps=made.warps,
+        call.launch(
+            template.backward_rows,
+            q_tiles * call.elements,
+            {
+                **common,
+                "DQ": dq,
+                "dqb": call.strides(dq),
+                "dqs": tuple(dq.stride()[-2:]),
+                "BM": made.BM,
+                "BN": made.BN,
+                "KEYS": f.keys,
+                "GIVE": sums.by_rows,
+                "STAGES": made.stages,
+                "num_warps": made.warps,
+            },
         )
     if needs[1] or needs[2] or sums.by_columns:
         # batch dims that neither k nor v has are summed over inside of a program
@@ -296,23 +316,28 @@ def _backward(
         inner = tuple(1 if own else n for n, own in zip(call.batch, full))
         dk, dv = _target(k, call.batch, full), _target(v, call.batch, full)
         element = [math.prod(call.batch[d + 1 :]) for d in range(len(call.batch))]
-        template.backward_columns[(-(-call.K // made.BN) * math.prod(outer),)](
-            **common,
-            DK=dk,
-            DV=dv,
-            outer=outer,
-            inner=inner,
-            members=math.prod(inner),
-            eb=tuple(element),
-            dkb=call.strides(dk),
-            dvb=call.strides(dv),
-            dks=tuple(dk.stride()[-2:]),
-            dvs=tuple(dv.stride()[-2:]),
-            BM=made.BM,
-            BN=made.BN,
-            QUERIES=f.queries,
-            STAGES=made.stages,
-            num_warps=made.warps,
+        call.launch(
+            template.backward_columns,
+            -(-call.K // made.BN) * math.prod(outer),
+            {
+                **common,
+                "DK": dk,
+                "DV": dv,
+                "outer": outer,
+                "inner": inner,
+                "members": math.prod(inner),
+                "eb": tuple(element),
+                "dkb": call.strides(dk),
+                "dvb": call.strides(dv),
+                "dks": tuple(dk.stride()[-2:]),
+                "dvs": tuple(dv.stride()[-2:]),
+                "BM": made.BM,
+                "BN": made.BN,
+                "QUERIES": f.queries,
+                "GIVE": sums.by_columns,
+                "STAGES": made.stages,
+                "num_warps": made.warps,
+            },
         )
     grads: list[torch.Tensor | None] = [
         _summed(x, g) if need else None for x, g, need in zip((q, k, v), (dq, dk, dv), needs)
@@ -356,7 +381,8 @@ class _Sums:
 
         self.call = call
         self.targets: list[torch.Tensor | None] = []
-        self.by_rows = self.by_columns = False
+        # a bit for each operand, by the kernel that adds its gradient up
+        self.by_rows = self.by_columns = 0
         ordered = torch.are_deterministic_algorithms_enabled()
         for i, (o, need) in enumerate(zip(call.operands, needs, strict=True)):
             if not need:
@@ -364,9 +390,10 @@ class _Sums:
                 continue
             if not o.dtype.is_floating_point:
                 raise ValueError(f"operand {i} of dtype {o.dtype} has no gradient")
-            columns = codegen.by_columns(call.spec, i)
-            self.by_columns |= columns
-            self.by_rows |= not columns
+            if codegen.by_columns(call.spec, i):
+                self.by_columns |= 1 << i
+            else:
+                self.by_rows |= 1 << i
             shape: tuple[int, ...] = tuple(o.shape)
             if ordered:
                 if i in call.spec.tables:
@@ -376,10 +403,13 @@ class _Sums:
             self.targets.append(torch.zeros(shape, dtype=torch.float32, device=o.device))
 
     def arguments(self) -> dict[str, Any]:
+        # Triton has no tuples with None in them: what is not needed has an address that nothing is written to
+        none = self.call.q.new_empty((1,) * self.call.q.dim(), dtype=torch.float32)
+        given = [none if t is None else t for t in self.targets]
         return {
-            "gops": tuple(self.targets),
-            "gbst": tuple(() if t is None else self.call.strides(t) for t in self.targets),
-            "gst": tuple(() if t is None else _steps(t) for t in self.targets),
+            "gops": tuple(given),
+            "gbst": tuple(self.call.strides(t) for t in given),
+            "gst": tuple(_steps(t) for t in given),
         }
 
     def results(self, operands: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:

@@ -1,10 +1,11 @@
 """Spec -> the source of the Triton functions that the kernels in template.py call: the score program and its masks.
 
+GIVE has a bit set for each operand whose gradient the calling kernel adds up, at the addresses `gat` with the strides `gst`.
 Nothing but integers, finite numbers, and names that are made here gets into the text. Every generated function takes the
 same context: `at` (each operand's address at the batch element), `st` (its row and column strides), `n` (its rows and
 columns), Qn and Kn (the numbers of queries and keys).
 
-    bases(e, sizes, ops, bst), grad_bases        at, for operands and for their gradients
+    bases(e, sizes, ops, bst)                    at, or the same for gradients
     offset(e, sizes, strides)                    where a batch element begins in a tensor
     score(s, q, k, FULL, ...)                    the scores after all steps, and what their gradients need
     score_grad(g, saved, q, k, gat, gst, GIVE, ...)  gradient of the scores before all steps; adds those of operands up
@@ -233,7 +234,7 @@ class _Module:
         return found
 
     def text(self) -> str:
-        parts = [_HEADER, self._offset(), self._bases(), self._grad_bases(), self._score(), self._score_grad()]
+        parts = [_HEADER, self._offset(), self._bases(), self._score(), self._score_grad()]
         parts += [self._weigh(), self._weigh_grad(), self._left(), self._keys(), self._queries(), self._seen()]
         return "\n\n".join(parts)
 
@@ -253,17 +254,6 @@ class _Module:
     def _bases(self) -> str:
         made = ", ".join(f"ops[{i}] + offset(e, sizes, bst[{i}])" for i in range(len(self.spec.operands)))
         return self._define("bases", "e, sizes, ops, bst", [f"return ({made}{',' if made else ''})"])
-
-    def _grad_bases(self) -> str:
-        lines = []
-        for i in range(len(self.spec.operands)):
-            lines += [
-                f"g{i} = ops[{i}]",
-                f"if ops[{i}] is not None:",
-                f"    g{i} = ops[{i}] + offset(e, sizes, bst[{i}])",
-            ]
-        made = ", ".join(f"g{i}" for i in range(len(self.spec.operands)))
-        return self._define("grad_bases", "e, sizes, ops, bst", [*lines, f"return ({made}{',' if made else ''})"])
 
     # -- scores
 
@@ -381,8 +371,7 @@ class _Module:
             mask = "(q < Qn) & (k < Kn)"
             place = f"{place} + tl.zeros_like({x}).to(tl.int32)"
         inner.lines.append(f"tl.atomic_add({place}, {x}, {f'mask={mask}, ' if mask else ''}sem='relaxed')")
-        wanted = 2 if by_columns(self.spec, operand) else 1
-        body.lines.append(f"if GIVE == {wanted} and gat[{operand}] is not None:")
+        body.lines.append(f"if (GIVE >> {operand}) & 1:")
         body.lines += [f"    {line}" for line in inner.lines]
 
     # -- weights

@@ -46,16 +46,16 @@ def config(capability: int, which: Pass, bits: int, D: int, E: int) -> Config:
     roomy = capability in (80, 90, 100)
     if bits == 32:
         if width <= 64:
-            return Config(64, 32, 4, 2) if which == "forward" else Config(32, 32, 4, 1)
-        return Config(32, 32, 4, 1) if width <= 128 else Config(16, 32, 4, 1)
+            return Config(64, 32, 8, 2) if which == "forward" else Config(32, 32, 4, 1)
+        return Config(32, 32, 8, 1) if width <= 128 else Config(16, 16, 8, 1)
     if which == "forward":
         if width <= 64:
-            return Config(128, 64, 8 if capability != 90 else 4, 3 if roomy else 2)
+            return Config(128, 64, 4 if capability in (90, 100) else 8, 3 if roomy else 2)
         if width <= 128:
             return Config(128, 64, 8, 3 if roomy else 2) if roomy else Config(64, 64, 4, 2)
-        return Config(64, 32, 8 if roomy else 4, 2 if roomy else 1)
+        return Config(64, 32, 8, 2 if roomy else 1)
     if width <= 64:
-        return Config(64, 64, 4, 2)
+        return Config(64, 64, 8, 2) if roomy else Config(64, 32, 4, 2)
     if width <= 128:
         return Config(64, 64, 8, 2) if roomy else Config(64, 32, 4, 1)
     return Config(32, 32, 4, 1)

@@ -250,9 +250,9 @@ def backward_rows(
     Q, K, V, G, W, F, DQ, ops, gops, seed, threshold, keep_scale, sizes, qb, kb, vb, gb, dqb, bst, gbst, st, gst, n, qs,
     ks, vs, gs, dqs, elements, Qn, Kn,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    OFFSET: tl.constexpr, BASES: tl.constexpr, GRAD_BASES: tl.constexpr, SCORE: tl.constexpr, SCORE_GRAD: tl.constexpr,
+    OFFSET: tl.constexpr, BASES: tl.constexpr, SCORE: tl.constexpr, SCORE_GRAD: tl.constexpr,
     WEIGH: tl.constexpr, WEIGH_GRAD: tl.constexpr, KEYS: tl.constexpr, SEEN: tl.constexpr, CHECKED: tl.constexpr,
-    HIDES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    HIDES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, GIVE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one query tile, and of the operands that have queries."""
     tiles = tl.cdiv(Qn, BM)
@@ -264,7 +264,7 @@ def backward_rows(
     q = rows[:, None]
     wide = e.to(tl.int64)
     at = BASES(wide, sizes, ops, bst)
-    gat = GRAD_BASES(wide, sizes, gops, gbst)
+    gat = BASES(wide, sizes, gops, gbst)
     K += OFFSET(wide, sizes, kb)
     V += OFFSET(wide, sizes, vb)
     qt = tile_of(Q + OFFSET(wide, sizes, qb), rows, qs[0], Qn, D, DP, qs[1])
@@ -293,7 +293,7 @@ def backward_rows(
             vt = tile_of(V, keys, vs[0], Kn, E, EP, vs[1])
             w, ds = reverse(
                 qt, gt, kt, vt, shift, inverse, delta, e, q, keys[None, :], at, st, n, gat, gst, Qn, Kn, seed, threshold,
-                keep_scale, BM, BN, SCORE, SCORE_GRAD, WEIGH, WEIGH_GRAD, False, DROPOUT, PRECISION, 1,
+                keep_scale, BM, BN, SCORE, SCORE_GRAD, WEIGH, WEIGH_GRAD, False, DROPOUT, PRECISION, GIVE,
             )  # fmt: skip
             dq = tl.dot(ds.to(kt.dtype), kt, dq, input_precision=PRECISION)
     put_tile(DQ + OFFSET(wide, sizes, dqb), rows, dqs[0], Qn, D, DP, dqs[1], dq)
@@ -304,9 +304,9 @@ def backward_columns(
     Q, K, V, G, W, F, DK, DV, ops, gops, seed, threshold, keep_scale, sizes, outer, inner, members, qb, kb, vb, gb, eb, dkb,
     dvb, bst, gbst, st, gst, n, qs, ks, vs, gs, dks, dvs, elements, Qn, Kn,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    OFFSET: tl.constexpr, BASES: tl.constexpr, GRAD_BASES: tl.constexpr, SCORE: tl.constexpr, SCORE_GRAD: tl.constexpr,
+    OFFSET: tl.constexpr, BASES: tl.constexpr, SCORE: tl.constexpr, SCORE_GRAD: tl.constexpr,
     WEIGH: tl.constexpr, WEIGH_GRAD: tl.constexpr, QUERIES: tl.constexpr, SEEN: tl.constexpr, CHECKED: tl.constexpr,
-    HIDES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    HIDES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, GIVE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys and values, and of the operands that have keys alone.
 
@@ -328,7 +328,7 @@ def backward_columns(
         wide = OFFSET(head, outer, eb) + OFFSET(other, inner, eb)
         e = wide.to(tl.int32)
         at = BASES(wide, sizes, ops, bst)
-        gat = GRAD_BASES(wide, sizes, gops, gbst)
+        gat = BASES(wide, sizes, gops, gbst)
         Qe = Q + OFFSET(head, outer, qb) + OFFSET(other, inner, qb)
         Ge = G + OFFSET(head, outer, gb) + OFFSET(other, inner, gb)
         lo, hi = QUERIES(k0, k1, at, st, n, Qn, Kn)
@@ -337,17 +337,14 @@ def backward_columns(
         start, stop = lo, hi
         any_whole = False
         if HIDES:
-            # tiles of other queries may hold rows that see all keys
+            # other queries may have rows that see all keys; few elements have any, and those take all tiles
             any_whole = tl.load(F + wide * (q_tiles + 1) + q_tiles) != 0
             start = tl.where(any_whole, 0, lo)
             stop = tl.where(any_whole, Qn, hi)
         for q0 in tl.range(start, stop, BM, num_stages=STAGES):
             needed = True
-            if HIDES:
-                needed = (q0 >= lo) & (q0 < hi)
             if CHECKED:
-                needed = needed & SEEN(q0, tl.minimum(q0 + BM, Qn) - 1, k0, k1, BM, BN, at, st, n, Qn, Kn)
-            if HIDES:
+                needed = SEEN(q0, tl.minimum(q0 + BM, Qn) - 1, k0, k1, BM, BN, at, st, n, Qn, Kn)
                 needed = needed | (tl.load(F + wide * (q_tiles + 1) + q0 // BM) != 0)
             if needed:
                 rows = q0 + tl.arange(0, BM)
@@ -359,7 +356,7 @@ def backward_columns(
                 w, ds = reverse(
                     qt, gt, kt, vt, shift, inverse, delta, e, rows[:, None], keys[None, :], at, st, n, gat, gst, Qn, Kn,
                     seed, threshold, keep_scale, BM, BN, SCORE, SCORE_GRAD, WEIGH, WEIGH_GRAD, False, DROPOUT,
-                    PRECISION, 2,
+                    PRECISION, GIVE,
                 )  # fmt: skip
                 dv = tl.dot(tl.trans(w).to(gt.dtype), gt, dv, input_precision=PRECISION)
                 dk = tl.dot(tl.trans(ds).to(qt.dtype), qt, dk, input_precision=PRECISION)

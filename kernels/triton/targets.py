@@ -1,0 +1,145 @@
+"""Compiles the kernels for a declared device, without having it: what they cost there, and whether they fit."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attnfuse.kernels.device import Device
+from attnfuse.spec import Attention
+
+#: Shared memory that one block may have, in bytes, by compute capability.
+SHARED = {
+    70: 96 << 10,
+    75: 64 << 10,
+    80: 163 << 10,
+    86: 99 << 10,
+    89: 99 << 10,
+    90: 227 << 10,
+    100: 227 << 10,
+    120: 99 << 10,
+}
+#: The instruction that multiplies float16 and bfloat16 tiles.
+MATRIX = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+_TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel as compiled. shared, spilled: bytes; registers: of a thread; products: names of matrix instructions."""
+
+    kernel: str
+    registers: int
+    spilled: int
+    shared: int
+    products: tuple[str, ...]
+
+
+def compiled(
+    spec: Attention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    capability: int,
+    backward: bool = True,
+    needs: Sequence[bool] = (),
+) -> list[Compiled]:
+    """The kernels that these tensors would run on an NVIDIA GPU of this compute capability (10 * major + minor).
+
+    needs: of which of (q, k, v, *operands) gradients are made; all floating ones if empty. Raises what Triton raises where
+    it cannot compile, OSError without its ptxas.
+    """
+    from attnfuse.kernels import triton
+    from attnfuse.kernels.layout import allocate
+
+    found: list[Compiled] = []
+
+    def record(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
+        found.append(_compile(kernel, arguments, capability))
+
+    device = Device("cuda", capability)
+    seed = torch.zeros(1, dtype=torch.int64) if spec.dropout else None
+    out, stats = allocate(spec, q, k, v, operands)
+    call = triton._Call(spec, q, k, v, list(operands), seed, device, record)
+    triton._forward(call, out, stats)
+    if backward:
+        needs = needs or [x.is_floating_point() for x in (q, k, v, *operands)]
+        triton._backward(call, torch.empty_like(out), out, stats, operands, needs)
+    return found
+
+
+def _compile(kernel: Any, arguments: dict[str, Any], capability: int) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    options = {"num_warps": arguments.get("num_warps", 4), "num_stages": arguments.get("STAGES", 2)}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for i, name in enumerate(kernel.arg_names):
+        if kernel.params[i].is_constexpr:
+            signature[name] = "constexpr"
+            constants[(i,)] = arguments[name]
+        else:
+            signature[name] = _typed(arguments[name], (i,), constants, attributes)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    registers, spilled = _usage(made.asm["cubin"])
+    products = re.findall(r"(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", made.asm["ptx"])
+    return Compiled(kernel.fn.__name__, registers, spilled, made.metadata.shared, tuple(sorted(set(products))))
+
+
+def _typed(
+    value: Any, at: tuple[int, ...], constants: dict[tuple[int, ...], Any], attributes: dict[tuple[int, ...], Any]
+) -> Any:
+    """The type of an argument as Triton's launcher would specialise it: 1 and None are constants, multiples of 16 known."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_typed(x, (*at, i), constants, attributes) for i, x in enumerate(value))
+    if value is None or (isinstance(value, int) and value == 1):
+        constants[at] = value
+        return "constexpr"
+    if isinstance(value, torch.Tensor):
+        # allocations of a device are aligned
+        attributes[at] = [["tt.divisibility", 16]]
+        return _TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    if value % 16 == 0:
+        attributes[at] = [["tt.divisibility", 16]]
+    return "i32" if -(2**31) <= value < 2**31 else "i64" if value < 2**63 else "u64"
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes it keeps in local memory since it has no more registers."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = str(tool) if tool.exists() else shutil.which("cuobjdump")
+    if command is None:
+        raise FileNotFoundError("cuobjdump, which Triton's wheel has, was not found")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [command, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack, local = (int(re.search(rf"{what}:(\d+)", text)[1]) for what in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
+    return registers, max(stack, local)

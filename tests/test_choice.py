@@ -1,0 +1,97 @@
+"""Which kernel a declared device gets, or why it gets none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import GATES, INF, STEPS, WEIGHTS, make_spec, qkv, randn
+
+from attnfuse.expr import causal
+from attnfuse.kernels import KERNELS, PLANNED, choose
+from attnfuse.kernels.device import Device
+from attnfuse.spec import Attention, Bias, ReplaceFill, Scale
+
+CPU = Device("cpu")
+GPUS = {capability: Device("cuda", capability) for capability in (70, 75, 80, 89, 90, 100, 120)}
+ASCEND = Device("npu", name="Ascend910B")
+
+
+def spec_of(dtype: torch.dtype = torch.float16, D: int = 64, **fields: object) -> Attention:
+    q, k, v = qkv(1, 2, 32, 32, D, dtype=dtype)
+    return make_spec(q, k, v, sizes=(1, 2, 32, 32, D, D), **fields)
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_modern_nvidia_gpus_get_triton(capability: int, dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    choice = choose(spec_of(dtype), GPUS[capability])
+    assert choice.kernel is not None and choice.kernel.name == "triton", choice.reasons
+
+
+def test_other_vendors_gpus_of_type_cuda_get_triton_too() -> None:
+    pytest.importorskip("triton")
+    choice = choose(spec_of(), Device("cuda"))
+    assert choice.kernel is not None and choice.kernel.name == "triton", choice.reasons
+
+
+@pytest.mark.parametrize("capability", [70, 75])
+def test_older_gpus_are_refused_with_the_reason(capability: int) -> None:
+    choice = choose(spec_of(), GPUS[capability])
+    assert choice.kernel is None
+    assert any(f"compute capability {capability / 10:.1f} (takes from 8.0 on)" in r for r in choice.reasons)
+
+
+def test_an_npu_is_refused_with_the_reason() -> None:
+    choice = choose(spec_of(), ASCEND)
+    assert choice.kernel is None and all("device npu" in r for r in choice.reasons), choice.reasons
+
+
+def test_the_cpu_gets_its_own_kernel() -> None:
+    choice = choose(spec_of(), CPU)
+    assert choice.kernel is not None and choice.kernel.name == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"D": 320}, "head size D 320 (takes 256)"),
+        ({"dtype": torch.float64}, "q and k in float64"),
+        ({"weight_steps": (ReplaceFill(causal(), 0.5),)}, "weights filled with a number other than 0"),
+    ],
+)
+def test_what_triton_cannot_is_said(fields: dict[str, object], reason: str) -> None:
+    choice = choose(spec_of(**fields), GPUS[90], "triton")  # type: ignore[arg-type]
+    assert choice.kernel is None and any(reason in r for r in choice.reasons), choice.reasons
+
+
+def specs() -> dict[str, Attention]:
+    found = {name: spec_of(steps=steps) for name, steps in STEPS.items()}
+    found |= {f"weights {name}": _with_operands(weight_steps=steps) for name, steps in WEIGHTS.items()}
+    found |= {f"gate {name}": _with_operands(steps=(Bias(1, keep=keep),)) for name, keep in GATES.items()}
+    found["causal"] = spec_of(steps=(Scale(0.125), ReplaceFill(causal(), -INF)))
+    found["bfloat16"] = spec_of(torch.bfloat16)
+    return found
+
+
+def _with_operands(**fields: object) -> Attention:
+    q, k, v = qkv(1, 2, 32, 32, 64, dtype=torch.float16)
+    operands = [torch.ones(1, 1, 1, 32, dtype=torch.bool), randn(1, 2, 1, 1)]
+    return make_spec(q, k, v, operands, sizes=(1, 2, 32, 32, 64, 64), **fields)
+
+
+PLANS = {
+    # name of a planned kernel: its device, and specs that it must take and refuse
+    "volta": (GPUS[70], {"causal", "softcap", "gate band"}, {"bfloat16", "weights filled"}),
+    "ascend": (ASCEND, {"causal", "gate band", "bfloat16"}, {"softcap", "tanh", "clamp", "weights zeroed"}),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_spec_is_taken_or_refused_with_reasons_by_the_planned_kernels(name: str) -> None:
+    device, taken, refused = PLANS[name]
+    answers = {spec: PLANNED[name].reasons(made, device) for spec, made in specs().items()}
+    assert {s for s in taken if not answers[s]} == taken, answers
+    assert {s for s in refused if answers[s]} == refused, answers
+    assert PLANNED[name].reasons(spec_of(), GPUS[90])
+    assert name not in {k.name for k in KERNELS}

@@ -1,0 +1,91 @@
+"""The Triton kernels compiled ahead of time for GPUs that are not here: matrix instructions, shared memory, no spills."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from kernel_cases import FLOAT_MIN, INF, make_spec, qkv, randn
+
+from attnfuse.expr import Algebra, Const, K, Q, causal, dense, documents, window
+from attnfuse.spec import AddFill, Bias, ReplaceFill, Scale, Softcap
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+HALF = Scale(0.125)
+A = Algebra()
+TARGETS = (80, 86, 89, 90, 100, 120)
+FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def check(capability, spec, q, k, v, operands=()) -> None:
+    from attnfuse.kernels.triton import targets
+
+    made = targets.compiled(spec, q, k, v, list(operands), capability)
+    assert [c.kernel for c in made] == ["forward", "prepare", "backward_rows", "backward_columns"]
+    for c in made:
+        assert c.shared <= targets.SHARED[capability], c
+        assert c.spilled == 0, c
+        if q.element_size() == 2 and q.shape[-1] <= 128 and c.kernel != "prepare":
+            assert targets.MATRIX[capability] in c.products, c
+
+
+def plain(capability, dtype, D) -> None:
+    q, k, v = qkv(1, 2, 256, 256, D, dtype=FLOATS[dtype])
+    check(capability, make_spec(q, k, v, steps=(HALF, ReplaceFill(causal(), -INF))), q, k, v)
+
+
+@pytest.mark.parametrize(("capability", "dtype", "D"), [(80, "fp16", 64), (90, "bf16", 128), (120, "fp32", 64)])
+def test_a_causal_attention_compiles_for(capability, dtype, D):
+    plain(capability, dtype, D)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("D", [32, 64, 128, 256])
+def test_every_configuration_compiles(capability, dtype, D):
+    plain(capability, dtype, D)
+
+
+def mixed():
+    """Most of what a spec can hold: groups, a table, a bias, a softcap, documents, padding, dropout."""
+    q = randn(2, 2, 2, 128, 64, dtype=torch.float16)
+    k, v = (randn(2, 2, 1, 128, 64, dtype=torch.float16) for _ in range(2))
+    ids = torch.zeros(2, 1, 1, 128, 1, dtype=torch.int64)
+    operands = [
+        randn(1, 2, 1, 1, 255, dtype=torch.float16),
+        ids,
+        ids.mT.contiguous(),
+        torch.ones(2, 1, 1, 1, 128, dtype=torch.bool),
+        randn(2, 1, 1, 1, 128, dtype=torch.float16),
+    ]
+
+    dims = [
+        ("1", "B1", "1", "1", "T"),
+        ("B0", "1", "1", "Q", "1"),
+        ("B0", "1", "1", "1", "K"),
+        ("B0", "1", "1", "1", "K"),
+        ("B0", "1", "1", "1", "K"),
+    ]
+    steps = (
+        HALF,
+        Softcap(30.0),
+        Bias(0, 1.0, None, A.add(A.sub(K, Q), Const(127))),
+        Bias(4, 1.0, keep=causal()),
+        ReplaceFill(A.and_(causal(), window(40), documents(1, 2)), -INF),
+        AddFill(dense(3), FLOAT_MIN),
+    )
+    spec = make_spec(q, k, v, operands, dims=dims, steps=steps, dropout=0.1, hidden="nan_to_zero")
+
+    return spec, q, k, v, operands
+
+
+@pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
+def test_a_spec_with_everything_compiles(capability):
+    from attnfuse.kernels.triton import targets
+
+    spec, q, k, v, operands = mixed()
+    for c in targets.compiled(spec, q, k, v, operands, capability):
+        assert c.shared <= targets.SHARED[capability], c

@@ -143,13 +143,14 @@ def _is_attention(target: Any) -> bool:
 
 
 def _attend(
-    q: Any, k: Any, v: Any, operands: Any, seed: Any, spec: str, *_: Any, **__: Any
+    q: Any, k: Any, v: Any, operands: Any, seed: Any, q_bounds: Any, k_bounds: Any, spec: str, *_: Any, **__: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The op's own meaning, with the dropout mask that its seed gives."""
     from attnfuse.kernels import reference
+    from attnfuse.kernels.layout import Bounds
     from attnfuse.spec import Attention
 
-    return reference.attend(Attention.parse(spec), q, k, v, operands, seed, compute=torch.float64)
+    return reference.attend(Attention.parse(spec), q, k, v, operands, seed, torch.float64, Bounds(q_bounds, k_bounds))
 
 
 @contextlib.contextmanager

@@ -1,10 +1,12 @@
 """The op family that compiled graphs call: `attnfuse::attention` and its backward.
 
-    attention(q, k, v, operands, seed, spec, kernel, strict) -> (out, stats)
-    attention_backward(dout, q, k, v, operands, seed, out, stats, spec, kernel, strict, needs) -> the gradients needed
+    attention(q, k, v, operands, seed, q_bounds, k_bounds, spec, kernel, strict) -> (out, stats)
+    attention_backward(dout, q, k, v, operands, seed, q_bounds, k_bounds, out, stats, spec, kernel, strict, needs)
+        -> the gradients needed
     own(x) -> a copy of x that no compiler takes for x itself
 
-Shapes as in attnfuse.spec; seed int64 [1] or None; spec is `Attention.text`; kernel the name of one; strict whether a
+Shapes as in attnfuse.spec; seed int64 [1] or None; q_bounds and k_bounds as in kernels/layout.py, None where the layout is
+dense; spec is `Attention.text`; kernel the name of one; strict whether a
 failing kernel raises instead of giving way to the reference. stats float32
 [2, *batch, Q] holds each row's maximum and its sum of exp(s - maximum). They are kept apart since a finite fill such as
 finfo.min swallows the logarithm of the sum.
@@ -19,17 +21,17 @@ from typing import Any
 import torch
 
 from attnfuse.kernels import REFERENCE, kernel_named
-from attnfuse.kernels.layout import allocate
+from attnfuse.kernels.layout import Bounds, allocate
 from attnfuse.spec import Attention
 
 _LIBRARY = torch.library.Library("attnfuse", "DEF")
 _LIBRARY.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor[] operands, Tensor? seed, str spec, str kernel, "
-    "bool strict) -> (Tensor, Tensor)"
+    "attention(Tensor q, Tensor k, Tensor v, Tensor[] operands, Tensor? seed, Tensor? q_bounds, Tensor? k_bounds, "
+    "str spec, str kernel, bool strict) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
-    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor[] operands, Tensor? seed, Tensor out, "
-    "Tensor stats, str spec, str kernel, bool strict, bool[] needs) -> Tensor[]"
+    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor[] operands, Tensor? seed, "
+    "Tensor? q_bounds, Tensor? k_bounds, Tensor out, Tensor stats, str spec, str kernel, bool strict, bool[] needs) -> Tensor[]"
 )
 
 _LIBRARY.define("own(Tensor x) -> Tensor")
@@ -71,6 +73,8 @@ def _forward(
     v: torch.Tensor,
     operands: Sequence[torch.Tensor],
     seed: torch.Tensor | None,
+    q_bounds: torch.Tensor | None,
+    k_bounds: torch.Tensor | None,
     spec: str,
     kernel: str,
     strict: bool,
@@ -78,14 +82,15 @@ def _forward(
     parsed = Attention.parse(spec)
     for observe in observers:
         observe(parsed, q, k, operands)
+    arguments = (parsed, q, k, v, operands, seed, Bounds(q_bounds, k_bounds))
     if strict or kernel not in failed:
         try:
-            return _module(kernel).forward(parsed, q, k, v, operands, seed)  # type: ignore[no-any-return]
+            return _module(kernel).forward(*arguments)  # type: ignore[no-any-return]
         except Exception as error:
             module = _fall_back(kernel, strict, error)
     else:
         module = _module(REFERENCE.name)
-    return module.forward(parsed, q, k, v, operands, seed)  # type: ignore[no-any-return]
+    return module.forward(*arguments)  # type: ignore[no-any-return]
 
 
 def _backward(
@@ -95,6 +100,8 @@ def _backward(
     v: torch.Tensor,
     operands: Sequence[torch.Tensor],
     seed: torch.Tensor | None,
+    q_bounds: torch.Tensor | None,
+    k_bounds: torch.Tensor | None,
     out: torch.Tensor,
     stats: torch.Tensor,
     spec: str,
@@ -103,7 +110,7 @@ def _backward(
     needs: Sequence[bool],
 ) -> list[torch.Tensor]:
     parsed = Attention.parse(spec)
-    arguments = (parsed, dout, q, k, v, operands, seed, out, stats, needs)
+    arguments = (parsed, dout, q, k, v, operands, seed, out, stats, needs, Bounds(q_bounds, k_bounds))
     if strict or kernel not in failed:
         try:
             grads = _module(kernel).backward(*arguments)
@@ -119,8 +126,19 @@ _LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("attnfuse::attention", lib=_LIBRARY)
-def _(q: Any, k: Any, v: Any, operands: Any, seed: Any, spec: str, kernel: str, strict: bool) -> Any:
-    return allocate(Attention.parse(spec), q, k, v, operands)
+def _(
+    q: Any,
+    k: Any,
+    v: Any,
+    operands: Any,
+    seed: Any,
+    q_bounds: Any,
+    k_bounds: Any,
+    spec: str,
+    kernel: str,
+    strict: bool,
+) -> Any:
+    return allocate(Attention.parse(spec), q, k, v, operands, Bounds(q_bounds, k_bounds))
 
 
 @torch.library.register_fake("attnfuse::attention_backward", lib=_LIBRARY)
@@ -131,6 +149,8 @@ def _(
     v: Any,
     operands: Any,
     seed: Any,
+    q_bounds: Any,
+    k_bounds: Any,
     out: Any,
     stats: Any,
     spec: str,
@@ -142,29 +162,31 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    q, k, v, operands, seed, spec, kernel, strict = inputs
+    q, k, v, operands, seed, q_bounds, k_bounds, spec, kernel, strict = inputs
     out, stats = output
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
-    ctx.spec, ctx.kernel, ctx.strict, ctx.count, ctx.seeded = spec, kernel, strict, len(operands), seed is not None
+    ctx.spec, ctx.kernel, ctx.strict, ctx.count = spec, kernel, strict, len(operands)
+    extra = (seed, q_bounds, k_bounds)
+    ctx.given = [x is not None for x in extra]
     ctx.needs = [x.requires_grad for x in (q, k, v, *operands)]
-    ctx.save_for_backward(q, k, v, *operands, *([seed] if seed is not None else []), out, stats)
+    ctx.save_for_backward(q, k, v, *operands, *(x for x in extra if x is not None), out, stats)
 
 
 def _differentiate(ctx: Any, dout: torch.Tensor | None, _dstats: Any) -> tuple[Any, ...]:
     none = [None] * ctx.count
     if dout is None:
-        return None, None, None, none, None, None, None, None
+        return None, None, None, none, None, None, None, None, None, None
     q, k, v, *rest = ctx.saved_tensors
     operands, rest = rest[: ctx.count], rest[ctx.count :]
-    seed = rest.pop(0) if ctx.seeded else None
+    seed, q_bounds, k_bounds = [rest.pop(0) if given else None for given in ctx.given]
     out, stats = rest
     made = torch.ops.attnfuse.attention_backward(
-        dout, q, k, v, operands, seed, out, stats, ctx.spec, ctx.kernel, ctx.strict, ctx.needs
+        dout, q, k, v, operands, seed, q_bounds, k_bounds, out, stats, ctx.spec, ctx.kernel, ctx.strict, ctx.needs
     )
     grads = iter(made)
     found = [next(grads) if need else None for need in ctx.needs]
-    return found[0], found[1], found[2], found[3:], None, None, None, None
+    return found[0], found[1], found[2], found[3:], None, None, None, None, None, None
 
 
 torch.library.register_autograd("attnfuse::attention", _differentiate, setup_context=_setup_context, lib=_LIBRARY)

@@ -7,6 +7,11 @@ Shapes, everywhere in attnfuse:
 Every batch dim of q, k, v and of an operand is either full or 1 (broadcast); an operand's Q and K may be 1 too. Grouped
 query attention is a broadcast like any other: q [B, Hkv, G, Q, D] against k [B, Hkv, 1, K, D].
 
+In a packed layout the first batch dim is that of the sequences. Packed queries are q [1, *rest, rows, D], in which sequence s
+has the rows from bounds[0, s] on and before bounds[1, s]; the result lies like them. Packed keys likewise in k and v. Q and K
+are the sequence's own: its first query and its first key are number 0, in masks and in operands [sequences or 1, *rest, Q, K],
+which are as long as the longest sequence. No row belongs to two sequences; rows of none give 0.
+
 A spec holds no tensor, no graph node and no symbolic size. It is hashable and survives a trip through JSON text, which is
 how it reaches the op: `Attention.parse(spec.text) == spec`.
 """
@@ -26,11 +31,15 @@ from attnfuse import expr
 from attnfuse.expr import Expr
 
 #: Part of every spec's text, so that a compiled graph cached under an older meaning of a spec is never reused.
-OP_VERSION = 3
+OP_VERSION = 4
 
 #: What a row whose scores are all -inf gives: NaN as softmax does, 0 as scaled_dot_product_attention does, or 0 for every
 #: row that is NaN for whatever reason (softmax followed by nan_to_num).
 Hidden = Literal["nan", "zero", "nan_to_zero"]
+
+#: 'packed': the rows of q, and of k and v, lie one sequence after the other; 'packed_queries' and 'packed_keys': those of q
+#: alone, and of k and v alone.
+Layout = Literal["dense", "packed", "packed_queries", "packed_keys"]
 
 #: 'plain' is softmax. 'unshifted' is exp(s) / sum(exp(s)) without subtracting the maximum: the same where that sum is a
 #: finite positive float32, NaN elsewhere.
@@ -195,7 +204,7 @@ class Attention:
     hidden: Hidden = "nan"
     dropout: float = 0.0
     broadcast: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]] = ((), (), ())
-    layout: Literal["dense"] = "dense"
+    layout: Layout = "dense"
     out_order: tuple[int, ...] = ()
     nan_policy: Literal["skip", "eager"] = "skip"
     version: int = field(default=OP_VERSION)
@@ -206,6 +215,8 @@ class Attention:
             raise ValueError(f"sizes must name batch + (Q, K, D, E), {rank + 2} entries; got {self.sizes}")
         if not self.out_order:
             object.__setattr__(self, "out_order", tuple(range(rank)))
+        if self.layout != "dense" and not self.batch:
+            raise ValueError(f"layout {self.layout} needs a batch dim for the sequences")
         if sorted(self.out_order) != list(range(rank)):
             raise ValueError(f"out_order must be a permutation of range({rank}); got {self.out_order}")
         for used in self.used_operands:
@@ -244,6 +255,14 @@ class Attention:
         steps = [s for s in self.steps + self.weight_steps if isinstance(s, Bias)]
         reads: list[expr.Load | Bias] = [*self.loads, *steps]
         return frozenset(x.operand for x in reads if x.row is not None or x.col is not None)
+
+    @property
+    def packed_queries(self) -> bool:
+        return self.layout in ("packed", "packed_queries")
+
+    @property
+    def packed_keys(self) -> bool:
+        return self.layout in ("packed", "packed_keys")
 
     @property
     def Q(self) -> int | None:
@@ -298,6 +317,8 @@ class Attention:
             parts.append(f"dropout {_number(self.dropout)}")
         if self.groups not in (1, None) and len(self.batch) >= 2:
             parts.append(f"GQA {self.groups}:1")
+        if self.layout != "dense":
+            parts.append(self.layout.replace("_", " "))
         if self.E != self.D:
             parts.append(f"E {self.E} != D {self.D}")
         return ", ".join(parts) or "plain"

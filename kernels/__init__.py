@@ -18,6 +18,7 @@ FLOATS = frozenset({"float32", "bfloat16", "float16"})
 NUMBERS = FLOATS | {"float64", "bool", "uint8", "int32", "int64"}
 STEPS = frozenset({"scale", "bias", "shift", "softcap", "tanh", "clamp", "replace", "add", "cast"})
 WEIGHT_STEPS = frozenset({"scale", "replace"})
+LAYOUTS = frozenset({"dense", "packed", "packed_queries", "packed_keys"})
 
 
 def _cpu_available() -> str | None:
@@ -65,6 +66,7 @@ TRITON = Kernel(
         NUMBERS | {"int16", "int8"},
         STEPS,
         WEIGHT_STEPS,
+        layouts=LAYOUTS,
         head_dims=256,
         # below, Triton has no tensor cores and Inductor's own kernels are faster
         least=80,
@@ -81,6 +83,7 @@ REFERENCE = Kernel(
         NUMBERS | {"int16", "int8"},
         STEPS,
         WEIGHT_STEPS,
+        layouts=LAYOUTS,
     ),
     "attnfuse.kernels.reference.kernel",
     on_request=True,

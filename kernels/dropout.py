@@ -1,6 +1,6 @@
 """The dropout mask every kernel draws: a hash of (seed, row, key), so that backward and the oracle can draw it again.
 
-A row is the flat index of (batch..., q) in row-major order. All arithmetic is on 32-bit words:
+A row is the flat index of (batch..., q) in row-major order, in the tensor that holds the result. All arithmetic is on 32-bit words:
 
     mix(x)  = the lowbias32 finaliser (Ellis 2018, github.com/skeeto/hash-prospector)
     a       = mix(lo + mix(hi + mix(row_lo + mix(row_hi ^ 0x9E3779B9))))
@@ -38,23 +38,15 @@ def _mul(x: torch.Tensor, c: int) -> torch.Tensor:
     return (low * c + (((high * c) & 0xFFFF) << 16)) & _M
 
 
-def keep(seed: torch.Tensor, batch: tuple[int, ...], q: int, k: int, p: float) -> torch.Tensor:
-    """Bool [*batch, q, k], True where a weight is kept. seed int64 with one element."""
-    rows = torch.arange(_product(batch) * q, device=seed.device, dtype=torch.int64)
+def keep(seed: torch.Tensor, rows: torch.Tensor, k: int, p: float) -> torch.Tensor:
+    """Bool [*rows.shape, k], True where a weight is kept. seed int64 with one element; rows int64."""
     word = seed.reshape(1).to(torch.int64)
     low, high = word & _M, (word >> 32) & _M
     a = _mix((rows >> 32) ^ 0x9E3779B9)
     a = _mix(((rows & _M) + a) & _M)
     a = _mix((high + a) & _M)
-    a = _mix((low + a) & _M)[:, None]
+    a = _mix((low + a) & _M)[..., None]
     b = _mix(a ^ 0x85EBCA6B)
-    keys = torch.arange(k, device=seed.device, dtype=torch.int64)[None]
+    keys = torch.arange(k, device=seed.device, dtype=torch.int64)
     u = _mix((_mix(keys ^ a) + b) & _M)
-    return (u >= threshold(p)).reshape(*batch, q, k)
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
+    return u >= threshold(p)

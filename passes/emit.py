@@ -68,7 +68,7 @@ class Emitter:
             device = value_of(site.q.node).device
             seed = writer.call(torch.randint, (0, _SEED_LIMIT, (1,)), {"dtype": torch.int64, "device": device})
         op = torch.ops.attnfuse.attention.default
-        pair = writer.call(op, (q, k, v, operands, seed, site.spec.text, kernel, self.strict))
+        pair = writer.call(op, (q, k, v, operands, seed, None, None, site.spec.text, kernel, self.strict))
         out = writer.getitem(pair, 0)
         result = writer.shaped(out, (*((a,) for a in site.batch), site.q_dim, site.e_dim), site)
         if self._may_be_written(site):

@@ -10,6 +10,7 @@ import torch
 from attnfuse import expr
 from attnfuse.expr import Algebra, Const, causal, dense
 from attnfuse.kernels import layout, reference
+from attnfuse.kernels.layout import DENSE
 from attnfuse.spec import (
     AddFill,
     Attention,
@@ -58,14 +59,14 @@ def qkv(B=2, H=2, Q=33, K=33, D=16, E=None, dtype=torch.float32, scale=1.0):
     return randn(B, H, Q, D, dtype=dtype, scale=scale), randn(B, H, K, D, dtype=dtype), randn(B, H, K, E, dtype=dtype)
 
 
-def evaluate(spec, tensors, seed, compute, dout):
+def evaluate(spec, tensors, seed, compute, dout, bounds=DENSE):
     """out and gradients of the reference, through leaves of dtype `compute` (float64) or the inputs' own."""
     widen = compute == torch.float64
     leaves = [t.detach().to(compute) if widen and t.is_floating_point() else t.detach() for t in tensors]
     floating = [t for t in leaves if t.is_floating_point()]
     for t in floating:
         t.requires_grad_()
-    out = reference.attend(spec, *leaves[:3], leaves[3:], seed, compute)[0]
+    out = reference.attend(spec, *leaves[:3], leaves[3:], seed, compute, bounds)[0]
     found = torch.autograd.grad(out, floating, dout.to(compute), allow_unused=True) if out.requires_grad else []
     found = iter(found)
     return out.detach(), [next(found, None) if t.is_floating_point() else None for t in leaves]
@@ -87,22 +88,22 @@ def assert_close(got, oracle, eager, what, factor=2.0):
     assert ours.mean() <= mean * theirs.mean() + 1e-6, f"{what}: mean {ours.mean():.2e}, eager {theirs.mean():.2e}"
 
 
-def check(kernel, q, k, v, operands: Sequence[torch.Tensor] = (), seed=None, backward=True, **fields):
+def check(kernel, q, k, v, operands: Sequence[torch.Tensor] = (), seed=None, backward=True, bounds=DENSE, **fields):
     """Forward and backward of a kernel module against the oracle; returns (out, gradients)."""
     spec = make_spec(q, k, v, operands, **fields)
     tensors = (q, k, v, *operands)
-    out, stats = kernel.forward(spec, q, k, v, operands, seed)
-    fake_out, fake_stats = layout.allocate(spec, q, k, v, operands)
+    out, stats = kernel.forward(spec, q, k, v, operands, seed, bounds)
+    fake_out, fake_stats = layout.allocate(spec, q, k, v, operands, bounds)
     assert (out.shape, out.stride(), out.dtype) == (fake_out.shape, fake_out.stride(), fake_out.dtype)
     assert (stats.shape, stats.stride(), stats.dtype) == (fake_stats.shape, fake_stats.stride(), fake_stats.dtype)
     dout = torch.randn(out.shape).to(out.dtype)
-    oracle, oracle_grads = evaluate(spec, tensors, seed, torch.float64, dout)
-    eager, eager_grads = evaluate(spec, tensors, seed, q.dtype, dout)
+    oracle, oracle_grads = evaluate(spec, tensors, seed, torch.float64, dout, bounds)
+    eager, eager_grads = evaluate(spec, tensors, seed, q.dtype, dout, bounds)
     assert_close(out, oracle, eager, "out")
     if not backward:
         return out, []
     needs = [t.is_floating_point() for t in tensors]
-    grads = kernel.backward(spec, dout, q, k, v, operands, seed, out, stats, needs)
+    grads = kernel.backward(spec, dout, q, k, v, operands, seed, out, stats, needs, bounds)
     factor = 3.0 if operands or spec.dropout else 2.0
     for i, (grad, want, other) in enumerate(zip(grads, oracle_grads, eager_grads, strict=True)):
         if want is None:
@@ -112,6 +113,12 @@ def check(kernel, q, k, v, operands: Sequence[torch.Tensor] = (), seed=None, bac
         if want.numel():
             assert_close(grad, want, want if other is None else other, f"gradient {i}", factor)
     return out, grads
+
+
+def bounds_of(*lengths: int, gap: int = 0) -> torch.Tensor:
+    """Bounds of sequences of these lengths, with `gap` rows of no sequence before each."""
+    ends = torch.cumsum(torch.tensor([n + gap for n in lengths]), 0)
+    return torch.stack([ends - torch.tensor(lengths), ends])
 
 
 GATES = {

@@ -542,12 +542,14 @@ def test_ops_pass_opcheck(name: str, kernel: str, grad: bool) -> None:
         else:
             operands.append(torch.randn(2, 2, 5, 7, requires_grad=grad))
     seed = torch.randint(0, 2**62, (1,)) if spec.dropout else None
-    torch.library.opcheck(torch.ops.attnfuse.attention.default, (q, k, v, operands, seed, spec.text, kernel, True))
+    torch.library.opcheck(
+        torch.ops.attnfuse.attention.default, (q, k, v, operands, seed, None, None, spec.text, kernel, True)
+    )
     tensors = [t.detach() for t in (q, k, v)]
     others = [o.detach() for o in operands]
-    out, stats = torch.ops.attnfuse.attention(*tensors, others, seed, spec.text, kernel, True)
+    out, stats = torch.ops.attnfuse.attention(*tensors, others, seed, None, None, spec.text, kernel, True)
     needs = [True] * 3 + [o.is_floating_point() for o in others]
     torch.library.opcheck(
         torch.ops.attnfuse.attention_backward.default,
-        (torch.randn_like(out), *tensors, others, seed, out, stats, spec.text, kernel, True, needs),
+        (torch.randn_like(out), *tensors, others, seed, None, None, out, stats, spec.text, kernel, True, needs),
     )

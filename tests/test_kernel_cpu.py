@@ -397,7 +397,7 @@ def test_dropout_draws_the_reference_mask(p, Q):
     # uniform weights and an identity for v: out is the mask itself
     q, v = torch.zeros(2, 2, Q, 8), torch.eye(259).expand(2, 2, 259, 259)
     out, _ = cpu.forward(make_spec(q, k, v, dropout=p), q, k, v, [], seed)
-    kept = dropout.keep(seed, (2, 2), Q, 259, p)
+    kept = dropout.keep(seed, torch.arange(4 * Q).reshape(2, 2, Q), 259, p)
     assert torch.equal(out > 0, kept & (p < 1.0))
 
 

@@ -252,7 +252,7 @@ def test_dropout_of_the_op_is_replayed_from_its_seed():
 
     class Op(nn.Module):
         def forward(self, q, k, v, seed):
-            return torch.ops.attnfuse.attention(q, k, v, [], seed, spec.text, "reference", False)[0]
+            return torch.ops.attnfuse.attention(q, k, v, [], seed, None, None, spec.text, "reference", False)[0]
 
     q, k, v = (torch.randn(1, 2, 8, 4) for _ in range(3))
     gm = torch.fx.symbolic_trace(Op())

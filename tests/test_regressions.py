@@ -510,7 +510,7 @@ def test_real_strides_equal_the_fakes_in_every_layout(lay_out: Function) -> None
     for options in ({}, {"inner": "aot_eager"}):
         assert_as_good_as_eager(run, *inputs, grad=False, options=options)
     spec = Attention(("B", "H"), (2, 2, 17, 17, 16, 16), "float32", "float32", "float32", (Scale(0.3),))
-    arguments = (*inputs, [], None, spec.text, "cpu", True)
+    arguments = (*inputs, [], None, None, None, spec.text, "cpu", True)
     torch.library.opcheck(
         torch.ops.attnfuse.attention.default, arguments, test_utils=("test_schema", "test_faketensor")
     )

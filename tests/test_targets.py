@@ -6,9 +6,10 @@ import importlib.util
 
 import pytest
 import torch
-from kernel_cases import FLOAT_MIN, INF, make_spec, qkv, randn
+from kernel_cases import FLOAT_MIN, INF, bounds_of, make_spec, qkv, randn
 
 from attnfuse.expr import Algebra, Const, K, Q, causal, dense, documents, window
+from attnfuse.kernels.layout import DENSE, Bounds
 from attnfuse.spec import AddFill, Bias, ReplaceFill, Scale, Softcap
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -19,10 +20,10 @@ TARGETS = (80, 86, 89, 90, 100, 120)
 FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def check(capability, spec, q, k, v, operands=()) -> None:
+def check(capability, spec, q, k, v, operands=(), bounds=DENSE) -> None:
     from attnfuse.kernels.triton import targets
 
-    made = targets.compiled(spec, q, k, v, list(operands), capability)
+    made = targets.compiled(spec, q, k, v, list(operands), capability, bounds=bounds)
     assert [c.kernel for c in made] == ["forward", "prepare", "backward_rows", "backward_columns"]
     for c in made:
         assert c.shared <= targets.SHARED[capability], c
@@ -39,6 +40,24 @@ def plain(capability, dtype, D) -> None:
 @pytest.mark.parametrize(("capability", "dtype", "D"), [(80, "fp16", 64), (90, "bf16", 128), (120, "fp32", 64)])
 def test_a_causal_attention_compiles_for(capability, dtype, D):
     plain(capability, dtype, D)
+
+
+def packed(capability, dtype, D) -> None:
+    lengths = (500, 20, 1000)
+    q = randn(sum(lengths), 4, D, dtype=FLOATS[dtype]).movedim(0, -2)[None]
+    spec = make_spec(q, q, q, layout="packed", steps=(HALF, ReplaceFill(causal(), -INF)), out_order=(0, 2, 1, 3))
+    check(capability, spec, q, q, q, bounds=Bounds(bounds_of(*lengths), bounds_of(*lengths)))
+
+
+def test_packed_sequences_compile():
+    packed(90, "bf16", 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("D", [64, 128])
+def test_packed_sequences_compile_for_every_target(capability, D):
+    packed(capability, "fp16", D)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import torch
 from attnfuse.kernels.cache import BuildError
 from attnfuse.kernels.cpu.build import available, load, warm_up
 from attnfuse.kernels.cpu.plan import plan_of, reverse_words
-from attnfuse.kernels.layout import allocate
+from attnfuse.kernels.layout import DENSE, Bounds, allocate
 from attnfuse.spec import Attention
 
 __all__ = ["BuildError", "allocate", "available", "backward", "forward", "warm_up"]
@@ -27,6 +27,7 @@ def forward(
     v: torch.Tensor,
     operands: Sequence[torch.Tensor],
     seed: torch.Tensor | None,
+    bounds: Bounds = DENSE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [*batch, Q, E] of spec.out_dtype in spec.out_order; stats float32 [2, *batch, Q].
 
@@ -70,6 +71,7 @@ def backward(
     out: torch.Tensor,
     stats: torch.Tensor,
     needs: Sequence[bool],
+    bounds: Bounds = DENSE,
 ) -> list[torch.Tensor | None]:
     """Gradients of q, k, v and the operands where `needs` asks for them, each with its input's shape and dtype.
 

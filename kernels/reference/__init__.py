@@ -6,12 +6,14 @@ kernel falls back to.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from attnfuse import expr
 from attnfuse.kernels import dropout
+from attnfuse.kernels.layout import DENSE, Bounds, check_bounds
 from attnfuse.spec import (
     AddFill,
     Attention,
@@ -36,12 +38,86 @@ def attend(
     operands: Sequence[torch.Tensor],
     seed: torch.Tensor | None,
     compute: torch.dtype,
+    bounds: Bounds = DENSE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [*batch, Q, E] and stats [2, *batch, Q] (row maximum, row sum of exp(s - maximum)), both in `compute`.
 
     Differentiable in q, k, v and in floating operands. Fill values are taken as they are, however `compute` rounds; a
     float16 `Cast` still overflows to inf, as kernels do.
     """
+    check_bounds(spec, bounds)
+    if spec.layout == "dense":
+        return _attend(spec, q, k, v, operands, seed, compute)
+    return _packed(spec, q, k, v, operands, seed, compute, bounds)
+
+
+def _packed(
+    spec: Attention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    seed: torch.Tensor | None,
+    compute: torch.dtype,
+    bounds: Bounds,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One sequence after the other."""
+    rest = torch.broadcast_shapes(*(x.shape[1:-2] for x in (q, k, v, *operands)))
+    heads, rows = math.prod(rest), q.shape[-2]
+    q_ends, k_ends = (None if b is None else b.T.tolist() for b in bounds.clipped((rows, k.shape[-2])))
+    outs, stats = [], []
+    for s in range(bounds.sequences):
+        q0, q1 = (0, rows) if q_ends is None else q_ends[s]
+        k0, k1 = (0, k.shape[-2]) if k_ends is None else k_ends[s]
+        own = [_of_sequence(o, s, i not in spec.tables, q1 - q0, k1 - k0) for i, o in enumerate(operands)]
+        # a row's number is its place in the tensor that holds the result
+        first = q0 if spec.packed_queries else s * heads * rows
+        numbers = torch.arange(heads, device=q.device)[:, None] * rows + torch.arange(q1 - q0, device=q.device)
+        out, found = _attend(
+            spec,
+            (q if spec.packed_queries or q.shape[0] == 1 else q[s : s + 1])[..., q0:q1, :],
+            (k if spec.packed_keys or k.shape[0] == 1 else k[s : s + 1])[..., k0:k1, :],
+            (v if spec.packed_keys or v.shape[0] == 1 else v[s : s + 1])[..., k0:k1, :],
+            own,
+            seed,
+            compute,
+            (numbers + first).reshape(1, *rest, q1 - q0),
+        )
+        # tensors without a rest of their own still give every head
+        outs.append(out.expand(1, *rest, *out.shape[-2:]))
+        stats.append(found.expand(2, 1, *rest, q1 - q0))
+    if not spec.packed_queries:
+        return torch.cat(outs), torch.cat(stats, 1)
+    whole = q.new_zeros((1, *rest, rows, v.shape[-1]), dtype=compute)
+    lines = q.new_zeros((2, 1, *rest, rows), dtype=compute)
+    lines[0] = -torch.inf
+    for s, (q0, q1) in enumerate(q_ends or ()):
+        places = torch.arange(q0, q1, device=q.device)
+        whole = whole.index_copy(-2, places, outs[s])
+        lines = lines.index_copy(-1, places, stats[s])
+    return whole, lines
+
+
+def _of_sequence(operand: torch.Tensor, s: int, cropped: bool, Q: int, K: int) -> torch.Tensor:
+    """An operand for one sequence, no longer than that where it has queries and keys of its own."""
+    operand = operand if operand.shape[0] == 1 else operand[s : s + 1]
+    if not cropped:
+        return operand
+    queries = operand if operand.shape[-2] == 1 else operand[..., :Q, :]
+    return queries if operand.shape[-1] == 1 else queries[..., :K]
+
+
+def _attend(
+    spec: Attention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    seed: torch.Tensor | None,
+    compute: torch.dtype,
+    rows: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """rows: int64 [*batch, Q], the numbers that dropout draws by; counted from 0 on by default."""
     batch = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2], *(o.shape[:-2] for o in operands))
     s = torch.matmul(q.to(compute), k.to(compute).transpose(-1, -2)).expand(*batch, q.shape[-2], k.shape[-2])
     for step in spec.steps:
@@ -64,7 +140,9 @@ def attend(
     if spec.dropout > 0.0:
         if seed is None:
             raise ValueError("a spec with dropout needs a seed")
-        kept = dropout.keep(seed, tuple(s.shape[:-2]), s.shape[-2], s.shape[-1], spec.dropout)
+        if rows is None:
+            rows = torch.arange(math.prod(s.shape[:-1]), device=s.device).reshape(s.shape[:-1])
+        kept = dropout.keep(seed, rows, s.shape[-1], spec.dropout)
         # dropout of 1 multiplies by 0 / 0 nowhere: torch gives zeros
         p = p * kept * (1.0 / (1.0 - spec.dropout) if spec.dropout < 1.0 else 0.0)
     stats = torch.stack([top.squeeze(-1), torch.exp(s.detach() - top).sum(-1)])

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from attnfuse.kernels.layout import allocate
+from attnfuse.kernels.layout import DENSE, Bounds, allocate
 from attnfuse.kernels.reference import attend
 from attnfuse.spec import Attention
 
@@ -19,11 +19,12 @@ def forward(
     v: torch.Tensor,
     operands: Sequence[torch.Tensor],
     seed: torch.Tensor | None,
+    bounds: Bounds = DENSE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [*batch, Q, E] in spec.out_dtype and stats float32 [2, *batch, Q]."""
-    out, stats = allocate(spec, q, k, v, operands)
+    out, stats = allocate(spec, q, k, v, operands, bounds)
     with torch.no_grad():
-        values, rows = attend(spec, q, k, v, operands, seed, _precision(spec))
+        values, rows = attend(spec, q, k, v, operands, seed, _precision(spec), bounds)
     out.copy_(values)
     stats.copy_(rows)
     return out, stats
@@ -40,13 +41,14 @@ def backward(
     out: torch.Tensor,
     stats: torch.Tensor,
     needs: Sequence[bool],
+    bounds: Bounds = DENSE,
 ) -> list[torch.Tensor | None]:
     """Gradients for those of (q, k, v, *operands) that `needs` names, in their shapes and dtypes."""
     inputs = [q, k, v, *operands]
 
     def differentiate() -> tuple[torch.Tensor | None, ...]:
         leaves = [x.detach().requires_grad_() if need else x.detach() for x, need in zip(inputs, needs)]
-        values, _ = attend(spec, leaves[0], leaves[1], leaves[2], leaves[3:], seed, _precision(spec))
+        values, _ = attend(spec, leaves[0], leaves[1], leaves[2], leaves[3:], seed, _precision(spec), bounds)
         wanted = [x for x, need in zip(leaves, needs) if need]
         return torch.autograd.grad(values, wanted, dout.to(values.dtype), allow_unused=True)
 

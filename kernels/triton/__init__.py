@@ -19,7 +19,7 @@ import torch
 
 from attnfuse.kernels import dropout
 from attnfuse.kernels.device import Device
-from attnfuse.kernels.layout import allocate, batch_shape
+from attnfuse.kernels.layout import DENSE, Bounds, allocate, check_bounds, spread
 from attnfuse.kernels.triton.configs import Config, Pass, config, padded
 from attnfuse.spec import Attention
 
@@ -58,14 +58,19 @@ class _Call:
     device: Device
     # launch(kernel, programs, arguments): what runs a kernel
     launch: Callable[[Any, int, dict[str, Any]], None]
+    bounds: Bounds = DENSE
 
     def __post_init__(self) -> None:
         from attnfuse.kernels.triton import codegen, generated
 
         self.functions: Any = generated.functions(self.spec)
         self.traits = codegen.traits(self.spec)
-        self.batch = batch_shape((self.q, self.k, self.v, *self.operands))
+        self.batch = spread(self.spec, self.q, self.k, self.v, self.operands, self.bounds)
         self.elements = math.prod(self.batch)
+        self.packed_q, self.packed_k = self.spec.packed_queries, self.spec.packed_keys
+        self.sequences = self.batch[0] if self.packed_q or self.packed_k else 1
+        #: batch elements of one sequence
+        self.heads = self.elements // self.sequences
         self.Q, self.K, self.D, self.E = self.q.shape[-2], self.k.shape[-2], self.q.shape[-1], self.v.shape[-1]
         # bools as bytes, which every backend loads alike
         self.operands = [o.view(torch.uint8) if o.dtype == torch.bool else o for o in self.operands]
@@ -73,6 +78,8 @@ class _Call:
             raise ValueError(f"no dim may be longer than {_LONGEST}")
         if self.spec.dropout and self.seed is None:
             raise ValueError("a spec with dropout needs a seed")
+        # the kernels step over whole rows of bounds
+        self.bounds = Bounds(*(None if b is None else b.contiguous() for b in self.bounds))
         self.precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 and not interpreted() else "ieee"
 
     def config(self, which: Pass) -> Config:
@@ -111,10 +118,47 @@ class _Call:
             "bst": tuple(self.strides(o) for o in self.operands),
             "st": tuple(o.stride()[-2:] for o in self.operands),
             "n": tuple(tuple(o.shape[-2:]) for o in self.operands),
-            "elements": self.elements,
+            **self.rows(),
+        }
+
+    def rows(self) -> dict[str, Any]:
+        """Where the rows of batch elements are."""
+        return {
+            "QB": self.q if self.bounds.q is None else self.bounds.q,
+            "KB": self.q if self.bounds.k is None else self.bounds.k,
+            "PACKED_Q": self.packed_q,
+            "PACKED_K": self.packed_k,
+            "sequences": self.sequences,
+            "heads": self.heads,
+            "lines": self.lines,
             "Qn": self.Q,
             "Kn": self.K,
         }
+
+    @property
+    def lines(self) -> int:
+        """Rows of the result, over all batch elements."""
+        return self.Q * (self.heads if self.packed_q else self.elements)
+
+    def query_tiles(self, size: int) -> int:
+        """How many tiles of queries one element has, or at most all sequences together where they are packed."""
+        return self.Q // size + self.sequences if self.packed_q else -(-self.Q // size)
+
+    def query_programs(self, size: int) -> int:
+        return self.query_tiles(size) * (self.heads if self.packed_q else self.elements)
+
+    def deal(self, bounds: torch.Tensor | None, rows: int, size: int) -> torch.Tensor:
+        """As dealt() in template.py takes it: tiles of the longest sequences first, so that no long one is left for the end.
+
+        Nothing is read by the host.
+        """
+        if bounds is None:
+            return self.q
+        ends = bounds.clamp(0, rows)
+        tiles, order = (
+            ((ends[1] - ends[0]).clamp(min=0) + (size - 1)).div(size, rounding_mode="floor").sort(descending=True)
+        )
+        return torch.stack([tiles.cumsum(0), order]).to(torch.int32)
 
     def widths(self) -> dict[str, int]:
         return {"D": self.D, "E": self.E, "DP": padded(self.D), "EP": padded(self.E)}
@@ -134,19 +178,26 @@ def forward(
     v: torch.Tensor,
     operands: Sequence[torch.Tensor],
     seed: torch.Tensor | None,
+    bounds: Bounds = DENSE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [*batch, Q, E] of spec.out_dtype in spec.out_order; stats float32 [2, *batch, Q].
 
     q [*batch, Q, D], k [*batch, K, D], v [*batch, K, E] in float32, bfloat16 or float16; operands [*batch, Q, K]; any
     strides. seed int64 with one element, needed with dropout. stats: the row maximum m and the row sum of exp(s - m).
-    Raises ValueError for dims that are too long, and what Triton raises where it cannot compile or launch.
+    bounds: of the sequences in a packed layout. Raises ValueError for dims that are too long or other bounds, and what Triton
+    raises where it cannot compile or launch.
     """
-    out, stats = allocate(spec, q, k, v, operands)
-    if out.numel() == 0 or k.shape[-2] == 0:
+    check_bounds(spec, bounds)
+    out, stats = allocate(spec, q, k, v, operands, bounds)
+    empty = out.numel() == 0 or k.shape[-2] == 0
+    if empty or spec.packed_queries:
+        # the rows of no sequence too
         stats[0].fill_(-math.inf)
         stats[1].zero_()
-        return out.zero_(), stats
-    call = _Call(spec, q, k, v, list(operands), seed, Device.of(q.device), _run)
+        out.zero_()
+    if empty or (bounds != DENSE and bounds.sequences == 0):
+        return out, stats
+    call = _Call(spec, q, k, v, list(operands), seed, Device.of(q.device), _run, bounds)
     _fitting(call, "forward", lambda: _forward(call, out, stats))
     return out, stats
 
@@ -175,8 +226,9 @@ def _forward(call: _Call, out: torch.Tensor, stats: torch.Tensor) -> None:
     spec, made, traits, f = call.spec, call.config("forward"), call.traits, call.functions
     call.launch(
         template.forward,
-        -(-call.Q // made.BM) * call.elements,
+        call.query_programs(made.BM),
         {
+            "deal": call.deal(call.bounds.q, call.Q, made.BM),
             **call.matrices(q=call.q, k=call.k, v=call.v, o=out),
             "M": stats,
             **call.shared(),
@@ -215,6 +267,7 @@ def backward(
     out: torch.Tensor,
     stats: torch.Tensor,
     needs: Sequence[bool],
+    bounds: Bounds = DENSE,
 ) -> list[torch.Tensor | None]:
     """Gradients of q, k, v and the operands where `needs` asks for them, each with its input's shape and dtype.
 
@@ -222,9 +275,10 @@ def backward(
     torch.use_deterministic_algorithms the same bits come out on every run, except for tables (RuntimeError, or a warning
     with warn_only). Raises as forward does.
     """
-    if out.numel() == 0 or k.shape[-2] == 0:
+    check_bounds(spec, bounds)
+    if out.numel() == 0 or k.shape[-2] == 0 or (bounds != DENSE and bounds.sequences == 0):
         return [torch.zeros_like(x) if need else None for x, need in zip((q, k, v, *operands), needs, strict=True)]
-    call = _Call(spec, q, k, v, list(operands), seed, Device.of(q.device), _run)
+    call = _Call(spec, q, k, v, list(operands), seed, Device.of(q.device), _run, bounds)
     return _fitting(call, "backward", lambda: _backward(call, dout, out, stats, operands, needs))
 
 
@@ -241,14 +295,20 @@ def _backward(
     spec, traits, f, q, k, v = call.spec, call.traits, call.functions, call.q, call.k, call.v
     made = call.config("backward")
     dout = dout.to(v.dtype)
-    q_tiles = -(-call.Q // made.BM)
-    work = torch.empty((3, call.elements, call.Q), dtype=torch.float32, device=q.device)
-    flags = torch.zeros((call.elements, q_tiles + 1) if traits.hides else (1,), dtype=torch.int32, device=q.device)
-    shared = call.shared()
+    work = torch.empty((3, call.lines), dtype=torch.float32, device=q.device)
+    programs = call.query_programs(made.BM)
+    # one for each query tile; packed sequences leave gaps between theirs
+    marks = programs + call.heads if call.packed_q else programs
+    flags = torch.zeros(marks + call.elements if traits.hides else 1, dtype=torch.int32, device=q.device)
+    shared = {**call.shared(), "marks": marks}
+    by_queries = {"deal": call.deal(call.bounds.q, call.Q, made.BM)}
     call.launch(
         template.prepare,
-        q_tiles * call.elements,
+        programs,
         {
+            **by_queries,
+            **call.rows(),
+            "marks": marks,
             "O": out,
             "G": dout,
             "M": stats,
@@ -259,8 +319,6 @@ def _backward(
             "gb": call.strides(dout),
             "os": tuple(out.stride()[-2:]),
             "gs": tuple(dout.stride()[-2:]),
-            "elements": call.elements,
-            "Qn": call.Q,
             "E": call.E,
             "EP": padded(call.E),
             "BM": made.BM,
@@ -291,13 +349,15 @@ def _backward(
         "DROPOUT": spec.dropout > 0.0,
         "PRECISION": call.precision,
     }
-    dq, dk, dv = _target(q, call.batch, (True,) * len(call.batch)), None, None
+    every = (True,) * len(call.batch)
+    dq, dk, dv = _target(q, call.batch, every, call.packed_q), None, None
     if needs[0] or sums.by_rows:
         call.launch(
             template.backward_rows,
-            q_tiles * call.elements,
+            programs,
             {
                 **common,
+                **by_queries,
                 "DQ": dq,
                 "dqb": call.strides(dq),
                 "dqs": tuple(dq.stride()[-2:]),
@@ -312,15 +372,20 @@ def _backward(
     if needs[1] or needs[2] or sums.by_columns:
         # batch dims that neither k nor v has are summed over inside of a program
         full = tuple(not (a == b == 1) for a, b in zip(k.shape[:-2], v.shape[:-2]))
+        full = (True, *full[1:]) if call.packed_k else full
         outer = tuple(n if own else 1 for n, own in zip(call.batch, full))
         inner = tuple(1 if own else n for n, own in zip(call.batch, full))
-        dk, dv = _target(k, call.batch, full), _target(v, call.batch, full)
+        dk, dv = _target(k, call.batch, full, call.packed_k), _target(v, call.batch, full, call.packed_k)
         element = [math.prod(call.batch[d + 1 :]) for d in range(len(call.batch))]
+        outer_heads = math.prod(outer) // call.sequences if call.packed_k else 1
+        tiles = call.K // made.BN + call.sequences if call.packed_k else -(-call.K // made.BN)
         call.launch(
             template.backward_columns,
-            -(-call.K // made.BN) * math.prod(outer),
+            tiles * (outer_heads if call.packed_k else math.prod(outer)),
             {
                 **common,
+                "deal": call.deal(call.bounds.k, call.K, made.BN),
+                "outer_heads": outer_heads,
                 "DK": dk,
                 "DV": dv,
                 "outer": outer,
@@ -345,12 +410,16 @@ def _backward(
     return [*grads, *sums.results(operands)]
 
 
-def _target(x: torch.Tensor, batch: tuple[int, ...], full: Sequence[bool]) -> torch.Tensor:
+def _target(x: torch.Tensor, batch: tuple[int, ...], full: Sequence[bool], packed: bool) -> torch.Tensor:
     """What a kernel writes the gradient of x to: like x, or in float32 with the dims that are summed over afterwards."""
     shape = tuple(n if own else 1 for n, own in zip(batch, full))
+    if packed:
+        shape = (1, *shape[1:])
+    # rows of no sequence are not written
+    make = torch.zeros_like if packed else torch.empty_like
     if shape == tuple(x.shape[:-2]):
-        return torch.empty_like(x)
-    return torch.empty((*shape, *x.shape[-2:]), dtype=torch.float32, device=x.device)
+        return make(x)
+    return make(x.new_empty((*shape, *x.shape[-2:])), dtype=torch.float32)
 
 
 def _summed(x: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
@@ -398,6 +467,8 @@ class _Sums:
             if ordered:
                 if i in call.spec.tables:
                     _not_deterministic("the gradient of a table that is read at computed indices")
+                if call.spec.layout != "dense" and shape[-2:] == (1, 1):
+                    _not_deterministic("the gradient of a number that packed sequences share")
                 # one program adds to each element, one tile after the other
                 shape = (*call.batch, *((call.Q, shape[-1]) if shape[-2:] == (1, 1) else shape[-2:]))
             self.targets.append(torch.zeros(shape, dtype=torch.float32, device=o.device))

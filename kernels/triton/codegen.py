@@ -192,8 +192,9 @@ class _Body:
                 terms.append(f"clamped({found}, n[{operand}][{which}]) * {strides}[{which}]")
             elif dims[which - 2] != "1":
                 uses.add(name)
-                # a table's other dim is the query's or the key's own
-                bound = f"clamped({name}, n[{operand}][{which}])" if table else name
+                # a table's other dim is the query's or the key's own; nobody has seen how long packed sequences are
+                own_size = not table and self.module.spec.layout == "dense"
+                bound = name if own_size else f"clamped({name}, n[{operand}][{which}])"
                 terms.append(f"{bound}.to(tl.int64) * {strides}[{which}]")
         mask = " & ".join(f"({x} < {x.upper()}n)" for x in sorted(uses, reverse=True))
         return " + ".join(terms), mask
@@ -539,7 +540,8 @@ class _Intervals(_Body):
         )
         i = self.let(f"{first} + tl.arange(0, {size})")
         # places past the end repeat the last element
-        x = self.let(f"tl.load({base} + tl.minimum({i}, {end} - 1).to(tl.int64) * {stride}).to(tl.int64)")
+        last = f"tl.minimum({end}, n[{e.operand}][{int(by_key)}]) - 1"
+        x = self.let(f"tl.load({base} + tl.minimum({i}, {last}).to(tl.int64) * {stride}).to(tl.int64)")
         return self._both(f"tl.min({x}, 0)", f"tl.max({x}, 0)")
 
     def _summed(self, e: Linear) -> Ends | None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from attnfuse.kernels.device import Device
+from attnfuse.kernels.layout import DENSE, Bounds
 from attnfuse.spec import Attention
 
 #: Shared memory that one block may have, in bytes, by compute capability.
@@ -60,6 +61,7 @@ def compiled(
     capability: int,
     backward: bool = True,
     needs: Sequence[bool] = (),
+    bounds: Bounds = DENSE,
 ) -> list[Compiled]:
     """The kernels that these tensors would run on an NVIDIA GPU of this compute capability (10 * major + minor).
 
@@ -76,8 +78,8 @@ def compiled(
 
     device = Device("cuda", capability)
     seed = torch.zeros(1, dtype=torch.int64) if spec.dropout else None
-    out, stats = allocate(spec, q, k, v, operands)
-    call = triton._Call(spec, q, k, v, list(operands), seed, device, record)
+    out, stats = allocate(spec, q, k, v, operands, bounds)
+    call = triton._Call(spec, q, k, v, list(operands), seed, device, record, bounds)
     triton._forward(call, out, stats)
     if backward:
         needs = needs or [x.is_floating_point() for x in (q, k, v, *operands)]

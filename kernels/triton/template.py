@@ -52,18 +52,67 @@ def kept(seed, row, key, threshold):
 
 
 @triton.jit
+def span_of(bounds, s, sequences, total):
+    """The first row of sequence s and how many rows it has, within `total` rows."""
+    start = tl.minimum(tl.maximum(tl.load(bounds + s).to(tl.int64), 0), total)
+    end = tl.minimum(tl.maximum(tl.load(bounds + sequences + s).to(tl.int64), start), total)
+    return start, (end - start).to(tl.int32)
+
+
+@triton.jit
+def dealt(deal, sequences, slot):
+    """The sequence and the tile of it that a slot is dealt; a negative tile where there are fewer tiles than slots.
+
+    deal int32 [2, sequences]: how many tiles the longest sequences have up to each, and which these are.
+    """
+    low = slot * 0
+    high = low + sequences
+    while low < high:
+        middle = (low + high) // 2
+        beyond = tl.load(deal + middle) > slot
+        low = tl.where(beyond, low, middle + 1)
+        high = tl.where(beyond, middle, high)
+    place = tl.minimum(low, sequences - 1)
+    return tl.load(deal + sequences + place), tl.load(deal + place) - 1 - slot
+
+
+@triton.jit
+def query_rows(e, bounds, sequences, heads, Qn, BM: tl.constexpr, PACKED: tl.constexpr):
+    """Of batch element e: how many queries it has, where they begin in q, and its first row in M and W and first tile in F."""
+    wide = e.to(tl.int64)
+    if PACKED:
+        s = e // heads
+        head = wide % heads
+        start, own = span_of(bounds, s, sequences, Qn)
+        return own, start, head * Qn + start, head * (Qn // BM + sequences + 1) + start // BM + s
+    return Qn, wide * 0, wide * Qn, wide * tl.cdiv(Qn, BM)
+
+
+@triton.jit
+def key_rows(e, bounds, sequences, heads, Kn, PACKED: tl.constexpr):
+    """Of batch element e: how many keys it has, and where they begin in k and v."""
+    if PACKED:
+        start, own = span_of(bounds, e // heads, sequences, Kn)
+        return own, start
+    return Kn, e.to(tl.int64) * 0
+
+
+@triton.jit
 def visit(
-    acc, m, l, qt, e, q0, q1, k0, K, V, ks, vs, at, st, n, Qn, Kn, seed, threshold, keep_scale,
+    acc, m, l, qt, line, q, q0, q1, k0, K, V, ks, vs, at, shared, st, n, Qn, Kn, seed, threshold, keep_scale,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     SCORE: tl.constexpr, WEIGH: tl.constexpr, SEEN: tl.constexpr, FULL: tl.constexpr, CHECKED: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys: brings the sums of a query tile up to date."""
+    """One tile of keys: brings the sums of a query tile up to date.
+
+    line, q [BM, 1]: the rows' numbers and their queries, which are q0 to q1. at: the operands of each row; shared: those of
+    some row, where they are the same for all.
+    """
     needed = True
     if CHECKED:
-        needed = SEEN(q0, q1, k0, tl.minimum(k0 + BN, Kn) - 1, BM, BN, at, st, n, Qn, Kn)
+        needed = SEEN(q0, q1, k0, tl.minimum(k0 + BN, Kn) - 1, BM, BN, shared, st, n, Qn, Kn)
     if needed:
-        q = (q0 + tl.arange(0, BM))[:, None]
         keys = k0 + tl.arange(0, BN)
         k = keys[None, :]
         kt = tile_of(K, keys, ks[0], Kn, D, DP, ks[1])
@@ -78,8 +127,7 @@ def visit(
         l = l * fade + tl.sum(p, 1)
         p = WEIGH(p, q, k, at, st, n, Qn, Kn)
         if DROPOUT:
-            row = e.to(tl.int64) * Qn + q
-            p = tl.where(kept(seed, row, k, threshold), p * keep_scale, 0.0)
+            p = tl.where(kept(seed, line, k, threshold), p * keep_scale, 0.0)
         vt = tile_of(V, keys, vs[0], Kn, E, EP, vs[1])
         acc = tl.dot(p.to(vt.dtype), vt, acc * fade[:, None], input_precision=PRECISION)
         m = top
@@ -87,32 +135,98 @@ def visit(
 
 
 @triton.jit
+def none_of(BM: tl.constexpr, EP: tl.constexpr):
+    """The sums over no key: acc, m and l."""
+    return tl.zeros([BM, EP], tl.float32), tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
+
+
+@triton.jit
+def seen_all(
+    acc, m, l, valid, qt, line, q, K, V, ks, vs, at, st, n, Qn, Kn, seed, threshold, keep_scale,
+    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SCORE: tl.constexpr, WEIGH: tl.constexpr, SEEN: tl.constexpr, DOUBT: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The sums of a query tile, over all keys once more where a row may see keys that were skipped."""
+    if float("-inf") < DOUBT:
+        if tl.min(tl.where(valid, m, float("inf")), 0) <= DOUBT:
+            acc, m, l = none_of(BM, EP)
+            for k0 in tl.range(0, Kn, BN, num_stages=STAGES):
+                acc, m, l = visit(
+                    acc, m, l, qt, line, q, 0, 0, k0, K, V, ks, vs, at, at, st, n, Qn, Kn, seed, threshold, keep_scale, D,
+                    E, DP, EP, BM, BN, SCORE, WEIGH, SEEN, False, False, DROPOUT, PRECISION,
+                )  # fmt: skip
+    return acc, m, l
+
+
+@triton.jit
+def finished(
+    acc, m, l, q, at, st, n, Qn, Kn, BM: tl.constexpr, BN: tl.constexpr, LEFT: tl.constexpr, FILLS: tl.constexpr,
+    HIDDEN: tl.constexpr, UNSHIFTED: tl.constexpr,
+):  # fmt: skip
+    """(result [BM, EP], row sum to keep [BM]) from the sums over all keys. Without any key the result is 0.
+
+    HIDDEN 0: a row without a score above -inf is NaN, 1: it is 0, 2: so is every row that is NaN.
+    """
+    none = (m == float("-inf")) & (Kn > 0)
+    broken = none | (l != l)
+    if UNSHIFTED:
+        total = l * tl.exp(m)
+        broken = broken | (((total == 0.0) | (total == float("inf")) | (total != total)) & (Kn > 0))
+    out = acc / tl.where(Kn > 0, l, 1.0)[:, None]
+    nan = tl.where(broken, float("nan"), 0.0)
+    if FILLS:
+        # weights that are filled are not NaN, even in a row that is: such a row is NaN if any weight is left
+        if tl.max(broken.to(tl.int32), 0) != 0:
+            left = tl.zeros([BM], tl.int32)
+            for k0 in tl.range(0, Kn, BN):
+                k = (k0 + tl.arange(0, BN))[None, :]
+                stays = LEFT(q, k, at, st, n, Qn, Kn) & (k < Kn)
+                left = tl.maximum(left, tl.max(stays.to(tl.int32), 1))
+            nan = tl.where(left > 0, nan, 0.0)
+            out = tl.where(broken[:, None], 0.0, out)
+    out += nan[:, None]
+    if HIDDEN == 1:
+        out = tl.where(none[:, None], 0.0, out)
+    if HIDDEN == 2:
+        out = tl.where(broken[:, None], 0.0, out)
+    return out, tl.where(none, float("nan"), l)
+
+
+@triton.jit
 def forward(
-    Q, K, V, O, M, ops, seed, threshold, keep_scale, sizes, qb, kb, vb, ob, bst, st, n, qs, ks, vs, os, elements, Qn, Kn,
+    Q, K, V, O, M, ops, seed, threshold, keep_scale, sizes, qb, kb, vb, ob, bst, st, n, qs, ks, vs, os, QB, KB, deal,
+    sequences, heads, lines, Qn, Kn,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     OFFSET: tl.constexpr, BASES: tl.constexpr, SCORE: tl.constexpr, WEIGH: tl.constexpr, LEFT: tl.constexpr, KEYS: tl.constexpr,
     SEEN: tl.constexpr, LOWER: tl.constexpr, CHECKED: tl.constexpr, DOUBT: tl.constexpr,
     FILLS: tl.constexpr, DROPOUT: tl.constexpr, HIDDEN: tl.constexpr, UNSHIFTED: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out and stats [2, elements, Q] of one query tile of one batch element.
-
-    HIDDEN 0: a row without a score above -inf is NaN, 1: it is 0, 2: so is every row that is NaN.
-    """
-    tiles = tl.cdiv(Qn, BM)
-    e = tl.program_id(0) // tiles
+    """out and stats [2, lines] of one query tile of one batch element."""
     # the last queries first: under a causal mask they take longest
-    q0 = (tiles - 1 - tl.program_id(0) % tiles) * BM
+    if PACKED_Q:
+        s, tile = dealt(deal, sequences, tl.program_id(0) // heads)
+        if tile < 0:
+            return
+        e = s * heads + tl.program_id(0) % heads
+    else:
+        tiles = tl.cdiv(Qn, BM)
+        e = tl.program_id(0) // tiles
+        tile = tiles - 1 - tl.program_id(0) % tiles
+    wide = e.to(tl.int64)
+    Qn, q_start, first_line, mark = query_rows(e, QB, sequences, heads, Qn, BM, PACKED_Q)
+    Kn, k_start = key_rows(e, KB, sequences, heads, Kn, PACKED_K)
+    q0 = tile * BM
     q1 = tl.minimum(q0 + BM, Qn) - 1
     rows = q0 + tl.arange(0, BM)
-    wide = e.to(tl.int64)
+    q = rows[:, None]
+    line = first_line + q
     at = BASES(wide, sizes, ops, bst)
-    K += OFFSET(wide, sizes, kb)
-    V += OFFSET(wide, sizes, vb)
-    qt = tile_of(Q + OFFSET(wide, sizes, qb), rows, qs[0], Qn, D, DP, qs[1])
-    m = tl.full([BM], float("-inf"), tl.float32)
-    l = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, EP], tl.float32)
+    K += OFFSET(wide, sizes, kb) + k_start * ks[0]
+    V += OFFSET(wide, sizes, vb) + k_start * vs[0]
+    qt = tile_of(Q + OFFSET(wide, sizes, qb) + q_start * qs[0], rows, qs[0], Qn, D, DP, qs[1])
+    acc, m, l = none_of(BM, EP)
 
     lo, hi, first, last = KEYS(q0, q1, at, st, n, Qn, Kn)
     lo = tl.minimum(lo, Kn) // BN * BN
@@ -124,76 +238,56 @@ def forward(
         first = tl.minimum(tl.cdiv(tl.maximum(first, lo), BN) * BN, last)
         for k0 in tl.range(lo, first, BN, num_stages=STAGES):
             acc, m, l = visit(
-                acc, m, l, qt, e, q0, q1, k0, K, V, ks, vs, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E,
+                acc, m, l, qt, line, q, q0, q1, k0, K, V, ks, vs, at, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E,
                 DP, EP, BM, BN, SCORE, WEIGH, SEEN, False, CHECKED, DROPOUT, PRECISION,
             )  # fmt: skip
     else:
         first = lo
     for k0 in tl.range(first, last, BN, num_stages=STAGES):
         acc, m, l = visit(
-            acc, m, l, qt, e, q0, q1, k0, K, V, ks, vs, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E,
+            acc, m, l, qt, line, q, q0, q1, k0, K, V, ks, vs, at, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E,
             DP, EP, BM, BN, SCORE, WEIGH, SEEN, True, CHECKED, DROPOUT, PRECISION,
         )  # fmt: skip
     for k0 in tl.range(last, hi, BN, num_stages=STAGES):
         acc, m, l = visit(
-            acc, m, l, qt, e, q0, q1, k0, K, V, ks, vs, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E,
+            acc, m, l, qt, line, q, q0, q1, k0, K, V, ks, vs, at, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E,
             DP, EP, BM, BN, SCORE, WEIGH, SEEN, False, CHECKED, DROPOUT, PRECISION,
         )  # fmt: skip
-    if float("-inf") < DOUBT:
-        if tl.min(tl.where(rows < Qn, m, float("inf")), 0) <= DOUBT:
-            # a row that may see keys that were skipped: all of them, once more
-            m = tl.full([BM], float("-inf"), tl.float32)
-            l = tl.zeros([BM], tl.float32)
-            acc = tl.zeros([BM, EP], tl.float32)
-            for k0 in tl.range(0, Kn, BN, num_stages=STAGES):
-                acc, m, l = visit(
-                    acc, m, l, qt, e, q0, q1, k0, K, V, ks, vs, at, st, n, Qn, Kn, seed, threshold, keep_scale, D,
-                    E, DP, EP, BM, BN, SCORE, WEIGH, SEEN, False, False, DROPOUT, PRECISION,
-                )  # fmt: skip
-
-    none = m == float("-inf")
-    broken = none | (l != l)
-    if UNSHIFTED:
-        total = l * tl.exp(m)
-        broken = broken | (total == 0.0) | (total == float("inf")) | (total != total)
-    out = acc / l[:, None]
-    nan = tl.where(broken, float("nan"), 0.0)
-    if FILLS:
-        # weights that are filled are not NaN, even in a row that is: such a row is NaN if any weight is left
-        if tl.max(broken.to(tl.int32), 0) != 0:
-            left = tl.zeros([BM], tl.int32)
-            for k0 in tl.range(0, Kn, BN):
-                k = (k0 + tl.arange(0, BN))[None, :]
-                stays = LEFT(rows[:, None], k, at, st, n, Qn, Kn) & (k < Kn)
-                left = tl.maximum(left, tl.max(stays.to(tl.int32), 1))
-            nan = tl.where(left > 0, nan, 0.0)
-            out = tl.where(broken[:, None], 0.0, out)
-    out += nan[:, None]
-    if HIDDEN == 1:
-        out = tl.where(none[:, None], 0.0, out)
-    if HIDDEN == 2:
-        out = tl.where(broken[:, None], 0.0, out)
-    put_tile(O + OFFSET(wide, sizes, ob), rows, os[0], Qn, E, EP, os[1], out)
-    tl.store(M + wide * Qn + rows, m, mask=rows < Qn)
-    tl.store(M + (elements + wide) * Qn + rows, tl.where(none, float("nan"), l), mask=rows < Qn)
+    acc, m, l = seen_all(
+        acc, m, l, rows < Qn, qt, line, q, K, V, ks, vs, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E, DP, EP, BM,
+        BN, SCORE, WEIGH, SEEN, DOUBT, DROPOUT, PRECISION, STAGES,
+    )  # fmt: skip
+    out, total = finished(acc, m, l, q, at, st, n, Qn, Kn, BM, BN, LEFT, FILLS, HIDDEN, UNSHIFTED)
+    put_tile(O + OFFSET(wide, sizes, ob) + q_start * os[0], rows, os[0], Qn, E, EP, os[1], out)
+    tl.store(M + first_line + rows, m, mask=rows < Qn)
+    tl.store(M + lines + first_line + rows, total, mask=rows < Qn)
 
 
 @triton.jit
 def prepare(
-    O, G, M, W, F, sizes, ob, gb, os, gs, elements, Qn, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr,
-    OFFSET: tl.constexpr, HIDES: tl.constexpr, DOUBT: tl.constexpr, HIDDEN: tl.constexpr, UNSHIFTED: tl.constexpr,
+    O, G, M, W, F, sizes, ob, gb, os, gs, QB, KB, deal, sequences, heads, lines, marks, Qn, Kn, E: tl.constexpr,
+    EP: tl.constexpr, BM: tl.constexpr, OFFSET: tl.constexpr, HIDES: tl.constexpr, DOUBT: tl.constexpr,
+    HIDDEN: tl.constexpr, UNSHIFTED: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr,
 ):  # fmt: skip
-    """What backward needs of each row: W [3, elements, Q], the shift, 1 / sum and delta = sum(out * dout); F [elements,
-    tiles + 1], whether a row of the query tile may see hidden keys, and last whether one of any tile may."""
-    tiles = tl.cdiv(Qn, BM)
-    e = tl.program_id(0) // tiles
-    tile = tl.program_id(0) % tiles
-    rows = tile * BM + tl.arange(0, BM)
+    """What backward needs of each row: W [3, lines], the shift, 1 / sum and delta = sum(out * dout); F, a mark for each query
+    tile, whether a row of it may see hidden keys, and after `marks` of them one for each batch element."""
+    if PACKED_Q:
+        s, tile = dealt(deal, sequences, tl.program_id(0) // heads)
+        if tile < 0:
+            return
+        e = s * heads + tl.program_id(0) % heads
+    else:
+        tiles = tl.cdiv(Qn, BM)
+        e = tl.program_id(0) // tiles
+        tile = tl.program_id(0) % tiles
     wide = e.to(tl.int64)
-    o = tile_of(O + OFFSET(wide, sizes, ob), rows, os[0], Qn, E, EP, os[1]).to(tl.float32)
-    g = tile_of(G + OFFSET(wide, sizes, gb), rows, gs[0], Qn, E, EP, gs[1]).to(tl.float32)
-    m = tl.load(M + wide * Qn + rows, mask=rows < Qn, other=0.0)
-    l = tl.load(M + (elements + wide) * Qn + rows, mask=rows < Qn, other=1.0)
+    Qn, q_start, line, mark = query_rows(e, QB, sequences, heads, Qn, BM, PACKED_Q)
+    Kn, k_start = key_rows(e, KB, sequences, heads, Kn, PACKED_K)
+    rows = tile * BM + tl.arange(0, BM)
+    o = tile_of(O + OFFSET(wide, sizes, ob) + q_start * os[0], rows, os[0], Qn, E, EP, os[1]).to(tl.float32)
+    g = tile_of(G + OFFSET(wide, sizes, gb) + q_start * gs[0], rows, gs[0], Qn, E, EP, gs[1]).to(tl.float32)
+    m = tl.load(M + line + rows, mask=rows < Qn, other=0.0)
+    l = tl.load(M + lines + line + rows, mask=rows < Qn, other=1.0)
     none = m == float("-inf")
     broken = none | (l != l)
     if UNSHIFTED:
@@ -205,24 +299,25 @@ def prepare(
         zero = none
     if HIDDEN == 2:
         zero = broken
+    zero = zero | (Kn <= 0)
     inverse = tl.where(zero, 0.0, inverse)
     delta = tl.where(zero, 0.0, tl.sum(o * g, 1))
-    tl.store(W + wide * Qn + rows, tl.where(none, 0.0, m), mask=rows < Qn)
-    tl.store(W + (elements + wide) * Qn + rows, inverse, mask=rows < Qn)
-    tl.store(W + (2 * elements + wide) * Qn + rows, delta, mask=rows < Qn)
+    tl.store(W + line + rows, tl.where(none, 0.0, m), mask=rows < Qn)
+    tl.store(W + lines + line + rows, inverse, mask=rows < Qn)
+    tl.store(W + 2 * lines + line + rows, delta, mask=rows < Qn)
     if HIDES:
         # NaN reaches all keys; rows without a gradient, such as those of padding, reach none
         used = tl.max(tl.where(g == 0.0, 0, 1), 1) > 0
         doubtful = used & (rows < Qn) & ((inverse != inverse) | ((m <= DOUBT) & (inverse != 0.0)))
         found = tl.max(doubtful.to(tl.int32), 0)
         if found != 0:
-            tl.store(F + wide * (tiles + 1) + tile, 1)
-            tl.atomic_max(F + wide * (tiles + 1) + tiles, 1, sem="relaxed")
+            tl.store(F + mark + tile, 1)
+            tl.atomic_max(F + marks + wide, 1, sem="relaxed")
 
 
 @triton.jit
 def reverse(
-    qt, gt, kt, vt, shift, inverse, delta, e, q, k, at, st, n, gat, gst, Qn, Kn, seed, threshold, keep_scale,
+    qt, gt, kt, vt, shift, inverse, delta, line, q, k, at, st, n, gat, gst, Qn, Kn, seed, threshold, keep_scale,
     BM: tl.constexpr, BN: tl.constexpr, SCORE: tl.constexpr, SCORE_GRAD: tl.constexpr, WEIGH: tl.constexpr,
     WEIGH_GRAD: tl.constexpr, FULL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, GIVE: tl.constexpr,
 ):  # fmt: skip
@@ -236,7 +331,7 @@ def reverse(
     w = WEIGH(p, q, k, at, st, n, Qn, Kn)
     dw = tl.dot(gt, tl.trans(vt), input_precision=PRECISION)
     if DROPOUT:
-        stays = kept(seed, e.to(tl.int64) * Qn + q, k, threshold)
+        stays = kept(seed, line, k, threshold)
         w = tl.where(stays, w * keep_scale, 0.0)
         dw = tl.where(stays, dw * keep_scale, 0.0)
     dp = WEIGH_GRAD(dw, p, q, k, gat, gst, GIVE, at, st, n, Qn, Kn)
@@ -248,36 +343,46 @@ def reverse(
 @triton.jit
 def backward_rows(
     Q, K, V, G, W, F, DQ, ops, gops, seed, threshold, keep_scale, sizes, qb, kb, vb, gb, dqb, bst, gbst, st, gst, n, qs,
-    ks, vs, gs, dqs, elements, Qn, Kn,
+    ks, vs, gs, dqs, QB, KB, deal, sequences, heads, lines, marks, Qn, Kn,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     OFFSET: tl.constexpr, BASES: tl.constexpr, SCORE: tl.constexpr, SCORE_GRAD: tl.constexpr,
     WEIGH: tl.constexpr, WEIGH_GRAD: tl.constexpr, KEYS: tl.constexpr, SEEN: tl.constexpr, CHECKED: tl.constexpr,
-    HIDES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, GIVE: tl.constexpr, STAGES: tl.constexpr,
+    HIDES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr,
+    GIVE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one query tile, and of the operands that have queries."""
-    tiles = tl.cdiv(Qn, BM)
-    e = tl.program_id(0) // tiles
-    tile = tiles - 1 - tl.program_id(0) % tiles
+    if PACKED_Q:
+        s, tile = dealt(deal, sequences, tl.program_id(0) // heads)
+        if tile < 0:
+            return
+        e = s * heads + tl.program_id(0) % heads
+    else:
+        tiles = tl.cdiv(Qn, BM)
+        e = tl.program_id(0) // tiles
+        tile = tiles - 1 - tl.program_id(0) % tiles
+    wide = e.to(tl.int64)
+    Qn, q_start, first_line, mark = query_rows(e, QB, sequences, heads, Qn, BM, PACKED_Q)
+    Kn, k_start = key_rows(e, KB, sequences, heads, Kn, PACKED_K)
     q0 = tile * BM
     q1 = tl.minimum(q0 + BM, Qn) - 1
     rows = q0 + tl.arange(0, BM)
     q = rows[:, None]
-    wide = e.to(tl.int64)
     at = BASES(wide, sizes, ops, bst)
     gat = BASES(wide, sizes, gops, gbst)
-    K += OFFSET(wide, sizes, kb)
-    V += OFFSET(wide, sizes, vb)
-    qt = tile_of(Q + OFFSET(wide, sizes, qb), rows, qs[0], Qn, D, DP, qs[1])
-    gt = tile_of(G + OFFSET(wide, sizes, gb), rows, gs[0], Qn, E, EP, gs[1])
-    shift = tl.load(W + wide * Qn + rows, mask=rows < Qn, other=0.0)
-    inverse = tl.load(W + (elements + wide) * Qn + rows, mask=rows < Qn, other=0.0)
-    delta = tl.load(W + (2 * elements + wide) * Qn + rows, mask=rows < Qn, other=0.0)
+    K += OFFSET(wide, sizes, kb) + k_start * ks[0]
+    V += OFFSET(wide, sizes, vb) + k_start * vs[0]
+    qt = tile_of(Q + OFFSET(wide, sizes, qb) + q_start * qs[0], rows, qs[0], Qn, D, DP, qs[1])
+    gt = tile_of(G + OFFSET(wide, sizes, gb) + q_start * gs[0], rows, gs[0], Qn, E, EP, gs[1])
+    W += first_line
+    shift = tl.load(W + rows, mask=rows < Qn, other=0.0)
+    inverse = tl.load(W + lines + rows, mask=rows < Qn, other=0.0)
+    delta = tl.load(W + 2 * lines + rows, mask=rows < Qn, other=0.0)
     lo, hi, first, last = KEYS(q0, q1, at, st, n, Qn, Kn)
     lo = tl.minimum(lo, Kn) // BN * BN
     hi = tl.minimum(hi, Kn)
     whole = False
     if HIDES:
-        whole = tl.load(F + wide * (tiles + 1) + tile) != 0
+        whole = tl.load(F + mark + tile) != 0
         lo = tl.where(whole, 0, lo)
         hi = tl.where(whole, Kn, hi)
     dq = tl.zeros([BM, DP], tl.float32)
@@ -292,73 +397,82 @@ def backward_rows(
             kt = tile_of(K, keys, ks[0], Kn, D, DP, ks[1])
             vt = tile_of(V, keys, vs[0], Kn, E, EP, vs[1])
             w, ds = reverse(
-                qt, gt, kt, vt, shift, inverse, delta, e, q, keys[None, :], at, st, n, gat, gst, Qn, Kn, seed, threshold,
-                keep_scale, BM, BN, SCORE, SCORE_GRAD, WEIGH, WEIGH_GRAD, False, DROPOUT, PRECISION, GIVE,
+                qt, gt, kt, vt, shift, inverse, delta, first_line + q, q, keys[None, :], at, st, n, gat, gst, Qn, Kn, seed,
+                threshold, keep_scale, BM, BN, SCORE, SCORE_GRAD, WEIGH, WEIGH_GRAD, False, DROPOUT, PRECISION, GIVE,
             )  # fmt: skip
             dq = tl.dot(ds.to(kt.dtype), kt, dq, input_precision=PRECISION)
-    put_tile(DQ + OFFSET(wide, sizes, dqb), rows, dqs[0], Qn, D, DP, dqs[1], dq)
+    put_tile(DQ + OFFSET(wide, sizes, dqb) + q_start * dqs[0], rows, dqs[0], Qn, D, DP, dqs[1], dq)
 
 
 @triton.jit
 def backward_columns(
     Q, K, V, G, W, F, DK, DV, ops, gops, seed, threshold, keep_scale, sizes, outer, inner, members, qb, kb, vb, gb, eb, dkb,
-    dvb, bst, gbst, st, gst, n, qs, ks, vs, gs, dks, dvs, elements, Qn, Kn,
+    dvb, bst, gbst, st, gst, n, qs, ks, vs, gs, dks, dvs, QB, KB, deal, sequences, heads, outer_heads, lines, marks, Qn, Kn,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     OFFSET: tl.constexpr, BASES: tl.constexpr, SCORE: tl.constexpr, SCORE_GRAD: tl.constexpr,
     WEIGH: tl.constexpr, WEIGH_GRAD: tl.constexpr, QUERIES: tl.constexpr, SEEN: tl.constexpr, CHECKED: tl.constexpr,
-    HIDES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, GIVE: tl.constexpr, STAGES: tl.constexpr,
+    HIDES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr,
+    GIVE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys and values, and of the operands that have keys alone.
 
     outer, inner: the batch dims that k or v has, and those that both are broadcast over; `members` elements of the latter
     are gone through one after the other. eb: the strides of the flat element number.
     """
-    tiles = tl.cdiv(Kn, BN)
-    head = (tl.program_id(0) // tiles).to(tl.int64)
-    k0 = tl.program_id(0) % tiles * BN
+    if PACKED_K:
+        s, tile = dealt(deal, sequences, tl.program_id(0) // outer_heads)
+        if tile < 0:
+            return
+        head = (s * outer_heads + tl.program_id(0) % outer_heads).to(tl.int64)
+    else:
+        tiles = tl.cdiv(Kn, BN)
+        head = (tl.program_id(0) // tiles).to(tl.int64)
+        tile = tl.program_id(0) % tiles
+    Kn, k_start = key_rows(head, KB, sequences, outer_heads, Kn, PACKED_K)
+    k0 = tile * BN
     k1 = tl.minimum(k0 + BN, Kn) - 1
     keys = k0 + tl.arange(0, BN)
-    kt = tile_of(K + OFFSET(head, outer, kb), keys, ks[0], Kn, D, DP, ks[1])
-    vt = tile_of(V + OFFSET(head, outer, vb), keys, vs[0], Kn, E, EP, vs[1])
+    kt = tile_of(K + OFFSET(head, outer, kb) + k_start * ks[0], keys, ks[0], Kn, D, DP, ks[1])
+    vt = tile_of(V + OFFSET(head, outer, vb) + k_start * vs[0], keys, vs[0], Kn, E, EP, vs[1])
     dk = tl.zeros([BN, DP], tl.float32)
     dv = tl.zeros([BN, EP], tl.float32)
-    q_tiles = tl.cdiv(Qn, BM)
     for member in range(members):
         other = tl.full([], member, tl.int64)
         wide = OFFSET(head, outer, eb) + OFFSET(other, inner, eb)
-        e = wide.to(tl.int32)
+        own, q_start, first_line, mark = query_rows(wide.to(tl.int32), QB, sequences, heads, Qn, BM, PACKED_Q)
         at = BASES(wide, sizes, ops, bst)
         gat = BASES(wide, sizes, gops, gbst)
-        Qe = Q + OFFSET(head, outer, qb) + OFFSET(other, inner, qb)
-        Ge = G + OFFSET(head, outer, gb) + OFFSET(other, inner, gb)
-        lo, hi = QUERIES(k0, k1, at, st, n, Qn, Kn)
-        lo = tl.minimum(lo, Qn) // BM * BM
-        hi = tl.minimum(hi, Qn)
+        Qe = Q + OFFSET(head, outer, qb) + OFFSET(other, inner, qb) + q_start * qs[0]
+        Ge = G + OFFSET(head, outer, gb) + OFFSET(other, inner, gb) + q_start * gs[0]
+        We = W + first_line
+        lo, hi = QUERIES(k0, k1, at, st, n, own, Kn)
+        lo = tl.minimum(lo, own) // BM * BM
+        hi = tl.minimum(hi, own)
         start, stop = lo, hi
         any_whole = False
         if HIDES:
             # other queries may have rows that see all keys; few elements have any, and those take all tiles
-            any_whole = tl.load(F + wide * (q_tiles + 1) + q_tiles) != 0
+            any_whole = tl.load(F + marks + wide) != 0
             start = tl.where(any_whole, 0, lo)
-            stop = tl.where(any_whole, Qn, hi)
+            stop = tl.where(any_whole, own, hi)
         for q0 in tl.range(start, stop, BM, num_stages=STAGES):
             needed = True
             if CHECKED:
-                needed = SEEN(q0, tl.minimum(q0 + BM, Qn) - 1, k0, k1, BM, BN, at, st, n, Qn, Kn)
-                needed = needed | (tl.load(F + wide * (q_tiles + 1) + q0 // BM) != 0)
+                needed = SEEN(q0, tl.minimum(q0 + BM, own) - 1, k0, k1, BM, BN, at, st, n, own, Kn)
+                needed = needed | (tl.load(F + mark + q0 // BM) != 0)
             if needed:
                 rows = q0 + tl.arange(0, BM)
-                qt = tile_of(Qe, rows, qs[0], Qn, D, DP, qs[1])
-                gt = tile_of(Ge, rows, gs[0], Qn, E, EP, gs[1])
-                shift = tl.load(W + wide * Qn + rows, mask=rows < Qn, other=0.0)
-                inverse = tl.load(W + (elements + wide) * Qn + rows, mask=rows < Qn, other=0.0)
-                delta = tl.load(W + (2 * elements + wide) * Qn + rows, mask=rows < Qn, other=0.0)
+                qt = tile_of(Qe, rows, qs[0], own, D, DP, qs[1])
+                gt = tile_of(Ge, rows, gs[0], own, E, EP, gs[1])
+                shift = tl.load(We + rows, mask=rows < own, other=0.0)
+                inverse = tl.load(We + lines + rows, mask=rows < own, other=0.0)
+                delta = tl.load(We + 2 * lines + rows, mask=rows < own, other=0.0)
                 w, ds = reverse(
-                    qt, gt, kt, vt, shift, inverse, delta, e, rows[:, None], keys[None, :], at, st, n, gat, gst, Qn, Kn,
-                    seed, threshold, keep_scale, BM, BN, SCORE, SCORE_GRAD, WEIGH, WEIGH_GRAD, False, DROPOUT,
-                    PRECISION, GIVE,
+                    qt, gt, kt, vt, shift, inverse, delta, first_line + rows[:, None], rows[:, None], keys[None, :], at, st,
+                    n, gat, gst, own, Kn, seed, threshold, keep_scale, BM, BN, SCORE, SCORE_GRAD, WEIGH, WEIGH_GRAD, False,
+                    DROPOUT, PRECISION, GIVE,
                 )  # fmt: skip
                 dv = tl.dot(tl.trans(w).to(gt.dtype), gt, dv, input_precision=PRECISION)
                 dk = tl.dot(tl.trans(ds).to(qt.dtype), qt, dk, input_precision=PRECISION)
-    put_tile(DK + OFFSET(head, outer, dkb), keys, dks[0], Kn, D, DP, dks[1], dk)
-    put_tile(DV + OFFSET(head, outer, dvb), keys, dvs[0], Kn, E, EP, dvs[1], dv)
+    put_tile(DK + OFFSET(head, outer, dkb) + k_start * dks[0], keys, dks[0], Kn, D, DP, dks[1], dk)
+    put_tile(DV + OFFSET(head, outer, dvb) + k_start * dvs[0], keys, dvs[0], Kn, E, EP, dvs[1], dv)

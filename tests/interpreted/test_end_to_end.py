@@ -86,5 +86,8 @@ def test_ops_pass_opcheck(grad: bool) -> None:
     bias = torch.randn(1, 2, 20, 20, requires_grad=grad)
     spec = make_spec(q, k, v, [bias], steps=(Bias(0), ReplaceFill(causal(), -INF)))
     torch.library.opcheck(
-        torch.ops.attnfuse.attention.default, (q, k, v, [bias], None, spec.text, "triton", True), atol=1e-5, rtol=1e-5
+        torch.ops.attnfuse.attention.default,
+        (q, k, v, [bias], None, None, None, spec.text, "triton", True),
+        atol=1e-5,
+        rtol=1e-5,
     )

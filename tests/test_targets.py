@@ -42,6 +42,34 @@ def test_a_causal_attention_compiles_for(capability, dtype, D):
     plain(capability, dtype, D)
 
 
+def decoded(capability, dtype, D, queries=1) -> None:
+    from attnfuse.kernels.triton import targets
+
+    q = randn(4, 8, 4, queries, D, dtype=FLOATS[dtype])
+    k = randn(4, 8, 1, 4096, D, dtype=FLOATS[dtype])
+    spec = make_spec(q, k, k, steps=(HALF, ReplaceFill(causal(4095), -INF)))
+    made = targets.compiled(spec, q, k, k, [], capability, backward=False)
+    assert [c.kernel for c in made] == ["decode", "combine"]
+    for c in made:
+        assert c.shared <= targets.SHARED[capability] and c.spilled == 0, c
+        # 16 rows are too few for the instructions of warp groups
+        products = {"mma.sync", targets.MATRIX[capability]} if c.kernel == "decode" and dtype != "fp32" else set()
+        assert not products or products & set(c.products), c
+
+
+def test_decoding_compiles():
+    decoded(90, "bf16", 128)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("queries", [1, 16])
+def test_decoding_compiles_for_every_target(capability, dtype, D, queries):
+    decoded(capability, dtype, D, queries)
+
+
 def packed(capability, dtype, D) -> None:
     lengths = (500, 20, 1000)
     q = randn(sum(lengths), 4, D, dtype=FLOATS[dtype]).movedim(0, -2)[None]

@@ -12,8 +12,8 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -30,6 +30,10 @@ _T = TypeVar("_T")
 _LONGEST = 2**29
 #: How often the tiles of a spec were halved because a device had no shared memory or registers for them.
 _shrunk: dict[tuple[object, ...], int] = {}
+#: Rows that are decoded: more of them fill a query tile anyway.
+_FEW = 64
+#: Taken for the number of processors of a device that does not tell.
+_PROCESSORS = 8
 _HIDDEN = {"nan": 0, "zero": 1, "nan_to_zero": 2}
 
 
@@ -43,6 +47,14 @@ def available() -> str | None:
 def interpreted() -> bool:
     """Whether Triton runs its kernels in its interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+class Decoding(NamedTuple):
+    """group: batch elements whose queries share a tile, since they have the same keys; parts: of the keys of each."""
+
+    config: Config
+    group: int
+    parts: int
 
 
 @dataclass
@@ -90,6 +102,31 @@ class _Call:
         for _ in range(_shrunk.get(self._tile_key(which), 0)):
             found = found.smaller() or found
         return found
+
+    def decoding(self) -> Decoding | None:
+        """How to split the keys of few queries; None where the forward kernel does better."""
+        if self.packed_q:
+            return None
+        group = self._group()
+        rows = group * self.Q
+        if rows > _FEW:
+            return None
+        made = self.config("decode")
+        made = replace(made, BM=min(made.BM, max(16, 1 << (rows - 1).bit_length())))
+        programs = self.elements // group * -(-rows // made.BM)
+        # two waves, of parts that are no shorter than two tiles
+        parts = min(-(-2 * (self.device.processors or _PROCESSORS) // programs), -(-self.K // (2 * made.BN)))
+        return Decoding(made, group, max(parts, 1)) if parts > 1 or group > 1 else None
+
+    def _group(self) -> int:
+        """How many batch elements next to each other have the same keys, values and masks."""
+        masks = [self.operands[load.operand] for load in self.spec.loads]
+        group = 1
+        for d in reversed(range(1 if self.packed_k else 0, len(self.batch))):
+            if any(x.shape[d] != 1 for x in (self.k, self.v, *masks)):
+                break
+            group *= self.batch[d]
+        return group
 
     def _tile_key(self, which: Pass) -> tuple[object, ...]:
         return (self.device, which, self.spec.text, self.D, self.E)
@@ -160,6 +197,30 @@ class _Call:
         )
         return torch.stack([tiles.cumsum(0), order]).to(torch.int32)
 
+    def scores(self) -> dict[str, Any]:
+        """What kernels of the forward pass take to compute scores and weights."""
+        f = self.functions
+        return {
+            **self.widths(),
+            "OFFSET": f.offset,
+            "BASES": f.bases,
+            "SCORE": f.score,
+            "WEIGH": f.weigh,
+            "SEEN": f.seen,
+            "DROPOUT": self.spec.dropout > 0.0,
+            "PRECISION": self.precision,
+        }
+
+    def finish(self) -> dict[str, Any]:
+        """What kernels take that make results of sums."""
+        return {
+            "LEFT": self.functions.left,
+            "DOUBT": self.traits.doubt,
+            "FILLS": self.traits.fills,
+            "HIDDEN": _HIDDEN[self.spec.hidden],
+            "UNSHIFTED": self.spec.softmax == "unshifted",
+        }
+
     def widths(self) -> dict[str, int]:
         return {"D": self.D, "E": self.E, "DP": padded(self.D), "EP": padded(self.E)}
 
@@ -198,7 +259,10 @@ def forward(
     if empty or (bounds != DENSE and bounds.sequences == 0):
         return out, stats
     call = _Call(spec, q, k, v, list(operands), seed, Device.of(q.device), _run, bounds)
-    _fitting(call, "forward", lambda: _forward(call, out, stats))
+    if call.decoding() is None:
+        _fitting(call, "forward", lambda: _forward(call, out, stats))
+    else:
+        _fitting(call, "decode", lambda: _decode(call, out, stats))
     return out, stats
 
 
@@ -223,7 +287,7 @@ def _fitting(call: _Call, which: Pass, run: Callable[[], _T]) -> _T:
 def _forward(call: _Call, out: torch.Tensor, stats: torch.Tensor) -> None:
     from attnfuse.kernels.triton import template
 
-    spec, made, traits, f = call.spec, call.config("forward"), call.traits, call.functions
+    made, f = call.config("forward"), call.functions
     call.launch(
         template.forward,
         call.query_programs(made.BM),
@@ -232,28 +296,41 @@ def _forward(call: _Call, out: torch.Tensor, stats: torch.Tensor) -> None:
             **call.matrices(q=call.q, k=call.k, v=call.v, o=out),
             "M": stats,
             **call.shared(),
-            **call.widths(),
-            "BM": made.BM,
-            "BN": made.BN,
-            "OFFSET": f.offset,
-            "BASES": f.bases,
-            "SCORE": f.score,
-            "WEIGH": f.weigh,
-            "LEFT": f.left,
+            **call.scores(),
+            **call.finish(),
+            **_tiles(made),
             "KEYS": f.keys,
-            "SEEN": f.seen,
-            "LOWER": traits.lower,
-            "CHECKED": traits.checked,
-            "DOUBT": traits.doubt,
-            "FILLS": traits.fills,
-            "DROPOUT": spec.dropout > 0.0,
-            "HIDDEN": _HIDDEN[spec.hidden],
-            "UNSHIFTED": spec.softmax == "unshifted",
-            "PRECISION": call.precision,
-            "STAGES": made.stages,
-            "num_warps": made.warps,
+            "LOWER": call.traits.lower,
+            "CHECKED": call.traits.checked,
         },
     )
+
+
+def _decode(call: _Call, out: torch.Tensor, stats: torch.Tensor) -> None:
+    from attnfuse.kernels.triton import template
+
+    found = call.decoding()
+    assert found is not None
+    padded_e = padded(call.E)
+    common = {
+        **call.matrices(q=call.q, k=call.k, v=call.v),
+        "P": torch.empty((found.parts, call.lines, padded_e), dtype=torch.float32, device=call.q.device),
+        "S": torch.empty((found.parts, 2, call.lines), dtype=torch.float32, device=call.q.device),
+        **call.shared(),
+        **call.scores(),
+        **_tiles(found.config),
+        "group": found.group,
+        "parts": found.parts,
+    }
+    programs = call.elements // found.group * -(-found.group * call.Q // found.config.BM)
+    call.launch(
+        template.decode, programs * found.parts, {**common, "KEYS": call.functions.keys, "CHECKED": call.traits.checked}
+    )
+    call.launch(template.combine, programs, {**common, **call.matrices(o=out), "M": stats, **call.finish()})
+
+
+def _tiles(made: Config) -> dict[str, int]:
+    return {"BM": made.BM, "BN": made.BN, "STAGES": made.stages, "num_warps": made.warps}
 
 
 def backward(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Pass = Literal["forward", "backward"]
+Pass = Literal["forward", "backward", "decode"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ def config(capability: int, which: Pass, bits: int, D: int, E: int) -> Config:
     bits: of an element of q, k and v; D, E: the head sizes.
     """
     width = max(padded(D), padded(E))
+    if which == "decode":
+        # all time goes into reading keys and values; BM is what there may be, fewer rows get the next power of two
+        if bits == 32:
+            return Config(16, 32, 4, 1) if width <= 128 else Config(16, 16, 4, 1)
+        return Config(64 if width <= 128 else 32, 64 if width <= 128 else 32, 4, 2 if capability >= 80 else 1)
     if capability in (70, 75):
         # no tensor cores through Triton: small tiles keep the multiply-adds in registers
         return Config(32, 32, 4, 1)

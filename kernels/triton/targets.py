@@ -80,7 +80,7 @@ def compiled(
     seed = torch.zeros(1, dtype=torch.int64) if spec.dropout else None
     out, stats = allocate(spec, q, k, v, operands, bounds)
     call = triton._Call(spec, q, k, v, list(operands), seed, device, record, bounds)
-    triton._forward(call, out, stats)
+    (triton._decode if call.decoding() else triton._forward)(call, out, stats)
     if backward:
         needs = needs or [x.is_floating_point() for x in (q, k, v, *operands)]
         triton._backward(call, torch.empty_like(out), out, stats, operands, needs)

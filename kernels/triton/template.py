@@ -264,6 +264,120 @@ def forward(
 
 
 @triton.jit
+def grouped(first, r0, Qn, group, BM: tl.constexpr):
+    """Rows r0 and on of `group` batch elements from `first` on, which have the same keys: (whether there is such a row, its
+    batch element, its query), all [BM]. Rows are numbered as those of the result."""
+    r = r0 + tl.arange(0, BM)
+    inside = r < group * Qn
+    r = tl.minimum(r, group * Qn - 1)
+    return inside, first + r // Qn, r % Qn
+
+
+@triton.jit
+def rows_at(base, places, inside, width: tl.constexpr, padded: tl.constexpr, col_stride):
+    """As tile_of, of rows anywhere: `places` int64 [rows]."""
+    cols = tl.arange(0, padded)
+    at = base + places[:, None] + cols[None, :] * col_stride
+    return tl.load(at, mask=inside[:, None] & (cols[None, :] < width), other=0.0)
+
+
+@triton.jit
+def decode(
+    Q, K, V, P, S, ops, seed, threshold, keep_scale, sizes, qb, kb, vb, bst, st, n, qs, ks, vs, QB, KB, sequences, heads, lines,
+    Qn, Kn, group, parts,
+    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    OFFSET: tl.constexpr, BASES: tl.constexpr, SCORE: tl.constexpr, WEIGH: tl.constexpr, KEYS: tl.constexpr,
+    SEEN: tl.constexpr, CHECKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PACKED_Q: tl.constexpr,
+    PACKED_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Sums of few queries over one of `parts` parts of their keys, so that a long cache keeps the whole device busy.
+
+    P float32 [parts, lines, EP], S float32 [parts, 2, lines]: acc, and m and l. The rows of a tile are the queries of `group`
+    batch elements with the same keys, which are read once for all of them.
+    """
+    part = tl.program_id(0) % parts
+    tiles = tl.cdiv(group * Qn, BM)
+    first = tl.program_id(0) // parts // tiles * group
+    r0 = tl.program_id(0) // parts % tiles * BM
+    inside, e, query = grouped(first, r0, Qn, group, BM)
+    wide = e.to(tl.int64)
+    Kn, k_start = key_rows(first, KB, sequences, heads, Kn, PACKED_K)
+    line = first.to(tl.int64) * Qn + r0 + tl.arange(0, BM)
+    at = BASES(wide[:, None], sizes, ops, bst)
+    shared = BASES(first.to(tl.int64), sizes, ops, bst)
+    K += OFFSET(first.to(tl.int64), sizes, kb) + k_start * ks[0]
+    V += OFFSET(first.to(tl.int64), sizes, vb) + k_start * vs[0]
+    qt = rows_at(Q, OFFSET(wide, sizes, qb) + query.to(tl.int64) * qs[0], inside, D, DP, qs[1])
+    lo, hi, full_first, full_last = KEYS(0, Qn - 1, shared, st, n, Qn, Kn)
+    lo = tl.minimum(lo, Kn) // BN * BN
+    hi = tl.maximum(tl.minimum(hi, Kn), lo)
+    share = tl.cdiv(tl.cdiv(hi - lo, BN), parts) * BN
+    begin = lo + part * share
+    acc, m, l = none_of(BM, EP)
+    for k0 in tl.range(begin, tl.minimum(begin + share, hi), BN, num_stages=STAGES):
+        acc, m, l = visit(
+            acc, m, l, qt, line[:, None], query[:, None], 0, Qn - 1, k0, K, V, ks, vs, at, shared, st, n, Qn, Kn, seed,
+            threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE, WEIGH, SEEN, False, CHECKED, DROPOUT, PRECISION,
+        )  # fmt: skip
+    S += part.to(tl.int64) * 2 * lines
+    tl.store(S + line, m, mask=inside)
+    tl.store(S + lines + line, l, mask=inside)
+    cols = tl.arange(0, EP)
+    P += part.to(tl.int64) * lines * EP
+    tl.store(P + line[:, None] * EP + cols[None, :], acc, mask=inside[:, None])
+
+
+@triton.jit
+def combine(
+    Q, K, V, O, M, P, S, ops, seed, threshold, keep_scale, sizes, qb, kb, vb, ob, bst, st, n, qs, ks, vs, os, QB, KB, sequences,
+    heads, lines, Qn, Kn, group, parts,
+    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    OFFSET: tl.constexpr, BASES: tl.constexpr, SCORE: tl.constexpr, WEIGH: tl.constexpr, LEFT: tl.constexpr,
+    SEEN: tl.constexpr, DOUBT: tl.constexpr, FILLS: tl.constexpr, DROPOUT: tl.constexpr, HIDDEN: tl.constexpr,
+    UNSHIFTED: tl.constexpr, PRECISION: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """out and stats [2, lines] from what decode has summed up."""
+    tiles = tl.cdiv(group * Qn, BM)
+    first = tl.program_id(0) // tiles * group
+    r0 = tl.program_id(0) % tiles * BM
+    inside, e, query = grouped(first, r0, Qn, group, BM)
+    wide = e.to(tl.int64)
+    Kn, k_start = key_rows(first, KB, sequences, heads, Kn, PACKED_K)
+    line = first.to(tl.int64) * Qn + r0 + tl.arange(0, BM)
+    cols = tl.arange(0, EP)
+    acc, m, l = none_of(BM, EP)
+    for part in range(parts):
+        wide_part = tl.full([], part, tl.int64)
+        at_part = S + wide_part * 2 * lines + line
+        m_part = tl.load(at_part, mask=inside, other=float("-inf"))
+        l_part = tl.load(at_part + lines, mask=inside, other=0.0)
+        places = (wide_part * lines + line) * EP
+        acc_part = tl.load(P + places[:, None] + cols[None, :], mask=inside[:, None], other=0.0)
+        top = tl.maximum(m, m_part)
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        fade, gain = tl.exp(m - shift), tl.exp(m_part - shift)
+        acc = acc * fade[:, None] + acc_part * gain[:, None]
+        l = l * fade + l_part * gain
+        m = top
+    at = BASES(wide[:, None], sizes, ops, bst)
+    q = query[:, None]
+    if float("-inf") < DOUBT:
+        K += OFFSET(first.to(tl.int64), sizes, kb) + k_start * ks[0]
+        V += OFFSET(first.to(tl.int64), sizes, vb) + k_start * vs[0]
+        qt = rows_at(Q, OFFSET(wide, sizes, qb) + query.to(tl.int64) * qs[0], inside, D, DP, qs[1])
+        acc, m, l = seen_all(
+            acc, m, l, inside, qt, line[:, None], q, K, V, ks, vs, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E, DP, EP,
+            BM, BN, SCORE, WEIGH, SEEN, DOUBT, DROPOUT, PRECISION, STAGES,
+        )  # fmt: skip
+    out, total = finished(acc, m, l, q, at, st, n, Qn, Kn, BM, BN, LEFT, FILLS, HIDDEN, UNSHIFTED)
+    places = OFFSET(wide, sizes, ob) + query.to(tl.int64) * os[0]
+    inner = inside[:, None] & (cols[None, :] < E)
+    tl.store(O + places[:, None] + cols[None, :] * os[1], out.to(O.dtype.element_ty), mask=inner)
+    tl.store(M + line, m, mask=inside)
+    tl.store(M + lines + line, total, mask=inside)
+
+
+@triton.jit
 def prepare(
     O, G, M, W, F, sizes, ob, gb, os, gs, QB, KB, deal, sequences, heads, lines, marks, Qn, Kn, E: tl.constexpr,
     EP: tl.constexpr, BM: tl.constexpr, OFFSET: tl.constexpr, HIDES: tl.constexpr, DOUBT: tl.constexpr,

@@ -23,10 +23,26 @@ def tile_of(base, rows, row_stride, n_rows, width: tl.constexpr, padded: tl.cons
 
 
 @triton.jit
+def rows_at(base, places, inside, width: tl.constexpr, padded: tl.constexpr, col_stride):
+    """As tile_of, of rows anywhere: `places` int64 [rows]."""
+    cols = tl.arange(0, padded)
+    at = base + places[:, None] + cols[None, :] * col_stride
+    return tl.load(at, mask=inside[:, None] & (cols[None, :] < width), other=0.0)
+
+
+@triton.jit
 def put_tile(base, rows, row_stride, n_rows, width: tl.constexpr, padded: tl.constexpr, col_stride, x):
     cols = tl.arange(0, padded)
     at = base + rows.to(tl.int64)[:, None] * row_stride + cols[None, :] * col_stride
     tl.store(at, x.to(base.dtype.element_ty), mask=(rows[:, None] < n_rows) & (cols[None, :] < width))
+
+
+@triton.jit
+def clipped(lo, hi, n, size: tl.constexpr):
+    """[lo, hi) inside of [0, n), from the beginning of a tile on; [0, 0) where it is empty, which rounding would not leave so."""
+    hi = tl.minimum(hi, n)
+    hi = tl.where(lo < hi, hi, 0)
+    return tl.minimum(lo, hi) // size * size, hi
 
 
 @triton.jit
@@ -142,14 +158,16 @@ def none_of(BM: tl.constexpr, EP: tl.constexpr):
 
 @triton.jit
 def seen_all(
-    acc, m, l, valid, qt, line, q, K, V, ks, vs, at, st, n, Qn, Kn, seed, threshold, keep_scale,
+    acc, m, l, inside, Q, places, qs, line, q, K, V, ks, vs, at, st, n, Qn, Kn, seed, threshold, keep_scale,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     SCORE: tl.constexpr, WEIGH: tl.constexpr, SEEN: tl.constexpr, DOUBT: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The sums of a query tile, over all keys once more where a row may see keys that were skipped."""
     if float("-inf") < DOUBT:
-        if tl.min(tl.where(valid, m, float("inf")), 0) <= DOUBT:
+        if tl.min(tl.where(inside, m, float("inf")), 0) <= DOUBT:
+            # read again, so that no second form of it is held in registers through the loops before
+            qt = rows_at(Q, places, inside, D, DP, qs[1])
             acc, m, l = none_of(BM, EP)
             for k0 in tl.range(0, Kn, BN, num_stages=STAGES):
                 acc, m, l = visit(
@@ -225,12 +243,12 @@ def forward(
     at = BASES(wide, sizes, ops, bst)
     K += OFFSET(wide, sizes, kb) + k_start * ks[0]
     V += OFFSET(wide, sizes, vb) + k_start * vs[0]
-    qt = tile_of(Q + OFFSET(wide, sizes, qb) + q_start * qs[0], rows, qs[0], Qn, D, DP, qs[1])
+    q_place = OFFSET(wide, sizes, qb) + q_start * qs[0]
+    qt = tile_of(Q + q_place, rows, qs[0], Qn, D, DP, qs[1])
     acc, m, l = none_of(BM, EP)
 
     lo, hi, first, last = KEYS(q0, q1, at, st, n, Qn, Kn)
-    lo = tl.minimum(lo, Kn) // BN * BN
-    hi = tl.maximum(tl.minimum(hi, Kn), lo)
+    lo, hi = clipped(lo, hi, Kn, BN)
     # [first, last): whole tiles that need no comparison with the key
     last = tl.maximum(tl.minimum(last, hi), lo) // BN * BN
     last = tl.maximum(last, lo)
@@ -254,7 +272,7 @@ def forward(
             DP, EP, BM, BN, SCORE, WEIGH, SEEN, False, CHECKED, DROPOUT, PRECISION,
         )  # fmt: skip
     acc, m, l = seen_all(
-        acc, m, l, rows < Qn, qt, line, q, K, V, ks, vs, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E, DP, EP, BM,
+        acc, m, l, rows < Qn, Q, q_place + rows.to(tl.int64) * qs[0], qs, line, q, K, V, ks, vs, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E, DP, EP, BM,
         BN, SCORE, WEIGH, SEEN, DOUBT, DROPOUT, PRECISION, STAGES,
     )  # fmt: skip
     out, total = finished(acc, m, l, q, at, st, n, Qn, Kn, BM, BN, LEFT, FILLS, HIDDEN, UNSHIFTED)
@@ -271,14 +289,6 @@ def grouped(first, r0, Qn, group, BM: tl.constexpr):
     inside = r < group * Qn
     r = tl.minimum(r, group * Qn - 1)
     return inside, first + r // Qn, r % Qn
-
-
-@triton.jit
-def rows_at(base, places, inside, width: tl.constexpr, padded: tl.constexpr, col_stride):
-    """As tile_of, of rows anywhere: `places` int64 [rows]."""
-    cols = tl.arange(0, padded)
-    at = base + places[:, None] + cols[None, :] * col_stride
-    return tl.load(at, mask=inside[:, None] & (cols[None, :] < width), other=0.0)
 
 
 @triton.jit
@@ -309,8 +319,7 @@ def decode(
     V += OFFSET(first.to(tl.int64), sizes, vb) + k_start * vs[0]
     qt = rows_at(Q, OFFSET(wide, sizes, qb) + query.to(tl.int64) * qs[0], inside, D, DP, qs[1])
     lo, hi, full_first, full_last = KEYS(0, Qn - 1, shared, st, n, Qn, Kn)
-    lo = tl.minimum(lo, Kn) // BN * BN
-    hi = tl.maximum(tl.minimum(hi, Kn), lo)
+    lo, hi = clipped(lo, hi, Kn, BN)
     share = tl.cdiv(tl.cdiv(hi - lo, BN), parts) * BN
     begin = lo + part * share
     acc, m, l = none_of(BM, EP)
@@ -364,9 +373,8 @@ def combine(
     if float("-inf") < DOUBT:
         K += OFFSET(first.to(tl.int64), sizes, kb) + k_start * ks[0]
         V += OFFSET(first.to(tl.int64), sizes, vb) + k_start * vs[0]
-        qt = rows_at(Q, OFFSET(wide, sizes, qb) + query.to(tl.int64) * qs[0], inside, D, DP, qs[1])
         acc, m, l = seen_all(
-            acc, m, l, inside, qt, line[:, None], q, K, V, ks, vs, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E, DP, EP,
+            acc, m, l, inside, Q, OFFSET(wide, sizes, qb) + query.to(tl.int64) * qs[0], qs, line[:, None], q, K, V, ks, vs, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E, DP, EP,
             BM, BN, SCORE, WEIGH, SEEN, DOUBT, DROPOUT, PRECISION, STAGES,
         )  # fmt: skip
     out, total = finished(acc, m, l, q, at, st, n, Qn, Kn, BM, BN, LEFT, FILLS, HIDDEN, UNSHIFTED)
@@ -492,8 +500,7 @@ def backward_rows(
     inverse = tl.load(W + lines + rows, mask=rows < Qn, other=0.0)
     delta = tl.load(W + 2 * lines + rows, mask=rows < Qn, other=0.0)
     lo, hi, first, last = KEYS(q0, q1, at, st, n, Qn, Kn)
-    lo = tl.minimum(lo, Kn) // BN * BN
-    hi = tl.minimum(hi, Kn)
+    lo, hi = clipped(lo, hi, Kn, BN)
     whole = False
     if HIDES:
         whole = tl.load(F + mark + tile) != 0
@@ -560,8 +567,7 @@ def backward_columns(
         Ge = G + OFFSET(head, outer, gb) + OFFSET(other, inner, gb) + q_start * gs[0]
         We = W + first_line
         lo, hi = QUERIES(k0, k1, at, st, n, own, Kn)
-        lo = tl.minimum(lo, own) // BM * BM
-        hi = tl.minimum(hi, own)
+        lo, hi = clipped(lo, hi, own, BM)
         start, stop = lo, hi
         any_whole = False
         if HIDES:

@@ -6,7 +6,6 @@ import kernel_cases
 import pytest
 import torch
 from kernel_cases import FLOAT_MIN, GATES, INF, STEPS, WEIGHTS, make_spec, qkv, randn
-from triton.runtime import interpreter
 
 from attnfuse.expr import Algebra, Const, K, Q, causal, dense, documents, window
 from attnfuse.kernels import layout, triton
@@ -273,46 +272,6 @@ def test_deterministic_gradients_of_operands_are_right_and_tables_are_refused():
             )
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-# -- the number of tiles
-
-
-def tiles(monkeypatch, spec, q, k, v, operands=()) -> int:
-    """How many tiles of 32 x 64 forward computes."""
-    products = []
-    builder = interpreter.InterpreterBuilder
-    dot = builder.create_dot
-
-    def counted(self, *args):
-        products.append(args)
-        return dot(self, *args)
-
-    monkeypatch.setattr(builder, "create_dot", counted)
-    triton.forward(spec, q, k, v, list(operands), None)
-    monkeypatch.setattr(builder, "create_dot", dot)
-    return len(products) // 2
-
-
-@pytest.mark.parametrize("name", ["causal", "window", "far window"])
-def test_no_tile_is_entered_that_the_comparisons_rule_out(monkeypatch, name):
-    mask = causal() if name == "causal" else MASKS[name]
-    q, k, v = qkv(1, 1, 256, 256, 8)
-    spec = make_spec(q, k, v, steps=(HALF, ReplaceFill(mask, -INF)), hidden="zero")
-    kept = kernel_cases.reference.keep_of(mask, torch.zeros(1, 1, 256, 256), [])
-    needed = kept.view(8, 32, 4, 64).any(3).any(1)
-    assert tiles(monkeypatch, spec, q, k, v) == int(needed.sum())
-
-
-def test_tiles_of_other_documents_and_of_padding_are_skipped(monkeypatch):
-    q, k, v = qkv(2, 1, 256, 256, 8)
-    ids = (torch.arange(256) // 64).view(1, 1, 256, 1)
-    same = documents(0, 1)
-    spec = make_spec(q, k, v, [ids, ids.mT.contiguous()], steps=(HALF, ReplaceFill(same, -INF)))
-    assert tiles(monkeypatch, spec, q, k, v, [ids, ids.mT.contiguous()]) == 2 * 8
-    keep = torch.arange(256) < torch.tensor([100, 256]).view(2, 1, 1, 1)
-    spec = make_spec(q, k, v, [keep], steps=(HALF, AddFill(dense(0), FLOAT_MIN)))
-    assert tiles(monkeypatch, spec, q, k, v, [keep]) == 8 * 2 + 8 * 4
 
 
 # -- the source

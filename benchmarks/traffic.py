@@ -1,0 +1,272 @@
+"""Bytes that the Triton kernels ask memory for, counted from a spec and its sizes. Caches are not part of the count.
+
+A load or store instruction of a program counts the distinct addresses that it names; an atomic addition counts as a store.
+Not counted: the second look at rows that see hidden keys after all, and tiles that are computed in vain where masks are
+looked at one by one (docs/kernels.md). tests/interpreted/test_traffic.py compares with what the kernels load and store.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from attnfuse import expr
+from attnfuse.expr import Expr, Load
+from attnfuse.kernels.hiding import hiding
+from attnfuse.kernels.layout import batch_shape
+from attnfuse.kernels.triton import codegen
+from attnfuse.kernels.triton.configs import Config
+from attnfuse.spec import Attention, Bias, ReplaceFill, Scale, Step, dtype_of
+
+_FLOAT, _SEED, _FLAG = 4, 8, 4
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Of one kernel, over all its programs. read, written: bytes; tiles: those whose scores it computes, of `of`."""
+
+    kernel: str
+    programs: int
+    read: int
+    written: int
+    tiles: int = 0
+    of: int = 0
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Kernels in order. least: bytes if each input were read once per tile row of queries and each output written once."""
+
+    kernels: tuple[Traffic, ...]
+    least: int
+
+    @property
+    def moved(self) -> int:
+        return sum(kernel.read + kernel.written for kernel in self.kernels)
+
+
+def forward(
+    spec: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, operands: Sequence[torch.Tensor], tiles: Config
+) -> Pass:
+    """Of q, k and v only shapes and dtypes matter (meta tensors will do); operands are read where a mask reads them."""
+    c = _Count(spec, q, k, v, operands, tiles)
+    programs = c.elements * c.shape[0]
+    written = c.queries * (v.shape[-1] * dtype_of(spec.out_dtype).itemsize + 2 * _FLOAT)
+    always = [*c.masks_of(spec.steps), *c.rests]
+    read = c.queries * _row(q) + c.over(c.visited, c.columns * (_row(k) + _row(v)))
+    read += c.loaded([*_used(spec.steps), *_in(always), *_weighing(spec)], c.visited)
+    read += c.loaded(set(_in(c.limits)) - set(_in(always)), c.visited & ~c.full)
+    read += c.looks(programs, c.limits) + c.seeds()
+    made = Traffic("forward", programs, read, written, c.number(c.visited), c.every)
+    return Pass((made,), c.queries * _row(q) + c.once() + written)
+
+
+def backward(
+    spec: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, operands: Sequence[torch.Tensor], tiles: Config
+) -> Pass:
+    """As forward, for the gradients of q, k, v and of all operands that are floating point numbers."""
+    c = _Count(spec, q, k, v, operands, tiles)
+    q_tiles, k_tiles = (c.elements * n for n in c.shape)
+    visited = c.number(c.visited)
+    out, dout = c.queries * v.shape[-1] * dtype_of(spec.out_dtype).itemsize, c.queries * _row(v)
+    statistics, work = c.queries * 2 * _FLOAT, c.queries * 3 * _FLOAT
+    prepare = Traffic("prepare", q_tiles, out + dout + statistics, work)
+
+    read = c.queries * _row(q) + dout + work + c.over(c.visited, c.columns * (_row(k) + _row(v)))
+    read += c.again() + c.looks(q_tiles, c.limits) + c.seeds() + (q_tiles * _FLAG if c.hides else 0)
+    written = c.queries * q.shape[-1] * _stored(q, c.batch) + c.added(by_columns=False)
+    rows = Traffic("backward_rows", q_tiles, read, written, visited, c.every)
+
+    # the batch dims that k or v has; one program goes through the elements of the others
+    outer = tuple(max(a, b) for a, b in zip(k.shape[:-2], v.shape[:-2]))
+    keys = math.prod(outer) * k.shape[-2]
+    read = keys * (_row(k) + _row(v)) + c.over(c.visited, c.rows[:, None] * (_row(q) + _row(v) + 3 * _FLOAT))
+    read += c.again() + c.looks(k_tiles, c.hiding_limits) + c.seeds() + (k_tiles * _FLAG if c.hides else 0)
+    read += c.number(c.candidates) * _FLAG if c.checked else 0
+    written = sum(keys * x.shape[-1] * _stored(x, outer) for x in (k, v)) + c.added(by_columns=True)
+    columns = Traffic("backward_columns", math.prod(outer) * c.shape[1], read, written, visited, c.every)
+
+    gradients = sum(x.numel() * x.element_size() for x in (q, k, v, *operands) if x.is_floating_point())
+    least = c.queries * _row(q) + out + dout + statistics + c.once() + gradients
+    return Pass((prepare, rows, columns), least)
+
+
+def tiles_of(kept: torch.Tensor, BM: int, BN: int, whole: bool = False) -> torch.Tensor:
+    """kept [n, Q, K] -> [n, query tiles, key tiles]: which tiles hold a kept element; which hold BN keys and nothing but
+    kept elements, if `whole`."""
+    Q, K = kept.shape[-2:]
+    wide = F.pad(kept, (0, -K % BN))
+    # there are no queries past the last one to be hidden from
+    wide = F.pad(wide, (0, 0, 0, -Q % BM), value=whole)
+    split = wide.view(len(kept), -1, BM, wide.shape[-1] // BN, BN)
+    return split.all(4).all(2) if whole else split.any(4).any(2)
+
+
+def _row(x: torch.Tensor) -> int:
+    """Bytes of one query, key or value."""
+    return x.shape[-1] * x.element_size()
+
+
+def _stored(x: torch.Tensor, batch: tuple[int, ...]) -> int:
+    """Bytes of an element of what a kernel writes the gradient of x to: float32 where it is summed over dims afterwards."""
+    return x.element_size() if tuple(x.shape[:-2]) == batch else _FLOAT
+
+
+def _used(steps: Iterable[Step]) -> list[Load]:
+    """The operands that steps put into the scores or weights."""
+    return [
+        Load(x.operand, "float32", getattr(x, "row", None), getattr(x, "col", None))
+        for x in steps
+        if isinstance(x, (Scale, Bias)) and x.operand is not None
+    ]
+
+
+def _in(masks: Iterable[Expr]) -> list[Load]:
+    """What masks load, each element once."""
+    return list(dict.fromkeys(load for mask in masks for load in expr.loads(mask)))
+
+
+def _weighing(spec: Attention) -> list[Load]:
+    return [*_used(spec.weight_steps), *_in(x.keep for x in spec.weight_steps if isinstance(x, ReplaceFill))]
+
+
+def _sizes(total: int, size: int) -> torch.Tensor:
+    """How long each tile is."""
+    return (total - torch.arange(0, total, size)).clamp(max=size)
+
+
+class _Count:
+    """Which tiles are needed and what each holds. Masks are [n, Q, K], tiles [n, query tiles, key tiles] for some n that
+    divides the number of batch elements."""
+
+    def __init__(
+        self,
+        spec: Attention,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        operands: Sequence[torch.Tensor],
+        tiles: Config,
+    ) -> None:
+        self.spec, self.operands, self.tiles = spec, operands, tiles
+        self.Q, self.K, self.keys = q.shape[-2], k.shape[-2], _row(k) + _row(v)
+        self.batch = batch_shape((q, k, v, *operands))
+        self.elements = math.prod(self.batch)
+        self.queries = self.elements * self.Q
+        self.rows, self.columns = _sizes(self.Q, tiles.BM), _sizes(self.K, tiles.BN)
+        self.shape = (len(self.rows), len(self.columns))
+        self.every = self.elements * math.prod(self.shape)
+        traits, hides = codegen.traits(spec), hiding(spec).steps
+        self.hides, self.checked = traits.hides, traits.checked
+        cuts = codegen._cuts(spec)
+        self.rests = [cut.rest for cut in cuts.values() if cut.rest is not None]
+        self.looked_at = [
+            rest for i in sorted(hides) if (rest := cuts[i].rest) is not None and codegen._interval_of(rest)
+        ]
+        self.limits = [x for cut in cuts.values() for x in cut.bounds.values()]
+        self.hiding_limits = [x for i in sorted(hides) for x in cuts[i].bounds.values()]
+        self.kept = self._kept(spec.steps[i].keep for i in hides)
+        self.visited = tiles_of(self.kept, tiles.BM, tiles.BN)
+        bounding = {i: [_bounding(kind, x) for kind, x in cut.bounds.items()] for i, cut in cuts.items()}
+        self.candidates = tiles_of(self._kept(x for i in hides for x in bounding[i]), tiles.BM, tiles.BN)
+        self.full = tiles_of(self._kept(x for i in cuts for x in bounding[i]), tiles.BM, tiles.BN, whole=True)
+
+    def _indices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.arange(self.Q)[:, None], torch.arange(self.K)[None]
+
+    def _kept(self, masks: Iterable[Expr]) -> torch.Tensor:
+        """Where all of them keep."""
+        kept = torch.ones(1, self.Q, self.K, dtype=torch.bool)
+        for mask in masks:
+            kept = kept & expr.evaluate(mask, self.operands, *self._indices())
+        return kept.reshape(-1, self.Q, self.K)
+
+    def masks_of(self, steps: Iterable[Step]) -> list[Expr]:
+        """Masks and indices of biases."""
+        return [x for s in steps if isinstance(s, Bias) for x in (s.row, s.col, s.keep) if x is not None]
+
+    # -- sums over tiles
+
+    def over(self, tiles: torch.Tensor, each: torch.Tensor) -> int:
+        """The sum of `each` [query tiles, key tiles] over some tiles, of all batch elements."""
+        return int((tiles * each).sum()) * (self.elements // len(tiles))
+
+    def number(self, tiles: torch.Tensor) -> int:
+        return self.over(tiles, torch.ones(self.shape, dtype=torch.int64))
+
+    def seeds(self) -> int:
+        return self.number(self.visited) * _SEED if self.spec.dropout else 0
+
+    def loaded(self, loads: Iterable[Load], tiles: torch.Tensor) -> int:
+        """Bytes of these loads in each of the tiles."""
+        return sum(self.over(tiles, self._places(x)) * self.operands[x.operand].element_size() for x in loads)
+
+    def again(self) -> int:
+        """Bytes of operands where scores and weights are made once more and gone through backwards."""
+        steps = self.spec.steps
+        forwards = [*_used(steps), *_in([*self.masks_of(steps), *self.rests, *self.limits]), *_weighing(self.spec)]
+        keeps = [s.keep for s in steps if isinstance(s, (Bias, ReplaceFill)) and s.keep is not None]
+        backwards = [*_used(s for s in steps if isinstance(s, Scale)), *_in(keeps), *_weighing(self.spec)]
+        return self.loaded([*forwards, *backwards], self.visited)
+
+    def looks(self, programs: int, limits: Iterable[Expr]) -> int:
+        """Bytes that tell where loops begin and end, and which tiles between are needed."""
+        scalars = sum(self.operands[x.operand].element_size() for x in _in(limits)) * programs
+        spread = [x for x in _in(self.looked_at) if self.spec.operands[x.operand].dims[-2:] != ("Q", "K")]
+        return scalars + (self.loaded(spread, self.candidates) if self.checked else 0)
+
+    def added(self, by_columns: bool) -> int:
+        """Bytes of float32 additions to the gradients of operands."""
+        loads = [
+            x
+            for x in _used([*self.spec.steps, *self.spec.weight_steps])
+            if self.operands[x.operand].is_floating_point() and codegen.by_columns(self.spec, x.operand) == by_columns
+        ]
+        return sum(self.over(self.visited, self._places(x)) for x in loads) * _FLOAT
+
+    def once(self) -> int:
+        """Bytes of the keys, values and operands that each tile row of queries needs, once."""
+        BM = self.tiles.BM
+        seen = F.pad(self.kept, (0, 0, 0, -self.Q % BM)).view(len(self.kept), -1, BM, self.K).any(2).sum(2)
+        total = seen * self.keys
+        steps = [*self.spec.steps, *self.spec.weight_steps]
+        masks = [*self.masks_of(steps), *(s.keep for s in steps if getattr(s, "keep", None) is not None)]
+        for load in dict.fromkeys([*_used(steps), *_in(masks)]):
+            dims = self.spec.operands[load.operand].dims[-2:]
+            if load.row is not None or load.col is not None:
+                own = torch.tensor([x.unique().numel() for x in self._addresses(load).split(BM)])
+            else:
+                own = (1 if dims[0] == "1" else self.rows) * (1 if dims[1] == "1" else seen)
+            total = total + own * self.operands[load.operand].element_size()
+        return int(total.sum()) * (self.elements // len(total))
+
+    # -- elements
+
+    def _places(self, load: Load) -> torch.Tensor:
+        """[query tiles, key tiles]: how many distinct elements a load names."""
+        if load.row is None and load.col is None:
+            dims, one = self.spec.operands[load.operand].dims[-2:], torch.ones(1, 1, dtype=torch.int64)
+            rows, columns = self.rows[:, None], self.columns[None]
+            return ((one if dims[0] == "1" else rows) * (one if dims[1] == "1" else columns)).expand(self.shape)
+        split = [x.split(self.tiles.BN, 1) for x in self._addresses(load).split(self.tiles.BM)]
+        return torch.tensor([[tile.unique().numel() for tile in row] for row in split])
+
+    def _addresses(self, load: Load) -> torch.Tensor:
+        """A number for each element of a table that a query and a key read, [Q, K]."""
+        shape = self.operands[load.operand].shape[-2:]
+        places = []
+        for own, axis, size in zip((load.row, load.col), self._indices(), shape):
+            index = expr.evaluate(own, self.operands, *self._indices()) if own is not None else axis
+            places.append(index.clamp(0, size - 1))
+        return (places[0] * shape[1] + places[1]).expand(self.Q, self.K)
+
+
+def _bounding(kind: str, bound: Expr) -> Expr:
+    """A bound of attnfuse.kernels.bounds as the mask that it is."""
+    algebra = expr.Algebra()
+    limit = algebra.add(expr.Q, bound) if kind.endswith("_q") else bound
+    return algebra.compare("lt" if kind.startswith("below") else "ge", expr.K, limit)

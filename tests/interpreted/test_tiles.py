@@ -1,0 +1,255 @@
+"""The tiles that the kernels compute, counted in the interpreter, against those in which the mask leaves an element.
+
+Which elements those are is taken from the mask evaluated for every query and key, never from the kernels' own bounds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from kernel_cases import FLOAT_MIN, INF, make_spec, qkv, randn
+from visits import Run, as_set, run
+
+from attnfuse.expr import Algebra, Const, Expr, K, Load, Q, causal, dense, documents, window
+from attnfuse.kernels import reference
+from attnfuse.kernels.device import Device
+from attnfuse.kernels.triton import configs
+from attnfuse.spec import AddFill, ReplaceFill, Scale
+from benchmarks.traffic import tiles_of
+
+A = Algebra()
+HALF = Scale(0.25)
+CPU, GPU = Device("cpu"), Device("cuda", 80)
+LOOPS = ("forward", "backward_rows", "backward_columns")
+
+Tiles = set[tuple[int, int, int]]
+
+PREFIX = A.or_(causal(), A.compare("lt", K, Const(70)))
+CHUNKS = A.compare("eq", A.floordiv(Q, Const(48)), A.floordiv(K, Const(48)))
+#: name: mask, queries, keys
+OF_INDICES: dict[str, tuple[Expr, int, int]] = {
+    "everything": (A.compare("ge", K, Const(0)), 200, 230),
+    "causal": (causal(), 256, 256),
+    "causal, ragged": (causal(), 250, 250),
+    "causal, fewer queries, last key": (causal(150), 106, 256),
+    "causal, fewer keys": (causal(), 256, 100),
+    "causal, first queries without keys": (causal(-70), 200, 200),
+    "window": (A.and_(causal(), window(40)), 256, 256),
+    "window of one": (A.and_(causal(), window(1)), 200, 200),
+    "window, fewer queries": (A.and_(causal(130), window(-30)), 126, 256),
+    "window, fewer keys": (A.and_(causal(), window(40)), 256, 100),
+    "both sides": (A.compare("le", A.abs(A.sub(K, Q)), Const(20)), 256, 256),
+    "prefix": (PREFIX, 256, 256),
+    "chunks": (CHUNKS, 250, 250),
+    "nothing": (A.compare("gt", K, A.add(Q, Const(500))), 100, 100),
+}
+
+
+def size(device: Device, kernel: str) -> tuple[int, int]:
+    """Queries and keys of a tile."""
+    if device == CPU:
+        return 32, 64
+    made = configs.config(device.capability, "forward" if kernel == "forward" else "backward", 32, 8, 8)
+    return made.BM, made.BN
+
+
+def ran(
+    masks: list[Expr],
+    B: int,
+    Qn: int,
+    Kn: int,
+    operands: tuple[torch.Tensor, ...] = (),
+    device: Device = CPU,
+    fill: float = -INF,
+) -> tuple[dict[str, Run], list[torch.Tensor]]:
+    """The kernels' runs with a fill for each mask, and what each mask keeps, [B, 1, Q, K]."""
+    q, k, v = qkv(B, 1, Qn, Kn, 8)
+    spec = make_spec(q, k, v, operands, steps=(HALF, *(ReplaceFill(mask, fill) for mask in masks)), hidden="zero")
+    scores = torch.zeros(B, 1, Qn, Kn)
+    kept = [reference.keep_of(mask, scores, operands).expand_as(scores) for mask in masks]
+    return run(spec, q, k, v, operands, device=device), kept
+
+
+def visited(found: dict[str, Run]) -> dict[str, Tiles]:
+    """By kernel; none may compute a tile twice."""
+    for name in LOOPS:
+        assert set(found[name].tiles.values()) <= {1}, name
+    return {name: set(found[name].tiles) for name in LOOPS}
+
+
+def needed(kept: torch.Tensor, device: Device = CPU) -> dict[str, Tiles]:
+    """By kernel: the tiles that hold an element of kept."""
+    return {name: as_set(tiles_of(kept.flatten(0, -3), *size(device, name))) for name in LOOPS}
+
+
+@pytest.mark.parametrize("name", OF_INDICES)
+def test_masks_of_indices_cost_the_tiles_that_they_leave(name: str) -> None:
+    mask, Qn, Kn = OF_INDICES[name]
+    found, (kept,) = ran([mask], 1, Qn, Kn)
+    assert visited(found) == needed(kept)
+
+
+@pytest.mark.parametrize("name", ["causal, fewer queries, last key", "window", "chunks"])
+def test_tiles_of_other_sizes_are_counted_alike(name: str) -> None:
+    mask, Qn, Kn = OF_INDICES[name]
+    found, (kept,) = ran([mask], 1, Qn, Kn, device=GPU)
+    assert size(GPU, "forward") != size(CPU, "forward")
+    assert visited(found) == needed(kept, GPU)
+
+
+@pytest.mark.parametrize("name", ["everything", "causal", "causal, ragged", "causal, fewer keys", "window", "nothing"])
+def test_whole_tiles_are_computed_without_bounds_in_forward(name: str) -> None:
+    mask, Qn, Kn = OF_INDICES[name]
+    found, (kept,) = ran([mask], 1, Qn, Kn)
+    whole = tiles_of(kept.flatten(0, -3), 32, 64, whole=True)
+    assert set(found["forward"].full) == as_set(whole)
+    assert not found["backward_rows"].full and not found["backward_columns"].full
+
+
+def test_what_is_no_bound_on_the_key_is_evaluated_in_every_tile() -> None:
+    keep = torch.rand(1, 1, 1, 256) < 0.9
+    both = A.and_(causal(), dense(0))
+    found, (kept,) = ran([both], 1, 256, 256, (keep,))
+    # 'full' tells that the causal comparison holds; the padding is looked up in these tiles too
+    causally = reference.keep_of(causal(), torch.zeros(1, 1, 256, 256), []).expand(1, 1, -1, -1)
+    assert set(found["forward"].full) == as_set(tiles_of(causally.flatten(0, -3), 32, 64, whole=True))
+    assert set(found["forward"].full) > as_set(tiles_of(kept.flatten(0, -3), 32, 64, whole=True))
+
+
+# -- masks that depend on data
+
+
+def lengths_of(*kept: int, Kn: int = 256, left: bool = False) -> torch.Tensor:
+    """A key padding mask [B, 1, 1, K]."""
+    keep = torch.arange(Kn) < torch.tensor(kept).view(-1, 1, 1, 1)
+    return keep.flip(-1) if left else keep
+
+
+HOLES = torch.ones(2, 1, 1, 256, dtype=torch.bool)
+HOLES[0, ..., 60:200] = False
+HOLES[1, ..., ::3] = False
+HOLES[1, ..., 128:192] = False
+PADDING = {
+    "right": lengths_of(100, 256),
+    "left": lengths_of(100, 256, left=True),
+    "holes": HOLES,
+}
+
+
+@pytest.mark.parametrize("name", PADDING)
+@pytest.mark.parametrize("fill", [-INF, FLOAT_MIN])
+def test_key_padding_costs_the_tiles_that_it_leaves(name: str, fill: float) -> None:
+    keep = PADDING[name]
+    found, (kept,) = ran([dense(0)], 2, 100, 256, (keep,), fill=fill)
+    assert visited(found) == needed(kept)
+
+
+def test_lengths_cost_the_tiles_that_they_leave() -> None:
+    lengths = torch.tensor([3, 60, 64, 65]).view(4, 1, 1, 1)
+    found, (kept,) = ran([A.compare("lt", K, Load(0, "int64"))], 4, 70, 200, (lengths,))
+    assert visited(found) == needed(kept)
+
+
+def ids_of(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Document ids of queries [1, 1, L, 1] and of keys [1, 1, 1, L]."""
+    ids = torch.cat([torch.full((n,), 3 * i) for i, n in enumerate(lengths)]).view(1, 1, -1, 1)
+    return ids, ids.mT.contiguous()
+
+
+@pytest.mark.parametrize("lengths", [(64, 64, 128), (30, 45, 25, 100, 50), (1,) * 200, (250,)])
+@pytest.mark.parametrize("also", ["", "causal"])
+def test_sorted_documents_cost_the_tiles_that_they_leave(lengths: tuple[int, ...], also: str) -> None:
+    ids = ids_of(*lengths)
+    total = sum(lengths)
+    mask = A.and_(causal(), documents(0, 1)) if also else documents(0, 1)
+    found, (kept,) = ran([mask], 1, total, total, ids)
+    assert visited(found) == needed(kept)
+
+
+def test_unsorted_documents_cost_no_more_than_the_tiles_whose_ranges_of_ids_meet() -> None:
+    # runs of 16 tokens; of the ids of a tile only the least and the greatest are known
+    ids = torch.randint(0, 12, (16,)).repeat_interleave(16).view(1, 1, 256, 1)
+    found, (kept,) = ran([documents(0, 1)], 1, 256, 256, (ids, ids.mT.contiguous()))
+    rows, columns = ids.view(8, 32), ids.view(4, 64)
+    meet = (rows.amin(1)[:, None] <= columns.amax(1)) & (columns.amin(1) <= rows.amax(1)[:, None])
+    for name, tiles in visited(found).items():
+        assert needed(kept)[name] <= tiles, name
+        assert tiles == as_set(meet[None]), name
+
+
+@pytest.mark.parametrize("name", PADDING)
+@pytest.mark.parametrize("joined", [False, True])
+def test_masks_together_cost_no_more_than_the_tiles_in_which_each_leaves_something(name: str, joined: bool) -> None:
+    masks = [causal(), dense(0)]
+    given = [A.and_(*masks)] if joined else masks
+    found, kept = ran(given, 2, 256, 256, (PADDING[name],))
+    scores = torch.zeros(2, 1, 256, 256)
+    each = [reference.keep_of(mask, scores, [PADDING[name]]).expand_as(scores) for mask in masks]
+    # a tile in which one mask leaves some elements and the other one only others is computed in vain
+    bound = needed(each[0])
+    for kernel, tiles in needed(each[1]).items():
+        bound[kernel] &= tiles
+    every = torch.stack(kept).all(0)
+    for kernel, tiles in visited(found).items():
+        assert tiles == bound[kernel], kernel
+        assert needed(every)[kernel] <= tiles, kernel
+        if name == "right":
+            assert needed(every)[kernel] == tiles, kernel
+
+
+def test_a_mask_tensor_of_all_queries_and_keys_skips_nothing() -> None:
+    keep = torch.ones(1, 1, 100, 200, dtype=torch.bool).tril()
+    found, (kept,) = ran([dense(0)], 1, 100, 200, (keep,))
+    for name, tiles in visited(found).items():
+        assert tiles == as_set(torch.ones_like(tiles_of(kept.flatten(0, -3), *size(CPU, name)))), name
+
+
+# -- rows that see hidden keys after all
+
+
+def test_a_tile_with_a_row_that_has_no_key_is_computed_over_all_keys_once_more() -> None:
+    # with a finite fill such a row is the mean over all keys
+    q, k, v = qkv(1, 1, 200, 200, 8)
+    scores = torch.zeros(1, 1, 200, 200)
+    mask = causal(-40)
+    spec = make_spec(q, k, v, steps=(HALF, AddFill(mask, FLOAT_MIN)))
+    found = run(spec, q, k, v)
+    kept = reference.keep_of(mask, scores, []).expand_as(scores)
+    doubtful = torch.nn.functional.pad(~kept.any(-1), (0, 24)).view(1, 7, 32).any(-1)
+    again = as_set(doubtful[:, :, None].expand(-1, -1, 4))
+    expected = Counter(needed(kept)["forward"]) + Counter(again)
+    assert found["forward"].tiles == expected
+    # in backward the flag is there before the loop is: no tile is computed twice
+    assert set(found["backward_rows"].tiles) == needed(kept)["backward_rows"] | again
+    # without a mask that is looked at tile by tile a column takes all queries of such an element
+    assert set(found["backward_columns"].tiles) == as_set(torch.ones(1, 7, 4))
+    assert {n for name in LOOPS[1:] for n in found[name].tiles.values()} == {1}
+
+
+def test_rows_of_padding_without_a_gradient_cost_nothing_in_backward() -> None:
+    q, k, v = qkv(2, 1, 256, 256, 8)
+    keep = PADDING["left"]
+    mask = A.and_(causal(), dense(0))
+    spec = make_spec(q, k, v, [keep], steps=(HALF, AddFill(mask, FLOAT_MIN)))
+    dout = torch.randn(2, 1, 256, 8) * keep.mT
+    found = run(spec, q, k, v, [keep], dout=dout)
+    scores = torch.zeros(2, 1, 256, 256)
+    bound = needed(reference.keep_of(causal(), scores, []).expand_as(scores))
+    for name, tiles in needed(keep.expand_as(scores)).items():
+        bound[name] &= tiles
+    assert set(found["backward_rows"].tiles) == bound["backward_rows"]
+    assert set(found["backward_columns"].tiles) == bound["backward_columns"]
+
+
+def test_heads_that_share_keys_each_cost_their_tiles() -> None:
+    q, k, v = randn(1, 2, 3, 200, 8), randn(1, 2, 1, 200, 8), randn(1, 2, 1, 200, 8)
+    spec = make_spec(q, k, v, steps=(HALF, ReplaceFill(causal(), -INF)), hidden="zero")
+    found = run(spec, q, k, v)
+    kept = reference.keep_of(causal(), torch.zeros(1, 2, 3, 200, 200), []).expand(1, 2, 3, -1, -1)
+    for name in LOOPS[:2]:
+        assert found[name].tiles == Counter(needed(kept)[name]), name
+    # one program goes through the queries of all three heads
+    expected = Counter(dict.fromkeys(needed(kept[:, :, 0])["backward_columns"], 3))
+    assert found["backward_columns"].tiles == expected

@@ -272,8 +272,8 @@ def forward(
             DP, EP, BM, BN, SCORE, WEIGH, SEEN, False, CHECKED, DROPOUT, PRECISION,
         )  # fmt: skip
     acc, m, l = seen_all(
-        acc, m, l, rows < Qn, Q, q_place + rows.to(tl.int64) * qs[0], qs, line, q, K, V, ks, vs, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E, DP, EP, BM,
-        BN, SCORE, WEIGH, SEEN, DOUBT, DROPOUT, PRECISION, STAGES,
+        acc, m, l, rows < Qn, Q, q_place + rows.to(tl.int64) * qs[0], qs, line, q, K, V, ks, vs, at, st, n, Qn, Kn,
+        seed, threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE, WEIGH, SEEN, DOUBT, DROPOUT, PRECISION, STAGES,
     )  # fmt: skip
     out, total = finished(acc, m, l, q, at, st, n, Qn, Kn, BM, BN, LEFT, FILLS, HIDDEN, UNSHIFTED)
     put_tile(O + OFFSET(wide, sizes, ob) + q_start * os[0], rows, os[0], Qn, E, EP, os[1], out)
@@ -374,8 +374,9 @@ def combine(
         K += OFFSET(first.to(tl.int64), sizes, kb) + k_start * ks[0]
         V += OFFSET(first.to(tl.int64), sizes, vb) + k_start * vs[0]
         acc, m, l = seen_all(
-            acc, m, l, inside, Q, OFFSET(wide, sizes, qb) + query.to(tl.int64) * qs[0], qs, line[:, None], q, K, V, ks, vs, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E, DP, EP,
-            BM, BN, SCORE, WEIGH, SEEN, DOUBT, DROPOUT, PRECISION, STAGES,
+            acc, m, l, inside, Q, OFFSET(wide, sizes, qb) + query.to(tl.int64) * qs[0], qs, line[:, None], q, K, V, ks,
+            vs, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE, WEIGH, SEEN, DOUBT,
+            DROPOUT, PRECISION, STAGES,
         )  # fmt: skip
     out, total = finished(acc, m, l, q, at, st, n, Qn, Kn, BM, BN, LEFT, FILLS, HIDDEN, UNSHIFTED)
     places = OFFSET(wide, sizes, ob) + query.to(tl.int64) * os[0]

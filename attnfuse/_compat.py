@@ -40,6 +40,7 @@ __all__ = [
     "alias_key",
     "aot_eager",
     "arguments_of",
+    "aten_attention",
     "compile_fx",
     "detect_fake_mode",
     "enter_autocast",
@@ -300,3 +301,19 @@ def arguments_of(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def writes(op: OpOverload) -> bool:
     """True where a call of the op changes one of its arguments."""
     return bool(op._schema.is_mutable)
+
+
+_ATEN_ATTENTIONS = {
+    "flash": "_scaled_dot_product_flash_attention",
+    "cudnn": "_scaled_dot_product_cudnn_attention",
+    "efficient": "_scaled_dot_product_efficient_attention",
+    "flash_cpu": "_scaled_dot_product_flash_attention_for_cpu",
+}
+
+
+def aten_attention(name: str) -> tuple[OpOverload, OpOverload] | None:
+    """ATen's fused attention of that name, forward and backward; None where this torch has none."""
+    found = _ATEN_ATTENTIONS[name]
+    forward = getattr(torch.ops.aten, found, None)
+    backward = getattr(torch.ops.aten, f"{found}_backward", None)
+    return None if forward is None or backward is None else (forward.default, backward.default)

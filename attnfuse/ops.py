@@ -7,7 +7,7 @@
 
 Shapes as in attnfuse.spec; seed int64 [1] or None; q_bounds and k_bounds as in kernels/layout.py, None where the layout is
 dense; spec is `Attention.text`; kernel the name of one; strict whether a
-failing kernel raises instead of giving way to the reference. stats float32
+failing kernel raises instead of giving way to the next one. stats float32
 [2, *batch, Q] holds each row's maximum and its sum of exp(s - maximum). They are kept apart since a finite fill such as
 finfo.min swallows the logarithm of the sum.
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from attnfuse.kernels import REFERENCE, kernel_named
+from attnfuse.kernels import REFERENCE, kernel_named, successor
 from attnfuse.kernels.layout import Bounds, allocate
 from attnfuse.spec import Attention
 
@@ -36,8 +36,8 @@ _LIBRARY.define(
 
 _LIBRARY.define("own(Tensor x) -> Tensor")
 
-#: Kernels that failed in this process, with the error: they are not tried again.
-failed: dict[str, str] = {}
+#: The (kernel, spec) pairs that failed in this process, with the error: they are not tried again.
+failed: dict[tuple[str, str], str] = {}
 #: Called with (spec, q, k, operands) before each attention.
 observers: list[Callable[[Attention, torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], None]] = []
 _loaded: dict[str, Any] = {}
@@ -50,21 +50,36 @@ def _module(name: str) -> Any:
     return found
 
 
-def _fall_back(kernel: str, strict: bool, error: Exception) -> Any:
-    """The reference kernel, after one warning; raises `error` itself in strict mode."""
-    if strict or kernel == REFERENCE.name:
-        raise error
-    if strict or kernel not in failed:
-        failed[kernel] = f"{type(error).__name__}: {error}"
-        warnings.warn(
-            f"attnfuse: kernel {kernel!r} failed and the reference kernel runs instead ({failed[kernel]})",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        from attnfuse import reporting
+def _run(which: str, kernel: str, strict: bool, spec: Attention, device: torch.device, arguments: Sequence[Any]) -> Any:
+    """A kernel's forward or backward; where it fails, that of the next one that can, at last the reference's.
 
-        reporting.note_failure(kernel, failed[kernel])
-    return _module(REFERENCE.name)
+    There is one warning for each kernel. In strict mode the error is raised.
+    """
+    while True:
+        if strict or (kernel, spec.text) not in failed:
+            try:
+                return getattr(_module(kernel), which)(*arguments)
+            except Exception as error:
+                if strict or kernel == REFERENCE.name:
+                    raise
+                failure = error
+            after = successor(kernel, spec, device).name
+            _note(kernel, spec, after, f"{type(failure).__name__}: {failure}")
+        else:
+            after = successor(kernel, spec, device).name
+        kernel = after
+
+
+def _note(kernel: str, spec: Attention, after: str, message: str) -> None:
+    from attnfuse import reporting
+
+    known = any(name == kernel for name, _ in failed)
+    failed[kernel, spec.text] = message
+    if known:
+        return
+    text = f"kernel {kernel!r} failed and kernel {after!r} runs instead: {message}"
+    warnings.warn(f"attnfuse: {text}", RuntimeWarning, stacklevel=4)
+    reporting.note_failure(kernel, text)
 
 
 def _forward(
@@ -83,14 +98,7 @@ def _forward(
     for observe in observers:
         observe(parsed, q, k, operands)
     arguments = (parsed, q, k, v, operands, seed, Bounds(q_bounds, k_bounds))
-    if strict or kernel not in failed:
-        try:
-            return _module(kernel).forward(*arguments)  # type: ignore[no-any-return]
-        except Exception as error:
-            module = _fall_back(kernel, strict, error)
-    else:
-        module = _module(REFERENCE.name)
-    return module.forward(*arguments)  # type: ignore[no-any-return]
+    return _run("forward", kernel, strict, parsed, q.device, arguments)  # type: ignore[no-any-return]
 
 
 def _backward(
@@ -111,13 +119,7 @@ def _backward(
 ) -> list[torch.Tensor]:
     parsed = Attention.parse(spec)
     arguments = (parsed, dout, q, k, v, operands, seed, out, stats, needs, Bounds(q_bounds, k_bounds))
-    if strict or kernel not in failed:
-        try:
-            grads = _module(kernel).backward(*arguments)
-        except Exception as error:
-            grads = _fall_back(kernel, strict, error).backward(*arguments)
-    else:
-        grads = _module(REFERENCE.name).backward(*arguments)
+    grads = _run("backward", kernel, strict, parsed, q.device, arguments)
     return [g for g in grads if g is not None]
 
 

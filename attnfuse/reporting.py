@@ -377,9 +377,8 @@ def name_of(model_or_function: Callable[..., Any]) -> str:
     return name or type(target).__name__
 
 
-def note_failure(kernel: str, message: str) -> None:
+def note_failure(kernel: str, text: str) -> None:
     """Add a warning to every recorded report that has a site on `kernel`."""
-    text = f"kernel {kernel!r} failed and the reference kernel runs instead: {message}"
     with _lock:
         for index, report in enumerate(_recorded):
             if any(site.kernel == kernel for site in report.sites):

@@ -6,7 +6,7 @@ import importlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -40,7 +40,10 @@ def _weights_filled(spec: Attention) -> list[str]:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A folder under kernels/: its name, what it can do, and the module with forward and backward, imported on use."""
+    """A folder under kernels/: its name, what it can do, and the module with forward and backward, imported on use.
+
+    module may name an object in it: 'package.module:NAME'.
+    """
 
     name: str
     capability: Capability
@@ -48,8 +51,10 @@ class Kernel:
     # never chosen unless it is asked for by name
     on_request: bool = False
 
-    def load(self) -> ModuleType:
-        return importlib.import_module(self.module)
+    def load(self) -> Any:
+        module, _, name = self.module.partition(":")
+        found = importlib.import_module(module)
+        return getattr(found, name) if name else found
 
 
 CPU = Kernel(
@@ -89,8 +94,75 @@ REFERENCE = Kernel(
     on_request=True,
 )
 
+
+def _library(
+    name: str, dtypes: frozenset[str], head_dims: int, least: int, groups: bool = False, devices: str = "cuda"
+) -> Kernel:
+    """One of ATen's kernels: never chosen but by name and by PLAIN_FIRST, since what is faster depends on the device."""
+
+    def against(spec: Attention) -> list[str]:
+        from attnfuse.kernels import library
+
+        return list(library.limits(spec, groups))
+
+    def missing() -> str | None:
+        from attnfuse.kernels import library
+
+        found: library.Library = getattr(library, name.upper())
+        return found.missing() or _switched_off(name)
+
+    return Kernel(
+        name,
+        Capability(
+            frozenset({devices}),
+            dtypes,
+            NUMBERS | {"int16", "int8"},
+            STEPS,
+            WEIGHT_STEPS,
+            dropout=False,
+            max_batch_rank=3,
+            head_dims=head_dims,
+            least=least,
+            also=against,
+            available=missing,
+        ),
+        f"attnfuse.kernels.library:{name.upper()}",
+        on_request=True,
+    )
+
+
+def _switched_off(name: str) -> str | None:
+    """Whether the user has told torch not to use it."""
+    enabled = {
+        "flash": torch.backends.cuda.flash_sdp_enabled,
+        "cudnn": torch.backends.cuda.cudnn_sdp_enabled,
+        "efficient": torch.backends.cuda.mem_efficient_sdp_enabled,
+    }.get(name)
+    if enabled is not None and not enabled():
+        return f"torch.backends.cuda has {name} attention switched off"
+    if name == "cudnn" and torch.cuda.is_available() and not torch.backends.cudnn.is_available():
+        return "cuDNN is not there"
+    return None
+
+
+_HALVES = frozenset({"float16", "bfloat16"})
+FLASH = _library("flash", _HALVES, 256, 80, groups=True)
+CUDNN = _library("cudnn", _HALVES, 128, 80)
+EFFICIENT = _library("efficient", FLOATS, 256, 50)
+FLASH_CPU = _library("flash_cpu", FLOATS, 0, 0, devices="cpu")
+
 #: All kernels, the preferred ones first.
-KERNELS: tuple[Kernel, ...] = (CPU, TRITON, REFERENCE)
+KERNELS: tuple[Kernel, ...] = (CPU, TRITON, FLASH, CUDNN, EFFICIENT, FLASH_CPU, REFERENCE)
+
+#: What is tried before Triton by compute capability, for the plain specs that ATen's kernels take.
+PLAIN_FIRST: dict[int, tuple[Kernel, ...]] = {
+    80: (FLASH, EFFICIENT),
+    86: (FLASH, EFFICIENT),
+    89: (FLASH, EFFICIENT),
+    90: (CUDNN, FLASH, EFFICIENT),
+    100: (CUDNN, FLASH, EFFICIENT),
+    120: (FLASH, EFFICIENT),
+}
 
 
 def _no_bfloat16_casts(spec: Attention) -> list[str]:
@@ -158,14 +230,33 @@ def kernel_named(name: str) -> Kernel:
     raise ValueError(f"there is no kernel {name!r}; the kernels are {', '.join(k.name for k in KERNELS)}")
 
 
+def candidates(spec: Attention, device: torch.device | Device) -> list[Kernel]:
+    """The kernels that can run `spec` on `device`, the one that is taken for the fastest first."""
+    device = Device.of(device)
+    return [k for k in _ordered(device) if not k.capability.reasons(spec, device)]
+
+
+def _ordered(device: Device) -> list[Kernel]:
+    return [*PLAIN_FIRST.get(device.capability, ()), *(k for k in KERNELS if not k.on_request)]
+
+
 def choose(spec: Attention, device: torch.device | Device, forced: str | None = None) -> Choice:
     """The kernel for `spec` on `device`: the first that can run it, or `forced` by name if that can."""
     device = Device.of(device)
-    candidates: Sequence[Kernel] = [kernel_named(forced)] if forced else [k for k in KERNELS if not k.on_request]
+    tried: Sequence[Kernel] = [kernel_named(forced)] if forced else _ordered(device)
     reasons = []
-    for kernel in candidates:
+    for kernel in tried:
         found = kernel.capability.reasons(spec, device)
         if not found:
             return Choice(kernel)
-        reasons.append(f"kernel {kernel.name} cannot: {'; '.join(found)}")
+        if forced or not kernel.on_request:
+            reasons.append(f"kernel {kernel.name} cannot: {'; '.join(found)}")
     return Choice(None, tuple(reasons))
+
+
+def successor(name: str, spec: Attention, device: torch.device) -> Kernel:
+    """What runs in place of a kernel that failed: the next one that can, at last the reference."""
+    after = [k for k in candidates(spec, device) if k.name != name]
+    names = [k.name for k in candidates(spec, device)]
+    rest = after[names.index(name) :] if name in names else after
+    return rest[0] if rest else REFERENCE

@@ -1,0 +1,251 @@
+"""ATen's own fused attentions, for specs that are no more than softmax(scale * q @ k^T) @ v, causal or not.
+
+They take q [B, H, Q, D], k [B, Hkv, K, D] and v [B, Hkv, K, E] and give a row's log-sum-exp, which is kept as its maximum with
+a sum of 1: the same to every backward, so that the one of another kernel may follow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attnfuse._compat import aten_attention
+from attnfuse.expr import causal
+from attnfuse.kernels.layout import DENSE, Bounds, allocate, check_bounds
+from attnfuse.spec import AddFill, Attention, Cast, ReplaceFill, Scale
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What a plain spec is: its scale, and whether it is causal."""
+
+    scale: float
+    causal: bool
+
+
+def plain(spec: Attention) -> Plain | None:
+    """The spec in those words, or None if it is more than that."""
+    if spec.weight_steps or spec.dropout or spec.softmax != "plain" or spec.hidden == "nan_to_zero":
+        return None
+    scale, cut = 1.0, False
+    for step in spec.steps:
+        if isinstance(step, Scale) and step.operand is None:
+            scale *= step.value
+        elif isinstance(step, (ReplaceFill, AddFill)) and step.value == -math.inf and step.keep == causal():
+            cut = True
+        elif not isinstance(step, Cast) or step.dtype == "float16":
+            # a cast to float16 can overflow, which these kernels would not
+            return None
+    return Plain(scale, cut)
+
+
+def limits(spec: Attention, groups: bool, same_heads: bool = True) -> Iterable[str]:
+    """What speaks against ATen's kernels; groups: whether they take fewer key heads than query heads."""
+    found = plain(spec)
+    if found is None:
+        yield "more than a scale and a causal mask of -inf"
+        return
+    if not (math.isfinite(found.scale) and found.scale > 0.0):
+        yield f"scale {found.scale:g} (takes positive ones)"
+    if found.causal and (spec.Q is None or spec.Q != spec.K):
+        yield "a causal mask without as many keys as queries"
+    if spec.nan_policy == "eager":
+        yield "nan_policy 'eager'"
+    if len({spec.qk_dtype, spec.v_dtype, spec.out_dtype}) > 1:
+        yield "inputs and result of several dtypes"
+    if same_heads and spec.D != spec.E:
+        yield f"head sizes {spec.D} and {spec.E}"
+    if spec.D is not None and spec.D % 8:
+        yield f"head size {spec.D} (takes multiples of 8)"
+    q, k, v = spec.broadcast
+    grouped = spec.batch[-1:] if len(spec.batch) == 3 else ()
+    if len(spec.batch) not in (2, 3) or q or k != grouped or v != grouped:
+        yield "batch dims that are not B, H or B, Hkv, group"
+    elif grouped and not groups:
+        yield "groups of query heads"
+
+
+@dataclass(frozen=True)
+class Library:
+    """One of ATen's kernels.
+
+    run(op, (q, k, v), plain) gives (out, log-sum-exp [B, H, Q]); reverse(op, dout, (q, k, v), out, log-sum-exp, plain) the
+    gradients of q, k and v.
+    """
+
+    name: str
+    run: Callable[[Any, Tensors, Plain], tuple[torch.Tensor, torch.Tensor]]
+    reverse: Callable[[Any, torch.Tensor, Tensors, torch.Tensor, torch.Tensor, Plain], Sequence[torch.Tensor]]
+
+    def missing(self) -> str | None:
+        """None if this torch has the ops, else that it has not."""
+        return None if aten_attention(self.name) else f"this torch has no {self.name}"
+
+    def _ops(self) -> tuple[Any, Any]:
+        found = aten_attention(self.name)
+        if found is None:
+            raise RuntimeError(self.missing())
+        return found
+
+    def forward(
+        self,
+        spec: Attention,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        operands: Sequence[torch.Tensor],
+        seed: torch.Tensor | None,
+        bounds: Bounds = DENSE,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """out [*batch, Q, E] in spec.out_order; stats float32 [2, *batch, Q], a log-sum-exp and 1.
+
+        q [*batch, Q, D], k [*batch, K, D], v [*batch, K, E]; operands are not looked at. Raises ValueError for a spec that
+        is not plain, and what ATen raises.
+        """
+        check_bounds(spec, bounds)
+        out, stats = allocate(spec, q, k, v, operands)
+        if out.numel() == 0 or k.shape[-2] == 0:
+            stats[0].fill_(-math.inf)
+            stats[1].zero_()
+            return out.zero_(), stats
+        result, lse = self.run(self._ops()[0], _heads(spec, q, k, v), _plain(spec))
+        result = result.unflatten(1, out.shape[1:-2])
+        lse = lse.reshape(out.shape[:-1])
+        stats = torch.stack([lse, torch.ones_like(lse)])
+        # ATen lays a result out like q, which most often is as the model reads it
+        same = result.stride() == out.stride() and result.dtype == out.dtype
+        return (result if same else out.copy_(result)), stats
+
+    def backward(
+        self,
+        spec: Attention,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        operands: Sequence[torch.Tensor],
+        seed: torch.Tensor | None,
+        out: torch.Tensor,
+        stats: torch.Tensor,
+        needs: Sequence[bool],
+        bounds: Bounds = DENSE,
+    ) -> list[torch.Tensor | None]:
+        """Gradients of q, k and v where `needs` asks for them, each with its input's shape and dtype.
+
+        out and stats are what forward returned for the same inputs. Raises as forward does.
+        """
+        check_bounds(spec, bounds)
+        if out.numel() == 0 or k.shape[-2] == 0:
+            return [torch.zeros_like(x) if need else None for x, need in zip((q, k, v, *operands), needs, strict=True)]
+        rows, sums = stats.unbind()
+        lse = _merged(rows + sums.log(), spec)
+        grad = _merged(dout.to(v.dtype), spec)
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        found = self.reverse(self._ops()[1], grad, _heads(spec, q, k, v), _merged(out, spec), lse, _plain(spec))
+        grads: list[torch.Tensor | None] = [
+            _like(x, g) if need else None for x, g, need in zip((q, k, v), found, needs[:3], strict=True)
+        ]
+        return [*grads, *(torch.zeros_like(o) if need else None for o, need in zip(operands, needs[3:], strict=True))]
+
+
+def _heads(spec: Attention, *tensors: torch.Tensor) -> Tensors:
+    q, k, v = (_merged(x, spec) for x in tensors)
+    # ATen steps over whole rows
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    return q, k, v
+
+
+def _plain(spec: Attention) -> Plain:
+    found = plain(spec)
+    if found is None:
+        raise ValueError(f"ATen's kernels take a scale and a causal mask, not: {spec}")
+    return found
+
+
+def _merged(x: torch.Tensor, spec: Attention) -> torch.Tensor:
+    """[B, H, ...] from [B, Hkv, group, ...]."""
+    return x.flatten(1, 2) if len(spec.batch) == 3 else x
+
+
+def _like(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    grad = grad.reshape(x.shape)
+    return grad if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)
+
+
+def _no_state(x: torch.Tensor, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """The random state that dropout would have had."""
+    return torch.zeros(shape, dtype=dtype, device=x.device)
+
+
+def _flash(op: Any, x: Tensors, p: Plain) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse, *_ = op(*x, 0.0, p.causal, False, scale=p.scale)
+    return out, lse
+
+
+def _flash_reverse(
+    op: Any, grad: torch.Tensor, x: Tensors, out: torch.Tensor, lse: torch.Tensor, p: Plain
+) -> Sequence[torch.Tensor]:
+    state, offset = _no_state(grad, torch.uint64, 2), _no_state(grad, torch.uint64)
+    sizes = x[0].shape[-2], x[1].shape[-2]
+    found: Sequence[torch.Tensor] = op(
+        grad, *x, out, lse.contiguous(), None, None, *sizes, 0.0, p.causal, state, offset, scale=p.scale
+    )
+    return found
+
+
+def _cudnn(op: Any, x: Tensors, p: Plain) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse, *_ = op(*x, None, True, 0.0, p.causal, False, scale=p.scale)
+    return out, lse
+
+
+def _cudnn_reverse(
+    op: Any, grad: torch.Tensor, x: Tensors, out: torch.Tensor, lse: torch.Tensor, p: Plain
+) -> Sequence[torch.Tensor]:
+    state = _no_state(grad, torch.int64)
+    sizes = x[0].shape[-2], x[1].shape[-2]
+    lse = lse.contiguous().unsqueeze(-1)
+    found: Sequence[torch.Tensor] = op(
+        grad, *x, out, lse, state, state, None, None, None, *sizes, 0.0, p.causal, scale=p.scale
+    )
+    return found
+
+
+def _efficient(op: Any, x: Tensors, p: Plain) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse, *_ = op(*x, None, True, 0.0, p.causal, scale=p.scale)
+    # its rows are padded to whole tiles
+    return out, lse.narrow(-1, 0, out.shape[-2])
+
+
+def _efficient_reverse(
+    op: Any, grad: torch.Tensor, x: Tensors, out: torch.Tensor, lse: torch.Tensor, p: Plain
+) -> Sequence[torch.Tensor]:
+    state = _no_state(grad, torch.int64)
+    lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=math.inf)
+    found: Sequence[torch.Tensor] = op(
+        grad, *x, None, out, lse, state, state, 0.0, [True, True, True, False], p.causal, scale=p.scale
+    )
+    return found[:3]
+
+
+def _cpu(op: Any, x: Tensors, p: Plain) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = op(*x, 0.0, p.causal, scale=p.scale)
+    return out, lse
+
+
+def _cpu_reverse(
+    op: Any, grad: torch.Tensor, x: Tensors, out: torch.Tensor, lse: torch.Tensor, p: Plain
+) -> Sequence[torch.Tensor]:
+    found: Sequence[torch.Tensor] = op(grad, *x, out, lse, 0.0, p.causal, scale=p.scale)
+    return found
+
+
+FLASH = Library("flash", _flash, _flash_reverse)
+CUDNN = Library("cudnn", _cudnn, _cudnn_reverse)
+EFFICIENT = Library("efficient", _efficient, _efficient_reverse)
+FLASH_CPU = Library("flash_cpu", _cpu, _cpu_reverse)

@@ -77,7 +77,10 @@ def test_option_far_from_all_lists_the_options() -> None:
         ({"inner": "inducter"}, "did you mean 'inductor'"),
         ({"inner": None}, "option 'inner' takes"),
         ({"strict": 1}, "option 'strict' takes True or False, got 1"),
-        ({"kernel": "cup"}, "there is no kernel 'cup'; the kernels are cpu, triton, reference; did you mean 'cpu'"),
+        (
+            {"kernel": "cup"},
+            "there is no kernel 'cup'; the kernels are cpu, triton, flash, cudnn, efficient, flash_cpu, reference; did you mean 'cpu'",
+        ),
         ({"kernel": 3}, "there is no kernel 3"),
         ({"nan_policy": "keep"}, "option 'nan_policy' takes 'skip', 'eager'"),
         ({"fuel": -1}, "option 'fuel' takes a whole number from 0 up, got -1"),
@@ -527,8 +530,10 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("kernel", [k.name for k in KERNELS if "cpu" in k.capability.devices])
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [(n, k.name) for n, s in SPECS.items() for k in KERNELS if not k.capability.reasons(s, torch.device("cpu"))],
+)
 @pytest.mark.parametrize("grad", [True, False])
 def test_ops_pass_opcheck(name: str, kernel: str, grad: bool) -> None:
     spec = SPECS[name]

@@ -182,3 +182,11 @@ def test_failures_are_of_a_kernel_and_a_spec(monkeypatch):
     assert calls == [causal_spec, plain_spec]
     with pytest.raises(RuntimeError, match="no such tile"):
         torch.ops.attnfuse.attention(*arguments, causal_spec.text, "flash_cpu", True)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_ops_pass_opcheck(grad):
+    q, k, v = (x.requires_grad_(grad) for x in qkv(1, 2, 20, 20, 16))
+    spec = spec_of(q, k, v, steps=CAUSAL, out_order=(0, 2, 1, 3))
+    arguments = (q, k, v, [], None, None, None, spec.text, "flash_cpu", True)
+    torch.library.opcheck(torch.ops.attnfuse.attention.default, arguments, atol=1e-5, rtol=1e-5)

@@ -79,7 +79,8 @@ def test_option_far_from_all_lists_the_options() -> None:
         ({"strict": 1}, "option 'strict' takes True or False, got 1"),
         (
             {"kernel": "cup"},
-            "there is no kernel 'cup'; the kernels are cpu, triton, flash, cudnn, efficient, flash_cpu, reference; did you mean 'cpu'",
+            "there is no kernel 'cup'; the kernels are cpu, triton, flash, cudnn, efficient, flash_cpu, reference; "
+            "did you mean 'cpu'",
         ),
         ({"kernel": 3}, "there is no kernel 3"),
         ({"nan_policy": "keep"}, "option 'nan_policy' takes 'skip', 'eager'"),

@@ -189,7 +189,7 @@ class _Body:
             if own is not None:
                 found = self.value(own)
                 uses |= self.module.uses(own)
-                terms.append(f"clamped({found}, n[{operand}][{which}]) * {strides}[{which}]")
+                terms.append(f"clamped({found}, n[{operand}][{which}]).to(tl.int64) * {strides}[{which}]")
             elif dims[which - 2] != "1":
                 uses.add(name)
                 # a table's other dim is the query's or the key's own; nobody has seen how long packed sequences are

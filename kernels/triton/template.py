@@ -16,7 +16,7 @@ import triton.language as tl
 def tile_of(base, rows, row_stride, n_rows, width: tl.constexpr, padded: tl.constexpr, col_stride):
     """[rows, padded] elements of a matrix, 0 outside of it."""
     cols = tl.arange(0, padded)
-    at = base + rows.to(tl.int64)[:, None] * row_stride + cols[None, :] * col_stride
+    at = base + rows.to(tl.int64)[:, None] * row_stride + cols.to(tl.int64)[None, :] * col_stride
     if width == padded:
         return tl.load(at, mask=rows[:, None] < n_rows, other=0.0)
     return tl.load(at, mask=(rows[:, None] < n_rows) & (cols[None, :] < width), other=0.0)
@@ -26,14 +26,14 @@ def tile_of(base, rows, row_stride, n_rows, width: tl.constexpr, padded: tl.cons
 def rows_at(base, places, inside, width: tl.constexpr, padded: tl.constexpr, col_stride):
     """As tile_of, of rows anywhere: `places` int64 [rows]."""
     cols = tl.arange(0, padded)
-    at = base + places[:, None] + cols[None, :] * col_stride
+    at = base + places[:, None] + cols.to(tl.int64)[None, :] * col_stride
     return tl.load(at, mask=inside[:, None] & (cols[None, :] < width), other=0.0)
 
 
 @triton.jit
 def put_tile(base, rows, row_stride, n_rows, width: tl.constexpr, padded: tl.constexpr, col_stride, x):
     cols = tl.arange(0, padded)
-    at = base + rows.to(tl.int64)[:, None] * row_stride + cols[None, :] * col_stride
+    at = base + rows.to(tl.int64)[:, None] * row_stride + cols.to(tl.int64)[None, :] * col_stride
     tl.store(at, x.to(base.dtype.element_ty), mask=(rows[:, None] < n_rows) & (cols[None, :] < width))
 
 
@@ -381,7 +381,7 @@ def combine(
     out, total = finished(acc, m, l, q, at, st, n, Qn, Kn, BM, BN, LEFT, FILLS, HIDDEN, UNSHIFTED)
     places = OFFSET(wide, sizes, ob) + query.to(tl.int64) * os[0]
     inner = inside[:, None] & (cols[None, :] < E)
-    tl.store(O + places[:, None] + cols[None, :] * os[1], out.to(O.dtype.element_ty), mask=inner)
+    tl.store(O + places[:, None] + cols.to(tl.int64)[None, :] * os[1], out.to(O.dtype.element_ty), mask=inner)
     tl.store(M + line, m, mask=inside)
     tl.store(M + lines + line, total, mask=inside)
 

@@ -7,8 +7,6 @@ import os
 import stat
 from pathlib import Path
 
-import platformdirs
-
 
 class BuildError(RuntimeError):
     """The kernels cannot be compiled or loaded here; the message says why."""
@@ -19,12 +17,21 @@ def cache_dir() -> Path:
 
     Raises OSError where it cannot be made.
     """
-    path = Path(os.environ.get("ATTNFUSE_CACHE_DIR") or platformdirs.user_cache_dir("attnfuse"))
+    path = Path(os.environ.get("ATTNFUSE_CACHE_DIR") or _default())
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
     refuse_unsafe(path, stat.S_ISDIR, "directory")
     return path
+
+
+def _default() -> str | Path:
+    try:
+        import platformdirs
+    except ImportError:
+        # run from the source tree, with nothing installed
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnfuse"
+    return platformdirs.user_cache_dir("attnfuse")
 
 
 def refuse_unsafe(path: Path, right_kind: object, kind: str) -> None:

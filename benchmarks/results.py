@@ -28,7 +28,7 @@ from 1 is how far the other figures of the row may be off.
 
 def environment(threads: int) -> dict[str, Any]:
     """Commit, device and versions: what a figure depends on besides the code that is measured."""
-    packages = ("torch", "transformers", "timm", "diffusers", "x-transformers")
+    packages = ("torch", "triton", "transformers", "timm", "diffusers", "x-transformers")
     return {
         "date": date.today().isoformat(),
         "commit": _commit(),
@@ -77,10 +77,21 @@ def _version(name: str) -> str | None:
 
 def save(name: str, content: dict[str, Any]) -> Path:
     """Write benchmarks/results/<name>.json; the path."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    return write(RESULTS / f"{name}.json", content)
+
+
+def write(path: Path, content: dict[str, Any]) -> Path:
+    """Write a JSON file, with its folder; the path. What stood there stays whole until the new text is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
     return path
+
+
+def slug(name: str) -> str:
+    """'nvidia-h200' for 'NVIDIA H200': lower case, everything but letters and digits as a hyphen."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:

@@ -11,6 +11,9 @@ from typing import Any
 
 THREADS = 2
 
+#: sample(call, repeats): seconds of one call, the mean of so many.
+Sample = Callable[[Callable[[], Any], int], float]
+
 #: Samples shorter than this say more about the clock and the scheduler than about the code.
 _SAMPLE_SECONDS = 0.004
 _LEAST_ROUNDS = 7
@@ -34,22 +37,33 @@ class Timing:
     rounds: int
 
 
-def interleaved(contenders: Mapping[str, Callable[[], Any]], base: str, budget: float) -> dict[str, Timing]:
-    """Time all contenders in rounds, each once a round, in an order that turns; speed-ups are against `base`.
+def interleaved(
+    contenders: Mapping[str, Callable[[], Any]], base: str, budget: float, sample: Sample | None = None
+) -> dict[str, Timing]:
+    """Time all contenders in rounds; speed-ups are against `base`. The rest as in `rounds_of`.
 
-    budget: seconds for all of them together, exceeded where the least number of rounds needs more: 7, or 3 where a
-    round takes seconds. A sample repeats a short call until it takes some milliseconds. Call each contender once before.
     Raises KeyError where `base` is no contender.
     """
     if base not in contenders:
         raise KeyError(f"the base {base!r} is not among {', '.join(contenders)}")
+    samples = rounds_of(contenders, budget, sample or _sample)
+    return {name: summary(taken, samples[base]) for name, taken in samples.items()}
+
+
+def rounds_of(contenders: Mapping[str, Callable[[], Any]], budget: float, sample: Sample) -> dict[str, list[float]]:
+    """Seconds of a call in each round, by contender: each once a round, in an order that turns.
+
+    budget: seconds for all of them together, exceeded where the least number of rounds needs more: 7, or 3 where a
+    round takes seconds. sample(call, repeats): the mean seconds of a call; a short one is repeated until a sample takes
+    some milliseconds. Call each contender once before.
+    """
     names = list(contenders)
     repeats = {}
     seconds_a_round = 0.0
     for name in names:
-        single = _sample(contenders[name], 1)
+        single = sample(contenders[name], 1)
         if single < _LONG_SECONDS:
-            single = min(single, _sample(contenders[name], 1))
+            single = min(single, sample(contenders[name], 1))
         repeats[name] = max(1, round(_SAMPLE_SECONDS / max(single, 1e-7)))
         seconds_a_round += repeats[name] * single
     least = _LEAST_ROUNDS if seconds_a_round < len(names) * _LONG_SECONDS else _LEAST_LONG_ROUNDS
@@ -58,8 +72,8 @@ def interleaved(contenders: Mapping[str, Callable[[], Any]], base: str, budget: 
     for number in range(rounds):
         start = number % len(names)
         for name in names[start:] + names[:start]:
-            samples[name].append(_sample(contenders[name], repeats[name]))
-    return {name: _summary(samples[name], samples[base]) for name in names}
+            samples[name].append(sample(contenders[name], repeats[name]))
+    return samples
 
 
 def _sample(call: Callable[[], Any], repeats: int) -> float:
@@ -69,7 +83,8 @@ def _sample(call: Callable[[], Any], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def _summary(own: list[float], base: list[float]) -> Timing:
+def summary(own: list[float], base: list[float]) -> Timing:
+    """The timing of a contender whose samples are `own` against that with samples `base`, round by round."""
     ratios = [b / o for o, b in zip(own, base, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return Timing(statistics.median(own), middle, low, high, len(own))

@@ -27,6 +27,8 @@ from attnfuse.spec import (
 
 INF = math.inf
 FLOAT_MIN = torch.finfo(torch.float32).min
+#: Of inputs for which a test names none.
+DTYPE = torch.float32
 
 
 def make_spec(q, k, v, operands=(), dims=(), **fields) -> Attention:
@@ -50,11 +52,11 @@ def _dims(operand, rank) -> tuple[str, ...]:
     return tuple("1" if size == 1 else name for size, name in zip(operand.shape, names, strict=True))
 
 
-def randn(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
-    return (torch.randn(*shape) * scale).to(dtype)
+def randn(*shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*shape) * scale).to(dtype or DTYPE)
 
 
-def qkv(B=2, H=2, Q=33, K=33, D=16, E=None, dtype=torch.float32, scale=1.0):
+def qkv(B=2, H=2, Q=33, K=33, D=16, E=None, dtype=None, scale=1.0):
     E = D if E is None else E
     return randn(B, H, Q, D, dtype=dtype, scale=scale), randn(B, H, K, D, dtype=dtype), randn(B, H, K, E, dtype=dtype)
 

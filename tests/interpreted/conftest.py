@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
+import torch
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.exit("these tests run with TRITON_INTERPRET=1 (make test does)", returncode=2)
@@ -18,3 +20,14 @@ def pytest_configure(config: pytest.Config) -> None:
     # NumPy, which computes here, tells what a device does silently
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton")
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:numpy")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cpu")
+
+
+@pytest.fixture
+def options() -> dict[str, Any]:
+    """Of torch.compile: what runs every attention on the Triton kernels, or fails."""
+    return {"inner": "aot_eager", "kernel": "triton", "strict": True}

@@ -38,7 +38,10 @@ def grouped(B=2, heads=2, group=4, Q=1, K=300, D=16, E=16, dtype=torch.float32):
 def test_one_or_few_queries(launched, queries, dtype):
     check(triton, *qkv(1, 2, queries, 700, 16, E=24, dtype=dtype), backward=queries == 3)
     assert [x[0] for x in launched[:2]] == ["decode", "combine"]
-    assert launched[0][2]["parts"] == 6 and launched[0][1] == 2 * 6
+    parts = launched[0][2]["parts"]
+    assert launched[0][1] == 2 * parts and parts > 1
+    # parts of 128 keys at least
+    assert parts == 6 or not triton.interpreted()
 
 
 def test_heads_that_share_keys_share_a_tile(launched):

@@ -1,0 +1,26 @@
+"""The cases of packed sequences and of decoding in tests/interpreted, on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from interpreted import test_decode, test_packed
+from interpreted.test_decode import launched
+
+__all__ = ["launched"]
+
+pytestmark = pytest.mark.gpu
+
+for _module in (test_decode, test_packed):
+    for _name, _value in list(vars(_module).items()):
+        if _name.startswith("test_"):
+            assert _name not in globals() or _name == "test_ops_pass_opcheck", _name
+            globals()[_name] = _value
+
+
+@pytest.fixture(autouse=True)
+def on_device(device: torch.device) -> Iterator[None]:
+    with device:
+        yield

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnfuse import _compat, ops, reporting, settings
+from attnfuse import _compat, ops, reporting, settings, tuning
 from attnfuse.kernels import Choice, Unsupported, choose, prepare
 from attnfuse.passes.capture import CaptureError, View, capture, source_line, value_of
 from attnfuse.passes.emit import Emitter
@@ -113,6 +113,9 @@ def rewrite(gm: fx.GraphModule, chosen: Settings) -> Work:
                 reports.append(_treat(result, emitter, chosen, fused))
             if fused:
                 emitter.finish(fused)
+        if fused and chosen.tune:
+            with _timed(seconds, "tune"):
+                tuning.tune_all(view.scopes, chosen.strict)
     except CaptureError as error:
         if chosen.strict:
             raise
@@ -229,8 +232,8 @@ def _inner(gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Settings, 
 
 
 def identity(chosen: Settings) -> str:
-    """What attnfuse contributes to cache keys: its code and its settings."""
-    return f"attnfuse {_code_hash()} {chosen}"
+    """What attnfuse contributes to cache keys: its code and its settings, as far as they make another graph."""
+    return f"attnfuse {_code_hash()} {replace(chosen, tune=False)}"
 
 
 @functools.lru_cache(maxsize=1)

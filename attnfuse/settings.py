@@ -25,6 +25,8 @@ class Settings:
     nan_policy   'skip': keys that are provably hidden contribute nothing, NaN or not; 'eager': nothing is skipped
     fuel         stop after this many rewrites in each graph, to bisect; also $ATTNFUSE_FUEL
     verify       compare this many first calls of each compiled graph with the same graph run eagerly
+    tune         measure configurations of kernels that can be tuned, once for each kind of input, and keep the fastest; also
+                 mode="max-autotune" and "max-autotune-no-cudagraphs"
     """
 
     inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
@@ -33,10 +35,13 @@ class Settings:
     nan_policy: Literal["skip", "eager"] = "skip"
     fuel: int | None = None
     verify: int = 0
+    tune: bool = False
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {"inner": ("inductor", "aot_eager", "eager"), "nan_policy": ("skip", "eager")}
 _NUMBERS = {"fuel", "verify"}
+_SWITCHES = {"strict", "tune"}
+_TUNING_MODES = {"max-autotune", "max-autotune-no-cudagraphs"}
 
 
 def parse(options: Mapping[str, Any] | None, mode: str | None) -> tuple[Settings, dict[str, Any]]:
@@ -65,6 +70,7 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> tuple[Settings
             raise ValueError(f"${FUEL_VARIABLE} must be a whole number, got {text!r}")
         own["fuel"] = int(text)
     patches = _compat.inductor_mode_options(mode) if mode else {}
+    own.setdefault("tune", mode in _TUNING_MODES)
     return Settings(**own), {**patches, **rest}
 
 
@@ -73,8 +79,8 @@ def _check(key: str, value: Any) -> None:
         near = difflib.get_close_matches(str(value), _CHOICES[key], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"option {key!r} takes {', '.join(map(repr, _CHOICES[key]))}, got {value!r}{hint}")
-    if key == "strict" and not isinstance(value, bool):
-        raise ValueError(f"option 'strict' takes True or False, got {value!r}")
+    if key in _SWITCHES and not isinstance(value, bool):
+        raise ValueError(f"option {key!r} takes True or False, got {value!r}")
     unlimited = key == "fuel" and value is None
     if key in _NUMBERS and not unlimited and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
         raise ValueError(f"option {key!r} takes a whole number from 0 up, got {value!r}")

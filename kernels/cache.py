@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 
@@ -45,3 +46,15 @@ def refuse_unsafe(path: Path, right_kind: object, kind: str) -> None:
         raise BuildError(
             f"the cache {kind} {path} is writable by others (mode {stat.S_IMODE(info.st_mode):o}); chmod go-w it"
         )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file with mode 0600 so that a reader sees the old one or the new one, whole. Raises OSError."""
+    handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as out:
+            out.write(text)
+        os.chmod(temporary, 0o600)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)

@@ -20,6 +20,7 @@ import torch
 from attnfuse.kernels import dropout
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.layout import DENSE, Bounds, allocate, check_bounds, spread
+from attnfuse.kernels.triton import tuned
 from attnfuse.kernels.triton.configs import Config, Pass, config, padded
 from attnfuse.spec import Attention
 
@@ -71,6 +72,8 @@ class _Call:
     # launch(kernel, programs, arguments): what runs a kernel
     launch: Callable[[Any, int, dict[str, Any]], None]
     bounds: Bounds = DENSE
+    #: what is being measured, in place of every other configuration
+    fixed: Config | None = None
 
     def __post_init__(self) -> None:
         from attnfuse.kernels.triton import codegen, generated
@@ -95,13 +98,31 @@ class _Call:
         self.precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 and not interpreted() else "ieee"
 
     def config(self, which: Pass) -> Config:
+        """What was measured to be fast for inputs like these, or else what ships."""
+        if self.fixed is not None:
+            return self.fixed
+        found = self._unshrunk(which)
+        for _ in range(_shrunk.get(self._tile_key(which, found), 0)):
+            found = found.smaller() or found
+        return found
+
+    def table(self, which: Pass) -> Config:
+        """The configuration that ships."""
         if self.device.type == "cpu":
             # the interpreter's cost is in the number of operations
             return Config(32, 64, 4, 1)
-        found = config(self.device.capability, which, self.q.element_size() * 8, self.D, self.E)
-        for _ in range(_shrunk.get(self._tile_key(which), 0)):
-            found = found.smaller() or found
-        return found
+        return config(self.device.capability, which, self.q.element_size() * 8, self.D, self.E)
+
+    def _unshrunk(self, which: Pass) -> Config:
+        kept = tuned.entries()
+        key = self.key(which) if kept else None
+        return kept[key].best if key in kept else self.table(which)
+
+    def key(self, which: Pass) -> str | None:
+        """What a measurement of these inputs is kept under; None on a device without a name."""
+        rows = self._group() * self.Q if which == "decode" else self.Q
+        precision = self.precision if self.spec.qk_dtype == "float32" else ""
+        return tuned.key(self.spec, self.device, which, precision, (self.D, self.E), (rows, self.K, self.elements))
 
     def decoding(self) -> Decoding | None:
         """How to split the keys of few queries; None where the forward kernel does better."""
@@ -128,12 +149,12 @@ class _Call:
             group *= self.batch[d]
         return group
 
-    def _tile_key(self, which: Pass) -> tuple[object, ...]:
-        return (self.device, which, self.spec.text, self.D, self.E)
+    def _tile_key(self, which: Pass, found: Config) -> tuple[object, ...]:
+        return (self.device, which, self.spec.text, self.D, self.E, found)
 
     def shrink(self, which: Pass) -> bool:
         """Use smaller tiles for this spec from now on; False if there are none."""
-        key = self._tile_key(which)
+        key = self._tile_key(which, self._unshrunk(which))
         if self.config(which).smaller() is None:
             return False
         _shrunk[key] = _shrunk.get(key, 0) + 1
@@ -270,12 +291,16 @@ def _run(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
     kernel[(programs,)](**arguments)
 
 
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes this GPU the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def _fitting(call: _Call, which: Pass, run: Callable[[], _T]) -> _T:
     """run(), again with smaller tiles as long as the device has no room for those that were tried."""
     from triton.runtime.errors import OutOfResources
 
-    guard = torch.cuda.device(call.q.device) if call.q.is_cuda else contextlib.nullcontext()
-    with guard:
+    with current(call.q.device):
         while True:
             try:
                 return run()

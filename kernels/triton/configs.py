@@ -64,3 +64,56 @@ def config(capability: int, which: Pass, bits: int, D: int, E: int) -> Config:
     if width <= 128:
         return Config(64, 64, 8, 2) if roomy else Config(64, 32, 4, 1)
     return Config(32, 32, 4, 1)
+
+
+#: How many configurations tuning looks at.
+MOST = 24
+#: float32 numbers of accumulators that a thread has registers for.
+_ACCUMULATED = 224
+
+
+def candidates(capability: int, which: Pass, bits: int, D: int, E: int) -> list[Config]:
+    """What is worth measuring on such a device: the shipped configuration first, then what is nearest to it.
+
+    Left out is what certainly does not fit into shared memory or spills. Arguments as of config().
+    """
+    table = config(capability, which, bits, D, E)
+    shared = _shared(capability)
+    sizes = (16, 32, 64, 128)
+    rows = (table.BM,) if which == "decode" else sizes
+    grid = [
+        Config(BM, BN, warps, stages)
+        for BM in rows
+        for BN in (*sizes, 256)
+        for warps in (2, 4, 8)
+        for stages in ((1, 2, 3, 4) if capability >= 80 or capability == 0 else (1,))
+    ]
+    fitting = [c for c in grid if c != table and _fits(c, which, bits, D, E, shared)]
+    # sorting keeps equals in their order: smaller tiles first
+    return [table, *sorted(fitting, key=lambda c: _distance(table, c))[: MOST - 1]]
+
+
+def _shared(capability: int) -> int:
+    """Bytes of shared memory a block may have; what most devices have where nobody knows."""
+    from attnfuse.kernels.triton.targets import SHARED
+
+    return SHARED.get(capability, 64 << 10 if capability == 0 else max(SHARED.values()))
+
+
+def _fits(c: Config, which: Pass, bits: int, D: int, E: int, shared: int) -> bool:
+    """Whether the least that a configuration can need is there: what it loads ahead, and its sums."""
+    d, e = padded(D), padded(E)
+    if which == "backward":
+        # for columns, tiles of queries and of gradients are loaded ahead; for rows, of keys and values
+        ahead, sums = max(c.BM, c.BN) * (d + e), max(c.BM * d, c.BN * (d + e))
+    else:
+        ahead, sums = c.BN * (d + e), c.BM * e
+    bytes_ahead = (c.stages if c.stages > 1 else 0) * ahead * bits // 8
+    products = c.BM * c.BN
+    return bytes_ahead <= shared and (sums + products) // (32 * c.warps) <= _ACCUMULATED
+
+
+def _distance(a: Config, b: Config) -> int:
+    """Halvings and doublings between two configurations; a pipeline stage counts as one too."""
+    pairs = ((a.BM, b.BM), (a.BN, b.BN), (a.warps, b.warps))
+    return sum(abs(x.bit_length() - y.bit_length()) for x, y in pairs) + abs(a.stages - b.stages)

@@ -6,7 +6,6 @@ import atexit
 import functools
 import hashlib
 import importlib.util
-import os
 import shutil
 import stat
 import sys
@@ -14,7 +13,7 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
-from attnfuse.kernels.cache import BuildError, cache_dir, refuse_unsafe
+from attnfuse.kernels.cache import BuildError, cache_dir, refuse_unsafe, write_text
 from attnfuse.kernels.triton import codegen
 from attnfuse.spec import Attention
 
@@ -51,25 +50,14 @@ def _written(name: str, text: str) -> Path:
             refuse_unsafe(path, stat.S_ISREG, "file")
             if path.read_text() == text:
                 return path
-        _write(path, text)
+        write_text(path, text)
     except OSError:
         # read-only or full
         private = Path(tempfile.mkdtemp(prefix="attnfuse-"))
         atexit.register(shutil.rmtree, private, ignore_errors=True)
         path = private / f"{name}.py"
         try:
-            _write(path, text)
+            write_text(path, text)
         except OSError as error:
             raise BuildError(f"nowhere to write generated kernels: {error}") from error
     return path
-
-
-def _write(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w") as out:
-            out.write(text)
-        os.chmod(temporary, 0o600)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)

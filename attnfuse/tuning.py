@@ -1,0 +1,97 @@
+"""Tunes the kernels of the attentions in a rewritten graph, when the user asks for it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnfuse.kernels import TRITON
+from attnfuse.passes.capture import Scope
+from attnfuse.passes.read import stride_hint
+from attnfuse.spec import Attention
+
+#: Arguments of the op.
+_SPEC, _KERNEL = 7, 8
+
+log = logging.getLogger("attnfuse")
+
+
+@dataclass(frozen=True)
+class Job:
+    """An attention to tune for. needs: of which of (q, k, v, *operands) it gives gradients."""
+
+    spec: Attention
+    tensors: tuple[torch.Tensor, ...]
+    needs: tuple[bool, ...]
+    device: torch.device
+
+
+def tune_all(scopes: Sequence[Scope], strict: bool) -> None:
+    """Measure, for the example's sizes, the kernels of all ops in these graphs that can be tuned and have not been yet.
+
+    What goes wrong is warned of and leaves the shipped configurations; in strict mode it is raised.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    found = [node for scope in scopes for node in scope.module.graph.nodes if _can_be_tuned(node)]
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        for number, node in enumerate(found, 1):
+            task = progress.add_task(f"attnfuse: tuning attention {number} of {len(found)}")
+
+            def step(which: str, done: int, total: int, task: Any = task, number: int = number) -> None:
+                text = f"attnfuse: tuning attention {number} of {len(found)}, {which}"
+                progress.update(task, description=text, completed=done, total=total)
+
+            try:
+                _tune(job(node), step)
+            except Exception as error:
+                if strict:
+                    raise
+                _warn(f"an attention was not tuned ({type(error).__name__}: {error})")
+                log.debug("while tuning", exc_info=True)
+            progress.remove_task(task)
+
+
+def _tune(job: Job, step: Any) -> None:
+    from attnfuse.kernels.triton import tuning
+
+    q, k, v, *operands = job.tensors
+    for result in tuning.tune(job.spec, q, k, v, operands, job.needs, job.device, step=step):
+        log.info("tuned %s: %s, skipped %s", result.key, result.entry, list(result.skipped))
+
+
+def _can_be_tuned(node: fx.Node) -> bool:
+    return node.target is torch.ops.attnfuse.attention.default and node.args[_KERNEL] == TRITON.name
+
+
+def job(node: fx.Node) -> Job:
+    """What a node that calls the op has for inputs, with hints for symbolic sizes. Raises ValueError where one has none."""
+    q, k, v, operands, *_ = node.args
+    nodes: list[Any] = [q, k, v, *operands]  # type: ignore[misc]
+    examples = [n.meta.get("example_value") for n in nodes]
+    if not all(isinstance(x, torch.Tensor) for x in examples):
+        raise ValueError("an input whose shape is not known")
+    needs = tuple(x.requires_grad for x in examples)
+    parsed = Attention.parse(str(node.args[_SPEC]))
+    return Job(parsed, tuple(_like(x) for x in examples), needs, examples[0].device)
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    """A tensor without memory that tells shape, strides and dtype, from the hints of symbolic ones."""
+    shape, strides = [stride_hint(n) for n in x.shape], [stride_hint(n) for n in x.stride()]
+    if any(n == 0 for n in shape):
+        raise ValueError(f"an input of shape {list(x.shape)}")
+    return torch.empty_strided(shape, strides, dtype=x.dtype, device="meta")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"attnfuse: {message}", RuntimeWarning, stacklevel=3)

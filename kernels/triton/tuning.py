@@ -1,0 +1,221 @@
+"""Measures configurations of the kernels for given inputs, on request, and keeps what wins (tuned.py)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from attnfuse.kernels import triton
+from attnfuse.kernels.device import Device
+from attnfuse.kernels.layout import allocate
+from attnfuse.kernels.measure import milliseconds
+from attnfuse.kernels.triton import tuned
+from attnfuse.kernels.triton.configs import Config, Pass, candidates
+from attnfuse.kernels.triton.tuned import Entry
+from attnfuse.spec import Attention
+
+#: (run, device) -> milliseconds
+Timer = Callable[[Callable[[], object], torch.device], float]
+#: (pass, candidates done, candidates there are)
+Step = Callable[[Pass, int, int], None]
+_Results = list[torch.Tensor]
+#: Unit roundoffs by which results of other tiles may differ, relative to the largest number.
+_ROUNDOFFS = 16
+#: Sums in float32 of thousands of numbers in another order; products of TF32, which rounds weights after 10 bits.
+_EPS, _TF32_EPS = 2.0**-17, 2.0**-10
+#: What must be left of the shipped configuration's time for another one to be better by more than chance.
+_GAIN = 0.98
+
+
+class TuningError(RuntimeError):
+    """Nothing could be measured; the message says why."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured for one pass. skipped: candidates that do not compile or fit; wrong: those with other results."""
+
+    key: str
+    which: Pass
+    entry: Entry
+    table: Config
+    measured: int
+    skipped: tuple[str, ...] = ()
+    wrong: tuple[Config, ...] = ()
+
+
+@dataclass
+class _Measured:
+    """How to run one pass of a call, and what it gave with the shipped configuration."""
+
+    call: triton._Call
+    which: Pass
+    run: Callable[[triton._Call], _Results]
+    expected: _Results = field(default_factory=list)
+
+
+def tune(
+    spec: Attention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    operands: Sequence[torch.Tensor] = (),
+    needs: Sequence[bool] = (),
+    device: torch.device | None = None,
+    timer: Timer = milliseconds,
+    step: Step = lambda which, done, total: None,
+) -> list[Result]:
+    """Measure the passes of an attention that were not measured before, and use and keep the configurations that win.
+
+    The tensors, as forward takes them, give shapes, strides and dtypes; what is measured are random numbers, masks of True,
+    and zeros for integers, on `device` (that of q, if None; the tensors may be on 'meta'). needs: of which of
+    (q, k, v, *operands) gradients will be asked for; backward is measured if there is one. A candidate wins only if its
+    results are those of the shipped configuration; one that is wrong is warned of. Raises TuningError where nothing can be
+    measured, and what tuned.add raises where nothing can be kept.
+    """
+    if spec.layout != "dense":
+        raise TuningError(f"layout {spec.layout}: what is fast depends on the bounds, which are not known")
+    device = q.device if device is None else device
+    with torch.no_grad(), triton.current(device):
+        given = _inputs([q, k, v, *operands], device)
+        found = [_best(m, timer, step) for m in _passes(spec, given, needs)]
+    if found:
+        tuned.add({r.key: r.entry for r in found})
+    return found
+
+
+def _passes(spec: Attention, given: Sequence[torch.Tensor], needs: Sequence[bool]) -> Iterator[_Measured]:
+    """What has not been measured yet."""
+    q, k, v, *operands = given
+    if not all(x.numel() for x in (q, k, v)):
+        raise TuningError("a tensor without elements")
+    seed = torch.zeros(1, dtype=torch.int64, device=q.device) if spec.dropout else None
+    call = triton._Call(spec, q, k, v, operands, seed, Device.of(q.device), triton._run)
+    out, stats = allocate(spec, q, k, v, operands)
+
+    def forward(call: triton._Call) -> _Results:
+        run = triton._decode if which == "decode" else triton._forward
+        run(call, out, stats)
+        return [out, *stats]
+
+    which: Pass = "forward" if call.decoding() is None else "decode"
+    if call.key(which) is None:
+        raise TuningError(f"the name of the device {call.device} is not known")
+    if _is_new(call, which):
+        yield _Measured(call, which, forward)
+    if not any(needs) or not _is_new(call, "backward"):
+        return
+    dout = torch.randn(out.shape, generator=_generator(q.device), device=q.device).to(out.dtype)
+    # measuring has left nothing of the results
+    triton._fitting(call, which, lambda: forward(call))
+
+    def backward(call: triton._Call) -> _Results:
+        made = triton._backward(call, dout, out, stats, operands, needs)
+        return [x for x in made if x is not None]
+
+    yield _Measured(call, "backward", backward)
+
+
+def _is_new(call: triton._Call, which: Pass) -> bool:
+    return call.key(which) not in tuned.entries()
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """Of its own, so that the user's numbers stay what they are."""
+    return torch.Generator(device).manual_seed(0)
+
+
+def _inputs(given: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Tensors of the same shapes, strides and dtypes."""
+    generator = _generator(device)
+    made = []
+    for x in given:
+        # broadcast dims share memory
+        length = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride())) if x.numel() else 0
+        if x.is_floating_point():
+            flat = torch.randn(length, generator=generator, device=device).to(x.dtype)
+        else:
+            flat = torch.full((length,), x.dtype == torch.bool, dtype=x.dtype, device=device)
+        made.append(flat.as_strided(x.shape, x.stride()))
+    return made
+
+
+def _best(measured: _Measured, timer: Timer, step: Step) -> Result:
+    call, which = measured.call, measured.which
+    table = _baseline(measured)
+    device = call.q.device
+    rest = [
+        c for c in candidates(call.device.capability, which, call.q.element_size() * 8, call.D, call.E) if c != table
+    ]
+    shipped = replace(call, fixed=table)
+    times = {table: timer(lambda: measured.run(shipped), device)}
+    skipped: list[str] = []
+    wrong: list[Config] = []
+    for done, made in enumerate(rest, 1):
+        step(which, done, len(rest) + 1)
+        fixed = replace(call, fixed=made)
+        if which == "decode" and fixed.decoding() is None:
+            skipped.append(f"{made}: keys too short")
+            continue
+        try:
+            right = _same(measured, measured.run(fixed))
+            if right:
+                times[made] = timer(lambda fixed=fixed: measured.run(fixed), device)  # type: ignore[misc]
+            else:
+                wrong.append(made)
+        except Exception as error:
+            # whatever Triton or ptxas makes of it, it is not this configuration that runs
+            skipped.append(f"{made}: {type(error).__name__}: {error}")
+    if wrong:
+        said = ", ".join(map(str, wrong))
+        message = f"attnfuse: other results than those of {table} in {which}, and never used: {said} ({call.spec})"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+    best = min(times, key=lambda c: times[c])
+    if times[best] > _GAIN * times[table]:
+        best = table
+    key = call.key(which)
+    assert key is not None
+    return Result(key, which, Entry(best, times[best], times[table]), table, len(times), tuple(skipped), tuple(wrong))
+
+
+def _baseline(measured: _Measured) -> Config:
+    """The shipped configuration, made smaller as far as the device has no room for it; keeps its results."""
+    from triton.runtime.errors import OutOfResources
+
+    table: Config | None = measured.call.table(measured.which)
+    while table is not None:
+        try:
+            results = measured.run(replace(measured.call, fixed=table))
+        except OutOfResources:
+            table = table.smaller()
+        else:
+            measured.expected = [x.clone() for x in results]
+            _poison(results)
+            return table
+    raise TuningError(f"no configuration for {measured.which} fits the device")
+
+
+def _same(measured: _Measured, results: _Results) -> bool:
+    """Whether results are those of the shipped configuration up to rounding. They are lost."""
+    found = all(_close(a, b, measured.call.precision) for a, b in zip(results, measured.expected, strict=True))
+    _poison(results)
+    return found
+
+
+def _close(found: torch.Tensor, expected: torch.Tensor, precision: str) -> bool:
+    a, b = found.float(), expected.float()
+    finite = b.isfinite()
+    if not torch.equal(a.isfinite(), finite) or not torch.equal(a.isnan(), b.isnan()):
+        return False
+    a, b = a.where(finite, 0.0), b.where(finite, 0.0)
+    eps = max(torch.finfo(expected.dtype).eps, _TF32_EPS if precision == "tf32" else _EPS)
+    return bool((a - b).abs().max() <= _ROUNDOFFS * eps * b.abs().max())
+
+
+def _poison(results: Sequence[torch.Tensor]) -> None:
+    """A configuration that leaves something out must not find the right numbers of the last one in memory."""
+    for x in results:
+        x.fill_(torch.nan)

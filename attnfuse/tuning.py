@@ -37,10 +37,12 @@ def tune_all(scopes: Sequence[Scope], strict: bool) -> None:
 
     What goes wrong is warned of and leaves the shipped configurations; in strict mode it is raised.
     """
+    found = [node for scope in scopes for node in scope.module.graph.nodes if _can_be_tuned(node)]
+    if not found:
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    found = [node for scope in scopes for node in scope.module.graph.nodes if _can_be_tuned(node)]
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

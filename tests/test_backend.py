@@ -67,7 +67,9 @@ def test_unknown_option_is_a_value_error_that_names_the_nearest(given: str, near
 
 def test_option_far_from_all_lists_the_options() -> None:
     call = torch.compile(attend, backend="attnfuse", options={"zzzzqqqq": 1})
-    with pytest.raises(ValueError, match=r"unknown option 'zzzzqqqq'.*inner, strict, kernel, nan_policy, fuel, verify"):
+    with pytest.raises(
+        ValueError, match=r"unknown option 'zzzzqqqq'.*inner, strict, kernel, nan_policy, fuel, verify, tune"
+    ):
         call(*qkv())
 
 
@@ -82,6 +84,7 @@ def test_option_far_from_all_lists_the_options() -> None:
             "there is no kernel 'cup'; the kernels are cpu, triton, flash, cudnn, efficient, flash_cpu, reference; "
             "did you mean 'cpu'",
         ),
+        ({"tune": "yes"}, "option 'tune' takes True or False, got 'yes'"),
         ({"kernel": 3}, "there is no kernel 3"),
         ({"nan_policy": "keep"}, "option 'nan_policy' takes 'skip', 'eager'"),
         ({"fuel": -1}, "option 'fuel' takes a whole number from 0 up, got -1"),
@@ -122,11 +125,21 @@ def test_options_are_typed_settings_with_inductors_keys_beside_them() -> None:
 def test_every_mode_sets_what_inductor_sets(mode: str) -> None:
     import torch._inductor
 
-    assert settings.parse(None, mode) == (Settings(), torch._inductor.list_mode_options()[mode])
+    assert settings.parse(None, mode) == (
+        Settings(tune=mode.startswith("max-autotune")),
+        torch._inductor.list_mode_options()[mode],
+    )
     q, k, v = qkv()
     found = torch.compile(attend, backend="attnfuse", mode=mode)(q, k, v)
     torch.testing.assert_close(found, attend(q, k, v), rtol=1e-5, atol=1e-5)
     assert statuses() in (["fused"], ["left"])
+
+
+def test_tuning_is_an_option_and_stronger_than_the_mode() -> None:
+    assert settings.parse({"tune": True}, None)[0] == Settings(tune=True)
+    assert settings.parse({"tune": False}, "max-autotune")[0] == Settings()
+    # Inductor's own key of that name is about its matrix products
+    assert settings.parse({"max_autotune": True}, None)[0] == Settings()
 
 
 def test_unknown_mode_is_a_value_error() -> None:

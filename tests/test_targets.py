@@ -136,3 +136,41 @@ def test_a_spec_with_everything_compiles(capability):
     spec, q, k, v, operands = mixed()
     for c in targets.compiled(spec, q, k, v, operands, capability):
         assert c.shared <= targets.SHARED[capability], c
+
+
+@pytest.mark.parametrize("capability", [0, 70, *TARGETS, 121])
+@pytest.mark.parametrize("which", ["forward", "backward", "decode"])
+def test_candidates_for_tuning_are_few_and_begin_with_the_table(capability, which):
+    from attnfuse.kernels.triton.configs import MOST, candidates, config
+
+    for bits in (16, 32):
+        for D, E in ((64, 64), (128, 128), (256, 256), (40, 72)):
+            found = candidates(capability, which, bits, D, E)
+            assert found[0] == config(capability, which, bits, D, E)
+            assert 8 <= len(set(found)) == len(found) <= MOST == 24
+            assert which != "decode" or {c.BM for c in found} == {found[0].BM}
+
+
+def ahead(capability, made, monkeypatch, backward) -> None:
+    from attnfuse.kernels import triton
+    from attnfuse.kernels.triton import configs, targets
+
+    q, k, v = qkv(1, 2, 256, 256, 128, dtype=torch.float16)
+    spec = make_spec(q, k, v, steps=(HALF, ReplaceFill(causal(), -INF)))
+    monkeypatch.setattr(triton._Call, "config", lambda self, which: configs.Config(*made))
+    found = {c.kernel: c.shared for c in targets.compiled(spec, q, k, v, [], capability, backward=backward)}
+    least = {w: configs.ahead(configs.Config(*made), w, 16, 128, 128) for w in ("forward", "backward")}
+    assert 0 < least["forward"] <= found["forward"]
+    if backward:
+        assert 0 < least["backward"] <= max(found["backward_rows"], found["backward_columns"])
+
+
+def test_candidates_need_the_shared_memory_that_is_reckoned_with(monkeypatch):
+    ahead(86, (64, 64, 8, 4), monkeypatch, backward=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("made", [(64, 64, 8, 2), (128, 32, 8, 4), (64, 128, 8, 3)])
+def test_candidates_need_the_shared_memory_that_is_reckoned_with_on_every_target(capability, made, monkeypatch):
+    ahead(capability, made, monkeypatch, backward=True)

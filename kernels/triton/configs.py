@@ -101,16 +101,18 @@ def _shared(capability: int) -> int:
 
 
 def _fits(c: Config, which: Pass, bits: int, D: int, E: int, shared: int) -> bool:
-    """Whether the least that a configuration can need is there: what it loads ahead, and its sums."""
+    """Whether the least that a configuration can need is there."""
     d, e = padded(D), padded(E)
-    if which == "backward":
-        # for columns, tiles of queries and of gradients are loaded ahead; for rows, of keys and values
-        ahead, sums = max(c.BM, c.BN) * (d + e), max(c.BM * d, c.BN * (d + e))
-    else:
-        ahead, sums = c.BN * (d + e), c.BM * e
-    bytes_ahead = (c.stages if c.stages > 1 else 0) * ahead * bits // 8
-    products = c.BM * c.BN
-    return bytes_ahead <= shared and (sums + products) // (32 * c.warps) <= _ACCUMULATED
+    sums = max(c.BM * d, c.BN * (d + e)) if which == "backward" else c.BM * e
+    spread = (sums + c.BM * c.BN) // (32 * c.warps)
+    return ahead(c, which, bits, D, E) <= shared and spread <= _ACCUMULATED
+
+
+def ahead(c: Config, which: Pass, bits: int, D: int, E: int) -> int:
+    """Bytes of shared memory for what is loaded while the tile before is worked on; all in all it takes more."""
+    # the second kernel of backward loads tiles of queries and of gradients
+    rows = max(c.BM, c.BN) if which == "backward" else c.BN
+    return (c.stages - 1) * rows * (padded(D) + padded(E)) * bits // 8
 
 
 def _distance(a: Config, b: Config) -> int:

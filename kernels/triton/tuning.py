@@ -23,9 +23,9 @@ Timer = Callable[[Callable[[], object], torch.device], float]
 Step = Callable[[Pass, int, int], None]
 _Results = list[torch.Tensor]
 #: Unit roundoffs by which results of other tiles may differ, relative to the largest number.
-_ROUNDOFFS = 16
+_ROUNDOFFS = 4
 #: Sums in float32 of thousands of numbers in another order; products of TF32, which rounds weights after 10 bits.
-_EPS, _TF32_EPS = 2.0**-17, 2.0**-10
+_EPS, _TF32_EPS = 2.0**-15, 2.0**-10
 #: What must be left of the shipped configuration's time for another one to be better by more than chance.
 _GAIN = 0.98
 
@@ -146,12 +146,11 @@ def _inputs(given: Sequence[torch.Tensor], device: torch.device) -> list[torch.T
 def _best(measured: _Measured, timer: Timer, step: Step) -> Result:
     call, which = measured.call, measured.which
     table = _baseline(measured)
-    device = call.q.device
     rest = [
         c for c in candidates(call.device.capability, which, call.q.element_size() * 8, call.D, call.E) if c != table
     ]
     shipped = replace(call, fixed=table)
-    times = {table: timer(lambda: measured.run(shipped), device)}
+    times = {table: _timed(measured, shipped, timer)}
     skipped: list[str] = []
     wrong: list[Config] = []
     for done, made in enumerate(rest, 1):
@@ -163,7 +162,7 @@ def _best(measured: _Measured, timer: Timer, step: Step) -> Result:
         try:
             right = _same(measured, measured.run(fixed))
             if right:
-                times[made] = timer(lambda fixed=fixed: measured.run(fixed), device)  # type: ignore[misc]
+                times[made] = _timed(measured, fixed, timer)
             else:
                 wrong.append(made)
         except Exception as error:
@@ -179,6 +178,12 @@ def _best(measured: _Measured, timer: Timer, step: Step) -> Result:
     key = call.key(which)
     assert key is not None
     return Result(key, which, Entry(best, times[best], times[table]), table, len(times), tuple(skipped), tuple(wrong))
+
+
+def _timed(measured: _Measured, call: triton._Call, timer: Timer) -> float:
+    found = timer(lambda: measured.run(call), call.q.device)
+    _poison(measured.run(call))
+    return found
 
 
 def _baseline(measured: _Measured) -> Config:

@@ -115,6 +115,8 @@ def rewrite(gm: fx.GraphModule, chosen: Settings) -> Work:
                 emitter.finish(fused)
         if fused and chosen.tune:
             with _timed(seconds, "tune"):
+                if chosen.kernel is None:
+                    reports = _renamed(reports, tuning.take_fastest(emitter.calls, chosen.strict))
                 tuning.tune_all(view.scopes, chosen.strict)
     except CaptureError as error:
         if chosen.strict:
@@ -134,6 +136,12 @@ def rewrite(gm: fx.GraphModule, chosen: Settings) -> Work:
         return Work(_undone(report, message), spoiled=True)
     after = readable(gm) if fused else before
     return Work(reporting.Report(tuple(reports), before, after, name, tuple(notes), seconds), fused)
+
+
+def _renamed(reports: Sequence[reporting.SiteReport], kernels: Sequence[str]) -> list[reporting.SiteReport]:
+    """The reports with these kernels for the sites that were fused, in their order."""
+    names = iter(kernels)
+    return [replace(r, kernel=next(names)) if r.status == "fused" else r for r in reports]
 
 
 def _name(gm: fx.GraphModule) -> str:

@@ -1,8 +1,9 @@
-"""Tunes the kernels of the attentions in a rewritten graph, when the user asks for it."""
+"""Takes the fastest kernels for the attentions in a rewritten graph, and tunes them, when the user asks for it."""
 
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnfuse.kernels import TRITON
+from attnfuse.kernels import TRITON, Kernel, candidates, measure
 from attnfuse.passes.capture import Scope
 from attnfuse.passes.read import stride_hint
 from attnfuse.spec import Attention
@@ -30,6 +31,64 @@ class Job:
     tensors: tuple[torch.Tensor, ...]
     needs: tuple[bool, ...]
     device: torch.device
+
+
+#: What was measured in this process: the kernel that won, by spec, device, and the inputs' shapes, strides and dtypes.
+_fastest: dict[tuple[object, ...], str] = {}
+
+
+def take_fastest(calls: Sequence[fx.Node], strict: bool) -> list[str]:
+    """Give each call of the op the kernel that is measured to be fastest, among those that can run it; their names.
+
+    Measured are forward, and backward where there is one, with the example's sizes. What goes wrong is warned of and leaves a
+    call as it is; in strict mode it is raised.
+    """
+    for node in calls:
+        try:
+            name = _fastest_of(job(node))
+        except Exception as error:
+            if strict:
+                raise
+            _warn(f"the kernels of an attention were not compared ({type(error).__name__}: {error})")
+            log.debug("while comparing kernels", exc_info=True)
+            continue
+        node.args = (*node.args[:_KERNEL], name or node.args[_KERNEL], *node.args[_KERNEL + 1 :])
+    return [str(node.args[_KERNEL]) for node in calls]
+
+
+def _fastest_of(job: Job) -> str | None:
+    """None where there is nothing to choose."""
+    found = candidates(job.spec, job.device)
+    if len(found) < 2 or job.spec.layout != "dense":
+        return None
+    key = (job.spec.text, job.device, job.needs, *((tuple(x.shape), x.stride(), x.dtype) for x in job.tensors))
+    if key not in _fastest:
+        times = {kernel.name: _milliseconds(kernel, job) for kernel in found}
+        log.info("fastest of %s for %s", times, job.spec)
+        _fastest[key] = min(times, key=lambda name: times[name])
+    return _fastest[key]
+
+
+def _milliseconds(kernel: Kernel, job: Job) -> float:
+    """Of one forward, and one backward where gradients are needed; infinite for a kernel that fails."""
+    from attnfuse.kernels.triton.tuning import _inputs
+
+    given = _inputs(job.tensors, job.device)
+    seed = torch.zeros(1, dtype=torch.int64, device=job.device) if job.spec.dropout else None
+    module = kernel.load()
+
+    def run() -> None:
+        arguments = (*given[:3], given[3:], seed)
+        out, stats = module.forward(job.spec, *arguments)
+        if any(job.needs):
+            module.backward(job.spec, out, *arguments, out, stats, job.needs)
+
+    try:
+        with torch.no_grad():
+            return measure.milliseconds(run, job.device)
+    except Exception as error:
+        log.info("kernel %s is out: %s: %s", kernel.name, type(error).__name__, error)
+        return math.inf
 
 
 def tune_all(scopes: Sequence[Scope], strict: bool) -> None:

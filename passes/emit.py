@@ -35,6 +35,8 @@ class Emitter:
         # results that were replaced: (scope, ATen node) -> Dynamo node
         self.replaced: dict[tuple[Scope, fx.Node], fx.Node] = {}
         self.touched: set[Scope] = set()
+        #: the calls of the op, one for each site that was emitted
+        self.calls: list[fx.Node] = []
 
     def emit(self, site: Site, kernel: str) -> Refusal | None:
         """Replace the site's result. On refusal the graph is as it was."""
@@ -47,7 +49,7 @@ class Emitter:
         writer = _Writer(self, scope, owner, value_of(site.q.node).device)
         try:
             with graph.inserting_before(owner):
-                result = self._insert(site, kernel, writer)
+                call, result = self._insert(site, kernel, writer)
                 self._redirect(site, scope, owner, result, writer)
         except EmitError as error:
             for node in reversed(list(graph.nodes)):
@@ -56,9 +58,11 @@ class Emitter:
                     graph.erase_node(node)
             return Refusal(str(error), site.final)
         self.touched.add(scope)
+        self.calls.append(call)
         return None
 
-    def _insert(self, site: Site, kernel: str, writer: _Writer) -> fx.Node:
+    def _insert(self, site: Site, kernel: str, writer: _Writer) -> tuple[fx.Node, fx.Node]:
+        """The call of the op, and its result as the site's is."""
         q = writer.canonical(site.q, site.batch, site.q_dim, site.d_dim)
         k = writer.canonical(site.k, site.batch, site.k_dim, site.d_dim)
         v = writer.canonical(site.v, site.batch, site.k_dim, site.e_dim)
@@ -72,8 +76,8 @@ class Emitter:
         out = writer.getitem(pair, 0)
         result = writer.shaped(out, (*((a,) for a in site.batch), site.q_dim, site.e_dim), site)
         if self._may_be_written(site):
-            return writer.call(torch.ops.attnfuse.own.default, (result,))
-        return result
+            result = writer.call(torch.ops.attnfuse.own.default, (result,))
+        return pair, result
 
     def _may_be_written(self, site: Site) -> bool:
         """Whether somebody may write to the result: the op keeps it for backward, so that they must have a copy."""

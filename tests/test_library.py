@@ -41,7 +41,25 @@ def test_grouped_heads_and_strided_inputs():
     wide = randn(2, 33, 2, 3, 32)
     q = wide[..., ::2].permute(0, 2, 3, 1, 4)
     k, v = randn(2, 2, 1, 33, 16), randn(2, 2, 1, 33, 16)
-    check(library.FLASH_CPU, q, k, v, steps=CAUSAL)
+    groups = ("B2",)
+    check(library.FLASH_CPU, q, k, v, broadcast=((), groups, groups), steps=CAUSAL)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_any_number_of_batch_dims(rank, grouped):
+    batch = (2, 3)[:rank]
+    own, shared = ((*batch, 4), (*batch, 1)) if grouped else (batch, batch)
+    names = ("B", "H", "G")[: len(own)]
+    q, k, v = randn(*own, 33, 16), randn(*shared, 33, 16), randn(*shared, 33, 16)
+    broadcast = ((), names[-1:], names[-1:]) if grouped else ((), (), ())
+    spec = {"batch": names, "broadcast": broadcast, "sizes": (*own, 33, 33, 16, 16)}
+    if grouped and rank == 0:
+        # one dim alone is no group: ATen's kernel would see heads of their own
+        assert list(limits(make_spec(q, k, v, **spec), groups=True))
+        return
+    assert not list(limits(make_spec(q, k, v, **spec, steps=CAUSAL), groups=True))
+    check(library.FLASH_CPU, q, k, v, **spec, steps=CAUSAL)
 
 
 def test_a_backward_of_another_kernel_takes_what_was_kept_of_rows():

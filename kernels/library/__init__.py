@@ -64,11 +64,16 @@ def limits(spec: Attention, groups: bool, same_heads: bool = True) -> Iterable[s
     if spec.D is not None and spec.D % 8:
         yield f"head size {spec.D} (takes multiples of 8)"
     q, k, v = spec.broadcast
-    grouped = spec.batch[-1:] if len(spec.batch) == 3 else ()
-    if len(spec.batch) not in (2, 3) or q or k != grouped or v != grouped:
+    shared = 1 if _grouped(spec) else 0
+    if q or k != v or len(k) > shared or len(spec.batch) - shared > 2:
         yield "batch dims that are not B, H or B, Hkv, group"
-    elif grouped and not groups:
+    elif shared and not groups:
         yield "groups of query heads"
+
+
+def _grouped(spec: Attention) -> bool:
+    """Whether the innermost batch dim is that of query heads which share a key head."""
+    return len(spec.batch) > 1 and all(spec.batch[-1] in names for names in spec.broadcast[1:])
 
 
 @dataclass(frozen=True)
@@ -115,12 +120,14 @@ class Library:
             stats[1].zero_()
             return out.zero_(), stats
         result, lse = self.run(self._ops()[0], _heads(spec, q, k, v), _plain(spec))
-        result = result.unflatten(1, out.shape[1:-2])
+        result = result.reshape(out.shape)
         lse = lse.reshape(out.shape[:-1])
         stats = torch.stack([lse, torch.ones_like(lse)])
         # ATen lays a result out like q, which most often is as the model reads it
-        same = result.stride() == out.stride() and result.dtype == out.dtype
-        return (result if same else out.copy_(result)), stats
+        same = all(a == b or n == 1 for a, b, n in zip(result.stride(), out.stride(), out.shape))
+        if same and result.dtype == out.dtype:
+            return result.as_strided(out.shape, out.stride()), stats
+        return out.copy_(result), stats
 
     def backward(
         self,
@@ -144,10 +151,10 @@ class Library:
         if out.numel() == 0 or k.shape[-2] == 0:
             return [torch.zeros_like(x) if need else None for x, need in zip((q, k, v, *operands), needs, strict=True)]
         rows, sums = stats.unbind()
-        lse = _merged(rows + sums.log(), spec)
-        grad = _merged(dout.to(v.dtype), spec)
+        lse = _four(rows + sums.log(), spec, 3)
+        grad = _four(dout.to(v.dtype), spec, 4)
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        found = self.reverse(self._ops()[1], grad, _heads(spec, q, k, v), _merged(out, spec), lse, _plain(spec))
+        found = self.reverse(self._ops()[1], grad, _heads(spec, q, k, v), _four(out, spec, 4), lse, _plain(spec))
         grads: list[torch.Tensor | None] = [
             _like(x, g) if need else None for x, g, need in zip((q, k, v), found, needs[:3], strict=True)
         ]
@@ -155,10 +162,18 @@ class Library:
 
 
 def _heads(spec: Attention, *tensors: torch.Tensor) -> Tensors:
-    q, k, v = (_merged(x, spec) for x in tensors)
+    q, k, v = (_four(x, spec, 4) for x in tensors)
     # ATen steps over whole rows
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     return q, k, v
+
+
+def _four(x: torch.Tensor, spec: Attention, dims: int) -> torch.Tensor:
+    """[B, H, ...] of so many dims from [*batch, ...]."""
+    if _grouped(spec):
+        first = len(spec.batch) - 2
+        x = x.flatten(first, first + 1)
+    return x.reshape((1,) * (dims - x.dim()) + tuple(x.shape))
 
 
 def _plain(spec: Attention) -> Plain:
@@ -166,11 +181,6 @@ def _plain(spec: Attention) -> Plain:
     if found is None:
         raise ValueError(f"ATen's kernels take a scale and a causal mask, not: {spec}")
     return found
-
-
-def _merged(x: torch.Tensor, spec: Attention) -> torch.Tensor:
-    """[B, H, ...] from [B, Hkv, group, ...]."""
-    return x.flatten(1, 2) if len(spec.batch) == 3 else x
 
 
 def _like(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:

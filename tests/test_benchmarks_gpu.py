@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from benchmarks import gpu, results
 from benchmarks.on_device import cases, dense, figures, jagged, warming
 from benchmarks.on_device import measure as measuring
 from benchmarks.on_device.cases import SMOKE, Case
-from benchmarks.on_device.machine import machine
+from benchmarks.on_device.machine import Cuda, machine
 from benchmarks.on_device.problem import OURS, Compilers, Contender, Problem
 from benchmarks.on_device.variants import VARIANTS, spelled
 
@@ -212,6 +213,71 @@ def test_every_case_has_a_name_of_its_own_and_the_headlines_come_first() -> None
     full = [case for case in every if case.kind == "dense"]
     assert {case.length for case in full} == {512, 1024, 2048, 4096, 8192, 16384}
     assert {case.head_dim for case in full} == {64, 128} and {case.dtype for case in full} == {"float16", "bfloat16"}
+
+
+class _Event:
+    """A CUDA event of a device on which each recording is 2 ms after the last."""
+
+    now = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        _Event.now += 2
+        self.at = _Event.now
+
+    def elapsed_time(self, other: _Event) -> float:
+        return other.at - self.at
+
+
+def test_on_a_gpu_events_take_the_time_and_the_cache_is_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(
+        name="NVIDIA H200",
+        major=9,
+        minor=0,
+        total_memory=1 << 37,
+        multi_processor_count=132,
+        L2_cache_size=64,
+        uuid="ab",
+    )
+    asked: list[list[str]] = []
+
+    def answer(command: list[str], **_: Any) -> SimpleNamespace:
+        asked.append(command)
+        return SimpleNamespace(stdout="1980, 3201, 41, [N/A]\n" if "clocks.sm" in command[2] else "580.1\n")
+
+    allocated = iter([100, 400])
+    faked = {
+        "set_device": lambda device: None,
+        "get_device_properties": lambda device: properties,
+        "get_device_name": lambda device: properties.name,
+        "synchronize": lambda device: None,
+        "reset_peak_memory_stats": lambda device: None,
+        "memory_allocated": lambda device: next(allocated),
+        "max_memory_allocated": lambda device: next(allocated),
+        "Event": _Event,
+    }
+    for name, fake in faked.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr("benchmarks.on_device.machine.subprocess.run", answer)
+    on = Cuda(CPU)
+    on.scratch.fill_(1)
+    calls: list[int] = []
+    assert on.sample(lambda: calls.append(int(on.scratch.sum())), 3) == pytest.approx(2e-3)
+    assert calls == [0, 0, 0] and len(on.scratch) == 256
+    assert on.peak(lambda: None) == 300
+    assert on.clocks() == {"sm_mhz": 1980.0, "memory_mhz": 3201.0, "celsius": 41.0}
+    assert asked[-1][1] == "--id=GPU-ab" and on.slug == "nvidia-h200"
+    monkeypatch.setattr(results, "environment", lambda threads: {"device": "host", "commit": "c"})
+    facts = on.facts()
+    assert (facts["driver"], facts["device"], facts["host"], facts["capability"]) == (
+        "580.1",
+        "NVIDIA H200",
+        "host",
+        "9.0",
+    )
 
 
 @pytest.mark.parametrize(("name", "text"), [("NVIDIA H200", "nvidia-h200"), ("A (b) 1.5", "a-b-1-5"), ("", "unknown")])

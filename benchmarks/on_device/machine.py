@@ -159,7 +159,7 @@ class Cuda(Machine):
         if shutil.which("nvidia-smi") is None:
             return {}
         uuid = getattr(self.properties, "uuid", None)
-        which = [f"--id=GPU-{uuid}"] if uuid is not None else []
+        which = [f"--id=GPU-{str(uuid).removeprefix('GPU-')}"] if uuid is not None else []
         command = ["nvidia-smi", *which, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
         try:
             text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout

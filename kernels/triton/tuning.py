@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -70,57 +70,102 @@ def tune(
 ) -> list[Result]:
     """Measure the passes of an attention that were not measured before, and use and keep the configurations that win.
 
-    The tensors, as forward takes them, give shapes, strides and dtypes; what is measured are random numbers, masks of True,
-    and zeros for integers, on `device` (that of q, if None; the tensors may be on 'meta'). needs: of which of
+    The tensors, as forward takes them, give shapes, strides and dtypes; they may be on 'meta'. What is measured, on `device`
+    (that of q, if None), are random numbers, with masks and integers of the values that leave most to do. needs: of which of
     (q, k, v, *operands) gradients will be asked for; backward is measured if there is one. A candidate wins only if its
     results are those of the shipped configuration; one that is wrong is warned of. Raises TuningError where nothing can be
     measured, and what tuned.add raises where nothing can be kept.
     """
-    if spec.layout != "dense":
-        raise TuningError(f"layout {spec.layout}: what is fast depends on the bounds, which are not known")
+    given = [q, k, v, *operands]
     device = q.device if device is None else device
+    wanted = _wanted(spec, given, needs, device)
+    found: list[Result] = []
+    if not wanted:
+        return found
     with torch.no_grad(), triton.current(device):
-        given = _inputs([q, k, v, *operands], device)
-        found = [_best(m, timer, step) for m in _passes(spec, given, needs)]
-    if found:
-        tuned.add({r.key: r.entry for r in found})
+        problem = _Problem.busiest(spec, given, needs, device, timer)
+        try:
+            for which in wanted:
+                # measuring leaves nothing of the results
+                problem.attend()
+                run = problem.backward if which == "backward" else problem.forward
+                found.append(_best(_Measured(problem.call, which, run), timer, step))
+        finally:
+            if found:
+                tuned.add({r.key: r.entry for r in found})
     return found
 
 
-def _passes(spec: Attention, given: Sequence[torch.Tensor], needs: Sequence[bool]) -> Iterator[_Measured]:
-    """What has not been measured yet."""
-    q, k, v, *operands = given
-    if not all(x.numel() for x in (q, k, v)):
-        raise TuningError("a tensor without elements")
-    seed = torch.zeros(1, dtype=torch.int64, device=q.device) if spec.dropout else None
-    call = triton._Call(spec, q, k, v, operands, seed, Device.of(q.device), triton._run)
-    out, stats = allocate(spec, q, k, v, operands)
-
-    def forward(call: triton._Call) -> _Results:
-        run = triton._decode if which == "decode" else triton._forward
-        run(call, out, stats)
-        return [out, *stats]
-
-    which: Pass = "forward" if call.decoding() is None else "decode"
-    if call.key(which) is None:
+def _wanted(spec: Attention, given: Sequence[torch.Tensor], needs: Sequence[bool], device: torch.device) -> list[Pass]:
+    """The passes that have not been measured yet."""
+    if spec.layout != "dense":
+        raise TuningError(f"layout {spec.layout}: what is fast depends on the bounds, which are not known")
+    if not all(x.numel() for x in given):
+        raise TuningError(f"a tensor without elements among {[list(x.shape) for x in given]}")
+    call = _call(spec, given, device)
+    passes: list[Pass] = ["forward" if call.decoding() is None else "decode"]
+    if any(needs):
+        passes.append("backward")
+    keys = {which: call.key(which) for which in passes}
+    if None in keys.values():
         raise TuningError(f"the name of the device {call.device} is not known")
-    if _is_new(call, which):
-        yield _Measured(call, which, forward)
-    if not any(needs) or not _is_new(call, "backward"):
-        return
-    dout = torch.randn(out.shape, generator=_generator(q.device), device=q.device).to(out.dtype)
-    # measuring has left nothing of the results
-    triton._fitting(call, which, lambda: forward(call))
+    return [which for which in passes if keys[which] not in tuned.entries()]
 
-    def backward(call: triton._Call) -> _Results:
-        made = triton._backward(call, dout, out, stats, operands, needs)
+
+def _call(spec: Attention, given: Sequence[torch.Tensor], device: torch.device) -> triton._Call:
+    q, k, v, *operands = given
+    seed = torch.zeros(1, dtype=torch.int64, device=device) if spec.dropout else None
+    return triton._Call(spec, q, k, v, operands, seed, Device.of(device), triton._run)
+
+
+@dataclass
+class _Problem:
+    """Inputs, and how they are attended to and differentiated."""
+
+    call: triton._Call
+    operands: list[torch.Tensor]
+    needs: Sequence[bool]
+
+    def __post_init__(self) -> None:
+        call = self.call
+        self.which: Pass = "forward" if call.decoding() is None else "decode"
+        self.out, self.stats = allocate(call.spec, call.q, call.k, call.v, self.operands)
+        numbers = torch.randn(self.out.shape, generator=_generator(call.q.device), device=call.q.device)
+        self.dout = numbers.to(self.out.dtype)
+
+    def attend(self) -> None:
+        """As anybody would, without a configuration to measure."""
+        triton._fitting(self.call, self.which, lambda: self.forward(self.call))
+
+    def forward(self, call: triton._Call) -> _Results:
+        (triton._decode if self.which == "decode" else triton._forward)(call, self.out, self.stats)
+        return [self.out, *self.stats]
+
+    def backward(self, call: triton._Call) -> _Results:
+        made = triton._backward(call, self.dout, self.out, self.stats, self.operands, self.needs)
         return [x for x in made if x is not None]
 
-    yield _Measured(call, "backward", backward)
+    @staticmethod
+    def busiest(
+        spec: Attention, given: Sequence[torch.Tensor], needs: Sequence[bool], device: torch.device, timer: Timer
+    ) -> _Problem:
+        """A mask may hide where it is True, a number be a document's, or a length: what takes longest hides least."""
+        dtypes = {x.dtype for x in given}
+        flags = (True, False) if torch.bool in dtypes else (True,)
+        whole = any(d != torch.bool and not d.is_floating_point for d in dtypes)
+        numbers = (0, max(given[0].shape[-2], given[1].shape[-2])) if whole else (0,)
 
+        def made(flag: bool, number: int) -> _Problem:
+            inputs = _inputs(given, device, flag, number)
+            return _Problem(_call(spec, inputs, device), inputs[3:], needs)
 
-def _is_new(call: triton._Call, which: Pass) -> bool:
-    return call.key(which) not in tuned.entries()
+        best, *others = ((flag, number) for flag in flags for number in numbers)
+        longest = timer(made(*best).attend, device) if others else 0.0
+        for choice in others:
+            taken = timer(made(*choice).attend, device)
+            if taken * _GAIN > longest:
+                best, longest = choice, taken
+        return made(*best)
 
 
 def _generator(device: torch.device) -> torch.Generator:
@@ -128,17 +173,18 @@ def _generator(device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(0)
 
 
-def _inputs(given: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """Tensors of the same shapes, strides and dtypes."""
+def _inputs(given: Sequence[torch.Tensor], device: torch.device, flag: bool, number: int) -> list[torch.Tensor]:
+    """Tensors of the same shapes, strides and dtypes: random numbers, or `flag` or `number` everywhere."""
     generator = _generator(device)
     made = []
     for x in given:
         # broadcast dims share memory
-        length = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride())) if x.numel() else 0
+        length = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride()))
         if x.is_floating_point():
             flat = torch.randn(length, generator=generator, device=device).to(x.dtype)
         else:
-            flat = torch.full((length,), x.dtype == torch.bool, dtype=x.dtype, device=device)
+            value = flag if x.dtype == torch.bool else min(number, torch.iinfo(x.dtype).max)
+            flat = torch.full((length,), value, dtype=x.dtype, device=device)
         made.append(flat.as_strided(x.shape, x.stride()))
     return made
 

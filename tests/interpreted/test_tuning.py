@@ -15,7 +15,7 @@ from kernel_cases import INF, make_spec, qkv, randn
 
 import attnfuse
 from attnfuse import backend, settings
-from attnfuse.expr import causal, dense
+from attnfuse.expr import Algebra, K, Load, causal, dense
 from attnfuse.kernels import measure, triton
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.triton import tuned, tuning
@@ -23,6 +23,7 @@ from attnfuse.kernels.triton.configs import Config
 from attnfuse.kernels.triton.tuned import Entry
 from attnfuse.spec import Bias, ReplaceFill
 
+A = Algebra()
 TABLE, FAST = Config(32, 64, 4, 1), Config(16, 16, 4, 1)
 MS = {TABLE: 4.0, FAST: 1.0}
 BROKEN = [
@@ -42,6 +43,7 @@ def directory(tmp_path, monkeypatch):
     monkeypatch.setenv("ATTNFUSE_CACHE_DIR", str(path))
     # which would build the CPU kernels into the empty directory
     monkeypatch.setattr(backend, "prepare", lambda: None)
+    monkeypatch.setattr(triton, "_shrunk", {})
     monkeypatch.setattr(tuning, "candidates", lambda *given: [TABLE, FAST])
     tuned.reset()
     yield path
@@ -145,10 +147,33 @@ def test_inputs_are_made_by_shape_stride_and_dtype(launched, clock):
     found = tuning.tune(spec, q, q, q, [keep, bias, ids], needs, torch.device("cpu"), timer=clock)
     assert [r.entry.best for r in found] == [FAST, FAST] and not any(r.skipped or r.wrong for r in found)
     assert torch.equal(torch.random.get_rng_state(), before)
-    made = tuning._inputs([q, keep, bias, ids], torch.device("cpu"))
+    made = tuning._inputs([q, keep, bias, ids], torch.device("cpu"), True, 7)
     assert [(x.shape, x.stride(), x.dtype) for x in made] == [
         (x.shape, x.stride(), x.dtype) for x in (q, keep, bias, ids)
     ]
+
+
+@pytest.mark.parametrize(
+    ("mask", "dtype", "sees"),
+    [
+        (A.compare("le", K, Load(0, "int64")), torch.int64, 20),
+        (A.compare("le", Load(0, "int64"), K), torch.int64, 0),
+        (A.compare("le", K, Load(0, "int8")), torch.int8, 20),
+        (dense(0), torch.bool, True),
+        (dense(0, inverted=True), torch.bool, False),
+    ],
+)
+def test_masks_are_given_what_leaves_most_to_do(mask, dtype, sees):
+    _, q, k, v = plain()
+    operand = torch.zeros(1, 1, 1, 1, dtype=dtype)
+    spec = make_spec(q, k, v, [operand], steps=(ReplaceFill(mask, -INF),))
+
+    def keys_seen(attend, device):
+        attend()
+        return float(attend.__self__.stats[1].nan_to_num().mean())
+
+    found = tuning._Problem.busiest(spec, [q, k, v, operand], (), torch.device("cpu"), keys_seen)
+    assert found.operands[0].item() == sees
 
 
 def test_a_candidate_that_fails_is_skipped(launched, clock, monkeypatch):

@@ -22,8 +22,10 @@ class Device:
     def of(device: torch.device | Device) -> Device:
         if isinstance(device, Device):
             return device
-        if device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
-            return _nvidia(device)
+        if device.type == "cuda" and torch.cuda.is_available():
+            return _nvidia(device) if torch.version.hip is None else Device("cuda", name=_name(device))
+        if device.type == "xpu" and torch.xpu.is_available():
+            return Device("xpu", name=_name(device))
         return Device(device.type)
 
     def __str__(self) -> str:
@@ -34,3 +36,8 @@ class Device:
 def _nvidia(device: torch.device) -> Device:
     found = torch.cuda.get_device_properties(device)
     return Device("cuda", 10 * found.major + found.minor, found.name, found.multi_processor_count)
+
+
+@functools.lru_cache(maxsize=64)
+def _name(device: torch.device) -> str:
+    return str(torch.get_device_module(device).get_device_name(device))

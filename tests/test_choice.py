@@ -96,3 +96,12 @@ def test_every_spec_is_taken_or_refused_with_reasons_by_the_planned_kernels(name
     assert {s for s in refused if answers[s]} == refused, answers
     assert PLANNED[name].reasons(spec_of(), GPUS[90])
     assert name not in {k.name for k in KERNELS}
+
+
+@pytest.mark.parametrize(("kind", "hip"), [("cuda", "6.4"), ("xpu", None)])
+def test_other_vendors_gpus_have_a_name_and_no_capability(kind, hip, monkeypatch) -> None:
+    module = torch.get_device_module(kind)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(module, "is_available", lambda: True)
+    monkeypatch.setattr(module, "get_device_name", lambda device: f"the {device.type} in slot {device.index}")
+    assert Device.of(torch.device(kind, 3)) == Device(kind, 0, f"the {kind} in slot 3")

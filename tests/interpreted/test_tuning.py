@@ -153,6 +153,12 @@ def test_inputs_are_made_by_shape_stride_and_dtype(launched, clock):
     ]
 
 
+def test_a_candidate_is_measured_in_the_kernel_that_will_run_it(launched, clock):
+    # 100 keys are two parts for tiles of 16, but none for those of the table
+    (result,) = tuning.tune(*plain(K=100), timer=clock)
+    assert result.which == "forward" and {name for name, _, _ in launched} == {"forward"}
+
+
 @pytest.mark.parametrize(
     ("mask", "dtype", "sees"),
     [

@@ -2,7 +2,8 @@
 
     torch.compile(model, backend="attnfuse")
 
-needs no import. For looking into what was done: `explain`, `reports`, `reset`, `Report`; for checking it: `verify`.
+needs no import. For looking into what was done: `explain`, `reports`, `reset`, `Report`; for checking it: `verify`. An
+exported program, for which there are no backends, is rewritten by `rewrite`.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from attnfuse.exported import rewrite
     from attnfuse.reporting import Report, explain, reports, reset
     from attnfuse.verification import Verification, verify
 
 __version__ = "0.1.0"
-__all__ = ["Report", "Verification", "__version__", "explain", "reports", "reset", "verify"]
+__all__ = ["Report", "Verification", "__version__", "explain", "reports", "reset", "rewrite", "verify"]
 
 _HOMES = {
     "Report": "reporting",
     "explain": "reporting",
     "reports": "reporting",
     "reset": "reporting",
+    "rewrite": "exported",
     "Verification": "verification",
     "verify": "verification",
 }

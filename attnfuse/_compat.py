@@ -74,12 +74,17 @@ def unsupported_torch() -> str | None:
     return f"torch {torch.__version__} is not supported (attnfuse supports 2.11 to 2.15)"
 
 
-def trace(run: Callable[..., Any], args: list[Any], fake_mode: FakeTensorMode) -> fx.GraphModule:
-    """The ATen graph, before dispatch, of run(*args) under `fake_mode`; composite ops such as matmul stay whole."""
+def trace(
+    run: Callable[..., Any], args: list[Any], fake_mode: FakeTensorMode, composite: bool = True
+) -> fx.GraphModule:
+    """The ATen graph of run(*args) under `fake_mode`: before dispatch, where composite ops such as matmul stay whole.
+
+    composite: False for the graph after dispatch, in which they are taken apart.
+    """
     shape_env = fake_mode.shape_env
     quiet = shape_env.ignore_fresh_unbacked_symbols() if shape_env is not None else contextlib.nullcontext()
     with fake_mode, quiet:
-        return proxy_tensor.make_fx(run, pre_dispatch=True)(*args)
+        return proxy_tensor.make_fx(run, pre_dispatch=composite)(*args)
 
 
 def _tracer() -> Any:

@@ -48,7 +48,7 @@ def backend(
         chosen, patches = settings.parse(options, mode)
     except ValueError as error:
         raise _compat.options_error()(str(error)) from None
-    original = _copied(gm)
+    original = copied(gm)
     work = rewrite(gm, chosen)
     report = work.report
     try:
@@ -57,14 +57,14 @@ def backend(
         if chosen.strict or not work.fused:
             raise
         message = f"the rewritten graph did not compile ({type(error).__name__}: {error}); the original is used"
-        _warn(message)
+        warn(message)
         compiled = _inner(original, example_inputs, chosen, patches)
-        report = _undone(report, message)
+        report = undone(report, message)
     reporting.record(report)
     return _verifying(compiled, original, chosen) if chosen.verify and report.fused else compiled
 
 
-def _undone(report: reporting.Report, message: str) -> reporting.Report:
+def undone(report: reporting.Report, message: str) -> reporting.Report:
     """The report of a graph whose rewrites were taken back."""
     sites = tuple(
         replace(s, status="refused", kernel=None, reason=message) if s.status == "fused" else s for s in report.sites
@@ -99,7 +99,7 @@ def rewrite(gm: fx.GraphModule, chosen: Settings) -> Work:
     if unsupported is not None:
         if chosen.strict:
             raise RuntimeError(unsupported)
-        _warn(f"graphs are left as they were: {unsupported}")
+        warn(f"graphs are left as they were: {unsupported}")
         return Work(reporting.Report((), before, before, name, (unsupported,)))
     try:
         prepare()
@@ -129,11 +129,11 @@ def rewrite(gm: fx.GraphModule, chosen: Settings) -> Work:
         if chosen.strict:
             raise
         message = f"{type(error).__name__}: {error}"
-        _warn(f"a graph is left as it was: {message}")
+        warn(f"a graph is left as it was: {message}")
         log.debug("while rewriting", exc_info=True)
         notes.append(f"left as it was after an unexpected error: {message}")
         report = reporting.Report(tuple(reports), before, before, name, tuple(notes), seconds)
-        return Work(_undone(report, message), spoiled=True)
+        return Work(undone(report, message), spoiled=True)
     after = readable(gm) if fused else before
     return Work(reporting.Report(tuple(reports), before, after, name, tuple(notes), seconds), fused)
 
@@ -259,7 +259,7 @@ def _code_hash() -> str:
     return digest.hexdigest()
 
 
-def _copied(gm: fx.GraphModule) -> fx.GraphModule:
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy with graphs of its own, checkpointed regions included; parameters and metadata are shared."""
     twin = fx.GraphModule(gm, _graph_copy(gm.graph), class_name=type(gm).__name__)
     twin.meta = dict(gm.meta)
@@ -268,7 +268,7 @@ def _copied(gm: fx.GraphModule) -> fx.GraphModule:
             setattr(twin, name, value)
     for name, child in list(twin.named_children()):
         if isinstance(child, fx.GraphModule):
-            setattr(twin, name, _copied(child))
+            setattr(twin, name, copied(child))
     return twin
 
 
@@ -277,6 +277,8 @@ def _graph_copy(graph: fx.Graph) -> fx.Graph:
     mapping: dict[fx.Node, fx.Node] = {}
     result = new.graph_copy(graph, mapping)
     for old, twin in mapping.items():
+        # an exported program's inputs may have names that a graph does not give, such as 'input'
+        twin.name = old.name
         # Dynamo keeps where an input comes from in attributes of its own
         for name, value in getattr(old, "__dict__", {}).items():
             if name not in vars(twin):
@@ -329,10 +331,10 @@ def _compare(found: Any, expected: Any, chosen: Settings) -> None:
             message = f"output {index} of a compiled graph differs from eager"
             if chosen.strict:
                 raise RuntimeError(f"attnfuse: {message}")
-            _warn(message)
+            warn(message)
 
 
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
     warnings.warn(f"attnfuse: {message}", RuntimeWarning, stacklevel=3)
 
 

@@ -5,9 +5,9 @@
         -> the gradients needed
     own(x) -> a copy of x that no compiler takes for x itself
 
-Shapes as in attnfuse.spec; seed int64 [1] or None; q_bounds and k_bounds as in kernels/layout.py, None where the layout is
-dense; spec is `Attention.text`; kernel the name of one; strict whether a
-failing kernel raises instead of giving way to the next one. stats float32
+Shapes as in attnfuse.spec; operands a list, or None for none (AOTInductor's runtime makes None of an empty list); seed
+int64 [1] or None; q_bounds and k_bounds as in kernels/layout.py, None where the layout is dense; spec is `Attention.text`;
+kernel the name of one; strict whether a failing kernel raises instead of giving way to the next one. stats float32
 [2, *batch, Q] holds each row's maximum and its sum of exp(s - maximum). They are kept apart since a finite fill such as
 finfo.min swallows the logarithm of the sum.
 """
@@ -26,7 +26,7 @@ from attnfuse.spec import Attention
 
 _LIBRARY = torch.library.Library("attnfuse", "DEF")
 _LIBRARY.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor[] operands, Tensor? seed, Tensor? q_bounds, Tensor? k_bounds, "
+    "attention(Tensor q, Tensor k, Tensor v, Tensor[]? operands, Tensor? seed, Tensor? q_bounds, Tensor? k_bounds, "
     "str spec, str kernel, bool strict) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
@@ -86,7 +86,7 @@ def _forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    operands: Sequence[torch.Tensor],
+    operands: Sequence[torch.Tensor] | None,
     seed: torch.Tensor | None,
     q_bounds: torch.Tensor | None,
     k_bounds: torch.Tensor | None,
@@ -94,7 +94,7 @@ def _forward(
     kernel: str,
     strict: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    parsed = Attention.parse(spec)
+    parsed, operands = Attention.parse(spec), operands or ()
     for observe in observers:
         observe(parsed, q, k, operands)
     arguments = (parsed, q, k, v, operands, seed, Bounds(q_bounds, k_bounds))
@@ -140,7 +140,7 @@ def _(
     kernel: str,
     strict: bool,
 ) -> Any:
-    return allocate(Attention.parse(spec), q, k, v, operands, Bounds(q_bounds, k_bounds))
+    return allocate(Attention.parse(spec), q, k, v, operands or (), Bounds(q_bounds, k_bounds))
 
 
 @torch.library.register_fake("attnfuse::attention_backward", lib=_LIBRARY)
@@ -165,6 +165,7 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     q, k, v, operands, seed, q_bounds, k_bounds, spec, kernel, strict = inputs
+    operands = operands or ()
     out, stats = output
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)

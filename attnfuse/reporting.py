@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import rich.console
     import rich.table
     import torch
+    from torch.export import ExportedProgram
 
     from attnfuse.spec import Attention
 
@@ -254,16 +255,23 @@ def _placed(site: SiteReport, name: str) -> SiteReport:
     return replace(site, where=f"in {name}") if site.where.startswith(f"{os.path.basename(__file__)}:") else site
 
 
-def explain(model_or_function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
+def explain(model_or_function: Callable[..., Any] | ExportedProgram, /, *args: Any, **kwargs: Any) -> Report:
     """Make one call, `model_or_function(*args, **kwargs)`, and say what attnfuse does to each attention in it.
 
     The call is compiled anew with the rest of the graph run eagerly (options={'inner': 'eager'}), whatever has been
     compiled before; code that is compiled already stays as it is and `reports()` does not list this call. The call is
     really made: what it mutates is mutated, and grad mode, train or eval mode and autocast are taken as they are.
 
+    An exported program is rewritten instead (attnfuse.rewrite), and called only if there are arguments.
+
     Raises TypeError for something that cannot be called.
     """
+    from torch.export import ExportedProgram
+
     from attnfuse.backend import backend
+
+    if isinstance(model_or_function, ExportedProgram):
+        return _explain_exported(model_or_function, args, kwargs)
 
     def explaining(gm: Any, example_inputs: Any) -> Any:
         return backend(gm, example_inputs, options={"inner": "eager"})
@@ -278,6 +286,17 @@ def explain(model_or_function: Callable[..., Any], /, *args: Any, **kwargs: Any)
             (), "", "", name, ("no graph was compiled: is torch.compile disabled, or did Dynamo skip the call?",)
         )
     return _with_masks(merge(collected, name), calls)
+
+
+def _explain_exported(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:
+    from attnfuse.exported import rewrite
+
+    calls: list[tuple[str, torch.Tensor | None]] = []
+    with collecting() as collected, _observing(calls):
+        made = rewrite(program)
+        if args or kwargs:
+            made.module()(*args, **kwargs)
+    return _with_masks(collected[0], calls)
 
 
 @contextlib.contextmanager

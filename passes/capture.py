@@ -8,6 +8,7 @@ autograd.Function, hooks, other functorch regions and higher-order ops) is a nod
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import re
 from collections.abc import Sequence
@@ -37,6 +38,9 @@ class _Unknown:
 
 
 UNKNOWN = _Unknown()
+
+#: Key of a placeholder's metadata: the input's name in reports, where it does not follow from the placeholder's own.
+NAME = "attnfuse_name"
 
 # Methods whose effect is not on the values of the graph but on autograd or on the tensor object.
 _OPAQUE_METHODS = {
@@ -107,7 +111,9 @@ class View:
         if len(found) != 1:
             return ""
         given = self.scopes[0].nodes.get(found.pop())
-        return _plain_name(str(given.target)) if given is not None else ""
+        if given is None:
+            return ""
+        return str(given.meta.get(NAME) or _plain_name(str(given.target)))
 
 
 def _plain_name(target: str) -> str:
@@ -139,6 +145,11 @@ def value_of(node: fx.Node) -> Any:
 
 def is_mutating(node: fx.Node) -> bool:
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+def is_assertion(node: fx.Node) -> bool:
+    """Whether the node only checks the dtype, device or shape of a tensor; torch.export puts one before each cast."""
+    return node.target is torch.ops.aten._assert_tensor_metadata.default
 
 
 def written(node: fx.Node) -> list[fx.Node]:
@@ -212,9 +223,13 @@ class _Recorder:
         if node.op == "get_attr":
             value = _attribute(scope.module, str(node.target))
             return value if isinstance(value, fx.GraphModule) else self._opaque(node, (), {})
-        if _is_checkpoint(node):
-            body: Any = args[0]
-            return self.run(Scope(body, scope, node), args[1:])
+        if is_assertion(node):
+            # it is no use of the value; the emitter drops it with the node that it is about
+            return None
+        region = _region(node, args)
+        if region is not None:
+            with region.mode:
+                return self.run(Scope(region.body, scope, node), region.operands)
         if node.target is _compat.enter_autocast:
             # a trace before dispatch notes this call without making it, and the dtypes after it would be wrong
             mode = torch.autocast(*args, **kwargs)
@@ -326,8 +341,26 @@ def _is_mapped(node: fx.Node) -> bool:
     return any(_compat.is_functorch_tensor(x) for x in pytree.tree_leaves(node.meta.get("example_value")))
 
 
-def _is_checkpoint(node: fx.Node) -> bool:
-    return isinstance(node.target, HigherOrderOperator) and node.target.name() == "tag_activation_checkpoint"
+@dataclass(frozen=True)
+class _Region:
+    """A graph that a higher-order op runs once, as it is, on its last arguments; mode: what holds inside."""
+
+    body: fx.GraphModule
+    operands: Sequence[Any]
+    mode: contextlib.AbstractContextManager[Any]
+
+
+def _region(node: fx.Node, args: Any) -> _Region | None:
+    """What the node runs, if it is a call of that kind: checkpointing, or a mode that torch.export made a region of."""
+    name = node.target.name() if isinstance(node.target, HigherOrderOperator) else ""
+    if name == "tag_activation_checkpoint":
+        return _Region(args[0], args[1:], contextlib.nullcontext())
+    if name == "wrap_with_set_grad_enabled":
+        return _Region(args[1], args[2:], torch.enable_grad() if args[0] else torch.no_grad())
+    if name == "wrap_with_autocast":
+        device, dtype, enabled, cache, body, *operands = args
+        return _Region(body, operands, torch.autocast(device, dtype, enabled, cache))
+    return None
 
 
 def _unbacked(value: Any) -> set[Any]:

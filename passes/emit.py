@@ -12,7 +12,7 @@ from torch import fx
 from attnfuse._compat import FakeTensorMode, OpOverload, alias_key, is_functorch_tensor, pytree
 from attnfuse.expr import Apply, Const, Expr, Index, Linear
 from attnfuse.passes.aten import name_of, shape_of
-from attnfuse.passes.capture import Scope, View, is_mutating, is_stale, opaque, value_of, written
+from attnfuse.passes.capture import Scope, View, is_assertion, is_mutating, is_stale, opaque, value_of, written
 from attnfuse.passes.labels import Atom, Dim, Distances, Labels, is_one, known_equal
 from attnfuse.passes.read import stride_hint
 from attnfuse.passes.site import Leaf, Refusal, Site
@@ -125,12 +125,14 @@ class Emitter:
             owned.setdefault((origin.scope, origin.node), []).append(made)
         for scope in reversed(self.view.scopes):
             for node in reversed(list(scope.module.graph.nodes)):
-                if node.users or node.op in ("placeholder", "output"):
+                claims = [u for u in node.users if is_assertion(u)]
+                if len(claims) < len(node.users) or node.op in ("placeholder", "output"):
                     continue
                 parts = owned.get((scope, node), [])
                 unneeded = all(n in inside or _is_pure(n) or _writes_own_memory(self.view, n) for n in parts)
                 if node in scope.values and unneeded and _may_go(node, parts):
-                    scope.module.graph.erase_node(node)
+                    for done in (*claims, node):
+                        scope.module.graph.erase_node(done)
             if scope in self.touched:
                 scope.module.graph.lint()
                 scope.module.recompile()
@@ -145,7 +147,8 @@ def _is_pure(node: fx.Node) -> bool:
     if node.target is opaque or is_mutating(node):
         return False
     if isinstance(node.target, OpOverload):
-        return not (_RANDOM & set(node.target.tags))
+        # random ops are impure in some versions of torch; assertions about sizes are in all
+        return not (_RANDOM & set(node.target.tags)) and not node.is_impure()
     return getattr(node.target, "__module__", "") in ("_operator", "math") or _is_symbolic(node)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import fx
 
@@ -39,7 +40,10 @@ def find(view: View) -> list[Anchor]:
             anchor = _anchor(view, node)
             if anchor is not None:
                 anchors.append(anchor)
-    return anchors
+    # the softmax inside of a safe one is no anchor of its own
+    safe = [a for a in anchors if name_of(a.weights) == "where"]
+    within = {node for a in safe for node in a.inside}
+    return [a for a in anchors if a in safe or a.weights not in within]
 
 
 def _anchor(view: View, node: fx.Node) -> Anchor | None:
@@ -56,7 +60,36 @@ def _anchor(view: View, node: fx.Node) -> Anchor | None:
         return _quotient(node)
     if name == "mul":
         return _product(node)
+    if name == "where":
+        return _zero_for_hidden_rows(node)
     return None
+
+
+def _zero_for_hidden_rows(node: fx.Node) -> Anchor | None:
+    """where(every score of the row is -inf, 0, softmax(scores)): what torch makes of _safe_softmax, and of sdpa with it."""
+    if len(node.args) != 3 or not all(map(is_tensor, node.args)):
+        return None
+    row, zero, weights = node.args
+    if name_of(weights) != "softmax" or constant(zero) != 0.0:  # type: ignore[arg-type]
+        return None
+    soft = arguments(weights)  # type: ignore[arg-type]
+    passed: set[Any] = {node, weights}
+    if weights in zero.all_input_nodes:  # type: ignore[union-attr]
+        passed.add(zero)
+    # every one is, or not any one is not
+    parts = ("all", "eq") if name_of(row) == "all" else ("logical_not", "any", "logical_not", "eq")  # type: ignore[arg-type]
+    at: Any = row
+    for part in parts:
+        if not is_tensor(at) or name_of(at) != part:
+            return None
+        args = arguments(at)
+        if part in ("any", "all") and (args.get("dim") != soft["dim"] or not args.get("keepdim")):
+            return None
+        passed.add(at)
+        at, last = args["self"], args
+    if at is not soft["self"] or constant(last["other"]) != -math.inf:
+        return None
+    return Anchor(at, soft["dim"], node, frozenset(passed), hidden="zero")
 
 
 def _exponential(view: View, node: fx.Node) -> Anchor | None:

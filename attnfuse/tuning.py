@@ -71,9 +71,9 @@ def _fastest_of(job: Job) -> str | None:
 
 def _milliseconds(kernel: Kernel, job: Job) -> float:
     """Of one forward, and one backward where gradients are needed; infinite for a kernel that fails."""
-    from attnfuse.kernels.triton.tuning import _inputs
+    from attnfuse.kernels.triton.tuning import inputs_like
 
-    given = _inputs(job.tensors, job.device)
+    given = inputs_like(job.tensors, job.device, True, 0)
     seed = torch.zeros(1, dtype=torch.int64, device=job.device) if job.spec.dropout else None
     module = kernel.load()
 

@@ -458,8 +458,8 @@ def test_kernel_and_nan_policy_reach_the_ops() -> None:
     program = export(Function(attend), (), qkv())
     found = attnfuse.rewrite(program, options={"kernel": "reference", "nan_policy": "eager"})
     (node,) = (n for n in found.graph.nodes if str(n.target) == "attnfuse.attention.default")
-    assert node.args[6] == "reference"
-    assert Attention.parse(node.args[5]).nan_policy == "eager"
+    assert node.args[8] == "reference"
+    assert Attention.parse(node.args[7]).nan_policy == "eager"
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ class _Problem:
         numbers = (0, max(given[0].shape[-2], given[1].shape[-2])) if whole else (0,)
 
         def made(flag: bool, number: int) -> _Problem:
-            inputs = _inputs(given, device, flag, number)
+            inputs = inputs_like(given, device, flag, number)
             return _Problem(_call(spec, inputs, device), inputs[3:], needs)
 
         best, *others = ((flag, number) for flag in flags for number in numbers)
@@ -173,7 +173,7 @@ def _generator(device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(0)
 
 
-def _inputs(given: Sequence[torch.Tensor], device: torch.device, flag: bool, number: int) -> list[torch.Tensor]:
+def inputs_like(given: Sequence[torch.Tensor], device: torch.device, flag: bool, number: int) -> list[torch.Tensor]:
     """Tensors of the same shapes, strides and dtypes: random numbers, or `flag` or `number` everywhere."""
     generator = _generator(device)
     made = []

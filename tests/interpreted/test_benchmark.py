@@ -10,7 +10,6 @@ from benchmarks.on_device.machine import machine
 from benchmarks.on_device.measure import measure
 from benchmarks.on_device.problem import OURS, Compilers
 
-
 _SLOW = pytest.mark.slow
 
 

@@ -147,7 +147,7 @@ def test_inputs_are_made_by_shape_stride_and_dtype(launched, clock):
     found = tuning.tune(spec, q, q, q, [keep, bias, ids], needs, torch.device("cpu"), timer=clock)
     assert [r.entry.best for r in found] == [FAST, FAST] and not any(r.skipped or r.wrong for r in found)
     assert torch.equal(torch.random.get_rng_state(), before)
-    made = tuning._inputs([q, keep, bias, ids], torch.device("cpu"), True, 7)
+    made = tuning.inputs_like([q, keep, bias, ids], torch.device("cpu"), True, 7)
     assert [(x.shape, x.stride(), x.dtype) for x in made] == [
         (x.shape, x.stride(), x.dtype) for x in (q, keep, bias, ids)
     ]

@@ -277,7 +277,7 @@ def forward(
         stats[0].fill_(-math.inf)
         stats[1].zero_()
         out.zero_()
-    if empty or (bounds != DENSE and bounds.sequences == 0):
+    if empty or (spec.layout != "dense" and bounds.sequences == 0):
         return out, stats
     call = _Call(spec, q, k, v, list(operands), seed, Device.of(q.device), _run, bounds)
     if call.decoding() is None:
@@ -378,7 +378,7 @@ def backward(
     with warn_only). Raises as forward does.
     """
     check_bounds(spec, bounds)
-    if out.numel() == 0 or k.shape[-2] == 0 or (bounds != DENSE and bounds.sequences == 0):
+    if out.numel() == 0 or k.shape[-2] == 0 or (spec.layout != "dense" and bounds.sequences == 0):
         return [torch.zeros_like(x) if need else None for x, need in zip((q, k, v, *operands), needs, strict=True)]
     call = _Call(spec, q, k, v, list(operands), seed, Device.of(q.device), _run, bounds)
     return _fitting(call, "backward", lambda: _backward(call, dout, out, stats, operands, needs))

@@ -71,19 +71,13 @@ def _pretend_resources(monkeypatch: pytest.MonkeyPatch, large: configs.Config) -
 
     tried: list[tuple[int, int]] = []
 
-    def config(call: Any, which: configs.Pass) -> configs.Config:
-        found = large
-        for _ in range(triton._shrunk.get(call._tile_key(which), 0)):
-            found = found.smaller() or found
-        return found
-
     def launch(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
         tried.append((arguments["BM"], arguments.get("BN", 0)))
         if max(tried[-1]) > 32:
             raise OutOfResources(required=1 << 20, limit=1 << 17, name="shared memory")
         kernel[(programs,)](**arguments)
 
-    monkeypatch.setattr(triton._Call, "config", config)
+    monkeypatch.setattr(triton._Call, "table", lambda call, which: large)
     monkeypatch.setattr(triton, "_run", launch)
     return tried
 

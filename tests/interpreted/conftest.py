@@ -31,3 +31,14 @@ def device() -> torch.device:
 def options() -> dict[str, Any]:
     """Of torch.compile: what runs every attention on the Triton kernels, or fails."""
     return {"inner": "aot_eager", "kernel": "triton", "strict": True}
+
+
+#: Cases for devices that cost the interpreter minutes and say little more here than others of this folder.
+_LONG = ("test_regression_", "test_models_are_fused_and_hold_the_bar[dtype1")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name == "test_device.py" and item.name.startswith(_LONG):
+            item.add_marker(pytest.mark.slow)

@@ -27,7 +27,8 @@ def rewrite(program: ExportedProgram, *, options: Mapping[str, Any] | None = Non
     """The program with every attention that can be read on a fused kernel, as torch.compile's backend rewrites a model.
 
         program = attnfuse.rewrite(torch.export.export(model, args, dynamic_shapes=...))
-        package = torch._inductor.aoti_compile_and_package(program)
+        configs = attnfuse.exported.inductor_configs()
+        package = torch._inductor.aoti_compile_and_package(program, inductor_configs=configs)
 
     program  of torch.export, in training IR (as `export` gives it) or inference IR (after `run_decompositions`). It is
              left as it was; parameters, buffers and constants are shared with the result.
@@ -53,6 +54,14 @@ def rewrite(program: ExportedProgram, *, options: Mapping[str, Any] | None = Non
     made, report = _attempt(program, chosen)
     reporting.record(replace(report, name=_class_name(program) or report.name))
     return made
+
+
+def inductor_configs(configs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """`configs` for aoti_compile_and_package, with what keeps Inductor's own attention patterns from what was left.
+
+    Some of them are wrong: softmax over another dim than the last between two products is fused to other numbers.
+    """
+    return _compat.without_sdpa_patterns(dict(configs or {}), backend.identity(Settings()))
 
 
 def _class_name(program: ExportedProgram) -> str:

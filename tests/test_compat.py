@@ -27,6 +27,13 @@ def test_trace_keeps_composite_ops_whole():
     assert targets == [torch.ops.aten.matmul.default, torch.ops.aten.softmax.int]
 
 
+def test_trace_takes_composite_ops_apart_on_request():
+    x = fake(2, 3, 3)
+    made = _compat.trace(lambda a: a.reshape(6, 3).to(torch.float64), [x], x.fake_mode, composite=False)
+    targets = [n.target for n in made.graph.nodes if n.op == "call_function"]
+    assert targets == [torch.ops.aten.view.default, torch.ops.aten._to_copy.default]
+
+
 def test_traced_node_and_graph_name_what_made_a_value():
     seen = []
 

@@ -241,6 +241,14 @@ class _Writer:
             return self._imported(made)
         return self._copy(made)
 
+    def here(self, made: fx.Node) -> fx.Node:
+        """node_for, on the device of q: a tensor without dims may be the CPU's, and a mask be read past its way there."""
+        node = self.node_for(made)
+        value = value_of(made)
+        if not isinstance(value, torch.Tensor) or value.device == self.device:
+            return node
+        return self.method("to", node, self.device)
+
     def _is_outside(self, made: fx.Node) -> bool:
         """Whether the value is made outside of this checkpointed region."""
         origin = self.emitter.view.origin.get(made)
@@ -335,7 +343,7 @@ class _Writer:
 
     def canonical(self, leaf: Leaf, batch: Dim, row: Dim, column: Dim) -> fx.Node:
         """The leaf as [*batch, row, column] with 1 where it has no such dim: only views, no copy."""
-        node = self.node_for(leaf.node) if leaf.made is None else self._made(leaf)
+        node = self.here(leaf.node) if leaf.made is None else self._made(leaf)
         for at, start in enumerate(leaf.starts):
             length: Any = 1
             for atom in leaf.labels[at]:
@@ -488,7 +496,7 @@ class Values:
             return total
         if isinstance(e, Tensor):
             index = [self.as_tensor(self.run(i)) for i in e.index]
-            return w.call(torch.ops.aten.index.Tensor, (w.node_for(e.node), index))
+            return w.call(torch.ops.aten.index.Tensor, (w.here(e.node), index))
         if isinstance(e, Call):
             return self._call(e)
         assert isinstance(e, Apply)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -45,12 +46,15 @@ def backward(
 ) -> list[torch.Tensor | None]:
     """Gradients for those of (q, k, v, *operands) that `needs` names, in their shapes and dtypes."""
     inputs = [q, k, v, *operands]
+    # another thread has a stream of its own, which does not wait for this one's, and which no CUDA graph records
+    stream = torch.cuda.current_stream(q.device) if q.is_cuda else None
 
     def differentiate() -> tuple[torch.Tensor | None, ...]:
-        leaves = [x.detach().requires_grad_() if need else x.detach() for x, need in zip(inputs, needs)]
-        values, _ = attend(spec, leaves[0], leaves[1], leaves[2], leaves[3:], seed, _precision(spec), bounds)
-        wanted = [x for x, need in zip(leaves, needs) if need]
-        return torch.autograd.grad(values, wanted, dout.to(values.dtype), allow_unused=True)
+        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+            leaves = [x.detach().requires_grad_() if need else x.detach() for x, need in zip(inputs, needs)]
+            values, _ = attend(spec, leaves[0], leaves[1], leaves[2], leaves[3:], seed, _precision(spec), bounds)
+            wanted = [x for x, need in zip(leaves, needs) if need]
+            return torch.autograd.grad(values, wanted, dout.to(values.dtype), allow_unused=True)
 
     # inside of an op autograd is off for its thread, whatever enable_grad says
     with ThreadPoolExecutor(1) as aside:

@@ -111,7 +111,8 @@ class _Call:
         if self.device.type == "cpu":
             # the interpreter's cost is in the number of operations
             return Config(32, 64, 4, 1)
-        return config(self.device.capability, which, self.q.element_size() * 8, self.D, self.E)
+        heavy = bool(self.operands) or self.traits.checked or self.traits.doubt > -math.inf
+        return config(self.device.capability, which, self.q.element_size() * 8, self.D, self.E, heavy)
 
     def _unshrunk(self, which: Pass) -> Config:
         kept = tuned.entries()

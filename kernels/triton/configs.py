@@ -34,10 +34,60 @@ def padded(width: int) -> int:
     return found
 
 
-def config(capability: int, which: Pass, bits: int, D: int, E: int) -> Config:
+_Table = dict[tuple[Pass, int], dict[int, Config]]
+
+#: By pass and head size up to which it holds: by compute capability, 0 for any other device. 16 bits:
+_HALF: _Table = {
+    ("forward", 64): {**dict.fromkeys((80, 90, 100), Config(128, 64, 8, 3)), 0: Config(128, 64, 8, 2)},
+    ("forward", 128): {**dict.fromkeys((80, 90, 100), Config(128, 64, 8, 3)), 0: Config(64, 64, 4, 2)},
+    ("forward", 256): {**dict.fromkeys((80, 90, 100), Config(64, 32, 8, 2)), 0: Config(64, 32, 8, 1)},
+    ("backward", 64): {**dict.fromkeys((80, 90, 100), Config(64, 64, 8, 2)), 0: Config(64, 32, 4, 2)},
+    ("backward", 128): {**dict.fromkeys((80, 90, 100), Config(64, 64, 8, 2)), 0: Config(64, 32, 4, 1)},
+    ("backward", 256): {0: Config(32, 32, 4, 1)},
+}
+#: 16 bits, for specs that need more registers and would spill.
+_HEAVY: _Table = {
+    ("forward", 64): {
+        **dict.fromkeys((90, 100), Config(128, 64, 8, 3)),
+        120: Config(128, 32, 8, 2),
+        0: Config(128, 64, 8, 2),
+    },
+    ("forward", 128): {
+        80: Config(64, 64, 8, 3),
+        90: Config(128, 32, 8, 3),
+        100: Config(128, 64, 8, 3),
+        0: Config(64, 64, 8, 2),
+    },
+    ("forward", 256): {80: Config(64, 32, 8, 2), 90: Config(32, 32, 8, 2), 0: Config(64, 32, 8, 1)},
+    ("backward", 64): {**dict.fromkeys((90, 100), Config(64, 64, 8, 2)), 0: Config(64, 32, 4, 2)},
+    ("backward", 128): {90: Config(64, 32, 4, 1), 100: Config(64, 64, 8, 2), 0: Config(64, 32, 8, 1)},
+    ("backward", 256): {0: Config(32, 32, 8, 1)},
+}
+#: 32 bits: multiply-adds, unless TF32 is allowed.
+_SINGLE: _Table = {
+    ("forward", 64): {0: Config(64, 32, 8, 2)},
+    ("forward", 128): {0: Config(32, 16, 8, 1)},
+    ("forward", 256): {0: Config(16, 16, 8, 1)},
+    ("backward", 64): {0: Config(32, 32, 4, 1)},
+    ("backward", 128): {0: Config(16, 32, 4, 1)},
+    ("backward", 256): {0: Config(16, 16, 4, 1)},
+}
+#: No tensor cores through Triton: small tiles keep the multiply-adds in registers.
+_WITHOUT: _Table = {
+    ("forward", 64): {0: Config(32, 32, 8, 1)},
+    ("forward", 128): {0: Config(32, 16, 8, 1)},
+    ("forward", 256): {0: Config(16, 16, 8, 1)},
+    ("backward", 64): {0: Config(32, 32, 8, 1)},
+    ("backward", 128): {0: Config(16, 16, 8, 1)},
+    ("backward", 256): {0: Config(16, 16, 8, 1)},
+}
+
+
+def config(capability: int, which: Pass, bits: int, D: int, E: int, heavy: bool = False) -> Config:
     """The configuration for compute capability 80, 90, ...; 0 for any other device, which gets what fits everywhere.
 
-    bits: of an element of q, k and v; D, E: the head sizes.
+    bits: of an element of q, k and v; D, E: the head sizes; heavy: whether the spec has operands, finite fills that hide, or
+    masks that are looked at tile by tile.
     """
     width = max(padded(D), padded(E))
     if which == "decode":
@@ -45,25 +95,10 @@ def config(capability: int, which: Pass, bits: int, D: int, E: int) -> Config:
         if bits == 32:
             return Config(16, 32, 4, 1) if width <= 128 else Config(16, 16, 4, 1)
         return Config(64 if width <= 128 else 32, 64 if width <= 128 else 32, 4, 2 if capability >= 80 else 1)
-    if capability in (70, 75):
-        # no tensor cores through Triton: small tiles keep the multiply-adds in registers
-        return Config(32, 32, 4, 1)
-    roomy = capability in (80, 90, 100)
-    if bits == 32:
-        if width <= 64:
-            return Config(64, 32, 8, 2) if which == "forward" else Config(32, 32, 4, 1)
-        return Config(32, 32, 8, 1) if width <= 128 else Config(16, 16, 8, 1)
-    if which == "forward":
-        if width <= 64:
-            return Config(128, 64, 4 if capability in (90, 100) else 8, 3 if roomy else 2)
-        if width <= 128:
-            return Config(128, 64, 8, 3 if roomy else 2) if roomy else Config(64, 64, 4, 2)
-        return Config(64, 32, 8, 2 if roomy else 1)
-    if width <= 64:
-        return Config(64, 64, 8, 2) if roomy else Config(64, 32, 4, 2)
-    if width <= 128:
-        return Config(64, 64, 8, 2) if roomy else Config(64, 32, 4, 1)
-    return Config(32, 32, 4, 1)
+    width = max(64, min(256, width))
+    table = _WITHOUT if capability in (70, 75) else _SINGLE if bits == 32 else _HEAVY if heavy else _HALF
+    row = table[which, width]
+    return row.get(capability, row[0])
 
 
 #: How many configurations tuning looks at.

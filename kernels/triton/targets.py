@@ -43,9 +43,14 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel as compiled. shared, spilled: bytes; registers: of a thread; products: names of matrix instructions."""
+    """One kernel as compiled. BM, BN, warps, stages: as in Config, 0 where it has none; shared, spilled: bytes; registers: of a
+    thread; products: names of matrix instructions."""
 
     kernel: str
+    BM: int
+    BN: int
+    warps: int
+    stages: int
     registers: int
     spilled: int
     shared: int
@@ -106,7 +111,8 @@ def _compile(kernel: Any, arguments: dict[str, Any], capability: int) -> Compile
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, spilled = _usage(made.asm["cubin"])
     products = re.findall(r"(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", made.asm["ptx"])
-    return Compiled(kernel.fn.__name__, registers, spilled, made.metadata.shared, tuple(sorted(set(products))))
+    tiles = (arguments.get("BM", 0), arguments.get("BN", 0), options["num_warps"], arguments.get("STAGES", 0))
+    return Compiled(kernel.fn.__name__, *tiles, registers, spilled, made.metadata.shared, tuple(sorted(set(products))))
 
 
 def _typed(

@@ -271,8 +271,10 @@ def forward(
             acc, m, l, qt, line, q, q0, q1, k0, K, V, ks, vs, at, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E,
             DP, EP, BM, BN, SCORE, WEIGH, SEEN, False, CHECKED, DROPOUT, PRECISION,
         )  # fmt: skip
+    # for the second look q has addresses that the compiler cannot know to be those of before: it would hold q in registers
+    again = tl.minimum(q0, Qn) + tl.arange(0, BM)
     acc, m, l = seen_all(
-        acc, m, l, rows < Qn, Q, q_place + rows.to(tl.int64) * qs[0], qs, line, q, K, V, ks, vs, at, st, n, Qn, Kn,
+        acc, m, l, rows < Qn, Q, q_place + again.to(tl.int64) * qs[0], qs, line, q, K, V, ks, vs, at, st, n, Qn, Kn,
         seed, threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE, WEIGH, SEEN, DOUBT, DROPOUT, PRECISION, STAGES,
     )  # fmt: skip
     out, total = finished(acc, m, l, q, at, st, n, Qn, Kn, BM, BN, LEFT, FILLS, HIDDEN, UNSHIFTED)

@@ -1,0 +1,171 @@
+"""The tables of docs/kernels.md, from what benchmarks/kernels.py found."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from attnfuse.kernels.triton.targets import MATRIX, SHARED
+from benchmarks import results
+
+DOCUMENT = results.ROOT / "docs" / "kernels.md"
+#: Of the traffic, what the document shows; the file has more.
+_SHOWN = {"capability": (90,), "D": (64, 128)}
+_HEAD = "# Kernels\n"
+
+Row = dict[str, Any]
+
+
+def write(content: Row, document: Path = DOCUMENT) -> None:
+    """Put the tables in place of those that the document has."""
+    results.section("configurations", configurations(content), document, _HEAD)
+    results.section("traffic", traffic(content), document, _HEAD)
+
+
+def configurations(content: Row) -> str:
+    """What was compiled, in short."""
+    rows, facts = content["rows"], content["environment"]
+    older = sum(row["old"] for row in rows)
+    parts = [
+        f"{facts['date']}, commit {facts['commit']}, Triton {content['triton']}, {sum(len(r['kernels']) for r in rows)} kernels."
+        + (f" {older} of {len(rows)} cases are of an older source." if older else "")
+    ]
+    for dtype in ("float16", "float32"):
+        shown = [r for r in rows if r["dtype"] == dtype and r["spec"] == "mixed" and r["kernels"]]
+        if shown:
+            parts += [f"The spec 'mixed' in {dtype}:", results.table(_COLUMNS, map(_cells, shown), left=2)]
+    lists = (
+        ("Spilled, in bytes of a thread:", _spilled, "No kernel spills."),
+        ("Without the target's matrix instruction:", _slow, "Every kernel uses its target's matrix instruction."),
+        ("Over the target's shared memory, in KiB:", _large, "No kernel needs more shared memory than its target has."),
+    )
+    for title, find, none in lists:
+        found = _grouped(rows, find)
+        parts += [title, "\n".join(f"- {line}" for line in found)] if found else [none]
+    failed = [f"- {_name(r)}: {r['failed']}" for r in rows if r["failed"]]
+    parts += ["Not compiled:", "\n".join(failed)] if failed else []
+    return "\n\n".join([*parts, _bfloat16(rows)])
+
+
+_COLUMNS = (
+    *("target", "D", "forward", "registers", "shared", "backward", "rows: registers", "shared"),
+    *("columns: registers", "shared", "instruction"),
+)
+
+
+def _name(row: Row) -> str:
+    return f"{row['capability']} {row['dtype']} D{row['D']} {row['spec']}"
+
+
+def _tiles(kernel: Row) -> str:
+    return (
+        f"{kernel['BM']}x{kernel['BN']}, {kernel['warps']} warps, {kernel['stages']} stage{'s'[: kernel['stages'] > 1]}"
+    )
+
+
+def _cells(row: Row) -> list[str]:
+    made = {kernel["kernel"]: kernel for kernel in row["kernels"]}
+    forward, rows, columns = (made[name] for name in ("forward", "backward_rows", "backward_columns"))
+    figures = [[str(x["registers"]), _kib(x["shared"])] for x in (forward, rows, columns)]
+    products = sorted({p for kernel in made.values() for p in kernel["products"]})
+    cells = [
+        str(row["capability"]),
+        str(row["D"]),
+        _tiles(forward),
+        *figures[0],
+        _tiles(rows),
+        *figures[1],
+        *figures[2],
+    ]
+    return [*cells, ", ".join(products) or "none"]
+
+
+def _kib(size: float) -> str:
+    return f"{size / 1024:.3g}"
+
+
+def _spilled(row: Row, kernel: Row) -> str:
+    return str(kernel["spilled"]) if kernel["spilled"] else ""
+
+
+def _slow(row: Row, kernel: Row) -> str:
+    multiplies = kernel["kernel"] != "prepare" and row["dtype"] != "float32" and row["capability"] in MATRIX
+    if not multiplies or MATRIX[row["capability"]] in kernel["products"]:
+        return ""
+    return ", ".join(kernel["products"]) or "none"
+
+
+def _large(row: Row, kernel: Row) -> str:
+    return _kib(kernel["shared"]) if kernel["shared"] > SHARED[row["capability"]] else ""
+
+
+def _grouped(rows: Iterable[Row], find: Callable[[Row, Row], str]) -> list[str]:
+    """A line for each kernel of a dtype and head size, with what was found for its specs and targets."""
+    found = [(r, k["kernel"], text) for r in rows for k in r["kernels"] if (text := find(r, k))]
+
+    def key(x: tuple[Row, str, str]) -> tuple[str, int, str]:
+        return x[0]["dtype"], x[0]["D"], x[1]
+
+    lines = []
+    for (dtype, D, kernel), group in itertools.groupby(sorted(found, key=key), key):
+        by_text: dict[tuple[str, str], list[str]] = {}
+        for row, _, text in group:
+            by_text.setdefault((row["spec"], text), []).append(str(row["capability"]))
+        said = "; ".join(f"{spec} {text} ({', '.join(targets)})" for (spec, text), targets in by_text.items())
+        lines.append(f"{kernel}, {dtype}, D {D}: {said}")
+    return lines
+
+
+def _bfloat16(rows: Iterable[Row]) -> str:
+    """How far bfloat16 is from float16, in words."""
+    made = {(r["dtype"], r["capability"], r["D"], r["spec"]): {k["kernel"]: k for k in r["kernels"]} for r in rows}
+    pairs = list(_pairs(made))
+    if not pairs:
+        return "bfloat16 was not compiled."
+    different = [(a, b) for a, b in pairs if a != b]
+    text = f"bfloat16 and float16: {len(pairs) - len(different)} of {len(pairs)} kernels cost the same"
+    if not different:
+        return f"{text}."
+    names = ", ".join(sorted({a["kernel"] for a, _ in different}))
+    registers = max(abs(a["registers"] - b["registers"]) for a, b in different)
+    other = [x for x in ("spilled", "shared", "products") if any(a[x] != b[x] for a, b in different)]
+    rest = f"; they differ in {', '.join(other)} too" if other else " and in nothing else"
+    return f"{text}; the others ({names}) differ by up to {registers} registers{rest}."
+
+
+def _pairs(made: dict[tuple[str, int, int, str], dict[str, Row]]) -> Iterator[tuple[Row, Row]]:
+    for (dtype, *rest), kernels in made.items():
+        other = made.get(("float16", *rest), {}) if dtype == "bfloat16" else {}
+        yield from ((kernel, other[name]) for name, kernel in kernels.items() if name in other)
+
+
+_TRAFFIC = (
+    *("spec", "D", "kernel", "tile", "tiles computed", "programs", "read by each, KiB", "written by each, KiB"),
+    *("in all, MiB", "at least, MiB", "ratio"),
+)
+
+
+def traffic(content: Row) -> str:
+    """Bytes asked for, against the least."""
+    rows = [r for r in content["traffic"] if all(r[name] in values for name, values in _SHOWN.items())]
+    lines = [line for row in rows for line in _moved(row)]
+    return results.table(_TRAFFIC, lines, left=1)
+
+
+def _moved(row: Row) -> Iterator[list[str]]:
+    what = [row["spec"], str(row["D"])]
+    total = sum(x["read"] + x["written"] for x in row["kernels"])
+    bound = [_mib(total), _mib(row["least"]), f"{total / row['least']:.2f}"]
+    for kernel in row["kernels"]:
+        tiles = f"{kernel['tiles'] / kernel['of']:.1%}" if kernel["of"] else ""
+        each = [_kib(kernel[x] / kernel["programs"]) for x in ("read", "written")]
+        own = bound if len(row["kernels"]) == 1 else [_mib(kernel["read"] + kernel["written"]), "", ""]
+        yield [*what, kernel["kernel"], f"{row['BM']}x{row['BN']}", tiles, str(kernel["programs"]), *each, *own]
+    if len(row["kernels"]) > 1:
+        yield [*what, "backward, all three", *[""] * 5, *bound]
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:.4g}"

@@ -1,0 +1,235 @@
+"""What the Triton kernels cost, without a GPU: compiled for every target, and their traffic counted from the spec.
+
+python -m benchmarks.kernels                             every configuration that is not in the file yet, or of an older source
+python -m benchmarks.kernels --targets 90 --sizes 64     a part; the rest of the file stays
+python -m benchmarks.kernels --no-compile                the tables of what is in the file, and the traffic
+
+Writes benchmarks/results/kernels.json and the tables of docs/kernels.md. A kernel takes one to three seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import multiprocessing
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from attnfuse.expr import Algebra, causal, dense, window
+from attnfuse.spec import AddFill, Attention, Bias, Operand, ReplaceFill, Scale, Softcap
+from benchmarks import kernel_tables, results, traffic
+
+TARGETS = (80, 86, 89, 90, 100, 120)
+#: Without matrix instructions in Triton; these compile for a look at registers alone, no kernel is chosen there.
+WITHOUT = (70, 75)
+SIZES = (64, 128, 256)
+#: Of each dtype, the specs. tf32 is float32 with products in TF32.
+SPECS = {
+    "float16": ("plain", "causal", "mixed", "dropout"),
+    "bfloat16": ("causal",),
+    "float32": ("causal", "mixed"),
+    "tf32": ("mixed",),
+}
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
+_FLOAT_MIN = torch.finfo(torch.float32).min
+RESULTS = results.RESULTS / "kernels.json"
+#: What traffic is counted at: B1, these heads and this length, for targets with different tiles.
+HEADS, LENGTH, WIDTH = 16, 4096, 512
+SHOWN = (80, 90, 120)
+_SAMPLE = ("causal", "mixed")
+
+Row = dict[str, Any]
+Tensors = tuple[Attention, torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """capability: 10 * major + minor; D: head size of keys and values alike."""
+
+    capability: int
+    dtype: str
+    D: int
+    spec: str
+
+    def __str__(self) -> str:
+        return f"{self.capability} {self.dtype} D{self.D} {self.spec}"
+
+
+def _joined(values: Iterable[object]) -> str:
+    return ",".join(map(str, values))
+
+
+def build(
+    name: str, dtype: str, D: int, heads: int = 2, length: int = 256, batch: int = 2, device: str = "cpu"
+) -> Tensors:
+    """A spec by name, and tensors for it; masks and biases that are tensors come with it."""
+    shape = (batch, heads, length, D)
+    q, k, v = (torch.empty(shape, dtype=_DTYPES[dtype], device=device) for _ in range(3))
+    algebra, scale, operands = Algebra(), Scale(D**-0.5), []
+    steps: dict[str, tuple[Any, ...]] = {
+        "plain": (scale,),
+        "dropout": (scale,),
+        "causal": (scale, ReplaceFill(causal(), -math.inf)),
+        "window": (scale, ReplaceFill(algebra.and_(causal(), window(WIDTH)), -math.inf)),
+        "mixed": (
+            scale,
+            Softcap(30.0),
+            Bias(1),
+            ReplaceFill(algebra.and_(causal(), window(WIDTH)), -math.inf),
+            AddFill(dense(0), _FLOAT_MIN),
+        ),
+    }
+    declared = []
+    if name == "mixed":
+        operands = [
+            torch.ones(batch, 1, 1, length, dtype=torch.bool),
+            torch.empty(1, heads, length, length, dtype=q.dtype, device=device),
+        ]
+        declared = [Operand("bool", ("B", "1", "1", "K")), Operand(str(q.dtype)[6:], ("1", "H", "Q", "K"))]
+    own = str(q.dtype).removeprefix("torch.")
+    spec = Attention(
+        ("B", "H"),
+        (None,) * 6,
+        *(own, own, own),
+        steps=steps[name],
+        operands=tuple(declared),
+        dropout=0.1 if name == "dropout" else 0.0,
+    )
+    return spec, q, k, v, operands
+
+
+def compiled(case: Case) -> Row:
+    """The case's kernels as compiled, or why they were not."""
+    from attnfuse.kernels.triton import targets
+
+    spec, q, k, v, operands = build(case.spec, case.dtype, case.D)
+    torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
+    try:
+        found = targets.compiled(spec, q, k, v, operands, case.capability)
+    except Exception as error:
+        # Triton raises errors of its own kinds, and a failure is a result too
+        return {**asdict(case), "failed": f"{type(error).__name__}: {error}"[:300], "kernels": []}
+    return {**asdict(case), "failed": "", "kernels": [asdict(x) for x in found]}
+
+
+def digest(case: Case) -> str:
+    """Of what the case's kernels are made from: another one means that its figures are of the past."""
+    from attnfuse.kernels import triton
+    from attnfuse.kernels.device import Device
+    from attnfuse.kernels.triton import codegen, template
+
+    spec, *tensors = build(case.spec, case.dtype, case.D, device="meta")
+    seed = torch.zeros(1, dtype=torch.int64)
+    call = triton._Call(spec, *tensors, seed, Device("cuda", case.capability), lambda *_: None)
+    files = [Path(str(module.__file__)).read_text() for module in (triton, template)]
+    tiles = f"{call.config('forward')} {call.config('backward')}"
+    parts = [metadata.version("triton"), codegen.source(spec), tiles, *files]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def cases(capabilities: Iterable[int], dtypes: Iterable[str], sizes: Iterable[int]) -> list[Case]:
+    found = [Case(*c, spec) for c in itertools.product(capabilities, dtypes, sizes) for spec in SPECS[c[1]]]
+    # where there is no matrix instruction, a sample
+    return [
+        c for c in found if c.capability not in WITHOUT or (c.dtype == "float16" and c.D < 256 and c.spec in _SAMPLE)
+    ]
+
+
+def measure(todo: list[Case], jobs: int, done: Callable[[Row], None]) -> None:
+    """Compile the cases, with a progress bar."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    spawn = multiprocessing.get_context("spawn")
+    with Progress(*columns) as progress, ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+        task = progress.add_task("compiling", total=len(todo))
+        futures = {pool.submit(compiled, case): case for case in todo}
+        for future in as_completed(futures):
+            done(future.result())
+            progress.update(task, advance=1, description=str(futures[future]))
+
+
+def moved(capability: int, name: str, D: int) -> list[Row]:
+    """The traffic of both passes at the standard size in float16, with the target's tiles."""
+    from attnfuse.kernels.triton.configs import Pass, config
+
+    spec, q, k, v, operands = build(name, "float16", D, batch=1, heads=HEADS, length=LENGTH, device="meta")
+    passes: tuple[tuple[Pass, Callable[..., traffic.Pass]], ...] = (
+        ("forward", traffic.forward),
+        ("backward", traffic.backward),
+    )
+    rows = []
+    for which, count in passes:
+        tiles = config(capability, which, 16, D, D)
+        found = count(spec, q, k, v, operands, tiles)
+        what = {"capability": capability, "spec": name, "D": D, "pass": which, "BM": tiles.BM, "BN": tiles.BN}
+        rows.append({**what, "least": found.least, "kernels": [asdict(x) for x in found.kernels]})
+    return rows
+
+
+def main(
+    targets: Annotated[str, typer.Option(help="compute capabilities, such as 80,90")] = _joined((*TARGETS, *WITHOUT)),
+    dtypes: Annotated[str, typer.Option()] = _joined(SPECS),
+    sizes: Annotated[str, typer.Option(help="head sizes")] = _joined(SIZES),
+    jobs: Annotated[int, typer.Option(help="processes at a time")] = 1,
+    fresh: Annotated[bool, typer.Option(help="compile again what is in the file")] = False,
+    missing: Annotated[bool, typer.Option("--compile/--no-compile", help="compile what the file does not have")] = True,
+    write: Annotated[bool, typer.Option(help="write the tables of docs/kernels.md")] = True,
+) -> None:
+    """Compile the kernels, count their traffic, and write what comes out."""
+    old: list[Row] = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    rows = {Case(row["capability"], row["dtype"], row["D"], row["spec"]): row for row in old}
+    numbers = (map(int, results.listed(x)) for x in (targets, sizes))
+    wanted = cases(next(numbers), results.listed(dtypes), list(next(numbers)))
+    every = cases((*TARGETS, *WITHOUT), SPECS, SIZES)
+    digests = {c: digest(c) for c in every}
+    todo = [c for c in wanted if fresh or c not in rows or rows[c]["source"] != digests[c]] if missing else []
+    content: Row = {"environment": results.environment(threads=1), "triton": metadata.version("triton")}
+    content["traffic"] = [
+        row
+        for capability in SHOWN
+        for name in ("plain", "causal", "window")
+        for D in SIZES
+        for row in moved(capability, name, D)
+    ]
+
+    def save() -> Path:
+        kept = [{**rows[c], "old": rows[c]["source"] != digests[c]} for c in every if c in rows]
+        return results.save("kernels", {**content, "rows": kept})
+
+    def done(row: Row) -> None:
+        case = Case(row["capability"], row["dtype"], row["D"], row["spec"])
+        rows[case] = {**row, "source": digests[case]}
+        save()
+
+    if todo:
+        measure(todo, jobs, done)
+    print(save())
+    if write:
+        kernel_tables.write(json.loads(RESULTS.read_text()))
+
+
+if __name__ == "__main__":
+    typer.run(main)

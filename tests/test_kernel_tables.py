@@ -1,0 +1,122 @@
+"""benchmarks/kernels.py and its tables: what is compiled, when it is compiled again, and what the document says of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import kernel_tables, kernels
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def kernel(name: str, **changed: Any) -> dict[str, Any]:
+    made = {"kernel": name, "BM": 64, "BN": 32, "warps": 4, "stages": 2, "registers": 100, "spilled": 0, "shared": 2048}
+    return {**made, "products": ["mma.sync"], **changed}
+
+
+def row(capability: int = 80, dtype: str = "float16", spec: str = "mixed", **changed: Any) -> dict[str, Any]:
+    """changed: of the forward kernel."""
+    rest = [kernel("prepare", products=[]), kernel("backward_rows"), kernel("backward_columns", stages=1)]
+    case = {"capability": capability, "dtype": dtype, "D": 64, "spec": spec, "old": False, "failed": ""}
+    return {**case, "kernels": [kernel("forward", **changed), *rest]}
+
+
+def said(*rows: dict[str, Any]) -> str:
+    environment = {"date": "2026-01-01", "commit": "abc"}
+    return kernel_tables.configurations({"environment": environment, "triton": "3.0", "rows": list(rows)})
+
+
+def test_a_row_shows_tiles_registers_shared_memory_and_instructions() -> None:
+    text = said(row(registers=222))
+    cells = (
+        "80",
+        "64",
+        "64x32, 4 warps, 2 stages",
+        "222",
+        "2",
+        "64x32, 4 warps, 2 stages",
+        *("100", "2") * 2,
+        "mma.sync",
+    )
+    assert f"| {' | '.join(cells)} |" in text
+    for nothing in ("No kernel spills.", "Every kernel uses", "No kernel needs more", "bfloat16 was not compiled."):
+        assert nothing in text
+
+
+def test_spills_are_listed_by_kernel_with_specs_and_targets() -> None:
+    text = said(row(80, spilled=8), row(86, spilled=8), row(90, spilled=16, products=["wgmma.mma_async"]), row(100))
+    assert "- forward, float16, D 64: mixed 8 (80, 86); mixed 16 (90)" in text
+    assert "No kernel spills." not in text
+
+
+def test_kernels_without_the_matrix_instruction_are_listed() -> None:
+    # mma.sync is not what capability 9.0 has; float32 and the kernel without products need none
+    text = said(row(80, products=[]), row(90, products=["wgmma.mma_async"]), row(80, "float32", products=[]))
+    assert "- forward, float16, D 64: mixed none (80)" in text
+    assert "- backward_rows, float16, D 64: mixed mma.sync (90)" in text
+    assert "float32, D 64" not in text and "prepare" not in text
+
+
+def test_too_much_shared_memory_failures_and_older_sources_are_told() -> None:
+    failed = {**row(120), "kernels": [], "failed": "CompileError: no", "old": True}
+    text = said(row(86, shared=100 << 10), failed)
+    assert "- forward, float16, D 64: mixed 100 (86)" in text
+    assert "- 120 float16 D64 mixed: CompileError: no" in text
+    assert "1 of 2 cases are of an older source." in text
+
+
+def test_bfloat16_is_compared_with_float16() -> None:
+    assert "4 of 4 kernels cost the same." in said(row(), row(dtype="bfloat16"))
+    text = said(row(), row(dtype="bfloat16", registers=107))
+    assert "3 of 4 kernels cost the same; the others (forward) differ by up to 7 registers and in nothing else." in text
+    assert "they differ in shared too" in said(row(), row(dtype="bfloat16", shared=4096))
+
+
+def test_traffic_is_shown_by_kernel_and_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "LENGTH", 512)
+    monkeypatch.setattr(kernels, "WIDTH", 100)
+    rows = kernels.moved(90, "causal", 64)
+    assert [len(r["kernels"]) for r in rows] == [1, 3]
+    forward = rows[0]["kernels"][0]
+    tiles = {(q0, k0) for q0 in range(0, 512, rows[0]["BM"]) for k0 in range(0, q0 + rows[0]["BM"], rows[0]["BN"])}
+    assert forward["tiles"] == 16 * len(tiles)
+    # keys are cut to tiles: a little more than the least is read
+    moved = forward["read"] + forward["written"]
+    assert rows[0]["least"] == moved
+    lines = kernel_tables.traffic({"traffic": rows}).splitlines()
+    assert len(lines) == 2 + 1 + 4
+    assert "backward, all three" in lines[-1] and lines[2].endswith("| 1.00 |")
+
+
+@needs_triton
+def test_a_case_is_compiled_again_where_its_tiles_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnfuse.kernels import triton
+    from attnfuse.kernels.triton.configs import Config
+
+    case = kernels.Case(90, "float16", 64, "causal")
+    before = kernels.digest(case)
+    assert before == kernels.digest(case)
+    assert before != kernels.digest(kernels.Case(90, "float16", 64, "dropout"))
+    monkeypatch.setattr(triton, "config", lambda *_: Config(16, 16, 1, 1))
+    assert before != kernels.digest(case)
+
+
+def test_every_target_and_spec_is_among_the_cases_once() -> None:
+    every = kernels.cases((*kernels.TARGETS, *kernels.WITHOUT), kernels.SPECS, kernels.SIZES)
+    assert len(every) == len(set(every))
+    for capability in kernels.TARGETS:
+        found = {(c.dtype, c.spec) for c in every if c.capability == capability and c.D == 128}
+        assert found == {(dtype, spec) for dtype, specs in kernels.SPECS.items() for spec in specs}
+
+
+def test_the_document_holds_the_tables_of_the_file_that_is_shipped(tmp_path: Path) -> None:
+    content = json.loads(kernels.RESULTS.read_text())
+    document = tmp_path / "kernels.md"
+    document.write_text(kernel_tables.DOCUMENT.read_text())
+    kernel_tables.write(content, document)
+    assert document.read_text() == kernel_tables.DOCUMENT.read_text()

@@ -147,7 +147,7 @@ def test_shapes_that_atens_kernels_do_not_take(tensors):
 
 
 @pytest.mark.parametrize(
-    ("capability", "name"), [(80, "flash"), (86, "flash"), (90, "cudnn"), (100, "cudnn"), (120, "flash")]
+    ("capability", "name"), [(80, "flash"), (86, "flash"), (90, "flash"), (100, "flash"), (120, "flash")]
 )
 def test_plain_specs_go_to_the_library_first(capability, name):
     choice = choose(spec_of(steps=CAUSAL), Device("cuda", capability))
@@ -157,20 +157,20 @@ def test_plain_specs_go_to_the_library_first(capability, name):
 
 
 def test_what_is_switched_off_in_torch_is_not_taken(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
-    assert choose(spec_of(steps=CAUSAL), Device("cuda", 90)).kernel is FLASH
+    monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: False)
+    assert choose(spec_of(steps=CAUSAL), Device("cuda", 90)).kernel is CUDNN
 
 
-def test_a_kernel_that_fails_gives_way_to_the_next(monkeypatch):
+def test_a_kernel_that_fails_gives_way_to_the_next():
     spec = spec_of(steps=CAUSAL)
     device = Device("cuda", 90)
     pytest.importorskip("triton")
     order = []
-    name = "cudnn"
+    name = "flash"
     while name != "reference":
         name = successor(name, spec, device).name
         order.append(name)
-    assert order == ["flash", "efficient", "triton", "reference"]
+    assert order == ["cudnn", "efficient", "triton", "reference"]
 
 
 def test_failures_are_of_a_kernel_and_a_spec(monkeypatch):

@@ -63,32 +63,53 @@ def _fastest_of(job: Job) -> str | None:
         return None
     key = (job.spec.text, job.device, job.needs, *((tuple(x.shape), x.stride(), x.dtype) for x in job.tensors))
     if key not in _fastest:
-        times = {kernel.name: _milliseconds(kernel, job) for kernel in found}
+        # the last one is attnfuse's own: what gives other results than it is not taken, however fast
+        own, *others = reversed(found)
+        best, expected = _measured(own, job)
+        times = {own.name: best}
+        for kernel in others:
+            taken, results = _measured(kernel, job)
+            if expected and results and not _same(results, expected):
+                _warn(f"kernel {kernel.name} gives other results than kernel {own.name} and is not taken ({job.spec})")
+                taken = math.inf
+            times[kernel.name] = taken
         log.info("fastest of %s for %s", times, job.spec)
         _fastest[key] = min(times, key=lambda name: times[name])
     return _fastest[key]
 
 
-def _milliseconds(kernel: Kernel, job: Job) -> float:
-    """Of one forward, and one backward where gradients are needed; infinite for a kernel that fails."""
+def _same(results: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:
+    from attnfuse.kernels.triton.tuning import close
+
+    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return all(close(a, b, precision) for a, b in zip(results, expected, strict=True))
+
+
+def _measured(kernel: Kernel, job: Job) -> tuple[float, list[torch.Tensor]]:
+    """Milliseconds of one forward, and one backward where gradients are needed, and their results; infinite and nothing for
+    a kernel that fails."""
     from attnfuse.kernels.triton.tuning import inputs_like
 
     given = inputs_like(job.tensors, job.device, True, 0)
     seed = torch.zeros(1, dtype=torch.int64, device=job.device) if job.spec.dropout else None
     module = kernel.load()
+    arguments = (*given[:3], given[3:], seed)
 
-    def run() -> None:
-        arguments = (*given[:3], given[3:], seed)
+    def run() -> list[torch.Tensor]:
         out, stats = module.forward(job.spec, *arguments)
-        if any(job.needs):
-            module.backward(job.spec, out, *arguments, out, stats, job.needs)
+        if not any(job.needs):
+            return [out]
+        # any gradient that has the result's shape will do
+        dout = given[0] if given[0].shape == out.shape and given[0].dtype == out.dtype else torch.ones_like(out)
+        grads = module.backward(job.spec, dout, *arguments, out, stats, job.needs)
+        return [out, *(g for g in grads if g is not None)]
 
     try:
         with torch.no_grad():
-            return measure.milliseconds(run, job.device)
+            return measure.milliseconds(run, job.device), run()
     except Exception as error:
         log.info("kernel %s is out: %s: %s", kernel.name, type(error).__name__, error)
-        return math.inf
+        return math.inf, []
 
 
 def tune_all(scopes: Sequence[Scope], strict: bool) -> None:

@@ -20,12 +20,12 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     monkeypatch.setattr(tuning, "_fastest", {})
     monkeypatch.setitem(kernels.PLAIN_FIRST, 0, (FLASH_CPU,))
 
-    def milliseconds(kernel: kernels.Kernel, job: tuning.Job) -> float:
-        real = original(kernel, job)
-        return times[kernel.name] if real < float("inf") else real
+    def measured(kernel: kernels.Kernel, job: tuning.Job) -> tuple[float, list[torch.Tensor]]:
+        real, results = original(kernel, job)
+        return times[kernel.name] if results else real, results
 
-    original = tuning._milliseconds
-    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
+    original = tuning._measured
+    monkeypatch.setattr(tuning, "_measured", measured)
     return times
 
 
@@ -62,7 +62,7 @@ def test_default_mode_measures_nothing(timed, monkeypatch):
     def measured(*_):
         raise AssertionError("measured in default mode")
 
-    monkeypatch.setattr(tuning, "_milliseconds", measured)
+    monkeypatch.setattr(tuning, "_measured", measured)
     assert [s.kernel for s in run(options={**EAGER, "tune": False}).sites] == ["flash_cpu"]
 
 
@@ -72,8 +72,8 @@ def test_a_kernel_that_is_asked_for_is_not_compared(timed):
 
 def test_equal_attentions_are_measured_once(timed, monkeypatch):
     calls = []
-    once = tuning._milliseconds
-    monkeypatch.setattr(tuning, "_milliseconds", lambda kernel, job: calls.append(kernel.name) or once(kernel, job))
+    once = tuning._measured
+    monkeypatch.setattr(tuning, "_measured", lambda kernel, job: calls.append(kernel.name) or once(kernel, job))
     report = run(lambda q, k, v: attend(attend(q, k, v), k, v), options=EAGER)
     assert [s.kernel for s in report.sites] == ["flash_cpu"] * 2
     assert sorted(calls) == ["cpu", "flash_cpu"]
@@ -85,6 +85,20 @@ def test_a_kernel_that_fails_is_out(timed, monkeypatch):
 
     monkeypatch.setattr(type(FLASH_CPU.load()), "forward", failing)
     assert [s.kernel for s in run(options=EAGER).sites] == ["cpu"]
+
+
+@pytest.mark.parametrize("part", ["forward", "backward"])
+def test_a_kernel_with_other_results_is_not_taken(timed, monkeypatch, part):
+    right = getattr(type(FLASH_CPU.load()), part)
+
+    def wrong(*args):
+        first, *rest = right(*args)
+        return [first * 1.1, *rest] if part == "backward" else (first * 1.1, *rest)
+
+    monkeypatch.setattr(type(FLASH_CPU.load()), part, wrong)
+    with pytest.warns(RuntimeWarning, match="kernel flash_cpu gives other results than kernel cpu and is not taken"):
+        report = run(options=EAGER)
+    assert [s.kernel for s in report.sites] == ["cpu"]
 
 
 def test_what_goes_wrong_leaves_the_choice(timed, monkeypatch):

@@ -251,12 +251,13 @@ def _baseline(measured: _Measured) -> Config:
 
 def _same(measured: _Measured, results: _Results) -> bool:
     """Whether results are those of the shipped configuration up to rounding. They are lost."""
-    found = all(_close(a, b, measured.call.precision) for a, b in zip(results, measured.expected, strict=True))
+    found = all(close(a, b, measured.call.precision) for a, b in zip(results, measured.expected, strict=True))
     _poison(results)
     return found
 
 
-def _close(found: torch.Tensor, expected: torch.Tensor, precision: str) -> bool:
+def close(found: torch.Tensor, expected: torch.Tensor, precision: str) -> bool:
+    """Whether two kernels have computed the same, up to rounding; precision: of float32 products, 'tf32' or another."""
     a, b = found.float(), expected.float()
     finite = b.isfinite()
     if not torch.equal(a.isfinite(), finite) or not torch.equal(a.isnan(), b.isnan()):

@@ -24,6 +24,7 @@ from attnfuse.passes.find import find
 from attnfuse.passes.read import read
 from attnfuse.passes.site import Refusal, Site
 from attnfuse.passes.structure import structure
+from attnfuse.passes.swallowed import swallowed
 from attnfuse.settings import Settings
 from attnfuse.spec import Attention
 
@@ -164,6 +165,7 @@ def _read_all(view: View) -> list[Site | Refusal]:
             continue
         if isinstance(result, Site):
             result = structure(view, result)
+            result = swallowed(result) or result
         if isinstance(result, Refusal):
             result = _Refused(result.reason, result.node, anchor.weights, view.where(anchor.weights))
         found.append(result)

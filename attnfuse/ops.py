@@ -1,7 +1,7 @@
 """The op family that compiled graphs call: `attnfuse::attention` and its backward.
 
     attention(q, k, v, operands, seed, q_bounds, k_bounds, spec, kernel, strict) -> (out, stats)
-    attention_backward(dout, q, k, v, operands, seed, q_bounds, k_bounds, out, stats, spec, kernel, strict, needs)
+    attention_backward(dout, dlse, q, k, v, operands, seed, q_bounds, k_bounds, out, stats, spec, kernel, strict, needs)
         -> the gradients needed
     own(x) -> a copy of x that no compiler takes for x itself
 
@@ -9,7 +9,8 @@ Shapes as in attnfuse.spec; operands a list, or None for none (AOTInductor's run
 int64 [1] or None; q_bounds and k_bounds as in kernels/layout.py, None where the layout is dense; spec is `Attention.text`;
 kernel the name of one; strict whether a failing kernel raises instead of giving way to the next one. stats float32
 [2, *batch, Q] holds each row's maximum and its sum of exp(s - maximum). They are kept apart since a finite fill such as
-finfo.min swallows the logarithm of the sum.
+finfo.min swallows the logarithm of the sum. Whoever differentiates stats makes the log-sum-exp of both and sends its gradient
+to the maximum alone (see log_sum_exp): attention_backward takes it as dlse [*batch, Q], or None.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _LIBRARY.define(
     "str spec, str kernel, bool strict) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
-    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor[] operands, Tensor? seed, "
+    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor[] operands, Tensor? seed, "
     "Tensor? q_bounds, Tensor? k_bounds, Tensor out, Tensor stats, str spec, str kernel, bool strict, bool[] needs) -> Tensor[]"
 )
 
@@ -103,6 +104,7 @@ def _forward(
 
 def _backward(
     dout: torch.Tensor,
+    dlse: torch.Tensor | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -118,7 +120,7 @@ def _backward(
     needs: Sequence[bool],
 ) -> list[torch.Tensor]:
     parsed = Attention.parse(spec)
-    arguments = (parsed, dout, q, k, v, operands, seed, out, stats, needs, Bounds(q_bounds, k_bounds))
+    arguments = (parsed, dout, q, k, v, operands, seed, out, stats, needs, Bounds(q_bounds, k_bounds), dlse)
     grads = _run("backward", kernel, strict, parsed, q.device, arguments)
     return [g for g in grads if g is not None]
 
@@ -146,6 +148,7 @@ def _(
 @torch.library.register_fake("attnfuse::attention_backward", lib=_LIBRARY)
 def _(
     dout: Any,
+    dlse: Any,
     q: Any,
     k: Any,
     v: Any,
@@ -167,7 +170,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     q, k, v, operands, seed, q_bounds, k_bounds, spec, kernel, strict = inputs
     operands = operands or ()
     out, stats = output
-    ctx.mark_non_differentiable(stats)
+    parsed = Attention.parse(spec)
+    if not parsed.lse:
+        ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
     ctx.spec, ctx.kernel, ctx.strict, ctx.count = spec, kernel, strict, len(operands)
     extra = (seed, q_bounds, k_bounds)
@@ -176,16 +181,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     ctx.save_for_backward(q, k, v, *operands, *(x for x in extra if x is not None), out, stats)
 
 
-def _differentiate(ctx: Any, dout: torch.Tensor | None, _dstats: Any) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, dout: torch.Tensor | None, dstats: torch.Tensor | None) -> tuple[Any, ...]:
     none = [None] * ctx.count
-    if dout is None:
+    if dout is None and dstats is None:
         return None, None, None, none, None, None, None, None, None, None
     q, k, v, *rest = ctx.saved_tensors
     operands, rest = rest[: ctx.count], rest[ctx.count :]
     seed, q_bounds, k_bounds = [rest.pop(0) if given else None for given in ctx.given]
     out, stats = rest
+    dout = torch.zeros_like(out) if dout is None else dout
+    dlse = None if dstats is None else dstats[0]
     made = torch.ops.attnfuse.attention_backward(
-        dout, q, k, v, operands, seed, q_bounds, k_bounds, out, stats, ctx.spec, ctx.kernel, ctx.strict, ctx.needs
+        dout, dlse, q, k, v, operands, seed, q_bounds, k_bounds, out, stats, ctx.spec, ctx.kernel, ctx.strict, ctx.needs
     )
     grads = iter(made)
     found = [next(grads) if need else None for need in ctx.needs]
@@ -193,6 +200,12 @@ def _differentiate(ctx: Any, dout: torch.Tensor | None, _dstats: Any) -> tuple[A
 
 
 torch.library.register_autograd("attnfuse::attention", _differentiate, setup_context=_setup_context, lib=_LIBRARY)
+
+
+def log_sum_exp(stats: torch.Tensor) -> torch.Tensor:
+    """[*batch, Q] float32 from the second result of `attention`; -inf in rows without a score above that."""
+    top, total = stats.unbind()
+    return torch.where(top == -torch.inf, top, top + total.detach().log())
 
 
 def _own(x: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ from attnfuse import expr
 from attnfuse.expr import Expr
 
 #: Part of every spec's text, so that a compiled graph cached under an older meaning of a spec is never reused.
-OP_VERSION = 4
+OP_VERSION = 5
 
 #: What a row whose scores are all -inf gives: NaN as softmax does, 0 as scaled_dot_product_attention does, or 0 for every
 #: row that is NaN for whatever reason (softmax followed by nan_to_num).
@@ -163,8 +163,25 @@ class Cast:
         return f"in {self.dtype}"
 
 
+@dataclass(frozen=True)
+class Sink:
+    """A score that every row has besides those of its keys, and that weighs nothing: the softmax sums over it too.
+
+    It is operand [*batch, Q, 1], whose Q may be 1, or without one a number; softmax "off by one" has a sink of 0. It is a
+    score after all steps, and may need a gradient.
+    """
+
+    kind: ClassVar[str] = "sink"
+    value: float = 0.0
+    operand: int | None = None
+
+    def __str__(self) -> str:
+        return f"sink {_number(self.value)}" if self.operand is None else f"sink operand {self.operand}"
+
+
 Step = Scale | Bias | Shift | Softcap | Tanh | Clamp | ReplaceFill | AddFill | Cast
 _STEPS: dict[str, type] = {c.kind: c for c in (Scale, Bias, Shift, Softcap, Tanh, Clamp, ReplaceFill, AddFill, Cast)}
+_PARTS: dict[str, type] = {**_STEPS, Sink.kind: Sink}
 _EXPRS: dict[str, type] = {c.kind: c for c in (expr.Const, expr.Index, expr.Load, expr.Linear, expr.Apply)}
 
 
@@ -188,6 +205,8 @@ class Attention:
     broadcast    for q, k and v, the names of the batch dims in which it has size 1 while the batch has more (or may have)
     qk_dtype     dtype of q and k; v_dtype of v; out_dtype of the result
     steps        applied to the scores in order; weight_steps (ReplaceFill with 0, Scale) to the weights after softmax
+    sink         a score besides those of the keys, or None
+    lse          whether the log-sum-exp of each row's scores (and sink) is a result too, which may have a gradient
     dropout      probability of dropping a weight, 0 for none
     out_order    the dims of out from the slowest to the fastest in memory
     """
@@ -202,6 +221,8 @@ class Attention:
     weight_steps: tuple[Step, ...] = ()
     softmax: Softmax = "plain"
     hidden: Hidden = "nan"
+    sink: Sink | None = None
+    lse: bool = False
     dropout: float = 0.0
     broadcast: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]] = ((), (), ())
     layout: Layout = "dense"
@@ -228,6 +249,12 @@ class Attention:
         for load in self.loads:
             if load.dtype != self.operands[load.operand].dtype:
                 raise ValueError(f"operand {load.operand} is {self.operands[load.operand].dtype}, not {load.dtype}")
+        if self.sink is not None and self.sink.operand is not None:
+            operand = self.operands[self.sink.operand]
+            if operand.dims[-1] != "1" or operand.dims[-2] not in ("1", "Q") or self.sink.operand in self.tables:
+                raise ValueError(f"a sink must be [*batch, Q, 1]; got {operand}")
+            if self.packed_queries and (operand.dims[0] != "1" or operand.dims[-2] != "1"):
+                raise ValueError(f"sinks of packed queries must be one for all rows of a head; got {operand}")
 
     @functools.cached_property
     def loads(self) -> tuple[expr.Load, ...]:
@@ -247,6 +274,8 @@ class Attention:
             index = getattr(step, "operand", None)
             if index is not None:
                 used.append(index)
+        if self.sink is not None and self.sink.operand is not None:
+            used.append(self.sink.operand)
         return tuple(used)
 
     @property
@@ -311,6 +340,8 @@ class Attention:
         parts = [_said(s, words, called) for s in self.steps if not isinstance(s, (Cast, Bias, ReplaceFill, AddFill))]
         parts += [_said(s, words, called) for s in self.steps if isinstance(s, (Cast, Bias, ReplaceFill, AddFill))]
         parts += [f"weights {_said(s, words, called)}" for s in self.weight_steps]
+        if self.sink is not None:
+            parts.append(str(self.sink) if self.sink.operand is None else f"sink {called[self.sink.operand]}")
         if self.softmax != "plain":
             parts.append(f"softmax {self.softmax}")
         if self.dropout:
@@ -321,6 +352,8 @@ class Attention:
             parts.append(self.layout.replace("_", " "))
         if self.E != self.D:
             parts.append(f"E {self.E} != D {self.D}")
+        if self.lse:
+            parts.append("gives its log-sum-exp")
         return ", ".join(parts) or "plain"
 
     def __str__(self) -> str:
@@ -376,5 +409,5 @@ def _decode(value: Any) -> Any:
         rest = {k: _decode(v) for k, v in value.items() if k != "kind"}
         if kind == "operand":
             return Operand(**rest)
-        return (_STEPS.get(kind) or _EXPRS[kind])(**rest)
+        return (_PARTS.get(kind) or _EXPRS[kind])(**rest)
     return value

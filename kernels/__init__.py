@@ -38,6 +38,11 @@ def _weights_filled(spec: Attention) -> list[str]:
     return ["weights filled with a number other than 0"] if filled else []
 
 
+def _sink_and_filled_weights(spec: Attention) -> list[str]:
+    # the sink's gradient is made of the result, which filled weights have a part in
+    return [f"a sink with {x}" for x in _weights_filled(spec)] if spec.sink is not None else []
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A folder under kernels/: its name, what it can do, and the module with forward and backward, imported on use.
@@ -59,7 +64,15 @@ class Kernel:
 
 CPU = Kernel(
     "cpu",
-    Capability(frozenset({"cpu"}), FLOATS, NUMBERS, STEPS, WEIGHT_STEPS, available=_cpu_available),
+    Capability(
+        frozenset({"cpu"}),
+        FLOATS,
+        NUMBERS,
+        STEPS,
+        WEIGHT_STEPS,
+        also=_sink_and_filled_weights,
+        available=_cpu_available,
+    ),
     "attnfuse.kernels.cpu",
 )
 TRITON = Kernel(
@@ -172,6 +185,8 @@ def _no_bfloat16_casts(spec: Attention) -> list[str]:
 
 def _ascend_limits(spec: Attention) -> list[str]:
     found = ["an unshifted softmax"] if spec.softmax != "plain" else []
+    found += ["a sink"] if spec.sink is not None else []
+    found += ["the log-sum-exp as a result"] if spec.lse else []
     heads = spec.groups
     return found + ([] if heads is not None and heads <= 256 else ["more than 256 query heads to a key head"])
 

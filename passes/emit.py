@@ -50,6 +50,8 @@ class Emitter:
         try:
             with graph.inserting_before(owner):
                 call, result = self._insert(site, kernel, writer)
+                if site.lse is not None:
+                    self._redirect_log_sum_exp(site, scope, owner, call, writer)
                 self._redirect(site, scope, owner, result, writer)
         except EmitError as error:
             for node in reversed(list(graph.nodes)):
@@ -74,7 +76,8 @@ class Emitter:
         op = torch.ops.attnfuse.attention.default
         pair = writer.call(op, (q, k, v, operands, seed, None, None, site.spec.text, kernel, self.strict))
         out = writer.getitem(pair, 0)
-        result = writer.shaped(out, (*((a,) for a in site.batch), site.q_dim, site.e_dim), site)
+        dims = (*((a,) for a in site.batch), site.q_dim, site.e_dim)
+        result = writer.shaped(out, dims, site.out_labels, value_of(site.final))
         if self._may_be_written(site):
             result = writer.call(torch.ops.attnfuse.own.default, (result,))
         return pair, result
@@ -116,6 +119,35 @@ class Emitter:
             value = scope.values[user]
             if isinstance(value, fx.Node):
                 self.replaced[scope, value] = part
+
+    def _redirect_log_sum_exp(self, site: Site, scope: Scope, owner: fx.Node, call: fx.Node, writer: _Writer) -> None:
+        """Let everything after the op that used the log-sum-exp use that of the op."""
+        lse = site.lse
+        assert lse is not None
+        origin = self.view.origin[lse]
+        if origin.scope is not scope or scope.values.get(origin.node) != lse:
+            raise EmitError("the log-sum-exp of the scores is made inside of another call")
+        later = []
+        for user in origin.node.users:
+            parts = [n for n, o in self.view.origin.items() if o.node is user and o.scope is scope]
+            if owner < user:
+                later.append(user)
+            elif not parts or not site.inside.issuperset(parts):
+                raise EmitError("the log-sum-exp of the scores is used before the attention is done")
+        stats = writer.getitem(call, 1)
+        top, total = (writer.call(torch.select, (stats, 0, i)) for i in (0, 1))
+        # its gradient goes to the maximum alone, as attnfuse.ops says
+        total = writer.call(torch.log, (writer.method("detach", total),))
+        total = writer.call(torch.add, (top, total))
+        hidden = writer.call(torch.eq, (top, -torch.inf))
+        found = writer.call(torch.where, (hidden, top, total))
+        like = value_of(lse)
+        if like.dtype != torch.float32:
+            found = writer.method("to", found, like.dtype)
+        found = writer.shaped(found, (*((a,) for a in site.batch), site.q_dim), site.lse_labels, like)
+        for user in later:
+            user.replace_input_with(origin.node, found)
+        self.replaced[scope, lse] = found
 
     def finish(self, sites: Sequence[Site]) -> None:
         """Erase what the ops took over, and what nothing needs any more."""
@@ -425,9 +457,9 @@ class _Writer:
                 found.append(-1)
         return found
 
-    def shaped(self, out: fx.Node, dims: Labels, site: Site) -> fx.Node:
-        """The op's out [*batch, Q, E] in the dims of the site's result."""
-        flat = [a for dim in site.out_labels for a in dim]
+    def shaped(self, out: fx.Node, dims: Labels, labels: Labels, like: torch.Tensor) -> fx.Node:
+        """A result of the op, whose dims are `dims`, with the dims `labels` of what it replaces, laid out like that."""
+        flat = [a for dim in labels for a in dim]
         have = [dim[0] for dim in dims if dim]
         for at in reversed(range(len(dims))):
             if not dims[at]:
@@ -435,10 +467,9 @@ class _Writer:
         order = [have.index(a) for a in flat]
         if order != list(range(len(order))):
             out = self.method("permute", out, *order)
-        shape = shape_of(site.final)
-        if any(len(dim) != 1 for dim in site.out_labels):
-            out = self.method("reshape", out, *self._shape(shape))
-        return self._laid_out(out, value_of(site.final))
+        if any(len(dim) != 1 for dim in labels):
+            out = self.method("reshape", out, *self._shape(tuple(like.shape)))
+        return self._laid_out(out, like)
 
     def _laid_out(self, out: fx.Node, eager: torch.Tensor) -> fx.Node:
         """`out` with the strides of the eager result, since a later view may count on them."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import fx
 
-from attnfuse.passes import contraction
-from attnfuse.passes.aten import arguments, constant, is_tensor, name_of
+from attnfuse.passes import contraction, sinks
+from attnfuse.passes.aten import arguments, constant, is_tensor, name_of, shape_of
 from attnfuse.passes.capture import View, value_of
 from attnfuse.spec import Hidden, Softmax
 
@@ -20,6 +20,8 @@ class Anchor:
     """A softmax over `dim` of `scores`, giving `weights`; with `late`, weights are unnormalised and `total` divides later.
 
     inside: the nodes between scores and weights, both excluded from what others may use.
+    sink: one more score in the sum, a tensor of size 1 in `dim`, or a number.
+    problem: why it cannot be read after all.
     """
 
     scores: fx.Node
@@ -30,6 +32,9 @@ class Anchor:
     hidden: Hidden = "nan"
     kind: Literal["softmax", "late", "sdpa"] = "softmax"
     total: fx.Node | None = None
+    sink: fx.Node | float | None = None
+    problem: str = ""
+    by_log_sum_exp: bool = False
 
 
 def find(view: View) -> list[Anchor]:
@@ -39,7 +44,7 @@ def find(view: View) -> list[Anchor]:
         if node in view.live and node.op == "call_function":
             anchor = _anchor(view, node)
             if anchor is not None:
-                anchors.append(anchor)
+                anchors.append(_with_sink(view, anchor))
     # the softmax inside of a safe one is no anchor of its own
     safe = [a for a in anchors if name_of(a.weights) == "where"]
     within = {node for a in safe for node in a.inside}
@@ -63,6 +68,18 @@ def _anchor(view: View, node: fx.Node) -> Anchor | None:
     if name == "where":
         return _zero_for_hidden_rows(node)
     return None
+
+
+def _with_sink(view: View, anchor: Anchor) -> Anchor:
+    """The anchor without the sink among its scores, if there is one and its weight is cut off."""
+    if anchor.kind != "softmax" or anchor.sink is not None:
+        return anchor
+    found = sinks.joined(anchor.scores, anchor.dim)
+    cut = found and sinks.cut_off(view, anchor.weights, anchor.dim, found.first)
+    if not found or not cut:
+        return anchor
+    inside = anchor.inside | found.inside | cut[1]
+    return replace(anchor, scores=found.scores, weights=cut[0], inside=inside, sink=found.sink)
 
 
 def _zero_for_hidden_rows(node: fx.Node) -> Anchor | None:
@@ -106,7 +123,8 @@ def _exponential(view: View, node: fx.Node) -> Anchor | None:
         if is_tensor(norm) and name_of(norm) == "logsumexp" and constant(args.get("alpha", 1)) == 1.0:
             normed = arguments(norm)
             if normed["self"] is scores and normed["keepdim"] and len(normed["dim"]) == 1:
-                return Anchor(scores, normed["dim"][0], node, frozenset({node, source, norm}))  # type: ignore[arg-type]
+                inside = frozenset({node, source, norm})
+                return Anchor(scores, normed["dim"][0], node, inside, by_log_sum_exp=True)  # type: ignore[arg-type]
     return None
 
 
@@ -136,6 +154,9 @@ def _normalised(node: fx.Node, top: object, bottom: object, inside: frozenset[fx
     while name_of(total) in ("view", "permute", "expand", "to") and is_tensor(total.args[0]):
         passed.add(total)
         total = total.args[0]  # type: ignore[assignment]
+    whole, sink = total, None
+    if name_of(whole) == "add":
+        total = next((x for x in whole.all_input_nodes if name_of(x) == "sum"), whole)
     if name_of(total) != "sum":
         return None
     summed = arguments(total)
@@ -146,13 +167,20 @@ def _normalised(node: fx.Node, top: object, bottom: object, inside: frozenset[fx
         return None
     dim = dims[0]
     between = inside | passed | {total, e}
-    scores, softmax, more = _unshifted(e.args[0], dim)
+    scores, softmax, more = _unshifted(e.args[0], dim, raised=whole is not total)
+    if whole is not total:
+        found = sinks.added(whole, None if softmax == "unshifted" else arguments(e.args[0])["other"])
+        if found is None or not summed["keepdim"] or tuple(shape_of(whole)) != tuple(shape_of(total)):
+            return Anchor(
+                scores, dim, node, between | more, problem="what is added to the sum of the weights is no sink"
+            )
+        sink, more = found[1], more | found[2]
     if top is e:
         if not summed["keepdim"] or passed:
             return None
-        return Anchor(scores, dim, node, between | more, softmax=softmax)
+        return Anchor(scores, dim, node, between | more, softmax=softmax, sink=sink)
     if _reaches_product_of(top, e):  # type: ignore[arg-type]
-        return Anchor(scores, dim, e, between | more, softmax=softmax, kind="late", total=total)
+        return Anchor(scores, dim, e, between | more, softmax=softmax, kind="late", total=total, sink=sink)
     return None
 
 
@@ -174,17 +202,20 @@ def _behind_views(node: fx.Node) -> fx.Node:
     return node
 
 
-def _unshifted(z: fx.Node, dim: int) -> tuple[fx.Node, Softmax, frozenset[fx.Node]]:
+def _unshifted(z: fx.Node, dim: int, raised: bool) -> tuple[fx.Node, Softmax, frozenset[fx.Node]]:
     """(scores, kind, nodes passed) for z = scores - max(scores) or z = scores."""
-    found = maximum_subtracted(z, dim)
+    found = maximum_subtracted(z, dim, raised)
     if found is not None:
         scores, passed = found
         return scores, "plain", passed
     return z, "unshifted", frozenset()
 
 
-def maximum_subtracted(z: fx.Node, dim: int) -> tuple[fx.Node, frozenset[fx.Node]] | None:
-    """(scores, nodes passed) if z = scores - max(scores, dim, keepdim=True), the maximum detached or not."""
+def maximum_subtracted(z: fx.Node, dim: int, raised: bool = False) -> tuple[fx.Node, frozenset[fx.Node]] | None:
+    """(scores, nodes passed) if z = scores - max(scores, dim, keepdim=True), the maximum detached or not.
+
+    raised: the larger of that maximum and something else will do.
+    """
     if name_of(z) != "sub":
         return None
     args = arguments(z)
@@ -192,9 +223,9 @@ def maximum_subtracted(z: fx.Node, dim: int) -> tuple[fx.Node, frozenset[fx.Node
     if not (is_tensor(scores) and is_tensor(top)) or constant(args.get("alpha", 1)) != 1.0:
         return None
     passed = {z}
-    while is_tensor(top) and name_of(top) in ("detach", "alias"):
+    while is_tensor(top) and (name_of(top) in ("detach", "alias") or (raised and _raises(top))):
         passed.add(top)
-        top = top.args[0]
+        top = next((x for x in top.all_input_nodes if _is_maximum(x)), top.args[0])
     from attnfuse.passes.capture import getitem_source
 
     pair = getitem_source(top)
@@ -214,6 +245,19 @@ def maximum_subtracted(z: fx.Node, dim: int) -> tuple[fx.Node, frozenset[fx.Node
     if source is not scores or not reduced.get("keepdim") or len(over) != 1 or over[0] is None:
         return None
     return (scores, frozenset(passed)) if over[0] % rank == dim % rank else None
+
+
+def _raises(node: fx.Node) -> bool:
+    """Whether it gives the larger of its argument and something else."""
+    if name_of(node) == "clamp":
+        return arguments(node).get("max") is None
+    return name_of(node) in ("relu", "maximum", "clamp_min")
+
+
+def _is_maximum(node: fx.Node) -> bool:
+    from attnfuse.passes.capture import getitem_source
+
+    return name_of(node) == "amax" or getitem_source(node) is not None
 
 
 def looks_like_attention(view: View, anchor: Anchor) -> bool:

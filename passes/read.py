@@ -14,12 +14,12 @@ from torch import fx
 from attnfuse._compat import alias_key
 from attnfuse.expr import walk
 from attnfuse.passes import contraction, views
-from attnfuse.passes.aten import dtype_of, is_tensor, name_of, shape_of
+from attnfuse.passes.aten import arguments, dtype_of, is_tensor, name_of, shape_of
 from attnfuse.passes.capture import View, getitem_source, is_mutating, is_stale, opaque, value_of, written
 from attnfuse.passes.find import Anchor, looks_like_attention
 from attnfuse.passes.labels import Atom, Axes, Dim, Labels, is_one, known_equal
 from attnfuse.passes.site import Leaf, Refusal, Site
-from attnfuse.spec import Attention, Cast, Operand, Scale, Step, dtype_name
+from attnfuse.spec import Attention, Cast, Operand, Scale, Sink, Step, dtype_name
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Reader:
         self.protected: list[Dim] = []
         self.start: Labels = ()
         self.budget = 400
+        self.sink: Sink | None = None
 
     def operand(self, leaf: Leaf) -> int:
         """The index of `leaf` among the operands of the op."""
@@ -119,8 +120,12 @@ def read(view: View, anchor: Anchor) -> Site | Refusal | None:
     from attnfuse.passes.idioms import sdpa
 
     reader = Reader(view, anchor)
-    result = sdpa.read(reader) if anchor.kind == "sdpa" else _read_softmax(reader)
+    if anchor.problem:
+        result: Site | Refusal = Refusal(anchor.problem, anchor.weights)
+    else:
+        result = sdpa.read(reader) if anchor.kind == "sdpa" else _read_softmax(reader)
     if isinstance(result, Site):
+        result = _with_log_sum_exp(reader, result)
         problem = isolated(view, result)
         result = problem or result
     if isinstance(result, Refusal) and not looks_like_attention(view, anchor):
@@ -144,7 +149,41 @@ def _read_softmax(reader: Reader) -> Site | Refusal:
         return scores
     if dtype_of(anchor.weights) == torch.float16:
         scores.steps.append(Cast("float16"))
-    return weights.read(reader, scores, labels)
+    problem = _read_sink(reader, labels)
+    return problem or weights.read(reader, scores, labels)
+
+
+def _with_log_sum_exp(reader: Reader, site: Site) -> Site:
+    """The site with logsumexp(scores) as a second result, if something else takes that of the same scores and dim."""
+    anchor, view = reader.anchor, reader.view
+    if anchor.kind == "sdpa" or anchor.sink is not None or anchor.softmax != "plain":
+        return site
+    rank = len(shape_of(anchor.scores))
+    found = []
+    for user in anchor.scores.users:
+        if user in view.live and name_of(user) == "logsumexp":
+            args = arguments(user)
+            if [d % rank for d in args["dim"]] == [anchor.dim % rank] and not site.inside.issuperset(user.users):
+                found.append((user, args["keepdim"]))
+    if len(found) != 1:
+        return site
+    node, keepdim = found[0]
+    at = anchor.dim % rank
+    labels = reader.axes.resolve((*reader.start[:at], *([()] if keepdim else []), *reader.start[at + 1 :]))
+    spec = replace(site.spec, lse=True)
+    return replace(site, spec=spec, lse=node, lse_labels=labels, inside=site.inside | {node})
+
+
+def _read_sink(reader: Reader, labels: Labels) -> Refusal | None:
+    sink = reader.anchor.sink
+    if isinstance(sink, fx.Node):
+        if not dtype_of(sink).is_floating_point:
+            return Refusal("the sink is not floating", sink)
+        leaf = reader.side(sink, tuple(() if dim == reader.k_dim else dim for dim in labels))
+        reader.sink = Sink(operand=reader.operand(leaf))
+    elif sink is not None:
+        reader.sink = Sink(sink)
+    return None
 
 
 def read_scores(reader: Reader, node: fx.Node, labels: Labels) -> Scores | Refusal:
@@ -378,6 +417,7 @@ def build_site(
         weight_steps=tuple(weight_steps),
         softmax=reader.anchor.softmax,
         hidden=hidden,  # type: ignore[arg-type]
+        sink=reader.sink,
         dropout=dropout,
         broadcast=tuple(  # type: ignore[arg-type]
             tuple(n for a, n in zip(batch, names) if all(a not in d for d in leaf.labels)) for leaf in fixed[:3]
@@ -401,6 +441,7 @@ def build_site(
         inside=frozenset(inside),
         where=reader.view.where(reader.anchor.weights) or reader.view.where(final),
         kind="sdpa" if reader.anchor.kind == "sdpa" else "softmax",
+        by_log_sum_exp=reader.anchor.by_log_sum_exp,
         hints={
             n: _hint_of(d)
             for n, d in zip([*names, "Q", "K", "D", "E"], [*((a,) for a in batch), q_dim, k_dim, d_dim, e_dim])
@@ -477,7 +518,7 @@ def stride_hint(stride: object) -> int:
 def isolated(view: View, site: Site) -> Refusal | None:
     """Nothing outside uses or writes to what the op takes over, or to what it reads, in between."""
     for node in site.inside:
-        if node is site.final:
+        if node is site.final or node is site.lse:
             continue
         for user in node.users:
             if user in view.live and user not in site.inside and not _takes_shape_only(view, user, node, site):

@@ -55,6 +55,7 @@ class Site:
     batch, q_dim, k_dim, d_dim, e_dim    atoms of the canonical dims [*batch, Q, D] and so on, outermost first
     final       the node that holds the result, out_labels its dims
     inside      nodes whose work the op takes over
+    lse         the node that holds the log-sum-exp of the scores, if something reads it; lse_labels its dims
     """
 
     spec: Attention
@@ -74,6 +75,10 @@ class Site:
     where: str = ""
     kind: Literal["softmax", "sdpa"] = "softmax"
     hints: dict[str, int | None] = field(default_factory=dict)
+    lse: fx.Node | None = None
+    # the softmax is spelled exp(s - logsumexp(s))
+    by_log_sum_exp: bool = False
+    lse_labels: Labels = ()
     # why masks stay tensors
     notes: tuple[str, ...] = ()
     # the same site with its masks as the tensors they are in the graph

@@ -68,6 +68,9 @@ class _Structure:
         site = self.site
         steps = [s for step in site.spec.steps for s in self._step(step)]
         weight_steps = [s for step in site.spec.weight_steps for s in self._step(step)]
+        sink = site.spec.sink
+        if sink is not None and sink.operand is not None:
+            sink = replace(sink, operand=self._register(site.operands[sink.operand]))
         notes = tuple(dict.fromkeys(self.notes))
         site.notes = notes
         if self.leaves == list(site.operands) and steps == list(site.spec.steps):
@@ -83,7 +86,7 @@ class _Structure:
         operands = tuple(
             describe_operand(leaf, site.batch, site.q_dim, site.k_dim, site.spec.batch) for leaf in self.leaves
         )
-        spec = replace(site.spec, steps=tuple(steps), weight_steps=tuple(weight_steps), operands=operands)
+        spec = replace(site.spec, steps=tuple(steps), weight_steps=tuple(weight_steps), operands=operands, sink=sink)
         return replace(site, spec=simplify(spec), operands=tuple(self.leaves), notes=notes, unread=site)
 
     def _all(self, operands: Sequence[Leaf] | None = None) -> list[Leaf]:

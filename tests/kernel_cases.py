@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from attnfuse import expr
+from attnfuse import expr, ops
 from attnfuse.expr import Algebra, Const, causal, dense
 from attnfuse.kernels import layout, reference
 from attnfuse.kernels.layout import DENSE
@@ -20,6 +20,7 @@ from attnfuse.spec import (
     ReplaceFill,
     Scale,
     Shift,
+    Sink,
     Softcap,
     Tanh,
     dtype_name,
@@ -61,16 +62,24 @@ def qkv(B=2, H=2, Q=33, K=33, D=16, E=None, dtype=None, scale=1.0):
     return randn(B, H, Q, D, dtype=dtype, scale=scale), randn(B, H, K, D, dtype=dtype), randn(B, H, K, E, dtype=dtype)
 
 
-def evaluate(spec, tensors, seed, compute, dout, bounds=DENSE):
-    """out and gradients of the reference, through leaves of dtype `compute` (float64) or the inputs' own."""
+def evaluate(spec, tensors, seed, compute, dout, bounds=DENSE, dlse=None):
+    """out and gradients of the reference, through leaves of dtype `compute` (float64) or the inputs' own.
+
+    dlse: a gradient of the log-sum-exp, which then counts as a result after out.
+    """
     widen = compute == torch.float64
     leaves = [t.detach().to(compute) if widen and t.is_floating_point() else t.detach() for t in tensors]
     floating = [t for t in leaves if t.is_floating_point()]
     for t in floating:
         t.requires_grad_()
-    out = reference.attend(spec, *leaves[:3], leaves[3:], seed, compute, bounds)[0]
-    found = torch.autograd.grad(out, floating, dout.to(compute), allow_unused=True) if out.requires_grad else []
+    out, stats = reference.attend(spec, *leaves[:3], leaves[3:], seed, compute, bounds)
+    lse = None if dlse is None else reference.log_sum_exp(stats)
+    pairs = [(out, dout.to(compute))] + ([] if lse is None else [(lse, dlse.to(compute))])
+    pairs = [(result, given) for result, given in pairs if result.requires_grad]
+    results, given = zip(*pairs) if pairs else ([], [])
+    found = torch.autograd.grad(results, floating, given, allow_unused=True) if pairs else []
     found = iter(found)
+    out = out if dlse is None else torch.cat([out, lse[..., None]], -1)
     return out.detach(), [next(found, None) if t.is_floating_point() else None for t in leaves]
 
 
@@ -99,13 +108,16 @@ def check(kernel, q, k, v, operands: Sequence[torch.Tensor] = (), seed=None, bac
     assert (out.shape, out.stride(), out.dtype) == (fake_out.shape, fake_out.stride(), fake_out.dtype)
     assert (stats.shape, stats.stride(), stats.dtype) == (fake_stats.shape, fake_stats.stride(), fake_stats.dtype)
     dout = torch.randn(out.shape).to(out.dtype)
-    oracle, oracle_grads = evaluate(spec, tensors, seed, torch.float64, dout, bounds)
-    eager, eager_grads = evaluate(spec, tensors, seed, q.dtype, dout, bounds)
-    assert_close(out, oracle, eager, "out")
+    dlse = torch.randn(out.shape[:-1]) if spec.lse else None
+    oracle, oracle_grads = evaluate(spec, tensors, seed, torch.float64, dout, bounds, dlse)
+    eager, eager_grads = evaluate(spec, tensors, seed, q.dtype, dout, bounds, dlse)
+    assert_close(out, oracle[..., : v.shape[-1]], eager[..., : v.shape[-1]], "out")
+    if spec.lse:
+        assert_close(ops.log_sum_exp(stats), oracle[..., -1], eager[..., -1], "log-sum-exp")
     if not backward:
         return out, []
     needs = [t.is_floating_point() for t in tensors]
-    grads = kernel.backward(spec, dout, q, k, v, operands, seed, out, stats, needs, bounds)
+    grads = kernel.backward(spec, dout, q, k, v, operands, seed, out, stats, needs, bounds, dlse)
     factor = 3.0 if operands or spec.dropout else 2.0
     for i, (grad, want, other) in enumerate(zip(grads, oracle_grads, eager_grads, strict=True)):
         if want is None:
@@ -146,4 +158,13 @@ WEIGHTS = {
     "zeroed and scaled": (Scale(operand=1), ReplaceFill(dense(0, inverted=True), 0.0), Scale(2.0)),
     "filled": (ReplaceFill(dense(0), 0.25), Scale(operand=1)),
     "causal": (ReplaceFill(causal(0), 0.0),),
+}
+
+#: Sinks: a spec's sink, and its operand's [*batch, Q, 1] where it has one.
+SINKS = {
+    "off by one": (Sink(0.0), None),
+    "of heads": (Sink(operand=0), (1, 2, 1, 1)),
+    "of rows": (Sink(operand=0), (2, 2, 40, 1)),
+    "of queries": (Sink(operand=0), (1, 1, 40, 1)),
+    "of batches": (Sink(operand=0), (2, 1, 1, 1)),
 }

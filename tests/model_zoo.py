@@ -80,6 +80,20 @@ def gemma2(**more: Any) -> Case:
     return _transformer("Gemma2ForCausalLM", "Gemma2Config", **fields, **more), text()
 
 
+def gpt_oss(**more: Any) -> Case:
+    fields = {**_DECODER, "head_dim": 16, "sliding_window": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
+    layers = ["sliding_attention", "full_attention"]
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    model = _transformer(
+        "GptOssForCausalLM", "GptOssConfig", **fields, layer_types=layers, rope_parameters=rope, **more
+    )
+    for name, parameter in model.named_parameters():
+        # what it is made with is uninitialised memory
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(parameter)
+    return model, text()
+
+
 def t5(**more: Any) -> Case:
     fields = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
     model = _transformer("T5ForConditionalGeneration", "T5Config", **fields, **_IDS, **more)
@@ -223,6 +237,7 @@ ZOO: dict[str, Callable[..., Case]] = {
     "llama": llama,
     "mistral": mistral,
     "gemma2": gemma2,
+    "gpt_oss": gpt_oss,
     "t5": t5,
     "vit": vit,
     "clip": clip,

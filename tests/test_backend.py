@@ -15,7 +15,7 @@ from attnfuse import ops, settings
 from attnfuse.expr import dense
 from attnfuse.kernels import CPU, KERNELS, REFERENCE
 from attnfuse.settings import Settings
-from attnfuse.spec import AddFill, Attention, Bias, Operand, ReplaceFill, Scale, Softcap
+from attnfuse.spec import AddFill, Attention, Bias, Operand, ReplaceFill, Scale, Sink, Softcap
 
 FAST = {"inner": "eager", "kernel": "cpu"}
 
@@ -541,6 +541,8 @@ SPECS = {
     "zero on hidden rows": _spec((ReplaceFill(dense(0), -torch.inf),), (_KEEP,), hidden="zero"),
     "dropout": _spec(dropout=0.25),
     "transposed out": _spec(out_order=(0, 2, 1, 3)),
+    "sink": _spec(sink=Sink(operand=0), operands=(Operand("float32", ("1", "H", "1", "1")),)),
+    "log-sum-exp": _spec(sink=Sink(0.5), lse=True),
 }
 
 
@@ -559,7 +561,8 @@ def test_ops_pass_opcheck(name: str, kernel: str, grad: bool) -> None:
             keep[..., 0] = True
             operands.append(keep)
         else:
-            operands.append(torch.randn(2, 2, 5, 7, requires_grad=grad))
+            sizes = (n if name != "1" else 1 for n, name in zip((2, 2, 5, 7), operand.dims, strict=True))
+            operands.append(torch.randn(*sizes, requires_grad=grad))
     seed = torch.randint(0, 2**62, (1,)) if spec.dropout else None
     torch.library.opcheck(
         torch.ops.attnfuse.attention.default, (q, k, v, operands, seed, None, None, spec.text, kernel, True)
@@ -568,7 +571,8 @@ def test_ops_pass_opcheck(name: str, kernel: str, grad: bool) -> None:
     others = [o.detach() for o in operands]
     out, stats = torch.ops.attnfuse.attention(*tensors, others, seed, None, None, spec.text, kernel, True)
     needs = [True] * 3 + [o.is_floating_point() for o in others]
+    dout, dlse = torch.randn_like(out), torch.randn(2, 2, 5) if spec.lse else None
     torch.library.opcheck(
         torch.ops.attnfuse.attention_backward.default,
-        (torch.randn_like(out), *tensors, others, seed, None, None, out, stats, spec.text, kernel, True, needs),
+        (dout, dlse, *tensors, others, seed, None, None, out, stats, spec.text, kernel, True, needs),
     )

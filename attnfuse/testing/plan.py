@@ -20,7 +20,10 @@ _SELF = ("packed", "projected")
 
 @dataclass(frozen=True)
 class Plan:
-    """One attention. B and H are 1 for what the layout has no dim for."""
+    """One attention. B and H are 1 for what the layout has no dim for.
+
+    sink: 'zero' or 'given', one more score in the softmax's sum, or None.
+    """
 
     B: int
     H: int
@@ -37,6 +40,7 @@ class Plan:
     mask: str | None = None
     fill: float = -math.inf
     width: int = 0
+    sink: str | None = None
 
     @property
     def group(self) -> int:
@@ -60,7 +64,10 @@ class Plan:
             s = s + given["mask"]
         elif self.mask is not None:
             s = torch.where(self._keep(given), s, self.fill)
-        return torch.einsum("bhqk,bhkd->bhqd", torch.softmax(s, dim=-1), v)
+        if self.sink is not None:
+            height = s.new_zeros(()) if self.sink == "zero" else given["sink"]
+            s = torch.cat([s, height.expand(*s.shape[:-1], 1)], dim=-1)
+        return torch.einsum("bhqk,bhkd->bhqd", torch.softmax(s, dim=-1)[..., : self.K], v)
 
     def _heads(self, given: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         if self.layout in _SELF:
@@ -128,7 +135,9 @@ def plans(draw: st.DrawFn) -> Plan:
     D = K if draw(st.integers(0, 3)) == 0 else D
     E = D if layout in _SELF or draw(st.booleans()) else draw(st.sampled_from((1, 4, 8)))
     scale = draw(st.sampled_from((D**-0.5, 1.0, 0.125, 0.3)))
-    return _scored(draw, Plan(B, Hkv * group, Hkv, Q, K, D, E, dtype, layout, scale))
+    plan = _scored(draw, Plan(B, Hkv * group, Hkv, Q, K, D, E, dtype, layout, scale))
+    # a single key beside a sink could be either
+    return replace(plan, sink=draw(st.sampled_from(("zero", "given")))) if draw(st.integers(0, 7)) == 0 else plan
 
 
 @st.composite

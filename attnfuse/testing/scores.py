@@ -157,6 +157,8 @@ def _keep(w: Writer, five: bool) -> tuple[str, str | None]:
 def softmax(w: Writer, dim: int = -1) -> bool:
     """p, the weights, from s; True where they are not divided by their sum yet ('e' and 'total' are, then)."""
     p = w.plan
+    if p.sink is not None:
+        _sunk(w, dim)
     low = p.dtype != torch.float32
     cast = w.pick("cast", ("none", "dtype", "float")) if low else w.pick("cast", ("none", "none", "dtype"))
     if cast == "float":
@@ -167,7 +169,14 @@ def softmax(w: Writer, dim: int = -1) -> bool:
         hows = ["F.softmax(s, dim={0}, dtype=torch.float32)", "torch.softmax(s, {0}, dtype=torch.float32)"]
     elif not low or cast == "float":
         # spelled out in low precision these lose digits that softmax itself keeps
-        hows += ["shifted", "log_softmax", "logsumexp"] + (["late"] if dim == -1 and not back else [])
+        hows += ["shifted", "log_softmax"] + (["late"] if dim == -1 and not back and p.sink is None else [])
+        # beside a finite fill the logarithm of a sum is lost, so that it is no softmax
+        if (
+            p.sink is None
+            and p.bias is None
+            and (p.mask in (None, "causal") or (p.mask != "additive" and p.fill == -math.inf))
+        ):
+            hows.append("logsumexp")
     how = w.pick("softmax", hows)
     if how in ("shifted", "late"):
         tops = (
@@ -185,10 +194,38 @@ def softmax(w: Writer, dim: int = -1) -> bool:
         w.let("p", w.pick("over", (f"e / {total}", f"torch.div(e, {total})")))
         if back:
             w.let("p", f"p{back}")
+        _risen(w, dim)
         return False
     spelled = {
         "log_softmax": f"F.log_softmax(s, dim={dim}).exp()",
         "logsumexp": f"torch.exp(s - torch.logsumexp(s, dim={dim}, keepdim=True))",
     }.get(how, how.format(dim))
     w.let("p", spelled + back)
+    _risen(w, dim)
     return False
+
+
+def _sunk(w: Writer, dim: int) -> None:
+    """Put one more score behind or before the others."""
+    p = w.plan
+    if p.sink == "given":
+        extra = w.argument("sink", (1,), "normal")
+    else:
+        extra = "s.new_zeros(1)"
+    sizes = "*s.shape[:-1], 1" if dim == -1 else "*s.shape[:-2], 1, s.shape[-1]"
+    ways = ["behind", "before"] + (["padded"] if p.sink == "zero" and dim == -1 else [])
+    how = w.pick("sink", ways)
+    if how == "padded":
+        w.let("s", "F.pad(s, (0, 1))")
+    else:
+        extra = f"{extra}.expand({sizes})"
+        w.let("s", f"torch.cat([{f's, {extra}' if how == 'behind' else f'{extra}, s'}], dim={dim})")
+
+
+def _risen(w: Writer, dim: int) -> None:
+    """Cut its weight off."""
+    if w.plan.sink is None:
+        return
+    first = "sink: before" in w.spelled
+    part = "1:" if first else ":-1"
+    w.let("p", f"p[..., {part}]" if dim == -1 else f"p[..., {part}, :]")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from attnfuse.kernels import sink
 from attnfuse.kernels.cache import BuildError
 from attnfuse.kernels.cpu.build import available, load, warm_up
 from attnfuse.kernels.cpu.plan import plan_of, reverse_words
@@ -72,10 +73,12 @@ def backward(
     stats: torch.Tensor,
     needs: Sequence[bool],
     bounds: Bounds = DENSE,
+    dlse: torch.Tensor | None = None,
 ) -> list[torch.Tensor | None]:
     """Gradients of q, k, v and the operands where `needs` asks for them, each with its input's shape and dtype.
 
-    out and stats are what forward returned for the same inputs; dout has out's shape and any strides. The same bits
+    out and stats are what forward returned for the same inputs; dout has out's shape and any strides. dlse [*batch, Q]: the
+    gradient of the log-sum-exp, where that was used. The same bits
     come out on every run with the same number of threads. Raises as forward does.
     """
     library = load()
@@ -88,8 +91,11 @@ def backward(
     for x in tensors:
         key += (x.shape, x.stride(), x.dtype)
     made = plan.backward.get(key) or plan.lay_out_reverse(key, tensors, needs, threads, library.attnfuse_key_tile())
+    if dlse is not None:
+        dlse = dlse.to(torch.float32).expand(stats.shape[1:]).contiguous()
     if made.empty:
-        return [torch.zeros_like(x) if needed else None for x, needed in zip(tensors, needs, strict=True)]
+        zeros = [torch.zeros_like(x) if needed else None for x, needed in zip(tensors, needs, strict=True)]
+        return _with_sink(spec, operands, zeros, dout, out, stats, dlse)
     sums: list[torch.Tensor | None] = []
     for i, (x, target) in enumerate(zip(tensors, made.targets, strict=True)):
         if target.mode == 0:
@@ -110,6 +116,7 @@ def backward(
         v.data_ptr(),
         out.data_ptr(),
         dout.data_ptr(),
+        0 if dlse is None else dlse.data_ptr(),
         *[o.data_ptr() for o in operands],
         *[0 if s is None else s.data_ptr() for s in sums],
     )
@@ -122,7 +129,24 @@ def backward(
             if target.thin:
                 total = total.sum(0).sum_to_size(x.shape)
             sums[i] = torch.empty_like(x).copy_(total)
-    return sums
+    return _with_sink(spec, operands, sums, dout, out, stats, dlse)
+
+
+def _with_sink(
+    spec: Attention,
+    operands: Sequence[torch.Tensor],
+    grads: list[torch.Tensor | None],
+    dout: torch.Tensor,
+    out: torch.Tensor,
+    stats: torch.Tensor,
+    dlse: torch.Tensor | None,
+) -> list[torch.Tensor | None]:
+    if spec.sink is not None:
+        delta = (dout.float() * out.float()).sum(-1)
+        sink.add_gradient(
+            spec, operands, grads, *sink.inverse_sums(spec, stats), delta if dlse is None else delta - dlse
+        )
+    return grads
 
 
 def _seed(spec: Attention, seed: torch.Tensor | None) -> int:

@@ -90,6 +90,7 @@ EXPORT int attnfuse_backward(const Plan* plan, const i64* layout_words, const i6
   read(p.v, layout, pointers, plan->v_dtype);
   read(p.out, layout, pointers, plan->out_dtype);
   read(p.dout, layout, pointers, plan->out_dtype);
+  p.dlse = reinterpret_cast<const float*>(pointers.pointer());
   for (int i = 0; i < plan->n_operands; ++i) read(p.operand[i], layout, pointers, plan->operand_dtype[i]);
   read(p.dq, layout, pointers);
   read(p.dk, layout, pointers);

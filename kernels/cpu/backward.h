@@ -83,11 +83,15 @@ struct BackwardItem {
         pack_tile(t);
         for (i64 u = 0; u < q_tiles; ++u) tile(t, u, true);
       }
+    // the weights' sum is 1, so that a gradient of the log-sum-exp adds to that of each weight
+    if (p.dlse)
+      for (i64 r = 0; r < p.Q; ++r) delta[r] -= p.dlse[element * p.Q + r];
   }
 
   // Whether a row's output has no gradient: then nothing has one through it, as long as no NaN is met on the way, which
   // would show in the output.
   bool is_idle(const float* d, i64 padded, i64 r, i64 row) {
+    if (p.dlse && p.dlse[element * p.Q + row] != 0.0f) return false;
     for (i64 e = 0; e < p.Ep; e += NR)
       for (i64 i = 0; i < NR; ++i)
         if (d[e * padded + r * NR + i] != 0.0f) return false;

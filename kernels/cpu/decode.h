@@ -177,10 +177,15 @@ inline bool forward_few(const Problem& p, const Split& heads, i64 threads, bool 
   for (i64 head = 0; head < heads.outer; ++head) {
     float* first = parts + head * splits * part;
     for (i64 r = 0; r < n; ++r) {
-      float m = -INF, l = 0.0f;
+      i64 index[BATCH];
+      const i64 element = heads.index(head, r / p.Q, index), query = r % p.Q, at = element * p.Q + query;
+      float m, l, alone;
+      begin_row(p, index, query, m, l);
+      alone = m;
       for (i64 s = 0; s < splits; ++s) m = first[s * part + r] > m ? first[s * part + r] : m;
       doubtful |= p.skips && !full && p.doubt > -INF && !(m > p.doubt);
       const float shift = m == -INF ? 0.0f : m;
+      if (alone != m) l *= std::exp(alone - shift);
       float* o = first + 2 * n + r * width;
       for (i64 s = 0; s < splits; ++s) {
         const float* other = first + s * part;
@@ -192,8 +197,6 @@ inline bool forward_few(const Problem& p, const Split& heads, i64 threads, bool 
       settle(m, l);
       const Finish end = finish_row(*p.plan, m, l);
       for (i64 e = 0; e < width; ++e) o[e] = end.zero ? 0.0f : o[e] / end.divisor;
-      i64 index[BATCH];
-      const i64 element = heads.index(head, r / p.Q, index), query = r % p.Q, at = element * p.Q + query;
       p.stats[at] = m;
       p.stats[p.elements * p.Q + at] = l;
       write(p.out.dtype, p.out.at(index) + query * p.out.row() * size_of(p.out.dtype), p.out.row(), p.out.col(), o,
@@ -214,8 +217,7 @@ inline bool forward_all(const Problem& p) {
       p.index_of(e, index);
       const float zero = 0.0f;
       for (i64 q = 0; q < p.Q; ++q) {
-        p.stats[e * p.Q + q] = -INF;
-        p.stats[(p.elements + e) * p.Q + q] = 0.0f;
+        begin_row(p, index, q, p.stats[e * p.Q + q], p.stats[(p.elements + e) * p.Q + q]);
         for (i64 c = 0; c < p.E; ++c)
           write(p.out.dtype, p.out.at(index) + (q * p.out.row() + c * p.out.col()) * size_of(p.out.dtype), 1, 1, &zero,
                 1, 1, 1, 1.0f, false);

@@ -106,6 +106,7 @@ struct ForwardTile {
   const Problem& p;
   Rows rows;
   float *q, *s, *o, *m, *l;
+  const i64* index = nullptr;
   Limits limits;
   i64 kt;
   bool seen[QT];
@@ -126,7 +127,7 @@ struct ForwardTile {
   void pass(Pass kind, bool full, i64 q0, i64 n, const float* kp, const float* vp, const Finish* ends) {
     const i64 padded = round_up(n, MR);
     if (kind != EXACT)
-      for (i64 r = 0; r < n; ++r) m[r] = -INF, l[r] = 0.0f, seen[r] = false;
+      for (i64 r = 0; r < n; ++r) begin_row(p, index, q0 + r, m[r], l[r]), seen[r] = false;
     if (kind != STATS_ONLY) std::memset(o, 0, padded * p.Ep * sizeof(float));
     const i64 begin = full ? 0 : rows.masks.first_key(q0) / kt * kt, end = full ? p.K : rows.masks.last_key(q0 + n - 1);
     bool later = false;
@@ -213,8 +214,9 @@ struct ForwardTile {
   }
 
   // Queries [q0, q0 + n) of one batch element against its packed keys and values.
-  void run(i64 element, const i64* index, i64 q0, i64 n, const float* kp, const float* vp) {
+  void run(i64 element, const i64* at, i64 q0, i64 n, const float* kp, const float* vp) {
     const i64 padded = round_up(n, MR);
+    index = at;
     pack(q, padded * NR, p.q.dtype, p.q.at(index) + q0 * p.q.row() * size_of(p.q.dtype), p.q.row(), p.q.col(), n, p.D,
          padded, p.fold);
     rows.enter_element(element, index);

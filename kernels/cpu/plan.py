@@ -52,7 +52,7 @@ _DTYPES = {
 }
 _T = TypeVar("_T")
 _HIDDEN = {"nan": 0, "zero": 1, "nan_to_zero": 2}
-_PLAN = struct.Struct("=6qd6q")
+_PLAN = struct.Struct("=7q2d6q")
 _STEP = struct.Struct("=17q2d")
 _INSTR = struct.Struct("=6q")
 
@@ -118,7 +118,7 @@ class Plan:
         weights = [_words(s, programs, uniform) for s in spec.weight_steps if not isinstance(s, Cast)]
         if max(len(steps), len(weights)) > MAX_STEPS:
             raise ValueError(f"at most {MAX_STEPS} steps; got {len(steps)} and {len(weights)} on the weights")
-        p = spec.dropout
+        p, sink = spec.dropout, spec.sink
         head = _PLAN.pack(
             _DTYPES[self.qk],
             _DTYPES[self.v],
@@ -126,6 +126,8 @@ class Plan:
             spec.softmax == "unshifted",
             _HIDDEN[spec.hidden],
             spec.nan_policy == "eager",
+            -1 if sink is None or sink.operand is None else sink.operand,
+            -math.inf if sink is None else sink.value,
             1.0 / (1.0 - p) if p < 1.0 else 0.0,
             p > 0.0,
             dropout.threshold(p),
@@ -228,7 +230,7 @@ class Plan:
         if classes < threads and work > 1_000_000:
             chunks = max(1, min(-(-threads // max(classes, 1)), -(-K // key_tile)))
         empty = math.prod(batch) * Q * K * v.shape[-1] == 0
-        made = Reverse(tuple(targets), batch, chunks, empty, struct.Struct(f"={11 + 2 * len(operands)}q"))
+        made = Reverse(tuple(targets), batch, chunks, empty, struct.Struct(f"={12 + 2 * len(operands)}q"))
         return _keep(self.backward, key, made)
 
 

@@ -53,8 +53,8 @@ struct Step {
 };
 
 struct Plan {
-  i64 qk_dtype, v_dtype, out_dtype, unshifted, hidden, eager_nan;
-  double keep_scale;
+  i64 qk_dtype, v_dtype, out_dtype, unshifted, hidden, eager_nan, sink_operand;  // -1: the number `sink`, -INF for none
+  double sink, keep_scale;
   i64 dropout, threshold, n_operands, n_steps, n_weights, n_instrs;
   i64 operand_dtype[MAX_OPERANDS];
   Step steps[MAX_STEPS], weights[MAX_STEPS];
@@ -91,6 +91,7 @@ struct Problem {
   bool dropout;
   uint64_t seed;
   float* stats;
+  const float* dlse = nullptr;  // [elements * Q] or null
   Ref q, k, v, out, dout;
   Operand operand[MAX_OPERANDS];
   Grad dq, dk, dv, doperand[MAX_OPERANDS];
@@ -115,6 +116,18 @@ struct Problem {
     }
   }
 };
+
+// The sums over no key: m and l of a row, which its sink begins.
+inline void begin_row(const Problem& p, const i64* index, i64 query, float& m, float& l) {
+  float x = static_cast<float>(p.plan->sink);
+  if (p.plan->sink_operand >= 0) {
+    const Operand& o = p.operand[p.plan->sink_operand];
+    convert(o.dtype, o.at(index) + query * o.row() * size_of(o.dtype), 1, &x, 1);
+  }
+  m = x;
+  // infinity and NaN make the row NaN
+  l = x == -INF ? 0.0f : x - x + 1.0f;
+}
 
 enum Depends : uint8_t { ON_QUERY = 1, ON_KEY = 2 };
 
@@ -165,6 +178,7 @@ inline void find_uniform(Problem& p) {
   const Plan& plan = *p.plan;
   p.uniform = -1;
   if (!p.skips || plan.n_weights || p.dropout || plan.unshifted || plan.n_steps == 0) return;
+  if (plan.sink_operand >= 0 || plan.sink > -INF) return;
   const int last = static_cast<int>(plan.n_steps) - 1;
   const Step& step = plan.steps[last];
   if (!p.hides[last] || !(step.value > -INF)) return;

@@ -57,6 +57,10 @@ def limits(spec: Attention, groups: bool, same_heads: bool = True) -> Iterable[s
         yield "a causal mask without as many keys as queries"
     if spec.nan_policy == "eager":
         yield "nan_policy 'eager'"
+    if spec.sink is not None:
+        yield "a sink"
+    if spec.lse:
+        yield "the log-sum-exp as a result"
     if len({spec.qk_dtype, spec.v_dtype, spec.out_dtype}) > 1:
         yield "inputs and result of several dtypes"
     if same_heads and spec.D != spec.E:
@@ -142,8 +146,9 @@ class Library:
         stats: torch.Tensor,
         needs: Sequence[bool],
         bounds: Bounds = DENSE,
+        dlse: torch.Tensor | None = None,
     ) -> list[torch.Tensor | None]:
-        """Gradients of q, k and v where `needs` asks for them, each with its input's shape and dtype.
+        """Gradients of q, k and v where `needs` asks for them, each with its input's shape and dtype; there is no dlse.
 
         out and stats are what forward returned for the same inputs. Raises as forward does.
         """

@@ -42,7 +42,8 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [*batch, Q, E] and stats [2, *batch, Q] (row maximum, row sum of exp(s - maximum)), both in `compute`.
 
-    Differentiable in q, k, v and in floating operands. Fill values are taken as they are, however `compute` rounds; a
+    A sink is one of the scores here. Differentiable in q, k, v and in floating operands; stats only through log_sum_exp, of
+    a spec with lse. Fill values are taken as they are, however `compute` rounds; a
     float16 `Cast` still overflows to inf, as kernels do.
     """
     check_bounds(spec, bounds)
@@ -122,13 +123,19 @@ def _attend(
     s = torch.matmul(q.to(compute), k.to(compute).transpose(-1, -2)).expand(*batch, q.shape[-2], k.shape[-2])
     for step in spec.steps:
         s = _apply(step, s, operands)
+    sink = s.new_full((), -torch.inf) if spec.sink is None else s.new_full((), spec.sink.value)
+    if spec.sink is not None and spec.sink.operand is not None:
+        sink = operands[spec.sink.operand].to(compute)
+    sink = sink.expand(*s.shape[:-1], 1)
     if s.shape[-1] == 0:
-        out = s.new_zeros(*s.shape[:-1], v.shape[-1])
-        return out, torch.stack([s.new_full(s.shape[:-1], -torch.inf), s.new_zeros(s.shape[:-1])])
-    top = s.detach().amax(-1, keepdim=True)
+        sums = torch.exp(sink - sink.detach()).squeeze(-1) if spec.sink else s.new_zeros(s.shape[:-1])
+        return s.new_zeros(*s.shape[:-1], v.shape[-1]), torch.stack([sink.detach().squeeze(-1), sums])
+    top = torch.maximum(s.detach().amax(-1, keepdim=True), sink.detach())
     shift = torch.zeros_like(top) if spec.softmax == "unshifted" else top
     e = torch.exp(s - shift)
     total = e.sum(-1, keepdim=True)
+    if spec.sink is not None:
+        total = total + torch.exp(sink - shift)
     p = e / total
     if spec.hidden == "zero":
         p = torch.where(top == -torch.inf, 0.0, p)
@@ -145,8 +152,20 @@ def _attend(
         kept = dropout.keep(seed, rows, s.shape[-1], spec.dropout)
         # dropout of 1 multiplies by 0 / 0 nowhere: torch gives zeros
         p = p * kept * (1.0 / (1.0 - spec.dropout) if spec.dropout < 1.0 else 0.0)
-    stats = torch.stack([top.squeeze(-1), torch.exp(s.detach() - top).sum(-1)])
+    held, held_sink = (s, sink) if spec.lse else (s.detach(), sink.detach())
+    # rows without a finite score have no sum that could be differentiated
+    hidden = spec.lse & (top == -torch.inf)
+    sums = torch.exp(torch.where(hidden, 0.0, held - top)).sum(-1)
+    if spec.sink is not None:
+        sums = sums + torch.exp(torch.where(hidden, -torch.inf, held_sink - top)).squeeze(-1)
+    stats = torch.stack([top.squeeze(-1), sums])
     return torch.matmul(p, v.to(compute)), stats
+
+
+def log_sum_exp(stats: torch.Tensor) -> torch.Tensor:
+    """[*batch, Q] from stats [2, *batch, Q]: -inf in rows without a score above that."""
+    top, sums = stats.unbind()
+    return torch.where(top == -torch.inf, top, top + sums.log())
 
 
 def keep_of(keep: expr.Expr, s: torch.Tensor, operands: Sequence[torch.Tensor]) -> torch.Tensor:

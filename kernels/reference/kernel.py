@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from attnfuse.kernels.layout import DENSE, Bounds, allocate
-from attnfuse.kernels.reference import attend
+from attnfuse.kernels.reference import attend, log_sum_exp
 from attnfuse.spec import Attention
 
 
@@ -43,8 +43,12 @@ def backward(
     stats: torch.Tensor,
     needs: Sequence[bool],
     bounds: Bounds = DENSE,
+    dlse: torch.Tensor | None = None,
 ) -> list[torch.Tensor | None]:
-    """Gradients for those of (q, k, v, *operands) that `needs` names, in their shapes and dtypes."""
+    """Gradients for those of (q, k, v, *operands) that `needs` names, in their shapes and dtypes.
+
+    dlse [*batch, Q]: the gradient of the log-sum-exp, where that was used.
+    """
     inputs = [q, k, v, *operands]
     # another thread has a stream of its own, which does not wait for this one's, and which no CUDA graph records
     stream = torch.cuda.current_stream(q.device) if q.is_cuda else None
@@ -52,9 +56,17 @@ def backward(
     def differentiate() -> tuple[torch.Tensor | None, ...]:
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
             leaves = [x.detach().requires_grad_() if need else x.detach() for x, need in zip(inputs, needs)]
-            values, _ = attend(spec, leaves[0], leaves[1], leaves[2], leaves[3:], seed, _precision(spec), bounds)
+            values, lines = attend(spec, leaves[0], leaves[1], leaves[2], leaves[3:], seed, _precision(spec), bounds)
             wanted = [x for x, need in zip(leaves, needs) if need]
-            return torch.autograd.grad(values, wanted, dout.to(values.dtype), allow_unused=True)
+            pairs = [(values, dout)]
+            if dlse is not None:
+                pairs.append((log_sum_exp(lines), dlse))
+            # without a key nothing depends on the inputs
+            pairs = [(result, given) for result, given in pairs if result.requires_grad]
+            if not pairs:
+                return (None,) * len(wanted)
+            results, given = zip(*((result, given.to(result.dtype)) for result, given in pairs))
+            return torch.autograd.grad(results, wanted, given, allow_unused=True)
 
     # inside of an op autograd is off for its thread, whatever enable_grad says
     with ThreadPoolExecutor(1) as aside:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from attnfuse.kernels import dropout
+from attnfuse.kernels import dropout, sink
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.layout import DENSE, Bounds, allocate, check_bounds, spread
 from attnfuse.kernels.triton import tuned
@@ -111,7 +111,8 @@ class _Call:
         if self.device.type == "cpu":
             # the interpreter's cost is in the number of operations
             return Config(32, 64, 4, 1)
-        heavy = bool(self.operands) or self.traits.checked or self.traits.doubt > -math.inf
+        sinks = self.spec.sink is not None and self.spec.sink.operand is not None
+        heavy = len(self.operands) > sinks or self.traits.checked or self.traits.doubt > -math.inf
         return config(self.device.capability, which, self.q.element_size() * 8, self.D, self.E, heavy)
 
     def _unshrunk(self, which: Pass) -> Config:
@@ -237,6 +238,7 @@ class _Call:
         """What kernels take that make results of sums."""
         return {
             "LEFT": self.functions.left,
+            "SINK": None if self.spec.sink is None else self.functions.sink,
             "DOUBT": self.traits.doubt,
             "FILLS": self.traits.fills,
             "HIDDEN": _HIDDEN[self.spec.hidden],
@@ -271,12 +273,13 @@ def forward(
     raises where it cannot compile or launch.
     """
     check_bounds(spec, bounds)
+    if spec.lse and v.shape[-1] == 0:
+        raise ValueError("a log-sum-exp of values without features")
     out, stats = allocate(spec, q, k, v, operands, bounds)
     empty = out.numel() == 0 or k.shape[-2] == 0
     if empty or spec.packed_queries:
         # the rows of no sequence too
-        stats[0].fill_(-math.inf)
-        stats[1].zero_()
+        sink.without_keys(spec, operands, stats)
         out.zero_()
     if empty or (spec.layout != "dense" and bounds.sequences == 0):
         return out, stats
@@ -371,18 +374,23 @@ def backward(
     stats: torch.Tensor,
     needs: Sequence[bool],
     bounds: Bounds = DENSE,
+    dlse: torch.Tensor | None = None,
 ) -> list[torch.Tensor | None]:
     """Gradients of q, k, v and the operands where `needs` asks for them, each with its input's shape and dtype.
 
-    out and stats are what forward returned for the same inputs; dout has out's shape and any strides. Under
+    out and stats are what forward returned for the same inputs; dout has out's shape and any strides. dlse [*batch, Q]: the
+    gradient of the log-sum-exp, where that was used. Under
     torch.use_deterministic_algorithms the same bits come out on every run, except for tables (RuntimeError, or a warning
     with warn_only). Raises as forward does.
     """
     check_bounds(spec, bounds)
     if out.numel() == 0 or k.shape[-2] == 0 or (spec.layout != "dense" and bounds.sequences == 0):
-        return [torch.zeros_like(x) if need else None for x, need in zip((q, k, v, *operands), needs, strict=True)]
+        zeros = [torch.zeros_like(x) if need else None for x, need in zip((q, k, v, *operands), needs, strict=True)]
+        delta = torch.zeros_like(stats[0]) if dlse is None else -dlse.float()
+        sink.add_gradient(spec, operands, zeros, *sink.inverse_sums(spec, stats), delta)
+        return zeros
     call = _Call(spec, q, k, v, list(operands), seed, Device.of(q.device), _run, bounds)
-    return _fitting(call, "backward", lambda: _backward(call, dout, out, stats, operands, needs))
+    return _fitting(call, "backward", lambda: _backward(call, dout, out, stats, operands, needs, dlse))
 
 
 def _backward(
@@ -392,13 +400,17 @@ def _backward(
     stats: torch.Tensor,
     operands: Sequence[torch.Tensor],
     needs: Sequence[bool],
+    dlse: torch.Tensor | None = None,
 ) -> list[torch.Tensor | None]:
     from attnfuse.kernels.triton import template
 
     spec, traits, f, q, k, v = call.spec, call.traits, call.functions, call.q, call.k, call.v
     made = call.config("backward")
     dout = dout.to(v.dtype)
-    work = torch.empty((3, call.lines), dtype=torch.float32, device=q.device)
+    # the sink's gradient reads the rows of no sequence too
+    make = torch.zeros if call.packed_q and spec.sink is not None else torch.empty
+    work = make((3, call.lines), dtype=torch.float32, device=q.device)
+    of_lse = None if dlse is None else dlse.to(torch.float32).expand(stats.shape[1:]).contiguous()
     programs = call.query_programs(made.BM)
     # one for each query tile; packed sequences leave gaps between theirs
     marks = programs + call.heads if call.packed_q else programs
@@ -414,6 +426,8 @@ def _backward(
             "marks": marks,
             "O": out,
             "G": dout,
+            "GL": stats if of_lse is None else of_lse,
+            "LSE": of_lse is not None,
             "M": stats,
             "W": work,
             "F": flags,
@@ -510,7 +524,9 @@ def _backward(
     grads: list[torch.Tensor | None] = [
         _summed(x, g) if need else None for x, g, need in zip((q, k, v), (dq, dk, dv), needs)
     ]
-    return [*grads, *sums.results(operands)]
+    grads += sums.results(operands)
+    sink.add_gradient(spec, operands, grads, *work.view(3, *stats.shape[1:]).unbind())
+    return grads
 
 
 def _target(x: torch.Tensor, batch: tuple[int, ...], full: Sequence[bool], packed: bool) -> torch.Tensor:

@@ -11,6 +11,7 @@ columns), Qn and Kn (the numbers of queries and keys).
     score_grad(g, saved, q, k, gat, gst, GIVE, ...)  gradient of the scores before all steps; adds those of operands up
     weigh(p, q, k, ...)                          the weights after their steps
     weigh_grad(g, p, q, k, gat, gst, GIVE, ...)  gradient of the weights before their steps
+    sink(q, ...)                                 the score that each row has besides those of the keys, [rows, 1]
     left(q, k, ...)                              which weights their fills leave
     keys(q0, q1, ...)                            the keys that queries q0 to q1 may see, and those that all of them see
     queries(k0, k1, ...)                         the queries that may see keys k0 to k1
@@ -27,7 +28,7 @@ from attnfuse import expr
 from attnfuse.expr import Apply, Const, Expr, Index, Linear, Load
 from attnfuse.kernels.bounds import Cut, cut
 from attnfuse.kernels.hiding import Hiding, hiding
-from attnfuse.spec import AddFill, Attention, Bias, Cast, Clamp, ReplaceFill, Scale, Shift, Softcap, Step, Tanh
+from attnfuse.spec import AddFill, Attention, Bias, Cast, Clamp, ReplaceFill, Scale, Shift, Sink, Softcap, Step, Tanh
 
 #: No query or key index is larger: sums with constants below it fit 32 bits.
 LONGEST = 2**29
@@ -237,6 +238,7 @@ class _Module:
     def text(self) -> str:
         parts = [_HEADER, self._offset(), self._bases(), self._score(), self._score_grad()]
         parts += [self._weigh(), self._weigh_grad(), self._left(), self._keys(), self._queries(), self._seen()]
+        parts += [self._sink()]
         return "\n\n".join(parts)
 
     def _define(self, name: str, arguments: str, lines: list[str]) -> str:
@@ -421,6 +423,13 @@ class _Module:
         body = _Body(self)
         made = [f"({body.value(s.keep)})" for s in self.spec.weight_steps if isinstance(s, ReplaceFill)]
         return self._define("left", f"q, k, {_CONTEXT}", [*body.lines, f"return {' & '.join([*made, '(q >= 0)'])}"])
+
+    def _sink(self) -> str:
+        body, sink = _Body(self), self.spec.sink or Sink()
+        value = _number(sink.value) if sink.operand is None else f"{body.load(sink.operand)}.to(tl.float32)"
+        return self._define(
+            "sink", f"q, {_CONTEXT}", [*body.lines, f"return tl.zeros_like(q).to(tl.float32) + {value}"]
+        )
 
     # -- what tiles see
 

@@ -157,18 +157,29 @@ def none_of(BM: tl.constexpr, EP: tl.constexpr):
 
 
 @triton.jit
+def begun(q, at, st, n, Qn, Kn, BM: tl.constexpr, EP: tl.constexpr, SINK: tl.constexpr):
+    """The sums before the first key: those over none, or over the row's sink."""
+    acc, m, l = none_of(BM, EP)
+    if SINK is not None:
+        m = tl.sum(SINK(q, at, st, n, Qn, Kn), 1)
+        # infinity and NaN make the row NaN
+        l = tl.where(m == float("-inf"), 0.0, m - m + 1.0)
+    return acc, m, l
+
+
+@triton.jit
 def seen_all(
     acc, m, l, inside, Q, places, qs, line, q, K, V, ks, vs, at, st, n, Qn, Kn, seed, threshold, keep_scale,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SCORE: tl.constexpr, WEIGH: tl.constexpr, SEEN: tl.constexpr, DOUBT: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    SCORE: tl.constexpr, WEIGH: tl.constexpr, SINK: tl.constexpr, SEEN: tl.constexpr, DOUBT: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The sums of a query tile, over all keys once more where a row may see keys that were skipped."""
     if float("-inf") < DOUBT:
         if tl.min(tl.where(inside, m, float("inf")), 0) <= DOUBT:
             # read again, so that no second form of it is held in registers through the loops before
             qt = rows_at(Q, places, inside, D, DP, qs[1])
-            acc, m, l = none_of(BM, EP)
+            acc, m, l = begun(q, at, st, n, Qn, Kn, BM, EP, SINK)
             for k0 in tl.range(0, Kn, BN, num_stages=STAGES):
                 acc, m, l = visit(
                     acc, m, l, qt, line, q, 0, 0, k0, K, V, ks, vs, at, at, st, n, Qn, Kn, seed, threshold, keep_scale, D,
@@ -216,8 +227,8 @@ def forward(
     Q, K, V, O, M, ops, seed, threshold, keep_scale, sizes, qb, kb, vb, ob, bst, st, n, qs, ks, vs, os, QB, KB, deal,
     sequences, heads, lines, Qn, Kn,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    OFFSET: tl.constexpr, BASES: tl.constexpr, SCORE: tl.constexpr, WEIGH: tl.constexpr, LEFT: tl.constexpr, KEYS: tl.constexpr,
-    SEEN: tl.constexpr, LOWER: tl.constexpr, CHECKED: tl.constexpr, DOUBT: tl.constexpr,
+    OFFSET: tl.constexpr, BASES: tl.constexpr, SCORE: tl.constexpr, WEIGH: tl.constexpr, SINK: tl.constexpr,
+    LEFT: tl.constexpr, KEYS: tl.constexpr, SEEN: tl.constexpr, LOWER: tl.constexpr, CHECKED: tl.constexpr, DOUBT: tl.constexpr,
     FILLS: tl.constexpr, DROPOUT: tl.constexpr, HIDDEN: tl.constexpr, UNSHIFTED: tl.constexpr, PRECISION: tl.constexpr,
     PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -245,7 +256,7 @@ def forward(
     V += OFFSET(wide, sizes, vb) + k_start * vs[0]
     q_place = OFFSET(wide, sizes, qb) + q_start * qs[0]
     qt = tile_of(Q + q_place, rows, qs[0], Qn, D, DP, qs[1])
-    acc, m, l = none_of(BM, EP)
+    acc, m, l = begun(q, at, st, n, Qn, Kn, BM, EP, SINK)
 
     lo, hi, first, last = KEYS(q0, q1, at, st, n, Qn, Kn)
     lo, hi = clipped(lo, hi, Kn, BN)
@@ -275,7 +286,7 @@ def forward(
     again = tl.minimum(q0, Qn) + tl.arange(0, BM)
     acc, m, l = seen_all(
         acc, m, l, rows < Qn, Q, q_place + again.to(tl.int64) * qs[0], qs, line, q, K, V, ks, vs, at, st, n, Qn, Kn,
-        seed, threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE, WEIGH, SEEN, DOUBT, DROPOUT, PRECISION, STAGES,
+        seed, threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE, WEIGH, SINK, SEEN, DOUBT, DROPOUT, PRECISION, STAGES,
     )  # fmt: skip
     out, total = finished(acc, m, l, q, at, st, n, Qn, Kn, BM, BN, LEFT, FILLS, HIDDEN, UNSHIFTED)
     put_tile(O + OFFSET(wide, sizes, ob) + q_start * os[0], rows, os[0], Qn, E, EP, os[1], out)
@@ -343,8 +354,8 @@ def combine(
     Q, K, V, O, M, P, S, ops, seed, threshold, keep_scale, sizes, qb, kb, vb, ob, bst, st, n, qs, ks, vs, os, QB, KB, sequences,
     heads, lines, Qn, Kn, group, parts,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    OFFSET: tl.constexpr, BASES: tl.constexpr, SCORE: tl.constexpr, WEIGH: tl.constexpr, LEFT: tl.constexpr,
-    SEEN: tl.constexpr, DOUBT: tl.constexpr, FILLS: tl.constexpr, DROPOUT: tl.constexpr, HIDDEN: tl.constexpr,
+    OFFSET: tl.constexpr, BASES: tl.constexpr, SCORE: tl.constexpr, WEIGH: tl.constexpr, SINK: tl.constexpr,
+    LEFT: tl.constexpr, SEEN: tl.constexpr, DOUBT: tl.constexpr, FILLS: tl.constexpr, DROPOUT: tl.constexpr, HIDDEN: tl.constexpr,
     UNSHIFTED: tl.constexpr, PRECISION: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out and stats [2, lines] from what decode has summed up."""
@@ -356,7 +367,9 @@ def combine(
     Kn, k_start = key_rows(first, KB, sequences, heads, Kn, PACKED_K)
     line = first.to(tl.int64) * Qn + r0 + tl.arange(0, BM)
     cols = tl.arange(0, EP)
-    acc, m, l = none_of(BM, EP)
+    at = BASES(wide[:, None], sizes, ops, bst)
+    q = query[:, None]
+    acc, m, l = begun(q, at, st, n, Qn, Kn, BM, EP, SINK)
     for part in range(parts):
         wide_part = tl.full([], part, tl.int64)
         at_part = S + wide_part * 2 * lines + line
@@ -370,14 +383,12 @@ def combine(
         acc = acc * fade[:, None] + acc_part * gain[:, None]
         l = l * fade + l_part * gain
         m = top
-    at = BASES(wide[:, None], sizes, ops, bst)
-    q = query[:, None]
     if float("-inf") < DOUBT:
         K += OFFSET(first.to(tl.int64), sizes, kb) + k_start * ks[0]
         V += OFFSET(first.to(tl.int64), sizes, vb) + k_start * vs[0]
         acc, m, l = seen_all(
             acc, m, l, inside, Q, OFFSET(wide, sizes, qb) + query.to(tl.int64) * qs[0], qs, line[:, None], q, K, V, ks,
-            vs, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE, WEIGH, SEEN, DOUBT,
+            vs, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE, WEIGH, SINK, SEEN, DOUBT,
             DROPOUT, PRECISION, STAGES,
         )  # fmt: skip
     out, total = finished(acc, m, l, q, at, st, n, Qn, Kn, BM, BN, LEFT, FILLS, HIDDEN, UNSHIFTED)
@@ -390,12 +401,15 @@ def combine(
 
 @triton.jit
 def prepare(
-    O, G, M, W, F, sizes, ob, gb, os, gs, QB, KB, deal, sequences, heads, lines, marks, Qn, Kn, E: tl.constexpr,
+    O, G, GL, M, W, F, sizes, ob, gb, os, gs, QB, KB, deal, sequences, heads, lines, marks, Qn, Kn, E: tl.constexpr,
     EP: tl.constexpr, BM: tl.constexpr, OFFSET: tl.constexpr, HIDES: tl.constexpr, DOUBT: tl.constexpr,
-    HIDDEN: tl.constexpr, UNSHIFTED: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr,
+    HIDDEN: tl.constexpr, UNSHIFTED: tl.constexpr, LSE: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr,
 ):  # fmt: skip
     """What backward needs of each row: W [3, lines], the shift, 1 / sum and delta = sum(out * dout); F, a mark for each query
-    tile, whether a row of it may see hidden keys, and after `marks` of them one for each batch element."""
+    tile, whether a row of it may see hidden keys, and after `marks` of them one for each batch element.
+
+    LSE: GL [lines] is the gradient of the log-sum-exp, which adds to that of every weight: delta is less by it.
+    """
     if PACKED_Q:
         s, tile = dealt(deal, sequences, tl.program_id(0) // heads)
         if tile < 0:
@@ -424,15 +438,20 @@ def prepare(
         zero = none
     if HIDDEN == 2:
         zero = broken
-    zero = zero | (Kn <= 0)
+    zero = zero | ((Kn <= 0) & none)
     inverse = tl.where(zero, 0.0, inverse)
-    delta = tl.where(zero, 0.0, tl.sum(o * g, 1))
+    delta = tl.sum(o * g, 1)
+    used = tl.max(tl.where(g == 0.0, 0, 1), 1) > 0
+    if LSE:
+        of_lse = tl.load(GL + line + rows, mask=rows < Qn, other=0.0)
+        delta -= of_lse
+        used = used | (of_lse != 0.0)
+    delta = tl.where(zero, 0.0, delta)
     tl.store(W + line + rows, tl.where(none, 0.0, m), mask=rows < Qn)
     tl.store(W + lines + line + rows, inverse, mask=rows < Qn)
     tl.store(W + 2 * lines + line + rows, delta, mask=rows < Qn)
     if HIDES:
         # NaN reaches all keys; rows without a gradient, such as those of padding, reach none
-        used = tl.max(tl.where(g == 0.0, 0, 1), 1) > 0
         doubtful = used & (rows < Qn) & ((inverse != inverse) | ((m <= DOUBT) & (inverse != 0.0)))
         found = tl.max(doubtful.to(tl.int32), 0)
         if found != 0:

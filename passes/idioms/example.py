@@ -52,6 +52,7 @@ def inputs(seed: int = 0) -> dict[str, torch.Tensor]:
         "keep": keep,
         "bias": normal(1, H, L, L),
         "temperature": normal(H, 1, 1),
+        "sink": normal(H),
         "padding": (~keep).float() * -1e9,
         "added": torch.randn((B, 1, L, L), generator=generator),
     }

@@ -210,6 +210,10 @@ def _divided(reader: Reader, path: _Path, node: fx.Node, labels: Labels) -> tupl
     while bottom is not anchor.total:
         step = views.back(reader.axes, bottom, at)
         if step is None:
+            if bottom in anchor.inside and name_of(bottom) == "add":
+                # a sink in the sum
+                bottom = anchor.total  # type: ignore[assignment]
+                continue
             if name_of(bottom) != "to":
                 return Refusal("the result is not divided by its sum", user)
             bottom = bottom.args[0]  # type: ignore[assignment]

@@ -585,12 +585,29 @@ def _first_read(view: View, node: fx.Node, site: Site) -> int:
     return first
 
 
+_LIKE = {made for what in ("zeros", "ones", "full", "empty") for made in (f"new_{what}", f"{what}_like")}
+
+
 def _takes_shape_only(view: View, user: fx.Node, node: fx.Node, site: Site) -> bool:
-    """x.expand_as(node) for something that only the site uses: no value of `node` is read."""
+    """x.expand_as(node) or node.new_zeros(..) for something that only the site uses: no value of `node` is read."""
     target = getattr(user.target, "_schema", None)
-    if target is None or target.name not in ("aten::expand_as", "aten::view_as", "aten::reshape_as"):
+    if target is None:
         return False
-    return user.args[0] is not node and all(u in site.inside or u not in view.live for u in user.users)
+    if target.name in ("aten::expand_as", "aten::view_as", "aten::reshape_as"):
+        return user.args[0] is not node and all(u in site.inside or u not in view.live for u in user.users)
+    if name_of(user) not in _LIKE or user.args[0] is not node:
+        return False
+    # it is to be gone with the site: what the op takes would keep it
+    taken = {source for leaf in (site.q, site.k, site.v, *site.operands) for source in read_by(leaf)}
+    stack, seen = [user], {user}
+    while stack:
+        at = stack.pop()
+        if at in taken or at.op == "output" or is_mutating(at) or at.target is opaque:
+            return False
+        more = {u for u in at.users if u in view.live and u not in site.inside} - seen
+        seen |= more
+        stack += more
+    return True
 
 
 def _role(site: Site, node: fx.Node) -> str:

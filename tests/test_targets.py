@@ -10,7 +10,7 @@ from kernel_cases import FLOAT_MIN, INF, bounds_of, make_spec, qkv, randn
 
 from attnfuse.expr import Algebra, Const, K, Q, causal, dense, documents, window
 from attnfuse.kernels.layout import DENSE, Bounds
-from attnfuse.spec import AddFill, Bias, ReplaceFill, Scale, Softcap
+from attnfuse.spec import AddFill, Bias, ReplaceFill, Scale, Sink, Softcap
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -40,6 +40,24 @@ def plain(capability, dtype, D) -> None:
 @pytest.mark.parametrize(("capability", "dtype", "D"), [(80, "fp16", 64), (90, "bf16", 128), (120, "fp32", 64)])
 def test_a_causal_attention_compiles_for(capability, dtype, D):
     plain(capability, dtype, D)
+
+
+def sunk(capability, dtype, D) -> None:
+    q, k, v = qkv(1, 2, 256, 256, D, dtype=FLOATS[dtype])
+    steps = (HALF, ReplaceFill(A.and_(causal(), window(128)), FLOAT_MIN))
+    sinks = [randn(1, 2, 1, 1, dtype=FLOATS[dtype])]
+    check(capability, make_spec(q, k, v, sinks, steps=steps, sink=Sink(operand=0), lse=True), q, k, v, sinks)
+
+
+def test_sinks_compile():
+    sunk(90, "bf16", 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_sinks_compile_for_every_target(capability, dtype):
+    sunk(capability, dtype, 64)
 
 
 def decoded(capability, dtype, D, queries=1) -> None:

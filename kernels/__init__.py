@@ -70,6 +70,7 @@ CPU = Kernel(
         NUMBERS,
         STEPS,
         WEIGHT_STEPS,
+        layouts=LAYOUTS,
         also=_sink_and_filled_weights,
         available=_cpu_available,
     ),

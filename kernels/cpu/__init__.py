@@ -8,6 +8,7 @@ Milakov and Gimelshein 2018, arXiv:1805.02867 (online softmax).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -15,7 +16,7 @@ from attnfuse.kernels import sink
 from attnfuse.kernels.cache import BuildError
 from attnfuse.kernels.cpu.build import available, load, warm_up
 from attnfuse.kernels.cpu.plan import plan_of, reverse_words
-from attnfuse.kernels.layout import DENSE, Bounds, allocate
+from attnfuse.kernels.layout import DENSE, Bounds, allocate, check_bounds
 from attnfuse.spec import Attention
 
 __all__ = ["BuildError", "allocate", "available", "backward", "forward", "warm_up"]
@@ -41,15 +42,22 @@ def forward(
     key: tuple[object, ...] = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype)
     for o in operands:
         key += (o.shape, o.stride(), o.dtype)
-    words = plan.forward.get(key) or plan.lay_out(key, q, k, v, operands)
+    at = _Packed.of(spec, q, k, operands, bounds)
+    key += at.key
+    words = plan.forward.get(key) or plan.lay_out(key, q, k, v, operands, at.sequences, at.longest)
     out = torch.empty_strided(words.out_shape, words.out_stride, dtype=plan.out)
     stats = torch.empty(words.stats_shape, dtype=torch.float32)
+    if spec.packed_queries:
+        # the rows of no sequence
+        out.zero_()
+        sink.without_keys(spec, operands, stats)
     if words.empty:
         return out, stats
     pointers = words.pointers.pack(
         torch.get_num_threads(),
         _seed(spec, seed),
         stats.data_ptr(),
+        *at.pointers,
         q.data_ptr(),
         k.data_ptr(),
         v.data_ptr(),
@@ -90,7 +98,12 @@ def backward(
     key: tuple[object, ...] = (threads, *needs, dout.stride(), out.stride())
     for x in tensors:
         key += (x.shape, x.stride(), x.dtype)
-    made = plan.backward.get(key) or plan.lay_out_reverse(key, tensors, needs, threads, library.attnfuse_key_tile())
+    at = _Packed.of(spec, q, k, operands, bounds)
+    key += at.key
+    made = plan.backward.get(key)
+    if made is None:
+        tile = library.attnfuse_key_tile()
+        made = plan.lay_out_reverse(key, tensors, needs, threads, tile, at.sequences, at.longest)
     if dlse is not None:
         dlse = dlse.to(torch.float32).expand(stats.shape[1:]).contiguous()
     if made.empty:
@@ -105,12 +118,14 @@ def backward(
         elif target.shape is not None:
             sums.append(torch.zeros(target.shape, dtype=torch.float32))
         else:
-            # tiles that are skipped leave an operand's gradient as it was
-            sums.append(torch.empty_like(x) if target.mode == 1 and i < 3 else torch.zeros_like(x))
+            # tiles that are skipped leave an operand's gradient as it was, and rows of no sequence every gradient
+            written = target.mode == 1 and i < 3 and spec.layout == "dense"
+            sums.append(torch.empty_like(x) if written else torch.zeros_like(x))
     pointers = made.pointers.pack(
         threads,
         _seed(spec, seed),
         stats.data_ptr(),
+        *at.pointers,
         q.data_ptr(),
         k.data_ptr(),
         v.data_ptr(),
@@ -120,7 +135,7 @@ def backward(
         *[o.data_ptr() for o in operands],
         *[0 if s is None else s.data_ptr() for s in sums],
     )
-    made.words = made.words or reverse_words(made, tensors, out, dout, sums)
+    made.words = made.words or reverse_words(plan, made, tensors, out, dout, sums)
     if library.attnfuse_backward(plan.words, made.words, pointers):
         raise MemoryError("no memory for the tiles of an attention's gradient")
     for i, (x, target) in enumerate(zip(tensors, made.targets, strict=True)):
@@ -130,6 +145,44 @@ def backward(
                 total = total.sum(0).sum_to_size(x.shape)
             sums[i] = torch.empty_like(x).copy_(total)
     return _with_sink(spec, operands, sums, dout, out, stats, dlse)
+
+
+class _Packed(NamedTuple):
+    """What the kernels need to know of bounds: as they take them, how many sequences, and the most queries and keys of one."""
+
+    bounds: Bounds = DENSE
+    sequences: int = 0
+    longest: tuple[int, int] | None = None
+
+    @staticmethod
+    def of(
+        spec: Attention, q: torch.Tensor, k: torch.Tensor, operands: Sequence[torch.Tensor], bounds: Bounds
+    ) -> _Packed:
+        check_bounds(spec, bounds)
+        if spec.layout == "dense":
+            return _DENSE
+        sides = bounds.clipped((q.shape[-2], k.shape[-2]))
+        inside = Bounds(*(None if x is None else x.to(torch.int64).contiguous() for x in sides))
+        longest = (q.shape[-2], k.shape[-2])
+        if operands:
+            longest = tuple(n if x is None else _longest(x) for x, n in zip(inside, longest))  # type: ignore[assignment]
+        return _Packed(inside, bounds.sequences, longest)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return () if self.longest is None else (self.sequences, self.longest)
+
+    @property
+    def pointers(self) -> tuple[int, int]:
+        q, k = (0 if x is None else x.data_ptr() for x in self.bounds)
+        return q, k
+
+
+_DENSE = _Packed()
+
+
+def _longest(bounds: torch.Tensor) -> int:
+    return int((bounds[1] - bounds[0]).max()) if bounds.shape[1] else 0
 
 
 def _with_sink(

@@ -1,6 +1,5 @@
 // Entry points. Arguments are plain arrays of 8-byte words, laid out by plan.py; nothing here knows torch.
-#include "backward.h"
-#include "decode.h"
+#include "packed.h"
 
 namespace {
 
@@ -15,20 +14,24 @@ struct Reader {
   char* pointer() { return reinterpret_cast<char*>(next()); }
 };
 
-void read_sizes(Problem& p, Reader& layout, i64& chunks) {
+void read_sizes(Problem& p, Reader& layout, i64& chunks, Packing& packing) {
   p.batch = layout.take(BATCH);
   p.Q = layout.next();
   p.K = layout.next();
   p.D = layout.next();
   p.E = layout.next();
   chunks = layout.next();
+  packing.dim = layout.next();
+  packing.count = packing.dim < 0 ? 0 : p.batch[packing.dim];
 }
 
-void read_head(Problem& p, Reader& pointers) {
+void read_head(Problem& p, Reader& pointers, Packing& packing) {
   p.threads = pointers.next();
   const char* seed = pointers.pointer();
   p.seed = seed ? load<uint64_t>(seed) : 0;
   p.stats = reinterpret_cast<float*>(pointers.pointer());
+  packing.q = reinterpret_cast<const i64*>(pointers.pointer());
+  packing.k = reinterpret_cast<const i64*>(pointers.pointer());
 }
 
 void read(Ref& r, Reader& layout, Reader& pointers, i64 dtype) {
@@ -65,8 +68,9 @@ EXPORT int attnfuse_forward(const Plan* plan, const i64* layout_words, const i64
   p.plan = plan;
   Reader layout{layout_words}, pointers{pointer_words};
   i64 chunks;
-  read_sizes(p, layout, chunks);
-  read_head(p, pointers);
+  Packing packing;
+  read_sizes(p, layout, chunks, packing);
+  read_head(p, pointers, packing);
   read(p.q, layout, pointers, plan->qk_dtype);
   read(p.k, layout, pointers, plan->qk_dtype);
   read(p.v, layout, pointers, plan->v_dtype);
@@ -74,7 +78,7 @@ EXPORT int attnfuse_forward(const Plan* plan, const i64* layout_words, const i64
   for (int i = 0; i < plan->n_operands; ++i) read(p.operand[i], layout, pointers, plan->operand_dtype[i]);
   finish(p);
   if (p.elements * p.Q == 0) return 0;
-  return forward_all(p) ? 0 : -1;
+  return (packing.dim < 0 ? forward_all(p) : forward_packed(p, packing)) ? 0 : -1;
 }
 
 // 0, or -1 when memory ran out. Q, K and the batch are not empty.
@@ -83,8 +87,9 @@ EXPORT int attnfuse_backward(const Plan* plan, const i64* layout_words, const i6
   p.plan = plan;
   Reader layout{layout_words}, pointers{pointer_words};
   i64 chunks;
-  read_sizes(p, layout, chunks);
-  read_head(p, pointers);
+  Packing packing;
+  read_sizes(p, layout, chunks, packing);
+  read_head(p, pointers, packing);
   read(p.q, layout, pointers, plan->qk_dtype);
   read(p.k, layout, pointers, plan->qk_dtype);
   read(p.v, layout, pointers, plan->v_dtype);
@@ -97,5 +102,5 @@ EXPORT int attnfuse_backward(const Plan* plan, const i64* layout_words, const i6
   read(p.dv, layout, pointers);
   for (int i = 0; i < plan->n_operands; ++i) read(p.doperand[i], layout, pointers);
   finish(p);
-  return backward_all(p, chunks) ? 0 : -1;
+  return (packing.dim < 0 ? backward_all(p, chunks) : backward_packed(p, packing)) ? 0 : -1;
 }

@@ -63,8 +63,8 @@ struct BackwardItem {
       pack(d, padded * NR, p.dout.dtype, at(p.dout, index, q0), p.dout.row(), p.dout.col(), n, p.E, padded, 1.0f);
       full[t] = false;
       for (i64 r = 0; r < n; ++r) {
-        const i64 row = q0 + r, flat = element * p.Q + row;
-        const float top = p.stats[flat], sum = p.stats[p.elements * p.Q + flat];
+        const i64 row = q0 + r, line = p.line(element, row);
+        const float top = p.stats[line], sum = p.stats[p.lines + line];
         const Finish end = finish_row(plan, top, sum);
         m[row] = top;
         inverse[row] = 1.0f / end.divisor;
@@ -85,13 +85,13 @@ struct BackwardItem {
       }
     // the weights' sum is 1, so that a gradient of the log-sum-exp adds to that of each weight
     if (p.dlse)
-      for (i64 r = 0; r < p.Q; ++r) delta[r] -= p.dlse[element * p.Q + r];
+      for (i64 r = 0; r < p.Q; ++r) delta[r] -= p.dlse[p.line(element, r)];
   }
 
   // Whether a row's output has no gradient: then nothing has one through it, as long as no NaN is met on the way, which
   // would show in the output.
   bool is_idle(const float* d, i64 padded, i64 r, i64 row) {
-    if (p.dlse && p.dlse[element * p.Q + row] != 0.0f) return false;
+    if (p.dlse && p.dlse[p.line(element, row)] != 0.0f) return false;
     for (i64 e = 0; e < p.Ep; e += NR)
       for (i64 i = 0; i < NR; ++i)
         if (d[e * padded + r * NR + i] != 0.0f) return false;

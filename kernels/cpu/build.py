@@ -31,6 +31,7 @@ _SOURCES = (
     "forward.h",
     "gemm.h",
     "masks.h",
+    "packed.h",
     "problem.h",
     "rows.h",
     "simd.h",

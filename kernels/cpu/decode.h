@@ -178,7 +178,7 @@ inline bool forward_few(const Problem& p, const Split& heads, i64 threads, bool 
     float* first = parts + head * splits * part;
     for (i64 r = 0; r < n; ++r) {
       i64 index[BATCH];
-      const i64 element = heads.index(head, r / p.Q, index), query = r % p.Q, at = element * p.Q + query;
+      const i64 element = heads.index(head, r / p.Q, index), query = r % p.Q, at = p.line(element, query);
       float m, l, alone;
       begin_row(p, index, query, m, l);
       alone = m;
@@ -198,7 +198,7 @@ inline bool forward_few(const Problem& p, const Split& heads, i64 threads, bool 
       const Finish end = finish_row(*p.plan, m, l);
       for (i64 e = 0; e < width; ++e) o[e] = end.zero ? 0.0f : o[e] / end.divisor;
       p.stats[at] = m;
-      p.stats[p.elements * p.Q + at] = l;
+      p.stats[p.lines + at] = l;
       write(p.out.dtype, p.out.at(index) + query * p.out.row() * size_of(p.out.dtype), p.out.row(), p.out.col(), o,
             width, 1, p.E, 1.0f, false);
     }
@@ -217,7 +217,7 @@ inline bool forward_all(const Problem& p) {
       p.index_of(e, index);
       const float zero = 0.0f;
       for (i64 q = 0; q < p.Q; ++q) {
-        begin_row(p, index, q, p.stats[e * p.Q + q], p.stats[(p.elements + e) * p.Q + q]);
+        begin_row(p, index, q, p.stats[p.line(e, q)], p.stats[p.lines + p.line(e, q)]);
         for (i64 c = 0; c < p.E; ++c)
           write(p.out.dtype, p.out.at(index) + (q * p.out.row() + c * p.out.col()) * size_of(p.out.dtype), 1, 1, &zero,
                 1, 1, 1, 1.0f, false);

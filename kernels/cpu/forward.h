@@ -249,9 +249,9 @@ struct ForwardTile {
         else
           for (i64 e = 0; e < p.Ep; ++e) x[e] /= ends[r].divisor;
       }
-      const i64 at = element * p.Q + q0 + r;
+      const i64 at = p.line(element, q0 + r);
       p.stats[at] = m[r];
-      p.stats[p.elements * p.Q + at] = l[r];
+      p.stats[p.lines + at] = l[r];
     }
     write(out.dtype, out.at(index) + q0 * out.row() * size_of(out.dtype), out.row(), out.col(), o, p.Ep, n, p.E, 1.0f,
           false);

@@ -140,8 +140,24 @@ class Plan:
         body = [_pad(steps), _pad(weights), programs.packed()]
         return head + struct.pack(f"={MAX_OPERANDS}q", *dtypes) + b"".join(body)
 
-    def check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, operands: Sequence[torch.Tensor]) -> None:
-        """Raises ValueError for tensors that are not what the spec says, before C++ reads past one's end."""
+    def batch(self, tensors: Sequence[torch.Tensor], sequences: int) -> tuple[int, ...]:
+        """The batch dims of the scores; sequences: how many, in a packed layout."""
+        found = layout.batch_shape(tensors)
+        return found if self.spec.layout == "dense" else (sequences, *found[1:])
+
+    def check(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        operands: Sequence[torch.Tensor],
+        sequences: int = 0,
+        longest: tuple[int, int] | None = None,
+    ) -> None:
+        """Raises ValueError for tensors that are not what the spec says, before C++ reads past one's end.
+
+        longest: the most queries and keys of a sequence; None for those of the tensors.
+        """
         given = (q.dtype, k.dtype, v.dtype, *(o.dtype for o in operands))
         wanted = (self.qk, self.qk, self.v, *self.operands)
         if given != wanted:
@@ -152,32 +168,50 @@ class Plan:
             raise ValueError(
                 f"CPU tensors of {rank} dims are needed; got {[(t.device.type, t.dim()) for t in tensors]}"
             )
-        batch = layout.batch_shape(tensors)
+        batch = self.batch(tensors, sequences)
         fits = all(t.shape[d] in (1, batch[d]) for t in tensors for d in range(rank - 2))
         fits = fits and q.shape[-1] == k.shape[-1] and k.shape[-2] == v.shape[-2]
+        packed = [(q, self.spec.packed_queries), (k, self.spec.packed_keys), (v, self.spec.packed_keys)]
+        fits = fits and all(x.shape[0] == 1 for x, side in packed if side)
         for i, o in enumerate(operands):
-            own = i in self.tables
-            fits = fits and (own or (o.shape[-2] in (1, q.shape[-2]) and o.shape[-1] in (1, k.shape[-2])))
+            if i not in self.tables and longest is None:
+                fits = fits and o.shape[-2] in (1, q.shape[-2]) and o.shape[-1] in (1, k.shape[-2])
+            elif i not in self.tables and longest is not None:
+                # one for all sequences is as long as the longest; what it has beyond is not read
+                fits = fits and all(n == 1 or n >= least for n, least in zip(o.shape[-2:], longest))
         if not fits:
             raise ValueError(
                 f"shapes do not fit as [*batch, Q, D], [*batch, K, D], [*batch, K, E] and operands [*batch, Q, K]: "
                 f"{[tuple(t.shape) for t in tensors]}"
+                + (
+                    ""
+                    if longest is None
+                    else f" for {sequences} sequences of at most {longest[0]} and {longest[1]} rows"
+                )
             )
 
     def lay_out(
-        self, key: object, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, operands: Sequence[torch.Tensor]
+        self,
+        key: object,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        operands: Sequence[torch.Tensor],
+        sequences: int = 0,
+        longest: tuple[int, int] | None = None,
     ) -> Words:
         """The forward layout of these tensors, kept under `key`."""
-        self.check(q, k, v, operands)
-        batch = layout.batch_shape((q, k, v, *operands))
+        self.check(q, k, v, operands, sequences, longest)
+        batch = self.batch((q, k, v, *operands), sequences)
         Q, K, D, E = q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]
-        shape = (*batch, Q, E)
+        lines = (1, *batch[1:], Q) if self.spec.packed_queries else (*batch, Q)
+        shape = (*lines, E)
         stride = [0] * len(shape)
         step = 1
         for d in reversed(self.spec.out_order):
             stride[d] = step
             step *= max(shape[d], 1)
-        words = [*_sizes(batch, Q, K, D, E, 1), *_strides(q), *_strides(k), *_strides(v), *_from(shape, stride)]
+        words = [*self.sizes(batch, Q, K, D, E, 1), *_strides(q), *_strides(k), *_strides(v), *_from(shape, stride)]
         for o in operands:
             words += [*_strides(o, masked=True), o.shape[-2], o.shape[-1]]
         made = Words(
@@ -185,9 +219,9 @@ class Plan:
             batch,
             shape,
             tuple(stride),
-            (2, *batch, Q),
+            (2, *lines),
             math.prod(batch) * Q == 0,
-            struct.Struct(f"={7 + len(operands)}q"),
+            struct.Struct(f"={9 + len(operands)}q"),
         )
         return _keep(self.forward, key, made)
 
@@ -198,12 +232,15 @@ class Plan:
         needs: Sequence[bool],
         threads: int,
         key_tile: int,
+        sequences: int = 0,
+        longest: tuple[int, int] | None = None,
     ) -> Reverse:
         """How the gradients of tensors (q, k, v, *operands) are made, kept under `key`."""
         q, k, v, *operands = tensors
-        self.check(q, k, v, operands)
-        batch = layout.batch_shape(tensors)
+        self.check(q, k, v, operands, sequences, longest)
+        batch = self.batch(tensors, sequences)
         Q, K = q.shape[-2], k.shape[-2]
+        packed = (self.spec.packed_queries, self.spec.packed_keys, self.spec.packed_keys)
         used = self.spec.used_operands
         targets = []
         summed = [False] * len(batch)
@@ -216,6 +253,8 @@ class Plan:
             table = i - 3 in self.tables
             thin = table or (i >= 3 and ((x.shape[-2] == 1 and Q > 1) or (x.shape[-1] == 1 and K > 1)))
             reduced = [not thin and x.shape[d] == 1 and size > 1 for d, size in enumerate(batch)]
+            if i < 3 and packed[i]:
+                reduced[0] = False
             summed = [a or b for a, b in zip(summed, reduced, strict=True)]
             again = i >= 3 and used.count(i - 3) > 1
             if thin:
@@ -227,11 +266,16 @@ class Plan:
         classes = math.prod(s for s, b in zip(batch, summed, strict=True) if not b)
         chunks = 1
         work = math.prod(batch) * Q * K * (q.shape[-1] + v.shape[-1])
-        if classes < threads and work > 1_000_000:
+        if classes < threads and work > 1_000_000 and self.spec.layout == "dense":
             chunks = max(1, min(-(-threads // max(classes, 1)), -(-K // key_tile)))
         empty = math.prod(batch) * Q * K * v.shape[-1] == 0
-        made = Reverse(tuple(targets), batch, chunks, empty, struct.Struct(f"={12 + 2 * len(operands)}q"))
+        made = Reverse(tuple(targets), batch, chunks, empty, struct.Struct(f"={14 + 2 * len(operands)}q"))
         return _keep(self.backward, key, made)
+
+    def sizes(self, batch: Sequence[int], Q: int, K: int, D: int, E: int, chunks: int) -> list[int]:
+        """The words before the tensors'."""
+        dim = -1 if self.spec.layout == "dense" else BATCH - len(batch)
+        return [1] * (BATCH - len(batch)) + [*batch, Q, K, D, E, chunks, dim]
 
 
 _plans: dict[int, Plan] = {}
@@ -248,6 +292,7 @@ def plan_of(spec: Attention) -> Plan:
 
 
 def reverse_words(
+    plan: Plan,
     made: Reverse,
     tensors: Sequence[torch.Tensor],
     out: torch.Tensor,
@@ -256,7 +301,7 @@ def reverse_words(
 ) -> bytes:
     """The words of a backward call: strides of inputs and of the tensors the gradients are summed in."""
     q, k, v, *operands = tensors
-    words = _sizes(made.batch, q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1], made.chunks)
+    words = plan.sizes(made.batch, q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1], made.chunks)
     for x in (q, k, v, out, dout):
         words += _strides(x)
     for o in operands:
@@ -268,10 +313,6 @@ def reverse_words(
         chunk = grad.stride(0) if target.thin else 0
         words += [target.mode, _DTYPES[grad.dtype], chunk, *_strides(grad[0] if target.thin else grad, masked=i >= 3)]
     return struct.pack(f"={len(words)}q", *words)
-
-
-def _sizes(batch: Sequence[int], Q: int, K: int, D: int, E: int, chunks: int) -> list[int]:
-    return [1] * (BATCH - len(batch)) + [*batch, Q, K, D, E, chunks]
 
 
 def _strides(x: torch.Tensor, masked: bool = False) -> list[int]:

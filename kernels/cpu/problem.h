@@ -87,11 +87,13 @@ struct Grad : Ref {
 struct Problem {
   const Plan* plan;
   i64 threads, Q, K, D, E, Dp, Ep, elements;
+  // the rows of all elements are counted as they lie in stats: `lines` of them, those of element e from line(e, 0) on
+  i64 lines, first_line, line_step;
   const i64* batch;
   bool dropout;
   uint64_t seed;
   float* stats;
-  const float* dlse = nullptr;  // [elements * Q] or null
+  const float* dlse = nullptr;  // [lines] or null
   Ref q, k, v, out, dout;
   Operand operand[MAX_OPERANDS];
   Grad dq, dk, dv, doperand[MAX_OPERANDS];
@@ -109,6 +111,7 @@ struct Problem {
   uint8_t depends[MAX_INSTRS], slot[MAX_INSTRS];
   i64 n_vectors, n_kept;
 
+  i64 line(i64 element, i64 query) const { return first_line + element * line_step + query; }
   void index_of(i64 element, i64* index) const {
     for (int d = BATCH - 1; d >= 0; --d) {
       index[d] = element % batch[d];
@@ -214,6 +217,9 @@ inline void finish(Problem& p) {
   p.Ep = round_up(p.E, NR);
   p.elements = 1;
   for (int d = 0; d < BATCH; ++d) p.elements *= p.batch[d];
+  p.first_line = 0;
+  p.line_step = p.Q;
+  p.lines = p.elements * p.Q;
   p.fold = 1.0f;
   p.first = 0;
   while (p.first < plan.n_steps && plan.steps[p.first].kind == SCALE && plan.steps[p.first].operand < 0)

@@ -328,7 +328,7 @@ struct Rows {
 
   // kept[lo, hi): 0 or 1 / (1 - p), by the hash of kernels/dropout.py; w is multiplied by it where given.
   void drop(float* w, i64 query, i64 lo, i64 hi) {
-    const uint64_t row = static_cast<uint64_t>(element * p.Q + query);
+    const uint64_t row = static_cast<uint64_t>(p.line(element, query));
     uint32_t a = mix1(static_cast<uint32_t>(row >> 32) ^ 0x9E3779B9u);
     a = mix1(static_cast<uint32_t>(row) + a);
     a = mix1(static_cast<uint32_t>(p.seed >> 32) + a);

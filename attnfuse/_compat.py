@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -322,3 +323,64 @@ def aten_attention(name: str) -> tuple[OpOverload, OpOverload] | None:
     forward = getattr(torch.ops.aten, found, None)
     backward = getattr(torch.ops.aten, f"{found}_backward", None)
     return None if forward is None or backward is None else (forward.default, backward.default)
+
+
+def ragged_dim(x: torch.Tensor) -> int:
+    """Which dim of a jagged nested tensor is the jagged one."""
+    return int(x._ragged_idx)  # type: ignore[attr-defined]
+
+
+def offsets_and_lengths(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Where the rows of a jagged nested tensor [B, ...] begin, int64 [B + 1], and how many each has where there are gaps."""
+    return x.offsets(), x.lengths()  # type: ignore[attr-defined]
+
+
+def same_raggedness(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two jagged nested tensors have the same offsets, as far as PyTorch knows."""
+    return bool(a.shape[ragged_dim(a)] == b.shape[ragged_dim(b)])
+
+
+def jagged_like(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """values [rows, *heads, E] as a jagged nested tensor [B, *heads, j, E] with the sequences of x [B, *heads, j, D]."""
+    from torch.nested._internal.nested_tensor import nested_view_from_values_offsets_lengths as view
+
+    bounds = {"min_seqlen": x._maybe_min_seqlen, "max_seqlen": x._maybe_max_seqlen}  # type: ignore[attr-defined]
+    found: torch.Tensor = view(values, *offsets_and_lengths(x), **bounds)
+    for d in range(1, values.dim() - 1):
+        found = found.transpose(d, d + 1)
+    return found
+
+
+def replace_jagged_attention(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put wrap(it) in the place of PyTorch's scaled_dot_product_attention for jagged nested tensors; once."""
+    from torch.nested._internal import ops, sdpa
+
+    name = "jagged_scaled_dot_product_attention"
+    original = getattr(sdpa, name)
+    if getattr(original, "attnfuse", False):
+        return
+    found = wrap(original)
+    found.attnfuse = True  # type: ignore[attr-defined]
+    for module in (sdpa, ops):
+        setattr(module, name, found)
+
+
+def compiling_backend_is(package: str) -> bool:
+    """Whether Dynamo is tracing for a backend that is defined in `package` or a module of it."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        found = InstructionTranslator.current_tx().output.compiler_fn
+    except AttributeError:
+        # it is not tracing
+        return False
+    for _ in range(8):
+        module = getattr(found, "__module__", "") or ""
+        if isinstance(found, functools.partial):
+            found = found.func
+        elif module == package or module.startswith(f"{package}."):
+            return True
+        else:
+            inner = getattr(found, "_torchdynamo_orig_backend", None)
+            found = getattr(found, "compiler_fn", None) if inner is None or inner is found else inner
+    return False

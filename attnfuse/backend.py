@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnfuse import _compat, ops, reporting, settings, tuning
-from attnfuse.kernels import Choice, Unsupported, choose, prepare
+from attnfuse import _compat, nested, ops, reporting, settings, tuning
+from attnfuse.kernels import REFERENCE, Choice, Unsupported, choose, prepare
+from attnfuse.passes import nested as nested_calls
 from attnfuse.passes.capture import CaptureError, View, capture, source_line, value_of
 from attnfuse.passes.emit import Emitter
 from attnfuse.passes.find import find
@@ -49,6 +50,11 @@ def backend(
         chosen, patches = settings.parse(options, mode)
     except ValueError as error:
         raise _compat.options_error()(str(error)) from None
+    with nested.active():
+        return _compiled(gm, example_inputs, chosen, patches)
+
+
+def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Settings, patches: dict[str, Any]) -> Compiled:
     original = copied(gm)
     work = rewrite(gm, chosen)
     report = work.report
@@ -104,12 +110,17 @@ def rewrite(gm: fx.GraphModule, chosen: Settings) -> Work:
         return Work(reporting.Report((), before, before, name, (unsupported,)))
     try:
         prepare()
+        for node, call in nested_calls.calls(gm):
+            reports.append(_treat_nested(node, call, chosen, reports))
+        if reports:
+            gm.recompile()
         with _timed(seconds, "capture"):
             view = capture(gm)
         with _timed(seconds, "read"):
             found = _read_all(view)
         with _timed(seconds, "emit"):
             emitter = Emitter(view, chosen.strict)
+            chosen = _less_fuel(chosen, reports)
             for result in found:
                 reports.append(_treat(result, emitter, chosen, fused))
             if fused:
@@ -135,7 +146,7 @@ def rewrite(gm: fx.GraphModule, chosen: Settings) -> Work:
         notes.append(f"left as it was after an unexpected error: {message}")
         report = reporting.Report(tuple(reports), before, before, name, tuple(notes), seconds)
         return Work(undone(report, message), spoiled=True)
-    after = readable(gm) if fused else before
+    after = readable(gm) if fused or any(r.status == "fused" for r in reports) else before
     return Work(reporting.Report(tuple(reports), before, after, name, tuple(notes), seconds), fused)
 
 
@@ -196,6 +207,34 @@ def _treat(result: Site | Refusal, emitter: Emitter, chosen: Settings, fused: li
         if again.status == "fused":
             return replace(again, notes=(*again.notes, report.reason or ""))
     return report
+
+
+def _treat_nested(
+    node: fx.Node, call: nested.Call, chosen: Settings, before: Sequence[reporting.SiteReport]
+) -> reporting.SiteReport:
+    """Choose a kernel for an attention on nested tensors and put it in; what happened, for the report."""
+    spec = nested_calls.read(node, call)
+    report = functools.partial(reporting.SiteReport, where=source_line(node), node=node.name)
+    if isinstance(spec, Refusal):
+        return report("refused", spec.reason, None, None)
+    spec = replace(spec, nan_policy=chosen.nan_policy)
+    if _less_fuel(chosen, before).fuel == 0:
+        # PyTorch has no compiled form of it to leave it to
+        nested_calls.emit(node, REFERENCE.name, chosen)
+        return report("left", f"fuel: {chosen.fuel} rewrites are done", REFERENCE.name, spec)
+    choice = choose(spec, call.query.device, chosen.kernel)
+    problem = _problem(choice, chosen)
+    if problem is not None:
+        return report("refused", problem, None, spec)
+    assert choice.kernel is not None
+    nested_calls.emit(node, choice.kernel.name, chosen)
+    return report("fused", None, choice.kernel.name, spec)
+
+
+def _less_fuel(chosen: Settings, done: Sequence[reporting.SiteReport]) -> Settings:
+    """The settings with the fuel that is left."""
+    used = sum(r.status == "fused" for r in done)
+    return chosen if chosen.fuel is None else replace(chosen, fuel=max(chosen.fuel - used, 0))
 
 
 def _report(site: Site, spec: Attention, emitter: Emitter) -> Callable[..., reporting.SiteReport]:
@@ -310,7 +349,7 @@ def _verifying(compiled: Compiled, original: fx.GraphModule, chosen: Settings) -
         copies = [
             a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args
         ]
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), nested.active():
             expected = original(*copies)
         found = compiled(*args)
         _compare(found, expected, chosen)
@@ -353,4 +392,5 @@ class _timed:
         self.into[self.name] = self.into.get(self.name, 0.0) + time.perf_counter() - self.start
 
 
+nested.install()
 assert ops.__doc__, "importing attnfuse.ops registers the ops that rewritten graphs call"

@@ -4,6 +4,7 @@
     attention_backward(dout, dlse, q, k, v, operands, seed, q_bounds, k_bounds, out, stats, spec, kernel, strict, needs)
         -> the gradients needed
     own(x) -> a copy of x that no compiler takes for x itself
+    checked_offsets(offsets, lengths, rows) -> a copy of offsets [B + 1] of a jagged tensor of so many rows, or ValueError
 
 Shapes as in attnfuse.spec; operands a list, or None for none (AOTInductor's runtime makes None of an empty list); seed
 int64 [1] or None; q_bounds and k_bounds as in kernels/layout.py, None where the layout is dense; spec is `Attention.text`;
@@ -15,6 +16,7 @@ to the maximum alone (see log_sum_exp): attention_backward takes it as dlse [*ba
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,6 +38,7 @@ _LIBRARY.define(
 )
 
 _LIBRARY.define("own(Tensor x) -> Tensor")
+_LIBRARY.define("checked_offsets(Tensor offsets, Tensor? lengths, SymInt rows) -> Tensor")
 
 #: The (kernel, spec) pairs that failed in this process, with the error: they are not tried again.
 failed: dict[tuple[str, str], str] = {}
@@ -221,3 +224,31 @@ def _(x: Any) -> Any:
 
 
 torch.library.register_autograd("attnfuse::own", lambda ctx, grad: grad, lib=_LIBRARY)
+
+
+def _checked_offsets(offsets: torch.Tensor, lengths: torch.Tensor | None, rows: int) -> torch.Tensor:
+    found = offsets.tolist()
+    problem = ""
+    if found[0] != 0:
+        problem = "the first one must be 0"
+    elif any(a > b for a, b in itertools.pairwise(found)):
+        problem = "they must ascend"
+    elif lengths is None and found[-1] != rows:
+        problem = f"the last one must be the number of rows, {rows}"
+    elif found[-1] > rows:
+        problem = f"there are {rows} rows"
+    elif lengths is not None:
+        room = [b - a for a, b in itertools.pairwise(found)]
+        if any(not 0 <= n <= most for n, most in zip(lengths.tolist(), room, strict=True)):
+            problem = f"lengths {lengths.tolist()} do not fit between them"
+    if problem:
+        raise ValueError(f"offsets of a nested tensor are {found}: {problem}")
+    return offsets.clone()
+
+
+_LIBRARY.impl("checked_offsets", _checked_offsets, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("attnfuse::checked_offsets", lib=_LIBRARY)
+def _(offsets: Any, lengths: Any, rows: Any) -> Any:
+    return torch.empty_like(offsets)

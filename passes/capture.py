@@ -175,8 +175,17 @@ def capture(gm: fx.GraphModule) -> View:
     if fake_mode is None:
         raise CaptureError("the graph has no tensor input")
     recorder = _Recorder(fake_mode)
+    # a trace does not look into nested tensors: what is made of them is not known
+    plain = [x for x in examples if not _is_nested(x)]
+    if not any(isinstance(x, torch.Tensor) for x in plain):
+        raise CaptureError("the graph has no tensor input")
+
+    def run(*args: Any) -> Any:
+        given = iter(args)
+        return recorder.run_main(gm, [UNKNOWN if _is_nested(x) else next(given) for x in examples])
+
     with _compat.keep_global_state():
-        module = _compat.trace(lambda *args: recorder.run_main(gm, args), examples, fake_mode)
+        module = _compat.trace(run, plain, fake_mode)
     trains = any(isinstance(x, torch.Tensor) and x.requires_grad for x in examples)
     view = View(module.graph, recorder.scopes, recorder.origin, recorder.grad, fake_mode, trains)
     _rename_written(view)
@@ -277,6 +286,8 @@ class _Recorder:
         if "functorch" in str(getattr(node.target, "__module__", "")):
             return True
         example = node.meta.get("example_value")
+        if any(map(_is_nested, pytree.tree_leaves(example))):
+            return True
         known = set().union(*(_unbacked(x) for x in leaves)) if leaves else set()
         return any(_unbacked(x) - known for x in pytree.tree_leaves(example))
 
@@ -287,7 +298,7 @@ class _Recorder:
         inputs = [x for x in inputs if not _compat.is_functorch_tensor(x) and _compat.traced_node(x) is not None]
         proxies = tuple(_proxy(x) for x in inputs)
         leaves, tree = pytree.tree_flatten(example)
-        if _is_mapped(node):
+        if _is_mapped(node) or any(map(_is_nested, leaves)):
             _compat.record_opaque(opaque, proxies, None)
             return UNKNOWN
         with _compat.no_proxies():
@@ -335,6 +346,10 @@ def _attribute(module: fx.GraphModule, target: str) -> Any:
     for part in target.split("."):
         value = getattr(value, part)
     return value
+
+
+def _is_nested(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_nested
 
 
 def _is_mapped(node: fx.Node) -> bool:

@@ -1,0 +1,266 @@
+"""scaled_dot_product_attention on jagged nested tensors, as an attention of packed rows.
+
+Dynamo evaluates the call on fake tensors before any backend is asked, where PyTorch's own handling of nested tensors reads
+lengths on the host and fails. `install` puts a handling of its own in that one place. It acts only while attnfuse compiles:
+elsewhere, and for what it does not take, PyTorch's runs as before.
+
+Shapes, with a jagged dim j: q [B, *heads, j, D], k [B, *heads, j', D], v [B, *heads, j', E]; q, or k and v, may be dense
+[B or 1, *heads, L, D] instead; attn_mask dense, broadcastable to [B, *heads, Q, K] for the longest sequences.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from attnfuse import _compat
+from attnfuse.expr import causal, dense
+from attnfuse.kernels import choose
+from attnfuse.spec import Attention, Bias, Layout, Operand, ReplaceFill, Scale, Step, dtype_name
+
+log = logging.getLogger("attnfuse")
+_active: ContextVar[bool] = ContextVar("attnfuse compiles", default=False)
+_SEED_LIMIT = 2**62
+NanPolicy = Literal["skip", "eager"]
+
+
+@contextlib.contextmanager
+def active() -> Iterator[None]:
+    """Nested attentions in here are attnfuse's."""
+    token = _active.set(True)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of scaled_dot_product_attention."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    attn_mask: torch.Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    @property
+    def qkv(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.query, self.key, self.value
+
+
+def is_jagged(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_nested and x.layout == torch.jagged
+
+
+def refusal(call: Call) -> str | None:
+    """Why the call is not taken; None if it is. Sizes of sequences are not looked at."""
+    q, k, v = call.qkv
+    if any(x.is_nested and not is_jagged(x) for x in call.qkv):
+        return "strided nested tensors"
+    if not any(map(is_jagged, call.qkv)):
+        return "no jagged tensor"
+    if is_jagged(k) != is_jagged(v):
+        return "one of key and value is jagged, the other dense"
+    if len({x.dim() for x in call.qkv}) != 1 or q.dim() < 3:
+        return f"query, key and value of {q.dim()}, {k.dim()} and {v.dim()} dims"
+    if any(is_jagged(x) and _compat.ragged_dim(x) != x.dim() - 2 for x in call.qkv):
+        return "a jagged dim that is not the one of the sequence"
+    if is_jagged(k) and not _compat.same_raggedness(k, v):
+        return "key and value of other lengths"
+    if len({x.dtype for x in call.qkv}) != 1 or len({x.device for x in call.qkv}) != 1:
+        return "query, key and value of other dtypes or devices"
+    if not all(isinstance(x.shape[-1], int) for x in call.qkv) or q.shape[-1] != k.shape[-1]:
+        return "head sizes that are not known, or differ"
+    mask = call.attn_mask
+    if mask is not None:
+        if mask.is_nested:
+            return "a nested attn_mask: give one that is padded to the longest sequence"
+        if call.is_causal:
+            return "both attn_mask and is_causal"
+        if mask.dim() > q.dim() or (mask.dtype != torch.bool and not mask.dtype.is_floating_point):
+            return f"an attn_mask of dtype {mask.dtype} with {mask.dim()} dims"
+    return _heads_problem(call)
+
+
+def _heads_problem(call: Call) -> str | None:
+    q, k, v = (x.shape[1:-2] for x in call.qkv)
+    if k != v:
+        return "key and value of other heads"
+    if q == k or all(a == b or b == 1 for a, b in zip(q, k)):
+        return None
+    if call.enable_gqa and len(q) == 1 and all(isinstance(n, int) for n in (*q, *k)) and q[0] % k[0] == 0:
+        return None
+    return f"{list(q)} query heads and {list(k)} key heads"
+
+
+def spec_of(call: Call) -> Attention:
+    """What the call computes, as refusal() lets it pass."""
+    q, k, _ = call.qkv
+    heads, own = tuple(q.shape[1:-2]), tuple(k.shape[1:-2])
+    grouped = _grouped(call)
+    names = ("B", *(f"H{i}" if i else "H" for i in range(len(heads))))
+    sizes: tuple[Any, ...] = heads
+    if grouped:
+        names, sizes = ("B", "Hkv", "G"), (own[0], heads[0] // own[0])
+    layout: Layout = "packed" if is_jagged(q) and is_jagged(k) else "packed_queries" if is_jagged(q) else "packed_keys"
+    shared = tuple(n for n, a, b in zip(names[1:], heads, own) if a != b) if not grouped else ("G",)
+    steps: list[Step] = [Scale(call.scale if call.scale is not None else q.shape[-1] ** -0.5)]
+    if call.is_causal:
+        steps.append(ReplaceFill(causal(), -torch.inf))
+    operands = []
+    if call.attn_mask is not None:
+        steps.append(ReplaceFill(dense(0), -torch.inf) if call.attn_mask.dtype == torch.bool else Bias(0))
+        shape = _mask(call).shape
+        operands.append(
+            Operand(
+                dtype_name(call.attn_mask.dtype),
+                tuple("1" if n == 1 else name for n, name in zip(shape, (*names, "Q", "K"))),
+            )
+        )
+    dtype = dtype_name(q.dtype)
+    rank = len(names) + 2
+    known = tuple(n if isinstance(n, int) else None for n in sizes)
+    queries = q.shape[-2] if not is_jagged(q) else None
+    keys = k.shape[-2] if not is_jagged(k) else None
+    return Attention(
+        names,
+        (
+            None,
+            *known,
+            *(n if isinstance(n, int) else None for n in (queries, keys)),
+            q.shape[-1],
+            call.value.shape[-1],
+        ),
+        *(dtype, dtype, dtype),
+        steps=tuple(steps),
+        operands=tuple(operands),
+        hidden="zero",
+        dropout=float(call.dropout_p),
+        broadcast=(_alone(q, names), (*_alone(k, names), *shared), (*_alone(k, names), *shared)),
+        layout=layout,
+        # row by row, as the projections that follow read it
+        out_order=(0, rank - 2, *range(1, rank - 2), rank - 1),
+    )
+
+
+def _alone(x: torch.Tensor, names: tuple[str, ...]) -> tuple[str, ...]:
+    return names[:1] if not is_jagged(x) and _is_one(x.shape[0]) else ()
+
+
+def _is_one(n: Any) -> bool:
+    return isinstance(n, int) and n == 1
+
+
+def _grouped(call: Call) -> bool:
+    q, k = call.query.shape[1:-2], call.key.shape[1:-2]
+    return call.enable_gqa and q != k
+
+
+def _mask(call: Call) -> torch.Tensor:
+    """[B or 1, *heads or 1, Q or 1, K or 1]."""
+    mask = call.attn_mask
+    assert mask is not None
+    mask = mask.reshape((1,) * (call.query.dim() - mask.dim()) + tuple(mask.shape))
+    if _grouped(call):
+        heads = call.key.shape[1]
+        split = (1, 1) if _is_one(mask.shape[1]) else (heads, mask.shape[1] // heads)
+        mask = mask.unflatten(1, split)
+    return mask
+
+
+def attend(call: Call, kernel: str, strict: bool = False, nan_policy: NanPolicy = "skip") -> torch.Tensor:
+    """The attention, nested like the query, or dense [B, *heads, Q, E] like it."""
+    spec = replace(spec_of(call), nan_policy=nan_policy)
+    q, k = call.query, call.key
+    grouped = _grouped(call)
+    q_rows, k_rows, v_rows = (x.values().unsqueeze(0) if is_jagged(x) else x for x in call.qkv)
+    if grouped:
+        q_rows = q_rows.unflatten(1, (k.shape[1], q.shape[1] // k.shape[1]))
+        k_rows, v_rows = k_rows.unsqueeze(2), v_rows.unsqueeze(2)
+    q_bounds = _bounds(q, strict) if is_jagged(q) else None
+    k_bounds = _bounds(k, strict) if is_jagged(k) else None
+    operands = [] if call.attn_mask is None else [_mask(call)]
+    seed = None
+    if spec.dropout:
+        seed = torch.randint(0, _SEED_LIMIT, (1,), dtype=torch.int64, device=q_rows.device)
+    out, _ = torch.ops.attnfuse.attention(
+        q_rows, k_rows, v_rows, operands, seed, q_bounds, k_bounds, spec.text, kernel, strict
+    )
+    out = out.flatten(1, 2) if grouped else out
+    return _compat.jagged_like(q, out.squeeze(0).movedim(-2, 0)) if is_jagged(q) else out
+
+
+def _bounds(x: torch.Tensor, strict: bool) -> torch.Tensor:
+    """[2, B]: the first row of each sequence, and the one after its last."""
+    offsets, lengths = _compat.offsets_and_lengths(x)
+    if strict:
+        rows = x.values().shape[-2]
+        offsets = torch.ops.attnfuse.checked_offsets(offsets, lengths, rows)
+    begin = offsets[:-1]
+    return torch.stack([begin, offsets[1:] if lengths is None else begin + lengths])
+
+
+def _handled(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What stands in the place of PyTorch's handling."""
+    if not (_active.get() or _compat.compiling_backend_is(__package__)):
+        return original(*args, **kwargs)
+    call = _cast(Call(*args, **kwargs))
+    reason = refusal(call)
+    if reason is None:
+        choice = choose(spec_of(call), call.query.device)
+        if choice.kernel is not None:
+            return attend(call, choice.kernel.name)
+        reason = "; ".join(choice.reasons)
+    log.info("an attention on nested tensors is left to PyTorch: %s", reason)
+    return original(*args, **kwargs)
+
+
+def _cast(call: Call) -> Call:
+    """The call in the dtype of an active autocast, as the one on dense tensors is."""
+    device = call.query.device.type
+    if not torch.is_autocast_enabled(device):
+        return call
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(x: torch.Tensor | None) -> torch.Tensor | None:
+        low = x is not None and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        return x.to(dtype) if low and x is not None else x
+
+    q, k, v = map(cast, call.qkv)
+    assert q is not None and k is not None and v is not None
+    return replace(call, query=q, key=k, value=v, attn_mask=cast(call.attn_mask))
+
+
+def run(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    kernel: str,
+    strict: bool = False,
+    nan_policy: NanPolicy = "skip",
+) -> torch.Tensor:
+    """What a compiled graph calls in the place of scaled_dot_product_attention."""
+    call = Call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return attend(_cast(call), kernel, strict, nan_policy)
+
+
+def install() -> None:
+    """Handle nested attentions while attnfuse compiles, from now on."""
+    _compat.replace_jagged_attention(lambda original: functools.partial(_handled, original))

@@ -351,18 +351,16 @@ def jagged_like(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def replace_jagged_attention(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Put wrap(it) in the place of PyTorch's scaled_dot_product_attention for jagged nested tensors; once."""
-    from torch.nested._internal import ops, sdpa
+def wrap_jagged_functions(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put wrap(it) in the place of what PyTorch calls for functions of jagged nested tensors, (function, *args, **kwargs); once."""
+    from torch.nested._internal import ops
 
-    name = "jagged_scaled_dot_product_attention"
-    original = getattr(sdpa, name)
+    original = ops.jagged_torch_function
     if getattr(original, "attnfuse", False):
         return
     found = wrap(original)
     found.attnfuse = True  # type: ignore[attr-defined]
-    for module in (sdpa, ops):
-        setattr(module, name, found)
+    ops.jagged_torch_function = found
 
 
 def compiling_backend_is(package: str) -> bool:
@@ -384,3 +382,8 @@ def compiling_backend_is(package: str) -> bool:
             inner = getattr(found, "_torchdynamo_orig_backend", None)
             found = getattr(found, "compiler_fn", None) if inner is None or inner is found else inner
     return False
+
+
+def without_subclass_functions() -> contextlib.AbstractContextManager[Any]:
+    """In here functions of subclasses of Tensor are not asked before an op is called."""
+    return torch._C.DisableTorchFunctionSubclass()

@@ -131,9 +131,9 @@ def rewrite(gm: fx.GraphModule, chosen: Settings) -> Work:
                     reports = _renamed(reports, tuning.take_fastest(emitter.calls, chosen.strict))
                 tuning.tune_all(view.scopes, chosen.strict)
     except CaptureError as error:
-        if chosen.strict:
-            raise
         if str(error) != "the graph has no tensor input":
+            if chosen.strict:
+                raise
             notes.append(f"the graph could not be viewed: {error}")
     except Unsupported:
         raise

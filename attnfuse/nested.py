@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -25,9 +25,10 @@ from attnfuse.expr import causal, dense
 from attnfuse.kernels import choose
 from attnfuse.spec import Attention, Bias, Layout, Operand, ReplaceFill, Scale, Step, dtype_name
 
-log = logging.getLogger("attnfuse")
 _active: ContextVar[bool] = ContextVar("attnfuse compiles", default=False)
 _SEED_LIMIT = 2**62
+_PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__", "bmm"})
+_TAKEN = _PRODUCTS | {"scaled_dot_product_attention"}
 NanPolicy = Literal["skip", "eager"]
 
 
@@ -211,10 +212,13 @@ def _bounds(x: torch.Tensor, strict: bool) -> torch.Tensor:
     return torch.stack([begin, offsets[1:] if lengths is None else begin + lengths])
 
 
-def _handled(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _handled(original: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What stands in the place of PyTorch's handling."""
-    if not (_active.get() or _compat.compiling_backend_is(__package__)):
-        return original(*args, **kwargs)
+    name = getattr(function, "__name__", "")
+    if name not in _TAKEN or not (_active.get() or _compat.compiling_backend_is(__package__)):
+        return original(function, *args, **kwargs)
+    if name in _PRODUCTS:
+        return _product(original, function, *args, **kwargs)
     call = _cast(Call(*args, **kwargs))
     reason = refusal(call)
     if reason is None:
@@ -222,8 +226,29 @@ def _handled(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if choice.kernel is not None:
             return attend(call, choice.kernel.name)
         reason = "; ".join(choice.reasons)
-    log.info("an attention on nested tensors is left to PyTorch: %s", reason)
-    return original(*args, **kwargs)
+    warnings.warn(
+        f"attnfuse: an attention on nested tensors is left to PyTorch: {reason}", RuntimeWarning, stacklevel=2
+    )
+    return original(function, *args, **kwargs)
+
+
+def _product(original: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A product of nested tensors; q @ k^T has two jagged dims, which none can have."""
+    try:
+        try:
+            return original(function, *args, **kwargs)
+        except NotImplementedError:
+            # PyTorch's caller goes on like this
+            with _compat.without_subclass_functions():
+                return function(*args, **kwargs)
+    except RuntimeError as error:
+        if not all(is_jagged(x) for x in args[:2]):
+            raise
+        raise RuntimeError(
+            f"{error}: the scores of nested tensors would have two jagged dims. Write "
+            "torch.nn.functional.scaled_dot_product_attention(q, k, v, ...) on nested q, k and v [B, heads, j, D], which "
+            "attnfuse compiles, in the place of matmul, softmax and matmul"
+        ) from error
 
 
 def _cast(call: Call) -> Call:
@@ -263,4 +288,4 @@ def run(
 
 def install() -> None:
     """Handle nested attentions while attnfuse compiles, from now on."""
-    _compat.replace_jagged_attention(lambda original: functools.partial(_handled, original))
+    _compat.wrap_jagged_functions(lambda original: functools.partial(_handled, original))

@@ -281,11 +281,23 @@ def explain(model_or_function: Callable[..., Any] | ExportedProgram, /, *args: A
         positional, keywords = _by_name(model_or_function, args, kwargs)
         compile_fresh(model_or_function, explaining)(*positional, **keywords)
     name = name_of(model_or_function)
+    notes = _strided(args, kwargs)
     if not collected:
-        return Report(
-            (), "", "", name, ("no graph was compiled: is torch.compile disabled, or did Dynamo skip the call?",)
-        )
-    return _with_masks(merge(collected, name), calls)
+        skipped = "no graph was compiled: is torch.compile disabled, or did Dynamo skip the call?"
+        return Report((), "", "", name, (skipped, *notes))
+    found = merge(collected, name)
+    return _with_masks(replace(found, warnings=(*found.warnings, *notes)), calls)
+
+
+def _strided(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+    import torch
+
+    from attnfuse import _compat
+
+    leaves = _compat.pytree.tree_leaves((args, kwargs))
+    if not any(isinstance(x, torch.Tensor) and x.is_nested and x.layout == torch.strided for x in leaves):
+        return ()
+    return ("strided nested tensors reach no compiler: torch.nested tensors with layout=torch.jagged do",)
 
 
 def _explain_exported(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:

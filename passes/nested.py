@@ -16,8 +16,6 @@ from attnfuse.passes.site import Refusal
 from attnfuse.settings import Settings
 from attnfuse.spec import Attention
 
-_SDPA = {torch.nn.functional.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention}
-
 
 def calls(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Call]]:
     """The attentions with a jagged argument, in the bodies of regions too, each with its fake arguments."""
@@ -25,7 +23,7 @@ def calls(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Call]]:
         if not isinstance(module, fx.GraphModule):
             continue
         for node in list(module.graph.nodes):
-            if node.op != "call_function" or node.target not in _SDPA:
+            if node.op != "call_function" or node.target is not torch.nn.functional.scaled_dot_product_attention:
                 continue
             if any("example_value" not in n.meta for n in node.all_input_nodes):
                 continue

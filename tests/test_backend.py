@@ -489,18 +489,6 @@ def test_strided_nested_tensors_give_what_eager_gives() -> None:
     assert "fused" not in statuses()
 
 
-def test_jagged_nested_tensors_give_what_eager_gives() -> None:
-    def through_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
-
-    q = torch.nested.nested_tensor([torch.randn(n, 4, 16) for n in (5, 9)], layout=torch.jagged)
-    k, v = q * 0.5, q * 2
-    expected = through_sdpa(q, k, v)
-    found = torch.compile(through_sdpa, backend="attnfuse", options={"inner": "eager"})(q, k, v)
-    torch.testing.assert_close(found.values(), expected.values())
-    assert "fused" not in statuses()
-
-
 def test_unsupported_torch_version_is_told_once_and_leaves_the_model_right(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.8.0")
     q, k, v = qkv()

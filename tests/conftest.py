@@ -43,7 +43,35 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error:attnfuse:RuntimeWarning")
 
 
+#: Tests whose cases cost much and are much alike: of each, so that every value of every parameter comes up, every n-th case
+#: runs always and the others in the slow suite.
+THINNED = {
+    "test_masks.py::test_decoders_masks_are_read_and_no_square_tensor_is_left": 3,
+    "test_conditions.py::test_autocast_bfloat16_fuses_within_twice_eagers_error": 5,
+    "test_conditions.py::test_decoding_with_a_cache_equals_eager_token_by_token": 3,
+    "test_models.py::test_all_attentions_of_sdpa_models_fuse_too": 2,
+    "interpreted/test_kernel_triton.py::test_causal_offsets": 5,
+    "interpreted/test_kernel_triton.py::test_rows_without_keys": 5,
+    "interpreted/test_kernel_triton.py::test_masks_of_every_dtype_and_broadcast": 5,
+    "interpreted/test_kernel_triton.py::test_operand_gradients_are_summed_over_broadcast_dims": 4,
+    "interpreted/test_kernel_triton.py::test_a_bias_with_a_mask": 2,
+    "interpreted/test_kernel_triton.py::test_sinks_forward_and_backward": 3,
+    "interpreted/test_kernel_triton.py::test_rows_whose_only_score_is_the_sink": 7,
+    "interpreted/test_tiles.py::test_key_padding_costs_the_tiles_that_it_leaves": 3,
+    "interpreted/test_tiles.py::test_masks_together_cost_no_more_than_the_tiles_in_which_each_leaves_something": 3,
+}
+
+
+# before the marker expression is looked at
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    met: dict[str, int] = {}
+    for item in items:
+        name = item.nodeid.split("[")[0].removeprefix("tests/")
+        if name in THINNED:
+            if met.setdefault(name, 0) % THINNED[name]:
+                item.add_marker(pytest.mark.slow)
+            met[name] += 1
     if torch.cuda.is_available():
         return
     for item in items:

@@ -113,6 +113,7 @@ class _Call:
             return Config(32, 64, 4, 1)
         sinks = self.spec.sink is not None and self.spec.sink.operand is not None
         heavy = len(self.operands) > sinks or self.traits.checked or self.traits.doubt > -math.inf
+        heavy = heavy or self.packed_q or self.packed_k
         return config(self.device.capability, which, self.q.element_size() * 8, self.D, self.E, heavy)
 
     def _unshrunk(self, which: Pass) -> Config:

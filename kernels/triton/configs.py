@@ -86,8 +86,8 @@ _WITHOUT: _Table = {
 def config(capability: int, which: Pass, bits: int, D: int, E: int, heavy: bool = False) -> Config:
     """The configuration for compute capability 80, 90, ...; 0 for any other device, which gets what fits everywhere.
 
-    bits: of an element of q, k and v; D, E: the head sizes; heavy: whether the spec has operands, finite fills that hide, or
-    masks that are looked at tile by tile.
+    bits: of an element of q, k and v; D, E: the head sizes; heavy: whether the spec has operands, finite fills that hide,
+    masks that are looked at tile by tile, or a packed layout.
     """
     width = max(padded(D), padded(E))
     if which == "decode":

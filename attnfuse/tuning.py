@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnfuse.kernels import TRITON, Kernel, candidates, measure
+from attnfuse.kernels import TRITON, Kernel, candidates, fastest, kept, measure
+from attnfuse.kernels.device import Device
 from attnfuse.passes.capture import Scope
 from attnfuse.passes.read import stride_hint
 from attnfuse.spec import Attention
@@ -63,19 +64,40 @@ def _fastest_of(job: Job) -> str | None:
         return None
     key = (job.spec.text, job.device, job.needs, *((tuple(x.shape), x.stride(), x.dtype) for x in job.tensors))
     if key not in _fastest:
-        # the last one is attnfuse's own: what gives other results than it is not taken, however fast
-        own, *others = reversed(found)
-        best, expected = _measured(own, job)
-        times = {own.name: best}
-        for kernel in others:
-            taken, results = _measured(kernel, job)
-            if expected and results and not _same(results, expected):
-                _warn(f"kernel {kernel.name} gives other results than kernel {own.name} and is not taken ({job.spec})")
-                taken = math.inf
-            times[kernel.name] = taken
-        log.info("fastest of %s for %s", times, job.spec)
-        _fastest[key] = min(times, key=lambda name: times[name])
+        names = [kernel.name for kernel in found]
+        name = fastest.key(job.spec, job.tensors, job.needs, Device.of(job.device), names)
+        known = fastest.entries().get(name) if name else None
+        # a name that is not among them was not written by attnfuse
+        _fastest[key] = known.kernel if known and known.kernel in names else _compared(found, job, name)
     return _fastest[key]
+
+
+def _compared(found: Sequence[Kernel], job: Job, name: str | None) -> str:
+    """The kernel that is fastest; name: what the comparison is kept under, if it is."""
+    # the last one is attnfuse's own: what gives other results than it is not taken, however fast
+    own, *others = reversed(found)
+    best, expected = _measured(own, job)
+    times, failed = {own.name: best}, not expected
+    for kernel in others:
+        taken, results = _measured(kernel, job)
+        failed = failed or not results
+        if expected and results and not _same(results, expected):
+            _warn(f"kernel {kernel.name} gives other results than kernel {own.name} and is not taken ({job.spec})")
+            taken = math.inf
+        times[kernel.name] = taken
+    log.info("fastest of %s for %s", times, job.spec)
+    winner = min(times, key=lambda kernel: times[kernel])
+    # what failed may have had no memory this time
+    if name and not failed:
+        _keep(name, fastest.Fastest(winner, {kernel: ms for kernel, ms in times.items() if ms < math.inf}))
+    return winner
+
+
+def _keep(name: str, entry: fastest.Fastest) -> None:
+    try:
+        fastest.add({name: entry})
+    except kept.NOT_KEPT as error:
+        _warn(f"which kernel is fastest is not kept ({type(error).__name__}: {error})")
 
 
 def _same(results: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:

@@ -16,6 +16,7 @@ from kernel_cases import INF, make_spec, qkv, randn
 import attnfuse
 from attnfuse import backend, settings
 from attnfuse.expr import Algebra, K, Load, causal, dense
+from attnfuse.kernels import kept as files
 from attnfuse.kernels import measure, triton
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.triton import tuned, tuning
@@ -81,7 +82,7 @@ def plain(**sizes):
 
 
 def kept(directory):
-    return json.loads((directory / tuned.NAME).read_text())["tuned"]
+    return json.loads((directory / files.NAME).read_text())["tuned"]
 
 
 def tiles(launched, kernel):
@@ -98,7 +99,7 @@ def test_what_wins_is_kept_and_used_by_the_next_launch(directory, launched, cloc
     assert kept(directory) == {
         r.key: {"BM": 16, "BN": 16, "warps": 4, "stages": 1, "ms": 1.0, "table_ms": 4.0} for r in found
     }
-    assert (directory / tuned.NAME).stat().st_mode & 0o777 == 0o600
+    assert (directory / files.NAME).stat().st_mode & 0o777 == 0o600
     # as another process would
     tuned.reset()
     launched.clear()
@@ -251,7 +252,7 @@ def test_a_tuned_configuration_that_has_no_room_gets_smaller(launched, clock, mo
     assert launched[-1] == ("forward", 64, 32)
     # the shipped configuration did not fail, and stays as it is
     tuned.reset()
-    os.remove(os.path.join(os.environ["ATTNFUSE_CACHE_DIR"], tuned.NAME))
+    os.remove(os.path.join(os.environ["ATTNFUSE_CACHE_DIR"], files.NAME))
     assert triton._Call(spec, q, k, v, [], None, Device("cpu"), None).config("forward") == TABLE
 
 
@@ -295,7 +296,7 @@ def test_a_key_is_the_same_on_another_machine_with_the_device():
 @pytest.mark.parametrize("text", BROKEN)
 def test_a_file_that_cannot_be_used_is_ignored_with_a_warning(text, directory):
     directory.mkdir(mode=0o700)
-    (directory / tuned.NAME).write_text(text)
+    (directory / files.NAME).write_text(text)
     with pytest.warns(RuntimeWarning, match=r"tuning\.json"):
         assert tuned.entries() == {}
     with warnings.catch_warnings():
@@ -310,7 +311,7 @@ def test_a_file_that_cannot_be_used_is_ignored_with_a_warning(text, directory):
 def test_a_damaged_entry_is_left_out_and_the_others_stay(damage, directory):
     directory.mkdir(mode=0o700)
     found = {"format": 1, "tuned": {"good": entry(), "bad": entry(**damage), "empty": None}}
-    (directory / tuned.NAME).write_text(json.dumps(found))
+    (directory / files.NAME).write_text(json.dumps(found))
     with pytest.warns(RuntimeWarning, match=r"2 of 3 entries .*(bad|empty)"):
         assert tuned.entries() == {"good": Entry(Config(64, 32, 4, 2), 1.0, 2.5)}
 
@@ -318,7 +319,7 @@ def test_a_damaged_entry_is_left_out_and_the_others_stay(damage, directory):
 @pytest.mark.parametrize("unsafe", ["file", "link", "directory"])
 def test_what_others_could_have_written_is_refused(unsafe, directory, tmp_path):
     directory.mkdir(mode=0o700)
-    path = directory / tuned.NAME
+    path = directory / files.NAME
     path.write_text(json.dumps({"format": 1, "tuned": {"x": entry()}}))
     if unsafe == "file":
         path.chmod(0o666)
@@ -330,7 +331,7 @@ def test_what_others_could_have_written_is_refused(unsafe, directory, tmp_path):
     with pytest.warns(RuntimeWarning, match="writable by others|is a symlink"):
         assert tuned.entries() == {}
     before = path.read_text()
-    with pytest.raises(tuned.BuildError):
+    with pytest.raises(files.BuildError):
         tuned.add({"y": Entry(FAST, 1.0, 2.0)})
     assert path.read_text() == before
 
@@ -338,22 +339,22 @@ def test_what_others_could_have_written_is_refused(unsafe, directory, tmp_path):
 def test_a_file_of_another_version_is_left_alone(directory):
     directory.mkdir(mode=0o700)
     text = '{"format": 2, "tuned": {"x": {"tile": [1, 2]}}}'
-    (directory / tuned.NAME).write_text(text)
-    with pytest.warns(RuntimeWarning, match="has format 2, not 1"), pytest.raises(tuned.OtherFormat):
+    (directory / files.NAME).write_text(text)
+    with pytest.warns(RuntimeWarning, match="has format 2, not 1"), pytest.raises(files.OtherFormat):
         tuned.add({"y": Entry(FAST, 1.0, 2.0)})
-    assert (directory / tuned.NAME).read_text() == text
+    assert (directory / files.NAME).read_text() == text
     # what was measured serves this process at least
     assert tuned.entries() == {"y": Entry(FAST, 1.0, 2.0)}
 
 
 def test_writers_at_the_same_time_keep_what_the_others_wrote(directory, monkeypatch):
-    write = tuned.write_text
+    write = files.write_text
 
     def slowly(path, text):
         time.sleep(0.02)
         write(path, text)
 
-    monkeypatch.setattr(tuned, "write_text", slowly)
+    monkeypatch.setattr(files, "write_text", slowly)
     names = [f"key {i}" for i in range(8)]
     threads = [threading.Thread(target=tuned.add, args=({n: Entry(FAST, 1.0, 2.0)},)) for n in names]
     for thread in threads:
@@ -393,7 +394,7 @@ def test_compiling_with_tune_measures_and_without_does_not(directory, launched, 
     monkeypatch.setattr(tuning, "tune", functools.partial(tuning.tune, timer=clock))
     q, k, v = qkv(1, 1, 16, 16, 8)
     torch.compile(attend, backend="attnfuse", options=OPTIONS)(q, k, v)
-    assert tiles(launched, "forward") == {(TABLE.BM, TABLE.BN)} and not (directory / tuned.NAME).exists()
+    assert tiles(launched, "forward") == {(TABLE.BM, TABLE.BN)} and not (directory / files.NAME).exists()
     options = OPTIONS | {"tune": True, "strict": True}
     found = torch.compile(attend, backend="attnfuse", options=options)(q, k, v)
     assert launched[-1] == ("forward", FAST.BM, FAST.BN)

@@ -14,24 +14,27 @@ from torch import fx
 
 from attnfuse.kernels import TRITON, Kernel, candidates, fastest, kept, measure
 from attnfuse.kernels.device import Device
+from attnfuse.kernels.layout import DENSE, Bounds
 from attnfuse.passes.capture import Scope
 from attnfuse.passes.read import stride_hint
 from attnfuse.spec import Attention
 
 #: Arguments of the op.
-_SPEC, _KERNEL = 7, 8
+_BOUNDS, _SPEC, _KERNEL = slice(5, 7), 7, 8
 
 log = logging.getLogger("attnfuse")
 
 
 @dataclass(frozen=True)
 class Job:
-    """An attention to tune for. needs: of which of (q, k, v, *operands) it gives gradients."""
+    """An attention to tune for. needs: of which of (q, k, v, *operands) it gives gradients; bounds: those of packed sequences,
+    of which only the shapes and dtypes are known."""
 
     spec: Attention
     tensors: tuple[torch.Tensor, ...]
     needs: tuple[bool, ...]
     device: torch.device
+    bounds: Bounds = DENSE
 
 
 #: What was measured in this process: the kernel that won, by spec, device, and the inputs' shapes, strides and dtypes.
@@ -169,7 +172,7 @@ def _tune(job: Job, step: Any) -> None:
     from attnfuse.kernels.triton import tuning
 
     q, k, v, *operands = job.tensors
-    for result in tuning.tune(job.spec, q, k, v, operands, job.needs, job.device, step=step):
+    for result in tuning.tune(job.spec, q, k, v, operands, job.needs, job.device, job.bounds, step=step):
         log.info("tuned %s: %s, skipped %s", result.key, result.entry, list(result.skipped))
 
 
@@ -180,13 +183,17 @@ def _can_be_tuned(node: fx.Node) -> bool:
 def job(node: fx.Node) -> Job:
     """What a node that calls the op has for inputs, with hints for symbolic sizes. Raises ValueError where one has none."""
     q, k, v, operands, *_ = node.args
+    bounds: Any = node.args[_BOUNDS]
     nodes: list[Any] = [q, k, v, *operands]  # type: ignore[misc]
-    examples = [n.meta.get("example_value") for n in nodes]
+    examples = [n.meta.get("example_value") for n in (*nodes, *(b for b in bounds if b is not None))]
     if not all(isinstance(x, torch.Tensor) for x in examples):
         raise ValueError("an input whose shape is not known")
-    needs = tuple(x.requires_grad for x in examples)
+    needs = tuple(x.requires_grad for x in examples[: len(nodes)])
+    tensors = tuple(_like(x) for x in examples)
+    given = iter(tensors[len(nodes) :])
     parsed = Attention.parse(str(node.args[_SPEC]))
-    return Job(parsed, tuple(_like(x) for x in examples), needs, examples[0].device)
+    packed = Bounds(*(None if b is None else next(given) for b in bounds))
+    return Job(parsed, tensors[: len(nodes)], needs, examples[0].device, packed)
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:

@@ -11,14 +11,16 @@ import warnings
 
 import pytest
 import torch
-from kernel_cases import INF, make_spec, qkv, randn
+from kernel_cases import INF, bounds_of, make_spec, qkv, randn
 
 import attnfuse
 from attnfuse import backend, settings
+from attnfuse import tuning as requests
 from attnfuse.expr import Algebra, K, Load, causal, dense
 from attnfuse.kernels import kept as files
-from attnfuse.kernels import measure, triton
+from attnfuse.kernels import measure, reference, triton
 from attnfuse.kernels.device import Device
+from attnfuse.kernels.layout import Bounds
 from attnfuse.kernels.triton import tuned, tuning
 from attnfuse.kernels.triton.configs import Config
 from attnfuse.kernels.triton.tuned import Entry
@@ -256,10 +258,72 @@ def test_a_tuned_configuration_that_has_no_room_gets_smaller(launched, clock, mo
     assert triton._Call(spec, q, k, v, [], None, Device("cpu"), None).config("forward") == TABLE
 
 
-def test_packed_layouts_are_not_tuned():
+def test_packed_sequences_are_tuned_with_lengths_that_are_made_up(directory, launched, clock):
+    q = torch.empty(40, 2, 8, device="meta").movedim(0, -2)[None]
+    spec = make_spec(q, q, q, layout="packed", steps=(ReplaceFill(causal(), -INF),), out_order=(0, 2, 1, 3))
+    hint = torch.empty(2, 3, dtype=torch.int32, device="meta")
+    found = tuning.tune(spec, q, q, q, (), (True,) * 3, torch.device("cpu"), Bounds(hint, hint), timer=clock)
+    assert [(r.which, r.entry.best, r.measured) for r in found] == [("forward", FAST, 2), ("backward", FAST, 2)]
+    assert not any(r.skipped or r.wrong for r in found)
+    assert all(name.endswith("Q 64, K 64, batch 8") for name in kept(directory))
+    # any lengths use it, as another process would
+    tuned.reset()
+    launched.clear()
+    q = randn(1, 2, 40, 8)
+    bounds = bounds_of(1, 9, 30)
+    out, _ = triton.forward(spec, q, q, q, [], None, Bounds(bounds, bounds))
+    assert tiles(launched, "forward") == {(FAST.BM, FAST.BN)}
+    want, _ = reference.attend(spec, q, q, q, [], None, torch.float64, Bounds(bounds, bounds))
+    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["packed_queries", "packed_keys"])
+def test_one_packed_side_is_tuned_as_well(layout, launched, clock, monkeypatch):
+    monkeypatch.setitem(MS, Config(16, 64, 4, 1), 4.0)
+    rows, some = randn(1, 2, 150, 8), randn(3, 2, 4, 8)
+    q, k = (rows, some) if layout == "packed_queries" else (some, rows)
+    bounds = Bounds(*(bounds_of(50, 50, 50) if x is rows else None for x in (q, k)))
+    (result,) = tuning.tune(make_spec(q, k, k, layout=layout), q, k, k, bounds=bounds, timer=clock)
+    # few queries of a sequence with many keys are decoded
+    assert result.which == ("forward" if layout == "packed_queries" else "decode")
+    assert result.entry.best == FAST and not result.wrong and not result.skipped
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("sequences", [1, 3, 50])
+def test_made_up_sequences_are_as_many_and_share_all_rows(sequences, dtype):
+    given = torch.empty(2, sequences, dtype=dtype, device="meta")
+    q, k = tuning.skewed(Bounds(given, given), (100, 60), torch.device("cpu"))
+    for bounds, rows in ((q, 100), (k, 60)):
+        assert bounds.dtype == dtype and bounds.shape == (2, sequences)
+        assert bounds[0].tolist() == [0, *bounds[1, :-1].tolist()] and bounds[1, -1] == rows
+        assert sequences == 1 or bounds[1, 0] > 1.5 * rows / sequences
+        assert bool((bounds[1] >= bounds[0]).all())
+    assert tuning.skewed(Bounds(None, given), (100, 60), torch.device("cpu")).q is None
+
+
+def test_a_packed_layout_needs_bounds_of_sequences():
     q = randn(1, 2, 20, 8)
-    with pytest.raises(tuning.TuningError, match=r"layout packed: .*bounds"):
-        tuning.tune(make_spec(q, q, q, layout="packed"), q, q, q)
+    spec = make_spec(q, q, q, layout="packed")
+    with pytest.raises(ValueError, match="layout packed without bounds of q"):
+        tuning.tune(spec, q, q, q)
+    none = torch.empty(2, 0, dtype=torch.int32)
+    with pytest.raises(tuning.TuningError, match="no sequences"):
+        tuning.tune(spec, q, q, q, bounds=Bounds(none, none))
+
+
+def test_bounds_in_a_graph_are_told_to_who_tunes():
+    q, bounds = torch.empty(1, 2, 20, 8), torch.zeros(2, 3, dtype=torch.int32)
+    text = make_spec(q, q, q, layout="packed_keys").text
+    graph = torch.fx.Graph()
+    inputs = [graph.placeholder(name) for name in ("q", "k", "v", "bounds")]
+    for node, value in zip(inputs, (q, q.clone().requires_grad_(), q, bounds)):
+        node.meta["example_value"] = value
+    q_node, k_node, v_node, b_node = inputs
+    arguments = (q_node, k_node, v_node, [], None, None, b_node, text, "triton", True)
+    job = requests.job(graph.call_function(torch.ops.attnfuse.attention.default, arguments))
+    assert len(job.tensors) == 3 and job.needs == (False, True, False)
+    assert job.bounds.q is None and job.bounds.k.shape == (2, 3) and job.bounds.k.dtype == torch.int32
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------

@@ -12,25 +12,29 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnfuse.kernels import TRITON, Kernel, candidates, measure
+from attnfuse.kernels import TRITON, Kernel, candidates, fastest, kept, measure
+from attnfuse.kernels.device import Device
+from attnfuse.kernels.layout import DENSE, Bounds
 from attnfuse.passes.capture import Scope
 from attnfuse.passes.read import stride_hint
 from attnfuse.spec import Attention
 
 #: Arguments of the op.
-_SPEC, _KERNEL = 7, 8
+_BOUNDS, _SPEC, _KERNEL = slice(5, 7), 7, 8
 
 log = logging.getLogger("attnfuse")
 
 
 @dataclass(frozen=True)
 class Job:
-    """An attention to tune for. needs: of which of (q, k, v, *operands) it gives gradients."""
+    """An attention to tune for. needs: of which of (q, k, v, *operands) it gives gradients; bounds: those of packed sequences,
+    of which only the shapes and dtypes are known."""
 
     spec: Attention
     tensors: tuple[torch.Tensor, ...]
     needs: tuple[bool, ...]
     device: torch.device
+    bounds: Bounds = DENSE
 
 
 #: What was measured in this process: the kernel that won, by spec, device, and the inputs' shapes, strides and dtypes.
@@ -63,19 +67,40 @@ def _fastest_of(job: Job) -> str | None:
         return None
     key = (job.spec.text, job.device, job.needs, *((tuple(x.shape), x.stride(), x.dtype) for x in job.tensors))
     if key not in _fastest:
-        # the last one is attnfuse's own: what gives other results than it is not taken, however fast
-        own, *others = reversed(found)
-        best, expected = _measured(own, job)
-        times = {own.name: best}
-        for kernel in others:
-            taken, results = _measured(kernel, job)
-            if expected and results and not _same(results, expected):
-                _warn(f"kernel {kernel.name} gives other results than kernel {own.name} and is not taken ({job.spec})")
-                taken = math.inf
-            times[kernel.name] = taken
-        log.info("fastest of %s for %s", times, job.spec)
-        _fastest[key] = min(times, key=lambda name: times[name])
+        names = [kernel.name for kernel in found]
+        name = fastest.key(job.spec, job.tensors, job.needs, Device.of(job.device), names)
+        known = fastest.entries().get(name) if name else None
+        # a name that is not among them was not written by attnfuse
+        _fastest[key] = known.kernel if known and known.kernel in names else _compared(found, job, name)
     return _fastest[key]
+
+
+def _compared(found: Sequence[Kernel], job: Job, name: str | None) -> str:
+    """The kernel that is fastest; name: what the comparison is kept under, if it is."""
+    # the last one is attnfuse's own: what gives other results than it is not taken, however fast
+    own, *others = reversed(found)
+    best, expected = _measured(own, job)
+    times, failed = {own.name: best}, not expected
+    for kernel in others:
+        taken, results = _measured(kernel, job)
+        failed = failed or not results
+        if expected and results and not _same(results, expected):
+            _warn(f"kernel {kernel.name} gives other results than kernel {own.name} and is not taken ({job.spec})")
+            taken = math.inf
+        times[kernel.name] = taken
+    log.info("fastest of %s for %s", times, job.spec)
+    winner = min(times, key=lambda kernel: times[kernel])
+    # what failed may have had no memory this time
+    if name and not failed:
+        _keep(name, fastest.Fastest(winner, {kernel: ms for kernel, ms in times.items() if ms < math.inf}))
+    return winner
+
+
+def _keep(name: str, entry: fastest.Fastest) -> None:
+    try:
+        fastest.add({name: entry})
+    except kept.NOT_KEPT as error:
+        _warn(f"which kernel is fastest is not kept ({type(error).__name__}: {error})")
 
 
 def _same(results: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:
@@ -147,7 +172,7 @@ def _tune(job: Job, step: Any) -> None:
     from attnfuse.kernels.triton import tuning
 
     q, k, v, *operands = job.tensors
-    for result in tuning.tune(job.spec, q, k, v, operands, job.needs, job.device, step=step):
+    for result in tuning.tune(job.spec, q, k, v, operands, job.needs, job.device, job.bounds, step=step):
         log.info("tuned %s: %s, skipped %s", result.key, result.entry, list(result.skipped))
 
 
@@ -158,13 +183,17 @@ def _can_be_tuned(node: fx.Node) -> bool:
 def job(node: fx.Node) -> Job:
     """What a node that calls the op has for inputs, with hints for symbolic sizes. Raises ValueError where one has none."""
     q, k, v, operands, *_ = node.args
+    bounds: Any = node.args[_BOUNDS]
     nodes: list[Any] = [q, k, v, *operands]  # type: ignore[misc]
-    examples = [n.meta.get("example_value") for n in nodes]
+    examples = [n.meta.get("example_value") for n in (*nodes, *(b for b in bounds if b is not None))]
     if not all(isinstance(x, torch.Tensor) for x in examples):
         raise ValueError("an input whose shape is not known")
-    needs = tuple(x.requires_grad for x in examples)
+    needs = tuple(x.requires_grad for x in examples[: len(nodes)])
+    tensors = tuple(_like(x) for x in examples)
+    given = iter(tensors[len(nodes) :])
     parsed = Attention.parse(str(node.args[_SPEC]))
-    return Job(parsed, tuple(_like(x) for x in examples), needs, examples[0].device)
+    packed = Bounds(*(None if b is None else next(given) for b in bounds))
+    return Job(parsed, tensors[: len(nodes)], needs, examples[0].device, packed)
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:

@@ -32,10 +32,10 @@ def configurations(content: Row) -> str:
         f"{facts['date']}, commit {facts['commit']}, Triton {content['triton']}, {sum(len(r['kernels']) for r in rows)} kernels."
         + (f" {older} of {len(rows)} cases are of an older source." if older else "")
     ]
-    for dtype in ("float16", "float32"):
-        shown = [r for r in rows if r["dtype"] == dtype and r["spec"] == "mixed" and r["kernels"]]
+    for spec, dtype, columns, cells in _TABLES:
+        shown = [r for r in rows if r["dtype"] == dtype and r["spec"] == spec and r["kernels"]]
         if shown:
-            parts += [f"The spec 'mixed' in {dtype}:", results.table(_COLUMNS, map(_cells, shown), left=2)]
+            parts += [f"The spec '{spec}' in {dtype}:", results.table(columns, map(cells, shown), left=2)]
     lists = (
         ("Spilled, in bytes of a thread:", _spilled, "No kernel spills."),
         ("Without the target's matrix instruction:", _slow, "Every kernel uses its target's matrix instruction."),
@@ -82,6 +82,32 @@ def _cells(row: Row) -> list[str]:
     return [*cells, ", ".join(products) or "none"]
 
 
+def _decoding(row: Row) -> list[str]:
+    made = {kernel["kernel"]: kernel for kernel in row["kernels"]}
+    figures = [
+        cell
+        for name in ("decode", "combine")
+        for cell in (str(made[name]["registers"]), _kib(made[name]["shared"]), str(made[name]["spilled"]))
+    ]
+    products = ", ".join(made["decode"]["products"]) or "none"
+    return [str(row["capability"]), str(row["D"]), _tiles(made["decode"]), *figures, products]
+
+
+_DECODING = (
+    *("target", "D", "decode", "registers", "shared", "spilled"),
+    *("combine: registers", "shared", "spilled", "instruction"),
+)
+_TABLES: tuple[tuple[str, str, tuple[str, ...], Callable[[Row], list[str]]], ...] = (
+    ("mixed", "float16", _COLUMNS, _cells),
+    ("mixed", "float32", _COLUMNS, _cells),
+    ("sink", "float16", _COLUMNS, _cells),
+    ("packed", "float16", _COLUMNS, _cells),
+    ("decode", "float16", _DECODING, _decoding),
+)
+#: Kernels without products.
+_WITHOUT = ("prepare", "combine")
+
+
 def _kib(size: float) -> str:
     return f"{size / 1024:.3g}"
 
@@ -91,7 +117,7 @@ def _spilled(row: Row, kernel: Row) -> str:
 
 
 def _slow(row: Row, kernel: Row) -> str:
-    multiplies = kernel["kernel"] != "prepare" and row["dtype"] != "float32" and row["capability"] in MATRIX
+    multiplies = kernel["kernel"] not in _WITHOUT and row["dtype"] != "float32" and row["capability"] in MATRIX
     if not multiplies or MATRIX[row["capability"]] in kernel["products"]:
         return ""
     return ", ".join(kernel["products"]) or "none"

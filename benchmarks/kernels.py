@@ -19,13 +19,14 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
 
 from attnfuse.expr import Algebra, causal, dense, window
-from attnfuse.spec import AddFill, Attention, Bias, Operand, ReplaceFill, Scale, Softcap
+from attnfuse.kernels.layout import DENSE, Bounds
+from attnfuse.spec import AddFill, Attention, Bias, Operand, ReplaceFill, Scale, Sink, Softcap
 from benchmarks import kernel_tables, results, traffic
 
 TARGETS = (80, 86, 89, 90, 100, 120)
@@ -34,11 +35,13 @@ WITHOUT = (70, 75)
 SIZES = (64, 128, 256)
 #: Of each dtype, the specs. tf32 is float32 with products in TF32.
 SPECS = {
-    "float16": ("plain", "causal", "mixed", "dropout"),
+    "float16": ("plain", "causal", "mixed", "dropout", "sink", "packed", "decode"),
     "bfloat16": ("causal",),
     "float32": ("causal", "mixed"),
     "tf32": ("mixed",),
 }
+#: Head sizes of the specs that have fewer of them.
+_SIZES_OF = dict.fromkeys(("sink", "packed", "decode"), (64, 128))
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
 _FLOAT_MIN = torch.finfo(torch.float32).min
 RESULTS = results.RESULTS / "kernels.json"
@@ -46,9 +49,21 @@ RESULTS = results.RESULTS / "kernels.json"
 HEADS, LENGTH, WIDTH = 16, 4096, 512
 SHOWN = (80, 90, 120)
 _SAMPLE = ("causal", "mixed")
+#: What 'decode' reads, with query heads in groups of four, and how long the sequences of 'packed' are.
+_CACHE, _GROUPS, _LENGTHS = 4096, 4, (500, 20, 1000)
 
 Row = dict[str, Any]
-Tensors = tuple[Attention, torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]
+
+
+class Inputs(NamedTuple):
+    """A spec and tensors for it, as the kernels' forward takes them; masks and biases that are tensors are operands."""
+
+    spec: Attention
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    operands: list[torch.Tensor]
+    bounds: Bounds
 
 
 @dataclass(frozen=True)
@@ -70,51 +85,63 @@ def _joined(values: Iterable[object]) -> str:
 
 def build(
     name: str, dtype: str, D: int, heads: int = 2, length: int = 256, batch: int = 2, device: str = "cpu"
-) -> Tensors:
-    """A spec by name, and tensors for it; masks and biases that are tensors come with it."""
-    shape = (batch, heads, length, D)
-    q, k, v = (torch.empty(shape, dtype=_DTYPES[dtype], device=device) for _ in range(3))
-    algebra, scale, operands = Algebra(), Scale(D**-0.5), []
-    steps: dict[str, tuple[Any, ...]] = {
-        "plain": (scale,),
-        "dropout": (scale,),
-        "causal": (scale, ReplaceFill(causal(), -math.inf)),
-        "window": (scale, ReplaceFill(algebra.and_(causal(), window(WIDTH)), -math.inf)),
-        "mixed": (
-            scale,
-            Softcap(30.0),
-            Bias(1),
-            ReplaceFill(algebra.and_(causal(), window(WIDTH)), -math.inf),
-            AddFill(dense(0), _FLOAT_MIN),
-        ),
-    }
-    declared = []
+) -> Inputs:
+    """The inputs of a spec by name. heads, length, batch: where the spec has none of its own."""
+    made = _DTYPES[dtype]
+    dims: tuple[str, ...] = ("B", "H")
+    shapes = [(batch, heads, length, D)] * 3
+    fields: dict[str, Any] = {"dropout": 0.1 if name == "dropout" else 0.0}
+    bounds, operands, declared = DENSE, [], []
+    own = str(made).removeprefix("torch.")
+    if name == "decode":
+        dims = ("B", "H", "G")
+        shapes = [(batch, heads, _GROUPS, 1, D), *[(batch, heads, 1, _CACHE, D)] * 2]
+    if name == "packed":
+        shapes = [(1, heads, sum(_LENGTHS), D)] * 3
+        ends = torch.tensor(_LENGTHS).cumsum(0)
+        bounds = Bounds(*[torch.stack([ends - torch.tensor(_LENGTHS), ends]).int()] * 2)
+        fields |= {"layout": "packed", "out_order": (0, 2, 1, 3)}
+    if name == "sink":
+        operands = [torch.empty(1, heads, 1, 1, dtype=made, device=device)]
+        declared = [Operand(own, ("1", "H", "1", "1"))]
+        fields["sink"] = Sink(operand=0)
     if name == "mixed":
         operands = [
             torch.ones(batch, 1, 1, length, dtype=torch.bool),
-            torch.empty(1, heads, length, length, dtype=q.dtype, device=device),
+            torch.empty(1, heads, length, length, dtype=made, device=device),
         ]
-        declared = [Operand("bool", ("B", "1", "1", "K")), Operand(str(q.dtype)[6:], ("1", "H", "Q", "K"))]
-    own = str(q.dtype).removeprefix("torch.")
-    spec = Attention(
-        ("B", "H"),
-        (None,) * 6,
-        *(own, own, own),
-        steps=steps[name],
-        operands=tuple(declared),
-        dropout=0.1 if name == "dropout" else 0.0,
-    )
-    return spec, q, k, v, operands
+        declared = [Operand("bool", ("B", "1", "1", "K")), Operand(own, ("1", "H", "Q", "K"))]
+    sizes = (None,) * (len(dims) + 4)
+    spec = Attention(dims, sizes, own, own, own, steps=_steps(name, D), operands=tuple(declared), **fields)
+    q, k, v = (torch.empty(shape, dtype=made, device=device) for shape in shapes)
+    if name == "packed":
+        # heads beside each other in a row, as in [rows, heads, D]
+        q, k, v = (x.movedim(1, 2).contiguous().movedim(2, 1) for x in (q, k, v))
+    return Inputs(spec, q, k, v, operands, bounds)
+
+
+def _steps(name: str, D: int) -> tuple[Any, ...]:
+    scale, algebra = Scale(D**-0.5), Algebra()
+    near = ReplaceFill(algebra.and_(causal(), window(WIDTH)), -math.inf)
+    steps: dict[str, tuple[Any, ...]] = {
+        "causal": (scale, ReplaceFill(causal(), -math.inf)),
+        "packed": (scale, ReplaceFill(causal(), -math.inf)),
+        "decode": (scale, ReplaceFill(causal(_CACHE - 1), -math.inf)),
+        "window": (scale, near),
+        "sink": (scale, near),
+        "mixed": (scale, Softcap(30.0), Bias(1), near, AddFill(dense(0), _FLOAT_MIN)),
+    }
+    return steps.get(name, (scale,))
 
 
 def compiled(case: Case) -> Row:
     """The case's kernels as compiled, or why they were not."""
     from attnfuse.kernels.triton import targets
 
-    spec, q, k, v, operands = build(case.spec, case.dtype, case.D)
+    *given, bounds = build(case.spec, case.dtype, case.D)
     torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
     try:
-        found = targets.compiled(spec, q, k, v, operands, case.capability)
+        found = targets.compiled(*given, case.capability, backward=case.spec != "decode", bounds=bounds)
     except Exception as error:
         # Triton raises errors of its own kinds, and a failure is a result too
         return {**asdict(case), "failed": f"{type(error).__name__}: {error}"[:300], "kernels": []}
@@ -126,18 +153,21 @@ def digest(case: Case) -> str:
     from attnfuse.kernels import triton
     from attnfuse.kernels.device import Device
     from attnfuse.kernels.triton import codegen, template
+    from attnfuse.kernels.triton.configs import Pass
 
-    spec, *tensors = build(case.spec, case.dtype, case.D, device="meta")
+    spec, *tensors, bounds = build(case.spec, case.dtype, case.D, device="meta")
     seed = torch.zeros(1, dtype=torch.int64)
-    call = triton._Call(spec, *tensors, seed, Device("cuda", case.capability), lambda *_: None)
+    call = triton._Call(spec, *tensors, seed, Device("cuda", case.capability), lambda *_: None, bounds)
     files = [Path(str(module.__file__)).read_text() for module in (triton, template)]
-    tiles = f"{call.config('forward')} {call.config('backward')}"
+    passes: tuple[Pass, ...] = ("decode",) if case.spec == "decode" else ("forward", "backward")
+    tiles = " ".join(str(call.config(which)) for which in passes)
     parts = [metadata.version("triton"), codegen.source(spec), tiles, *files]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def cases(capabilities: Iterable[int], dtypes: Iterable[str], sizes: Iterable[int]) -> list[Case]:
     found = [Case(*c, spec) for c in itertools.product(capabilities, dtypes, sizes) for spec in SPECS[c[1]]]
+    found = [c for c in found if c.D in _SIZES_OF.get(c.spec, SIZES)]
     # where there is no matrix instruction, a sample
     return [
         c for c in found if c.capability not in WITHOUT or (c.dtype == "float16" and c.D < 256 and c.spec in _SAMPLE)
@@ -175,7 +205,7 @@ def moved(capability: int, name: str, D: int) -> list[Row]:
     """The traffic of both passes at the standard size in float16, with the target's tiles."""
     from attnfuse.kernels.triton.configs import Pass, config
 
-    spec, q, k, v, operands = build(name, "float16", D, batch=1, heads=HEADS, length=LENGTH, device="meta")
+    spec, q, k, v, operands, _ = build(name, "float16", D, batch=1, heads=HEADS, length=LENGTH, device="meta")
     passes: tuple[tuple[Pass, Callable[..., traffic.Pass]], ...] = (
         ("forward", traffic.forward),
         ("backward", traffic.backward),

@@ -651,8 +651,9 @@ def test_aotinductor_compiles_models(name: str, tmp_path: Path) -> None:
     lengths = {n: {"input_ids": tokens(n), "attention_mask": padding(n)} for n in (LENGTH, 33)}
     assert_compiles_ahead_of_time(model, inputs, lengths, tmp_path)
     torch.save((inputs, tree_leaves(model(**inputs))[0].detach()), tmp_path / "expected.pt")
+    # PyTorch looks for the class of the model's outputs, which transformers registers
     code = """
-import torch, attnfuse.ops
+import torch, transformers.modeling_outputs, attnfuse.ops
 call = torch._inductor.aoti_load_package("model.pt2")
 inputs, expected = torch.load("expected.pt")
 found = torch.utils._pytree.tree_leaves(call(**inputs))[0]

@@ -26,6 +26,12 @@ def row(capability: int = 80, dtype: str = "float16", spec: str = "mixed", **cha
     return {**case, "kernels": [kernel("forward", **changed), *rest]}
 
 
+def decoding(**changed: Any) -> dict[str, Any]:
+    """changed: of the kernel decode."""
+    made = [kernel("decode", **changed), kernel("combine", products=[], registers=40, BM=0, BN=0, stages=0)]
+    return {**row(spec="decode"), "kernels": made}
+
+
 def said(*rows: dict[str, Any]) -> str:
     environment = {"date": "2026-01-01", "commit": "abc"}
     return kernel_tables.configurations({"environment": environment, "triton": "3.0", "rows": list(rows)})
@@ -46,6 +52,23 @@ def test_a_row_shows_tiles_registers_shared_memory_and_instructions() -> None:
     assert f"| {' | '.join(cells)} |" in text
     for nothing in ("No kernel spills.", "Every kernel uses", "No kernel needs more", "bfloat16 was not compiled."):
         assert nothing in text
+
+
+@pytest.mark.parametrize("spec", ["sink", "packed"])
+def test_sinks_and_packed_sequences_have_tables_of_their_own(spec: str) -> None:
+    text = said(row(registers=222), row(spec=spec, registers=233))
+    first, second = text.split(f"The spec '{spec}' in float16:")
+    assert "| 222 |" in first and "| 233 |" not in first
+    assert "| 233 |" in second and "| 222 |" not in second
+
+
+def test_decoding_shows_both_of_its_kernels() -> None:
+    text = said(decoding(registers=150, spilled=4))
+    cells = ("80", "64", "64x32, 4 warps, 2 stages", "150", "2", "4", "40", "2", "0", "mma.sync")
+    assert f"| {' | '.join(cells)} |" in text
+    # combine multiplies no tiles
+    assert "Every kernel uses" in text
+    assert "- decode, float16, D 64: decode 4 (80)" in text
 
 
 def test_spills_are_listed_by_kernel_with_specs_and_targets() -> None:
@@ -103,6 +126,48 @@ def test_a_case_is_compiled_again_where_its_tiles_are_others(monkeypatch: pytest
     assert before == kernels.digest(case)
     assert before != kernels.digest(kernels.Case(90, "float16", 64, "dropout"))
     monkeypatch.setattr(triton, "config", lambda *_: Config(16, 16, 1, 1))
+    assert before != kernels.digest(case)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [
+        ("sink", ["forward", "prepare", "backward_rows", "backward_columns"]),
+        ("packed", ["forward", "prepare", "backward_rows", "backward_columns"]),
+        ("decode", ["decode", "combine"]),
+    ],
+)
+def test_what_is_compiled_is_what_the_spec_runs(monkeypatch: pytest.MonkeyPatch, spec: str, names: list[str]) -> None:
+    from attnfuse.kernels.triton import targets
+
+    def cheap(kernel: Any, arguments: dict[str, Any], capability: int) -> targets.Compiled:
+        packed.append(arguments.get("PACKED_Q"))
+        return targets.Compiled(kernel.fn.__name__, 0, 0, 4, 1, 1, 0, 0, ())
+
+    packed: list[bool | None] = []
+    monkeypatch.setattr(targets, "_compile", cheap)
+    found = kernels.compiled(kernels.Case(90, "float16", 64, spec))
+    assert found["failed"] == ""
+    assert [k["kernel"] for k in found["kernels"]] == names
+    assert (True in packed) == (spec == "packed")
+
+
+@needs_triton
+def test_decoding_is_compiled_again_where_its_own_tiles_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnfuse.kernels import triton
+    from attnfuse.kernels.triton.configs import Config, config
+
+    def other(which: str) -> Any:
+        return lambda capability, wanted, *rest: (
+            Config(16, 16, 1, 1) if wanted == which else config(capability, wanted, *rest)
+        )
+
+    case = kernels.Case(90, "float16", 64, "decode")
+    before = kernels.digest(case)
+    monkeypatch.setattr(triton, "config", other("backward"))
+    assert before == kernels.digest(case)
+    monkeypatch.setattr(triton, "config", other("decode"))
     assert before != kernels.digest(case)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from attnfuse.kernels import triton
 from attnfuse.kernels.device import Device
-from attnfuse.kernels.layout import allocate
+from attnfuse.kernels.layout import DENSE, Bounds, allocate, check_bounds
 from attnfuse.kernels.measure import milliseconds
 from attnfuse.kernels.triton import tuned
 from attnfuse.kernels.triton.configs import Config, Pass, candidates
@@ -65,6 +65,7 @@ def tune(
     operands: Sequence[torch.Tensor] = (),
     needs: Sequence[bool] = (),
     device: torch.device | None = None,
+    bounds: Bounds = DENSE,
     timer: Timer = milliseconds,
     step: Step = lambda which, done, total: None,
 ) -> list[Result]:
@@ -72,18 +73,20 @@ def tune(
 
     The tensors, as forward takes them, give shapes, strides and dtypes; they may be on 'meta'. What is measured, on `device`
     (that of q, if None), are random numbers, with masks and integers of the values that leave most to do. needs: of which of
-    (q, k, v, *operands) gradients will be asked for; backward is measured if there is one. A candidate wins only if its
+    (q, k, v, *operands) gradients will be asked for; backward is measured if there is one. bounds: of packed sequences; only
+    their number counts, their lengths are made up (skewed()). A candidate wins only if its
     results are those of the shipped configuration; one that is wrong is warned of. Raises TuningError where nothing can be
     measured, and what tuned.add raises where nothing can be kept.
     """
     given = [q, k, v, *operands]
     device = q.device if device is None else device
-    wanted = _wanted(spec, given, needs, device)
+    bounds = skewed(bounds, (q.shape[-2], k.shape[-2]), device)
+    wanted = _wanted(spec, given, needs, device, bounds)
     found: list[Result] = []
     if not wanted:
         return found
     with torch.no_grad(), triton.current(device):
-        problem = _Problem.busiest(spec, given, needs, device, timer)
+        problem = _Problem.busiest(spec, given, needs, device, timer, bounds)
         try:
             for which in wanted:
                 # measuring leaves nothing of the results
@@ -96,13 +99,33 @@ def tune(
     return found
 
 
-def _wanted(spec: Attention, given: Sequence[torch.Tensor], needs: Sequence[bool], device: torch.device) -> list[Pass]:
+def skewed(bounds: Bounds, rows: tuple[int, int], device: torch.device) -> Bounds:
+    """Bounds of as many sequences, which share (queries, keys) one to a half to a third and so on.
+
+    How long sequences are is not known when a graph is compiled, and differs from call to call: what is fast for few long ones
+    beside many short ones should do.
+    """
+
+    def made(given: torch.Tensor | None, total: int) -> torch.Tensor | None:
+        if given is None:
+            return None
+        shares = 1.0 / torch.arange(1, given.shape[-1] + 1, dtype=torch.float64)
+        ends = (shares.cumsum(0) / shares.sum() * total).round().to(given.dtype)
+        return torch.stack([torch.cat([ends.new_zeros(1), ends])[:-1], ends]).to(device)
+
+    return Bounds(made(bounds.q, rows[0]), made(bounds.k, rows[1]))
+
+
+def _wanted(
+    spec: Attention, given: Sequence[torch.Tensor], needs: Sequence[bool], device: torch.device, bounds: Bounds
+) -> list[Pass]:
     """The passes that have not been measured yet."""
-    if spec.layout != "dense":
-        raise TuningError(f"layout {spec.layout}: what is fast depends on the bounds, which are not known")
+    check_bounds(spec, bounds)
+    if spec.layout != "dense" and bounds.sequences == 0:
+        raise TuningError("no sequences")
     if not all(x.numel() for x in given):
         raise TuningError(f"a tensor without elements among {[list(x.shape) for x in given]}")
-    call = _call(spec, given, device)
+    call = _call(spec, given, device, bounds)
     passes: list[Pass] = ["forward" if call.decoding() is None else "decode"]
     if any(needs):
         passes.append("backward")
@@ -112,10 +135,10 @@ def _wanted(spec: Attention, given: Sequence[torch.Tensor], needs: Sequence[bool
     return [which for which in passes if keys[which] not in tuned.entries()]
 
 
-def _call(spec: Attention, given: Sequence[torch.Tensor], device: torch.device) -> triton._Call:
+def _call(spec: Attention, given: Sequence[torch.Tensor], device: torch.device, bounds: Bounds) -> triton._Call:
     q, k, v, *operands = given
     seed = torch.zeros(1, dtype=torch.int64, device=device) if spec.dropout else None
-    return triton._Call(spec, q, k, v, operands, seed, Device.of(device), triton._run)
+    return triton._Call(spec, q, k, v, operands, seed, Device.of(device), triton._run, bounds)
 
 
 @dataclass
@@ -129,7 +152,7 @@ class _Problem:
     def __post_init__(self) -> None:
         call = self.call
         self.which: Pass = "forward" if call.decoding() is None else "decode"
-        self.out, self.stats = allocate(call.spec, call.q, call.k, call.v, self.operands)
+        self.out, self.stats = allocate(call.spec, call.q, call.k, call.v, self.operands, call.bounds)
         numbers = torch.randn(self.out.shape, generator=_generator(call.q.device), device=call.q.device)
         self.dout = numbers.to(self.out.dtype)
 
@@ -147,7 +170,12 @@ class _Problem:
 
     @staticmethod
     def busiest(
-        spec: Attention, given: Sequence[torch.Tensor], needs: Sequence[bool], device: torch.device, timer: Timer
+        spec: Attention,
+        given: Sequence[torch.Tensor],
+        needs: Sequence[bool],
+        device: torch.device,
+        timer: Timer,
+        bounds: Bounds = DENSE,
     ) -> _Problem:
         """A mask may hide where it is True, a number be a document's, or a length: what takes longest hides least."""
         dtypes = {x.dtype for x in given}
@@ -157,7 +185,7 @@ class _Problem:
 
         def made(flag: bool, number: int) -> _Problem:
             inputs = inputs_like(given, device, flag, number)
-            return _Problem(_call(spec, inputs, device), inputs[3:], needs)
+            return _Problem(_call(spec, inputs, device, bounds), inputs[3:], needs)
 
         best, *others = ((flag, number) for flag in flags for number in numbers)
         longest = timer(made(*best).attend, device) if others else 0.0

@@ -11,13 +11,16 @@ import warnings
 
 import pytest
 import torch
-from kernel_cases import INF, make_spec, qkv, randn
+from kernel_cases import INF, bounds_of, make_spec, qkv, randn
 
 import attnfuse
 from attnfuse import backend, settings
+from attnfuse import tuning as requests
 from attnfuse.expr import Algebra, K, Load, causal, dense
-from attnfuse.kernels import measure, triton
+from attnfuse.kernels import kept as files
+from attnfuse.kernels import measure, reference, triton
 from attnfuse.kernels.device import Device
+from attnfuse.kernels.layout import Bounds
 from attnfuse.kernels.triton import tuned, tuning
 from attnfuse.kernels.triton.configs import Config
 from attnfuse.kernels.triton.tuned import Entry
@@ -81,7 +84,7 @@ def plain(**sizes):
 
 
 def kept(directory):
-    return json.loads((directory / tuned.NAME).read_text())["tuned"]
+    return json.loads((directory / files.NAME).read_text())["tuned"]
 
 
 def tiles(launched, kernel):
@@ -98,7 +101,7 @@ def test_what_wins_is_kept_and_used_by_the_next_launch(directory, launched, cloc
     assert kept(directory) == {
         r.key: {"BM": 16, "BN": 16, "warps": 4, "stages": 1, "ms": 1.0, "table_ms": 4.0} for r in found
     }
-    assert (directory / tuned.NAME).stat().st_mode & 0o777 == 0o600
+    assert (directory / files.NAME).stat().st_mode & 0o777 == 0o600
     # as another process would
     tuned.reset()
     launched.clear()
@@ -251,14 +254,78 @@ def test_a_tuned_configuration_that_has_no_room_gets_smaller(launched, clock, mo
     assert launched[-1] == ("forward", 64, 32)
     # the shipped configuration did not fail, and stays as it is
     tuned.reset()
-    os.remove(os.path.join(os.environ["ATTNFUSE_CACHE_DIR"], tuned.NAME))
+    os.remove(os.path.join(os.environ["ATTNFUSE_CACHE_DIR"], files.NAME))
     assert triton._Call(spec, q, k, v, [], None, Device("cpu"), None).config("forward") == TABLE
 
 
-def test_packed_layouts_are_not_tuned():
+def test_packed_sequences_are_tuned_with_lengths_that_are_made_up(directory, launched, clock):
+    q = torch.empty(20, 1, 8, device="meta").movedim(0, -2)[None]
+    spec = make_spec(q, q, q, layout="packed", steps=(ReplaceFill(causal(), -INF),), out_order=(0, 2, 1, 3))
+    hint = torch.empty(2, 2, dtype=torch.int32, device="meta")
+    found = tuning.tune(spec, q, q, q, (), (True,) * 3, torch.device("cpu"), Bounds(hint, hint), timer=clock)
+    assert [(r.which, r.entry.best, r.measured) for r in found] == [("forward", FAST, 2), ("backward", FAST, 2)]
+    assert not any(r.skipped or r.wrong for r in found)
+    assert all(name.endswith("Q 32, K 32, batch 2") for name in kept(directory))
+    # any lengths use it, as another process would
+    tuned.reset()
+    launched.clear()
+    q = randn(1, 1, 30, 8)
+    bounds = bounds_of(5, 25)
+    out, _ = triton.forward(spec, q, q, q, [], None, Bounds(bounds, bounds))
+    assert tiles(launched, "forward") == {(FAST.BM, FAST.BN)}
+    want, _ = reference.attend(spec, q, q, q, [], None, torch.float64, Bounds(bounds, bounds))
+    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["packed_queries", "packed_keys"])
+def test_one_packed_side_is_tuned_as_well(layout, launched, clock, monkeypatch):
+    monkeypatch.setitem(MS, Config(16, 64, 4, 1), 4.0)
+    bounds = torch.empty(2, 2, dtype=torch.int64)
+    if layout == "packed_queries":
+        q, k, packed = randn(1, 1, 20, 8), randn(2, 1, 8, 8), Bounds(bounds, None)
+    else:
+        q, k, packed = randn(2, 1, 4, 8), randn(1, 1, 140, 8), Bounds(None, bounds)
+    (result,) = tuning.tune(make_spec(q, k, k, layout=layout), q, k, k, bounds=packed, timer=clock)
+    # few queries of a sequence with many keys are decoded
+    assert result.which == ("forward" if layout == "packed_queries" else "decode")
+    assert result.entry.best == FAST and not result.wrong and not result.skipped
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("sequences", [1, 3, 50])
+def test_made_up_sequences_are_as_many_and_share_all_rows(sequences, dtype):
+    given = torch.empty(2, sequences, dtype=dtype, device="meta")
+    q, k = tuning.skewed(Bounds(given, given), (100, 60), torch.device("cpu"))
+    for bounds, rows in ((q, 100), (k, 60)):
+        assert bounds.dtype == dtype and bounds.shape == (2, sequences)
+        assert bounds[0].tolist() == [0, *bounds[1, :-1].tolist()] and bounds[1, -1] == rows
+        assert sequences == 1 or bounds[1, 0] > 1.5 * rows / sequences
+        assert bool((bounds[1] >= bounds[0]).all())
+    assert tuning.skewed(Bounds(None, given), (100, 60), torch.device("cpu")).q is None
+
+
+def test_a_packed_layout_needs_bounds_of_sequences():
     q = randn(1, 2, 20, 8)
-    with pytest.raises(tuning.TuningError, match=r"layout packed: .*bounds"):
-        tuning.tune(make_spec(q, q, q, layout="packed"), q, q, q)
+    spec = make_spec(q, q, q, layout="packed")
+    with pytest.raises(ValueError, match="layout packed without bounds of q"):
+        tuning.tune(spec, q, q, q)
+    none = torch.empty(2, 0, dtype=torch.int32)
+    with pytest.raises(tuning.TuningError, match="no sequences"):
+        tuning.tune(spec, q, q, q, bounds=Bounds(none, none))
+
+
+def test_bounds_in_a_graph_are_told_to_who_tunes():
+    q, bounds = torch.empty(1, 2, 20, 8), torch.zeros(2, 3, dtype=torch.int32)
+    text = make_spec(q, q, q, layout="packed_keys").text
+    graph = torch.fx.Graph()
+    inputs = [graph.placeholder(name) for name in ("q", "k", "v", "bounds")]
+    for node, value in zip(inputs, (q, q.clone().requires_grad_(), q, bounds)):
+        node.meta["example_value"] = value
+    q_node, k_node, v_node, b_node = inputs
+    arguments = (q_node, k_node, v_node, [], None, None, b_node, text, "triton", True)
+    job = requests.job(graph.call_function(torch.ops.attnfuse.attention.default, arguments))
+    assert len(job.tensors) == 3 and job.needs == (False, True, False)
+    assert job.bounds.q is None and job.bounds.k.shape == (2, 3) and job.bounds.k.dtype == torch.int32
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
@@ -295,7 +362,7 @@ def test_a_key_is_the_same_on_another_machine_with_the_device():
 @pytest.mark.parametrize("text", BROKEN)
 def test_a_file_that_cannot_be_used_is_ignored_with_a_warning(text, directory):
     directory.mkdir(mode=0o700)
-    (directory / tuned.NAME).write_text(text)
+    (directory / files.NAME).write_text(text)
     with pytest.warns(RuntimeWarning, match=r"tuning\.json"):
         assert tuned.entries() == {}
     with warnings.catch_warnings():
@@ -310,7 +377,7 @@ def test_a_file_that_cannot_be_used_is_ignored_with_a_warning(text, directory):
 def test_a_damaged_entry_is_left_out_and_the_others_stay(damage, directory):
     directory.mkdir(mode=0o700)
     found = {"format": 1, "tuned": {"good": entry(), "bad": entry(**damage), "empty": None}}
-    (directory / tuned.NAME).write_text(json.dumps(found))
+    (directory / files.NAME).write_text(json.dumps(found))
     with pytest.warns(RuntimeWarning, match=r"2 of 3 entries .*(bad|empty)"):
         assert tuned.entries() == {"good": Entry(Config(64, 32, 4, 2), 1.0, 2.5)}
 
@@ -318,7 +385,7 @@ def test_a_damaged_entry_is_left_out_and_the_others_stay(damage, directory):
 @pytest.mark.parametrize("unsafe", ["file", "link", "directory"])
 def test_what_others_could_have_written_is_refused(unsafe, directory, tmp_path):
     directory.mkdir(mode=0o700)
-    path = directory / tuned.NAME
+    path = directory / files.NAME
     path.write_text(json.dumps({"format": 1, "tuned": {"x": entry()}}))
     if unsafe == "file":
         path.chmod(0o666)
@@ -330,7 +397,7 @@ def test_what_others_could_have_written_is_refused(unsafe, directory, tmp_path):
     with pytest.warns(RuntimeWarning, match="writable by others|is a symlink"):
         assert tuned.entries() == {}
     before = path.read_text()
-    with pytest.raises(tuned.BuildError):
+    with pytest.raises(files.BuildError):
         tuned.add({"y": Entry(FAST, 1.0, 2.0)})
     assert path.read_text() == before
 
@@ -338,22 +405,22 @@ def test_what_others_could_have_written_is_refused(unsafe, directory, tmp_path):
 def test_a_file_of_another_version_is_left_alone(directory):
     directory.mkdir(mode=0o700)
     text = '{"format": 2, "tuned": {"x": {"tile": [1, 2]}}}'
-    (directory / tuned.NAME).write_text(text)
-    with pytest.warns(RuntimeWarning, match="has format 2, not 1"), pytest.raises(tuned.OtherFormat):
+    (directory / files.NAME).write_text(text)
+    with pytest.warns(RuntimeWarning, match="has format 2, not 1"), pytest.raises(files.OtherFormat):
         tuned.add({"y": Entry(FAST, 1.0, 2.0)})
-    assert (directory / tuned.NAME).read_text() == text
+    assert (directory / files.NAME).read_text() == text
     # what was measured serves this process at least
     assert tuned.entries() == {"y": Entry(FAST, 1.0, 2.0)}
 
 
 def test_writers_at_the_same_time_keep_what_the_others_wrote(directory, monkeypatch):
-    write = tuned.write_text
+    write = files.write_text
 
     def slowly(path, text):
         time.sleep(0.02)
         write(path, text)
 
-    monkeypatch.setattr(tuned, "write_text", slowly)
+    monkeypatch.setattr(files, "write_text", slowly)
     names = [f"key {i}" for i in range(8)]
     threads = [threading.Thread(target=tuned.add, args=({n: Entry(FAST, 1.0, 2.0)},)) for n in names]
     for thread in threads:
@@ -393,7 +460,7 @@ def test_compiling_with_tune_measures_and_without_does_not(directory, launched, 
     monkeypatch.setattr(tuning, "tune", functools.partial(tuning.tune, timer=clock))
     q, k, v = qkv(1, 1, 16, 16, 8)
     torch.compile(attend, backend="attnfuse", options=OPTIONS)(q, k, v)
-    assert tiles(launched, "forward") == {(TABLE.BM, TABLE.BN)} and not (directory / tuned.NAME).exists()
+    assert tiles(launched, "forward") == {(TABLE.BM, TABLE.BN)} and not (directory / files.NAME).exists()
     options = OPTIONS | {"tune": True, "strict": True}
     found = torch.compile(attend, backend="attnfuse", options=options)(q, k, v)
     assert launched[-1] == ("forward", FAST.BM, FAST.BN)

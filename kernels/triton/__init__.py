@@ -111,9 +111,8 @@ class _Call:
         if self.device.type == "cpu":
             # the interpreter's cost is in the number of operations
             return Config(32, 64, 4, 1)
-        sinks = self.spec.sink is not None and self.spec.sink.operand is not None
-        heavy = len(self.operands) > sinks or self.traits.checked or self.traits.doubt > -math.inf
-        heavy = heavy or self.packed_q or self.packed_k
+        heavy = bool(self.operands) or self.spec.sink is not None or self.spec.layout != "dense"
+        heavy = heavy or self.traits.checked or self.traits.doubt > -math.inf
         return config(self.device.capability, which, self.q.element_size() * 8, self.D, self.E, heavy)
 
     def _unshrunk(self, which: Pass) -> Config:

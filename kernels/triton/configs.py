@@ -58,7 +58,12 @@ _HEAVY: _Table = {
         100: Config(128, 64, 8, 3),
         0: Config(64, 64, 8, 2),
     },
-    ("forward", 256): {80: Config(64, 32, 8, 2), 90: Config(32, 32, 8, 2), 0: Config(64, 32, 8, 1)},
+    ("forward", 256): {
+        80: Config(64, 32, 8, 2),
+        90: Config(32, 32, 8, 2),
+        100: Config(64, 16, 8, 1),
+        0: Config(64, 32, 8, 1),
+    },
     ("backward", 64): {**dict.fromkeys((90, 100), Config(64, 64, 8, 2)), 0: Config(64, 32, 4, 2)},
     ("backward", 128): {90: Config(64, 32, 4, 1), 100: Config(64, 64, 8, 2), 0: Config(64, 32, 8, 1)},
     ("backward", 256): {0: Config(32, 32, 8, 1)},
@@ -67,7 +72,7 @@ _HEAVY: _Table = {
 _SINGLE: _Table = {
     ("forward", 64): {0: Config(64, 32, 8, 2)},
     ("forward", 128): {0: Config(32, 16, 8, 1)},
-    ("forward", 256): {0: Config(16, 16, 8, 1)},
+    ("forward", 256): {0: Config(16, 16, 4, 1)},
     ("backward", 64): {0: Config(32, 32, 4, 1)},
     ("backward", 128): {0: Config(16, 32, 4, 1)},
     ("backward", 256): {0: Config(16, 16, 4, 1)},
@@ -86,8 +91,8 @@ _WITHOUT: _Table = {
 def config(capability: int, which: Pass, bits: int, D: int, E: int, heavy: bool = False) -> Config:
     """The configuration for compute capability 80, 90, ...; 0 for any other device, which gets what fits everywhere.
 
-    bits: of an element of q, k and v; D, E: the head sizes; heavy: whether the spec has operands, finite fills that hide,
-    masks that are looked at tile by tile, or a packed layout.
+    bits: of an element of q, k and v; D, E: the head sizes; heavy: whether the spec has operands, a sink, finite fills
+    that hide, masks that are looked at tile by tile, or a packed layout.
     """
     width = max(padded(D), padded(E))
     if which == "decode":

@@ -192,6 +192,55 @@ def test_cuda_graphs_are_right_when_they_are_replayed(device, monkeypatch, train
     assert kernels_used() == {"triton"}
 
 
+def sunk(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention with a learned sink, as gpt-oss spells it, beside one whose log-sum-exp is a result too."""
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    sink = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
+    out = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1] @ v
+    again = out @ k.mT
+    return again.softmax(-1) @ v, again.logsumexp(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sinks_and_log_sum_exps_hold_the_bar(device, options, dtype):
+    given = [*drawn(device, dtype, L=40), torch.randn(2, device=device, dtype=dtype)]
+    compiled = torch.compile(sunk, backend=backend, options=options)
+    weights = [torch.randn(2, 2, 40, 16, device=device), torch.randn(2, 2, 40, device=device)]
+    runs = []
+    for function, wide in ((compiled, None), (sunk, None), (sunk, torch.float64)):
+        leaves = [x.detach().to(wide or dtype).requires_grad_() for x in given]
+        results = function(*leaves)
+        total = sum((x * w.to(x.dtype)).sum() for x, w in zip(results, weights, strict=True))
+        runs.append([x.detach() for x in (*results, *torch.autograd.grad(total, leaves))])
+    for name, found, eager, exact in zip(("out", "lse", "dq", "dk", "dv", "dsinks"), *runs, strict=True):
+        hold(found, eager, exact, name)
+    assert kernels_used() == {"triton"}
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_jagged_nested_tensors_equal_their_rows(device, options, training):
+    lengths = (5, 40, 1, 70)
+    rows = [torch.randn(n, 2, 16, device=device, requires_grad=training) for n in lengths]
+
+    def nested(x: Tensor) -> Tensor:
+        x = x.transpose(1, 2)
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True).transpose(1, 2)
+
+    compiled = torch.compile(nested, backend=backend, options=options, fullgraph=True)
+    found = compiled(torch.nested.as_nested_tensor(rows, layout=torch.jagged)).values()
+    wanted = []
+    for row in rows:
+        x = row.double().transpose(0, 1)[None]
+        wanted.append(torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)[0].transpose(0, 1))
+    torch.testing.assert_close(found.double(), torch.cat(wanted), rtol=1e-4, atol=1e-4)
+    if training:
+        weight = torch.randn_like(found)
+        got = torch.autograd.grad(found, rows, weight)
+        want = torch.autograd.grad(torch.cat(wanted), rows, weight.double())
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert kernels_used() == {"triton"}
+
+
 @pytest.mark.models
 @pytest.mark.parametrize("name", ["bert", "llama", "t5", "nanogpt"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

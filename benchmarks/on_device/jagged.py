@@ -67,24 +67,27 @@ class Inputs:
     def padded_cotangent(self) -> Tensor | None:
         return None if self.cotangent is None else self.pad(self.cotangent)
 
-    def nest(self, x: Tensor) -> Tensor:
-        """[T, H, D] to a nested tensor [B, j, H, D] of the jagged layout."""
+    def nest(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """[T, H, D] to a nested tensor [B, j, H, D] of the jagged layout; with the offsets of another one, as long as that."""
         return torch.nested.nested_tensor_from_jagged(
-            x.detach(), self.offsets, min_seqlen=min(self.lengths), max_seqlen=self.longest
+            x.detach(),
+            self.offsets if offsets is None else offsets,
+            min_seqlen=min(self.lengths),
+            max_seqlen=self.longest,
         )
 
     @functools.cached_property
     def nested(self) -> list[Tensor]:
         # one structure for all three: q, k and v must be known to be equally long
         first = self.nest(self.packed[0])
-        rest = [torch.nested.nested_tensor_from_jagged(x.detach(), first.offsets()) for x in self.packed[1:]]
+        rest = [self.nest(x, first.offsets()) for x in self.packed[1:]]
         return [x.requires_grad_(self.training) for x in (first, *rest)]
 
     @functools.cached_property
     def nested_cotangent(self) -> Tensor | None:
         if self.cotangent is None:
             return None
-        return torch.nested.nested_tensor_from_jagged(self.cotangent, self.nested[0].offsets())
+        return self.nest(self.cotangent, self.nested[0].offsets())
 
 
 def _values(results: Results) -> Results:

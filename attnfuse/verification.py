@@ -11,7 +11,7 @@ import torch
 
 from attnfuse import _calls
 from attnfuse._compare import Bar, Check, Kind, compare
-from attnfuse._compat import original
+from attnfuse._compat import original, pytree
 from attnfuse.oracle import Oracle
 from attnfuse.reporting import Report, as_text, collecting, merge, name_of
 from attnfuse.spec import Bias
@@ -102,9 +102,11 @@ def verify(
     Inputs are copied, and the buffers of a module put back, so that each of the three starts from the same state; state
     that a function keeps by other means is not. `attnfuse._compare.compare` states the bar.
 
-    Raises ValueError where the call draws random numbers (dropout), which eager and compiled code draw differently, and
-    where Dynamo captures nothing of it.
+    Raises ValueError where the call draws random numbers (dropout), which eager and compiled code draw differently,
+    where Dynamo captures nothing of it, and for nested tensors, which eager attention does not take on every device.
     """
+    if any(isinstance(x, torch.Tensor) and x.is_nested for x in pytree.tree_leaves((args, kwargs))):
+        raise ValueError("verify takes no nested tensors: compare each sequence with the same call on it alone")
     target = original(model_or_function)
     module = _calls.module_of(target)
     call = _calls.Call(target, args, kwargs, grad=grad, module=module)

@@ -391,6 +391,12 @@ def test_explain_tells_of_nested_attentions_and_of_strided_ones():
     assert any("strided" in w for w in report.warnings)
 
 
+def test_verify_says_that_it_takes_no_nested_tensors():
+    q = jagged([p.detach() for p in parts()])
+    with pytest.raises(ValueError, match="takes no nested tensors"):
+        attnfuse.verify(attention, q, q, q)
+
+
 def test_the_hooks_of_torch_are_where_they_are_looked_for():
     q = jagged([p.detach() for p in parts()])
     assert _compat.ragged_dim(q) == 1 and _compat.same_raggedness(q, q * 2)

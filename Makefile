@@ -56,6 +56,7 @@ coverage-table: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.attention --full
 	$(BIN)/python -m benchmarks.masks
+	$(BIN)/python -m benchmarks.jagged --full
 	$(BIN)/python -m benchmarks.models
 
 # nothing is installed: the Python that PYTHON names, else that of .venv if there is one, runs the source tree

@@ -28,8 +28,10 @@ def kept_keys(
 ) -> torch.Tensor | None:
     """Bool [*batch, Q, K], batch dims of size 1 where all elements are alike: the keys that the masks leave to each query.
 
-    None for masks of more than 2**24 elements.
+    None for masks of more than 2**24 elements, and for packed sequences: each has a mask of its own.
     """
+    if spec.layout != "dense":
+        return None
     rows, keys = torch.arange(q.shape[-2])[:, None], torch.arange(k.shape[-2])[None]
     kept = torch.ones(*(1 for _ in q.shape[:-2]), q.shape[-2], k.shape[-2], dtype=torch.bool)
     on_cpu = [o.detach().cpu() for o in operands]

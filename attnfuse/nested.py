@@ -81,8 +81,8 @@ def refusal(call: Call) -> str | None:
         return "key and value of other lengths"
     if len({x.dtype for x in call.qkv}) != 1 or len({x.device for x in call.qkv}) != 1:
         return "query, key and value of other dtypes or devices"
-    if not all(isinstance(x.shape[-1], int) for x in call.qkv) or q.shape[-1] != k.shape[-1]:
-        return "head sizes that are not known, or differ"
+    if _width(q) != _width(k):
+        return f"query and key of head sizes {_width(q)} and {_width(k)}"
     mask = call.attn_mask
     if mask is not None:
         if mask.is_nested:
@@ -92,6 +92,11 @@ def refusal(call: Call) -> str | None:
         if mask.dim() > q.dim() or (mask.dtype != torch.bool and not mask.dtype.is_floating_point):
             return f"an attn_mask of dtype {mask.dtype} with {mask.dim()} dims"
     return _heads_problem(call)
+
+
+def _width(x: torch.Tensor) -> int:
+    """The head size, which Dynamo takes for one that might change where the tensor's memory is a view of fewer dims."""
+    return int(x.shape[-1])
 
 
 def _heads_problem(call: Call) -> str | None:
@@ -116,7 +121,7 @@ def spec_of(call: Call) -> Attention:
         names, sizes = ("B", "Hkv", "G"), (own[0], heads[0] // own[0])
     layout: Layout = "packed" if is_jagged(q) and is_jagged(k) else "packed_queries" if is_jagged(q) else "packed_keys"
     shared = tuple(n for n, a, b in zip(names[1:], heads, own) if a != b) if not grouped else ("G",)
-    steps: list[Step] = [Scale(call.scale if call.scale is not None else q.shape[-1] ** -0.5)]
+    steps: list[Step] = [Scale(call.scale if call.scale is not None else _width(q) ** -0.5)]
     if call.is_causal:
         steps.append(ReplaceFill(causal(), -torch.inf))
     operands = []
@@ -140,8 +145,8 @@ def spec_of(call: Call) -> Attention:
             None,
             *known,
             *(n if isinstance(n, int) else None for n in (queries, keys)),
-            q.shape[-1],
-            call.value.shape[-1],
+            _width(q),
+            _width(call.value),
         ),
         *(dtype, dtype, dtype),
         steps=tuple(steps),

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import attnfuse
-from benchmarks import masks, models, results, spelled, summary
+from benchmarks import jagged, masks, models, results, spelled, summary
 from benchmarks.memory import peak_of
 from benchmarks.spelled import Case, deviation
 from benchmarks.timing import copy_of, interleaved
@@ -113,6 +113,31 @@ def test_contenders_of_a_mask_compute_the_same(name: str, monkeypatch: pytest.Mo
     row = masks.measure(masks.Case(name, "float32", "forward"), 0.1)
     assert row["status"] == "fused" and row["reads"].startswith("scale 0.125, causal & ")
     assert set(row["timings"]) == {"sdpa", "inductor", "attnfuse", "control"}
+
+
+@pytest.mark.parametrize("mode", ["forward", "training"])
+def test_contenders_of_jagged_sequences_compute_the_same(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jagged, "B", 5)
+    # raises where one of them is off
+    row = jagged.measure(jagged.Case(40, mode=mode), 0.1)
+    assert row["status"] == "fused" and row["reads"] == "scale 0.125, packed"
+    assert set(row["timings"]) == {"eager", "inductor", "sdpa", "attnfuse", "control"}
+
+
+@pytest.mark.parametrize("padding", [0.5, 0.7, 0.85])
+def test_lengths_leave_the_padding_that_was_asked_for(padding: float) -> None:
+    lengths = jagged.lengths_of(jagged.Case(1024, padding=padding)).double()
+    assert float(lengths.mean()) / 1024 == pytest.approx(1 - padding, abs=0.01)
+    assert float(lengths.min()) >= 1 and float(lengths.max()) == 1024
+
+
+def test_padded_rows_are_found_again() -> None:
+    case = jagged.Case(64)
+    (rows, *_), offsets, real = jagged.inputs(case)
+    dense = jagged.padded(rows, real)
+    assert dense.shape == (jagged.B, jagged.H, 64, jagged.D) and int(offsets[-1]) == len(rows) == int(real.sum())
+    (found,) = jagged.packed(dense, real)
+    assert torch.equal(found, rows)
 
 
 def test_deviation_is_relative_to_the_largest_value() -> None:

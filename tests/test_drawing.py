@@ -72,6 +72,13 @@ def test_reports_without_masks_say_so(tmp_path) -> None:
     assert report.to_json()
 
 
+def test_packed_sequences_are_explained_without_a_picture() -> None:
+    x = torch.nested.nested_tensor([torch.randn(n, 2, 4) for n in (3, 7)], layout=torch.jagged).transpose(1, 2)
+    keep = torch.ones(7, 7, dtype=torch.bool).tril()
+    report = attnfuse.explain(torch.nn.functional.scaled_dot_product_attention, x, x, x, attn_mask=keep)
+    assert report.fused == 1 and report.sites[0].kept is None
+
+
 def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     report, _ = explained()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 #: One per use that the README names.
-USES = {"explain_a_model", "verify_a_model", "property_test", "options", "report_json", "draw_masks"}
+USES = {"explain_a_model", "verify_a_model", "property_test", "options", "report_json", "draw_masks", "recommender"}
 
 
 def test_there_is_an_example_per_use() -> None:

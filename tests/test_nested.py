@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -189,6 +195,20 @@ def test_inputs_that_were_narrowed_keep_their_gaps(inner):
         got = torch.autograd.grad(values.square().sum(), x)[0]
         want = torch.autograd.grad(torch.cat(wanted).square().sum(), x)[0]
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_values_that_are_views_of_fewer_dims_have_known_head_sizes():
+    q, k, v = (torch.randn(sum(LENGTHS), D, requires_grad=True) for _ in range(3))
+    offsets = jagged([p.detach() for p in parts()]).offsets()
+    given = [torch.nested.nested_tensor_from_jagged(x[:, None], offsets) for x in (q, k, v)]
+    found = compiled(attention)(*given).values()[:, 0]
+    bounds = offsets.tolist()
+    wanted = [row(*(x[a:b, None] for x in (q, k, v)))[:, 0] for a, b in itertools.pairwise(bounds)]
+    torch.testing.assert_close(found.double(), torch.cat(wanted), rtol=1e-4, atol=1e-5)
+    got = torch.autograd.grad(found.square().sum(), [q, k, v])
+    want = torch.autograd.grad(torch.cat(wanted).square().sum(), [q, k, v])
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_inputs_without_heads():
@@ -405,3 +425,28 @@ def test_the_hooks_of_torch_are_where_they_are_looked_for():
     again = _compat.jagged_like(q.transpose(1, 2), q.values())
     assert again.shape == q.transpose(1, 2).shape and torch.equal(again.offsets(), q.offsets())
     assert math.isfinite(float(again.values().sum()))
+
+
+def test_the_guide_runs_and_prints_what_it_says(tmp_path):
+    guide = (Path(__file__).resolve().parents[1] / "docs" / "nested.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", guide, re.M | re.S)
+    assert len(blocks) == guide.count("```python")
+    # a file, since Dynamo looks for the module of what it compiles
+    script = tmp_path / "guide.py"
+    script.write_text("\n".join(blocks))
+    root = str(Path(attnfuse.__file__).resolve().parents[1])
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+        env={**os.environ, "PYTHONPATH": root},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.splitlines() == [
+        "torch.Size([55, 32])",
+        "scale 0.353553, causal else -inf, packed",
+        "torch.Size([3, 4, 2, 8]) torch.Size([1, 4, 2, 8])",
+        "torch.Size([4, 55, 8])",
+    ]

@@ -17,7 +17,7 @@ help:
 	@echo "make test-coverage   make test, with the lines and branches that it ran"
 	@echo "make lint            ruff and mypy"
 	@echo "make coverage-table  run all coverage cases and write docs/coverage.md"
-	@echo "make bench           time attention and models beside Inductor, write docs/benchmarks.md"
+	@echo "make bench           time attention, models and packing beside Inductor, write docs/benchmarks.md"
 	@echo "make gpu-check       tests and headline figures on a CUDA device, in eight minutes; installs nothing"
 
 setup: $(STAMP)
@@ -58,6 +58,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.masks
 	$(BIN)/python -m benchmarks.jagged --full
 	$(BIN)/python -m benchmarks.models
+	$(BIN)/python -m benchmarks.packing
 
 # nothing is installed: the Python that PYTHON names, else that of .venv if there is one, runs the source tree
 ifeq ($(origin PYTHON),file)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import attnfuse
-from benchmarks import jagged, masks, models, results, spelled, summary
+from benchmarks import jagged, masks, models, packing, results, spelled, summary
 from benchmarks.memory import peak_of
 from benchmarks.spelled import Case, deviation
 from benchmarks.timing import copy_of, interleaved
@@ -157,6 +157,43 @@ def test_models_have_one_attention_a_layer_and_it_is_fused(name: str) -> None:
     step = models._call(replace(case, mode="training"), models._hidden_states, model, batch)
     assert len(step()) == sum(p.requires_grad for p in model.parameters())
     assert expected.shape == (2, 16, 64)
+
+
+def test_packed_and_padded_minibatches_hold_the_same_samples_in_the_same_order() -> None:
+    case = packing.Case("flan", samples=3, minibatches=4)
+    groups = packing.minibatches(case)
+    assert [len(group) for group in groups] == [3] * 4
+    for group in groups:
+        row, rows = packing.packed(group), packing.padded(group)
+        keep = rows["attention_mask"].bool()
+        assert torch.equal(row["input_ids"][0], rows["input_ids"][keep])
+        assert keep.shape == (3, max(map(len, group))) and bool((rows["labels"][~keep] == -100).all())
+        # labels are shifted inside of the model: the first of a sample is none in a pack, and passed over in a batch
+        assert torch.equal(row["labels"][row["labels"] != -100], rows["labels"][:, 1:][keep[:, 1:]])
+
+
+@pytest.mark.parametrize("name", packing.LENGTHS)
+def test_lengths_have_the_median_and_the_skew_that_are_stated(name: str) -> None:
+    kind = packing.LENGTHS[name]
+    drawn = torch.tensor(kind.draw(20_000, 0)).double()
+    assert drawn.median().item() == pytest.approx(kind.median, rel=0.05)
+    assert drawn.log().std().item() == pytest.approx(kind.sigma, rel=0.05)
+    assert drawn.min() >= 1 and drawn.max() <= kind.longest
+    assert kind.draw(5, 0) == kind.draw(5, 0) != kind.draw(5, 1)
+
+
+@pytest.mark.models
+def test_ways_to_train_start_from_one_loss_and_all_weights_move() -> None:
+    case = packing.Case("orcamath", samples=2, minibatches=2, layers=1, hidden=64)
+    groups = [[sample[:9] for sample in group] for group in packing.minibatches(case)]
+    model = packing.build(case)
+    ways = [packing.Contender(model, make, "eager") for make in (packing.padded, packing.packed)]
+    first, other = (way.restart(groups) for way in ways)
+    assert other == pytest.approx(first, rel=1e-6)
+    for way in ways:
+        assert way.epoch()[0] == pytest.approx(first, rel=1e-6)
+        assert not any(torch.equal(p, q) for p, q in zip(way.model.parameters(), model.parameters(), strict=True))
+        assert way.restart(groups) == pytest.approx(first, rel=1e-6)
 
 
 def test_section_is_put_in_place_and_others_stay(tmp_path: Path) -> None:

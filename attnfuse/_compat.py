@@ -337,7 +337,11 @@ def offsets_and_lengths(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | N
 
 def same_raggedness(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two jagged nested tensors have the same offsets, as far as PyTorch knows."""
-    return bool(a.shape[ragged_dim(a)] == b.shape[ragged_dim(b)])
+    if a.shape[ragged_dim(a)] != b.shape[ragged_dim(b)]:
+        return False
+    # that is of their lengths alone where they have gaps
+    (first, lengths), (second, others) = offsets_and_lengths(a), offsets_and_lengths(b)
+    return (lengths is None and others is None) or first is second
 
 
 def jagged_like(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -387,3 +391,10 @@ def compiling_backend_is(package: str) -> bool:
 def without_subclass_functions() -> contextlib.AbstractContextManager[Any]:
     """In here functions of subclasses of Tensor are not asked before an op is called."""
     return torch._C.DisableTorchFunctionSubclass()
+
+
+def is_restart(error: BaseException) -> bool:
+    """Whether it is how Dynamo begins anew rather than a failure."""
+    from torch._dynamo.exc import RestartAnalysis, SkipFrame
+
+    return isinstance(error, (RestartAnalysis, SkipFrame))

@@ -61,7 +61,7 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Setting
     try:
         compiled = _inner(original if work.spoiled else gm, example_inputs, chosen, patches)
     except Exception as error:
-        if chosen.strict or not work.fused:
+        if chosen.strict or not work.fused or _compat.is_restart(error):
             raise
         message = f"the rewritten graph did not compile ({type(error).__name__}: {error}); the original is used"
         warn(message)

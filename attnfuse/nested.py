@@ -91,7 +91,22 @@ def refusal(call: Call) -> str | None:
             return "both attn_mask and is_causal"
         if mask.dim() > q.dim() or (mask.dtype != torch.bool and not mask.dtype.is_floating_point):
             return f"an attn_mask of dtype {mask.dtype} with {mask.dim()} dims"
-    return _heads_problem(call)
+    batch = next(x.shape[0] for x in call.qkv if is_jagged(x))
+    if any(x.shape[0] != batch and (is_jagged(x) or x.shape[0] != 1) for x in call.qkv):
+        return "query, key and value of other numbers of sequences"
+    return _heads_problem(call) or _mask_problem(call)
+
+
+def _mask_problem(call: Call) -> str | None:
+    """Whether attn_mask [B or 1, *heads or 1, Q, K] is for other sequences or heads."""
+    if call.attn_mask is None or call.attn_mask.dim() <= 2:
+        return None
+    jagged = next(x for x in call.qkv if is_jagged(x))
+    whole = (jagged.shape[0], *call.query.shape[1:-2])
+    own = tuple(call.attn_mask.shape[:-2])
+    if all(_is_one(a) or a == b for a, b in zip(reversed(own), reversed(whole))):
+        return None
+    return f"an attn_mask {list(call.attn_mask.shape)} for {list(whole)} sequences and heads"
 
 
 def _width(x: torch.Tensor) -> int:
@@ -293,4 +308,6 @@ def run(
 
 def install() -> None:
     """Handle nested attentions while attnfuse compiles, from now on."""
-    _compat.wrap_jagged_functions(lambda original: functools.partial(_handled, original))
+    # Dynamo passes over PyTorch's function, and is to pass over this one for every other backend too
+    handled = torch.compiler.disable(_handled)
+    _compat.wrap_jagged_functions(lambda original: functools.partial(handled, original))

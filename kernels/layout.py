@@ -51,6 +51,25 @@ def check_bounds(spec: Attention, bounds: Bounds) -> None:
             continue
         if given.dim() != 2 or given.shape[0] != 2 or given.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"bounds must be int32 or int64 [2, sequences]; got {given.dtype} {list(given.shape)}")
+    if bounds.q is not None and bounds.k is not None and bounds.q.shape != bounds.k.shape:
+        raise ValueError(f"{bounds.q.shape[1]} sequences of queries and {bounds.k.shape[1]} of keys")
+
+
+def check_sequences(
+    spec: Attention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    bounds: Bounds,
+) -> None:
+    """Raises ValueError where a tensor of a packed layout is for another number of sequences than the bounds."""
+    if spec.layout == "dense":
+        return
+    sides = [(q, spec.packed_queries), (k, spec.packed_keys), (v, spec.packed_keys), *((o, False) for o in operands)]
+    for x, packed in sides:
+        if x.shape[0] != 1 and (packed or x.shape[0] != bounds.sequences):
+            raise ValueError(f"a tensor {list(x.shape)} for {bounds.sequences} sequences")
 
 
 def batch_shape(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:

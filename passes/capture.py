@@ -177,6 +177,8 @@ def capture(gm: fx.GraphModule) -> View:
     recorder = _Recorder(fake_mode)
     # a trace does not look into nested tensors: what is made of them is not known
     plain = [x for x in examples if not _is_nested(x)]
+    if _writes_beside_nested(gm):
+        raise CaptureError("something is written in place beside nested tensors, whose memory is not followed")
     if not any(isinstance(x, torch.Tensor) for x in plain):
         raise CaptureError("the graph has no tensor input")
 
@@ -346,6 +348,14 @@ def _attribute(module: fx.GraphModule, target: str) -> Any:
     for part in target.split("."):
         value = getattr(value, part)
     return value
+
+
+def _writes_beside_nested(gm: fx.GraphModule) -> bool:
+    modules = [m for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    nodes = [n for m in modules for n in m.graph.nodes]
+    if not any(_is_nested(x) for n in nodes for x in pytree.tree_leaves(n.meta.get("example_value"))):
+        return False
+    return any(n.op in ("call_function", "call_method") and batched.may_write(n.target, n.kwargs) for n in nodes)
 
 
 def _is_nested(x: Any) -> bool:

@@ -50,8 +50,7 @@ class Emitter:
         try:
             with graph.inserting_before(owner):
                 call, result = self._insert(site, kernel, writer)
-                if site.lse is not None:
-                    self._redirect_log_sum_exp(site, scope, owner, call, writer)
+                found, users = self._log_sum_exp(site, scope, owner, call, writer)
                 self._redirect(site, scope, owner, result, writer)
         except EmitError as error:
             for node in reversed(list(graph.nodes)):
@@ -59,6 +58,10 @@ class Emitter:
                 if node not in before and node.op != "placeholder":
                     graph.erase_node(node)
             return Refusal(str(error), site.final)
+        if site.lse is not None:
+            for user in users:
+                user.replace_input_with(self.view.origin[site.lse].node, found)
+            self.replaced[scope, site.lse] = found
         self.touched.add(scope)
         self.calls.append(call)
         return None
@@ -120,10 +123,13 @@ class Emitter:
             if isinstance(value, fx.Node):
                 self.replaced[scope, value] = part
 
-    def _redirect_log_sum_exp(self, site: Site, scope: Scope, owner: fx.Node, call: fx.Node, writer: _Writer) -> None:
-        """Let everything after the op that used the log-sum-exp use that of the op."""
+    def _log_sum_exp(
+        self, site: Site, scope: Scope, owner: fx.Node, call: fx.Node, writer: _Writer
+    ) -> tuple[fx.Node, list[fx.Node]]:
+        """That of the op, and what after it uses the graph's own; nothing where nothing reads it."""
         lse = site.lse
-        assert lse is not None
+        if lse is None:
+            return call, []
         origin = self.view.origin[lse]
         if origin.scope is not scope or scope.values.get(origin.node) != lse:
             raise EmitError("the log-sum-exp of the scores is made inside of another call")
@@ -144,10 +150,7 @@ class Emitter:
         like = value_of(lse)
         if like.dtype != torch.float32:
             found = writer.method("to", found, like.dtype)
-        found = writer.shaped(found, (*((a,) for a in site.batch), site.q_dim), site.lse_labels, like)
-        for user in later:
-            user.replace_input_with(origin.node, found)
-        self.replaced[scope, lse] = found
+        return writer.shaped(found, (*((a,) for a in site.batch), site.q_dim), site.lse_labels, like), later
 
     def finish(self, sites: Sequence[Site]) -> None:
         """Erase what the ops took over, and what nothing needs any more."""

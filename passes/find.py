@@ -35,6 +35,7 @@ class Anchor:
     sink: fx.Node | float | None = None
     problem: str = ""
     by_log_sum_exp: bool = False
+    by_own_maximum: bool = False
 
 
 def find(view: View) -> list[Anchor]:
@@ -152,6 +153,8 @@ def _normalised(node: fx.Node, top: object, bottom: object, inside: frozenset[fx
     passed: set[fx.Node] = set()
     total: fx.Node = bottom  # type: ignore[assignment]
     while name_of(total) in ("view", "permute", "expand", "to") and is_tensor(total.args[0]):
+        if not value_of(total).dtype.is_floating_point:
+            return None
         passed.add(total)
         total = total.args[0]  # type: ignore[assignment]
     whole, sink = total, None
@@ -167,6 +170,7 @@ def _normalised(node: fx.Node, top: object, bottom: object, inside: frozenset[fx
         return None
     dim = dims[0]
     between = inside | passed | {total, e}
+    raised = True
     scores, softmax, more = _unshifted(e.args[0], dim, raised=whole is not total)
     if whole is not total:
         found = sinks.added(whole, None if softmax == "unshifted" else arguments(e.args[0])["other"])
@@ -175,12 +179,23 @@ def _normalised(node: fx.Node, top: object, bottom: object, inside: frozenset[fx
                 scores, dim, node, between | more, problem="what is added to the sum of the weights is no sink"
             )
         sink, more = found[1], more | found[2]
+        raised = any(_raises(n) for n in more)
     if top is e:
         if not summed["keepdim"] or passed:
             return None
-        return Anchor(scores, dim, node, between | more, softmax=softmax, sink=sink)
+        return Anchor(scores, dim, node, between | more, softmax=softmax, sink=sink, by_own_maximum=not raised)
     if _reaches_product_of(top, e):  # type: ignore[arg-type]
-        return Anchor(scores, dim, e, between | more, softmax=softmax, kind="late", total=total, sink=sink)
+        return Anchor(
+            scores,
+            dim,
+            e,
+            between | more,
+            softmax=softmax,
+            kind="late",
+            total=total,
+            sink=sink,
+            by_own_maximum=not raised,
+        )
     return None
 
 

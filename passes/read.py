@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -19,7 +20,24 @@ from attnfuse.passes.capture import View, getitem_source, is_mutating, is_stale,
 from attnfuse.passes.find import Anchor, looks_like_attention
 from attnfuse.passes.labels import Atom, Axes, Dim, Labels, is_one, known_equal
 from attnfuse.passes.site import Leaf, Refusal, Site
-from attnfuse.spec import Attention, Cast, Operand, Scale, Sink, Step, dtype_name
+from attnfuse.spec import (
+    AddFill,
+    Attention,
+    Bias,
+    Cast,
+    Operand,
+    ReplaceFill,
+    Scale,
+    Shift,
+    Sink,
+    Step,
+    dtype_name,
+)
+
+
+@dataclass(frozen=True)
+class Recentred:
+    """Among the steps of a score path: here the row's maximum is subtracted, which no softmax sees, if nothing else does."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +51,7 @@ class Peeled:
 
     source: fx.Node
     labels: Labels
-    build: Callable[[], tuple[Step, ...]] = tuple
+    build: Callable[[], tuple[Step | Recentred, ...]] = tuple
     inside: frozenset[fx.Node] = frozenset()
 
 
@@ -51,7 +69,7 @@ class Scores:
     q_dim: Dim
     d_dim: Dim
     labels: Labels
-    steps: list[Step] = field(default_factory=list)
+    steps: list[Any] = field(default_factory=list)
     inside: set[fx.Node] = field(default_factory=set)
 
 
@@ -69,6 +87,7 @@ class Reader:
         self.start: Labels = ()
         self.budget = 400
         self.sink: Sink | None = None
+        self.recentred = False
 
     def operand(self, leaf: Leaf) -> int:
         """The index of `leaf` among the operands of the op."""
@@ -149,14 +168,41 @@ def _read_softmax(reader: Reader) -> Site | Refusal:
         return scores
     if dtype_of(anchor.weights) == torch.float16:
         scores.steps.append(Cast("float16"))
-    problem = _read_sink(reader, labels)
+    problem = _read_sink(reader, labels) or _without_maxima(reader, scores)
     return problem or weights.read(reader, scores, labels)
+
+
+def _without_maxima(reader: Reader, scores: Scores) -> Refusal | None:
+    """Drop the marks of subtracted maxima, if the weights are the same without."""
+    at = next((i for i, step in enumerate(scores.steps) if isinstance(step, Recentred)), None)
+    if at is None:
+        return None
+    reader.recentred = True
+    if reader.anchor.sink is not None or reader.anchor.softmax != "plain":
+        return Refusal("a row's maximum is subtracted from scores that are summed with something else", scores.product)
+    half = [step.dtype for step in scores.steps[:at] if isinstance(step, Cast)][-1:] == ["float16"]
+    for step in scores.steps[at + 1 :]:
+        if not _moves_with_its_row(step, half):
+            return Refusal("what is done to the scores after their maximum is subtracted depends on it", scores.product)
+    scores.steps = [step for step in scores.steps if not isinstance(step, Recentred)]
+    return None
+
+
+def _moves_with_its_row(step: Step | Recentred, half: bool) -> bool:
+    """Whether scores that differ by one number for each row still do after the step. half: they were float16 already."""
+    if isinstance(step, Scale):
+        return step.operand is None
+    if isinstance(step, Cast):
+        return half or step.dtype != "float16"
+    if isinstance(step, ReplaceFill):
+        return step.value <= -1e9
+    return isinstance(step, (Recentred, Shift, Bias, AddFill))
 
 
 def _with_log_sum_exp(reader: Reader, site: Site) -> Site:
     """The site with logsumexp(scores) as a second result, if something else takes that of the same scores and dim."""
     anchor, view = reader.anchor, reader.view
-    if anchor.kind == "sdpa" or anchor.sink is not None or anchor.softmax != "plain":
+    if anchor.kind == "sdpa" or anchor.sink is not None or anchor.softmax != "plain" or reader.recentred:
         return site
     rank = len(shape_of(anchor.scores))
     found = []
@@ -179,6 +225,8 @@ def _read_sink(reader: Reader, labels: Labels) -> Refusal | None:
     if isinstance(sink, fx.Node):
         if not dtype_of(sink).is_floating_point:
             return Refusal("the sink is not floating", sink)
+        if dtype_of(reader.anchor.weights) == torch.float16 != dtype_of(sink):
+            return Refusal("the softmax is in float16, which the sink is cast to", sink)
         leaf = reader.side(sink, tuple(() if dim == reader.k_dim else dim for dim in labels))
         reader.sink = Sink(operand=reader.operand(leaf))
     elif sink is not None:
@@ -442,6 +490,7 @@ def build_site(
         where=reader.view.where(reader.anchor.weights) or reader.view.where(final),
         kind="sdpa" if reader.anchor.kind == "sdpa" else "softmax",
         by_log_sum_exp=reader.anchor.by_log_sum_exp,
+        by_own_maximum=reader.anchor.by_own_maximum and reader.anchor.softmax == "plain",
         hints={
             n: _hint_of(d)
             for n, d in zip([*names, "Q", "K", "D", "E"], [*((a,) for a in batch), q_dim, k_dim, d_dim, e_dim])

@@ -99,7 +99,8 @@ def cut_off(view: View, weights: fx.Node, dim: int, first: bool) -> tuple[fx.Nod
         user = users[0]
         if name_of(user) in ("slice", "narrow"):
             return (user, frozenset(inside | {user})) if _drops_one(user, node, dim, first) else None
-        if name_of(user) != "to" and not views.is_identity(user):
+        cast = name_of(user) == "to" and dtype_of(user).is_floating_point
+        if not cast and not views.is_identity(user):
             return None
         node = user
     return None
@@ -119,7 +120,7 @@ def _drops_one(cut: fx.Node, source: fx.Node, dim: int, first: bool) -> bool:
 
 
 def added(total: fx.Node, shift: fx.Node | None) -> tuple[fx.Node, fx.Node | float, frozenset[fx.Node]] | None:
-    """(sum, sink, nodes passed) for sum + exp(sink - shift) or, without a shift, sum + exp(sink) or sum + a number."""
+    """(sum, sink, nodes passed) for sum + exp(sink - shift) or, without a shift, sum + a number."""
     if name_of(total) != "add":
         return None
     args = arguments(total)
@@ -143,7 +144,8 @@ def _exponent(node: Any, shift: fx.Node | None) -> tuple[fx.Node | float, frozen
         return None
     power = node.args[0]
     if shift is None:
-        return power, frozenset({node})
+        # exp of it may be infinite by itself
+        return None
     if name_of(power) == "neg" and power.args[0] is shift:
         return 0.0, frozenset({node, power})
     if name_of(power) != "sub":

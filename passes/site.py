@@ -78,6 +78,8 @@ class Site:
     lse: fx.Node | None = None
     # the softmax is spelled exp(s - logsumexp(s))
     by_log_sum_exp: bool = False
+    # a sink was added relative to the maximum of the scores alone
+    by_own_maximum: bool = False
     lse_labels: Labels = ()
     # why masks stay tensors
     notes: tuple[str, ...] = ()

@@ -167,6 +167,19 @@ def test_bounds_that_are_no_bounds_read_nothing_outside(kernel, wrong):
     check(kernel, q, k, v, bounds=bounds, layout="packed_keys", backward=False)
 
 
+def test_numbers_of_sequences_must_agree(kernel):
+    q, k, v, bounds = attention()
+    spec = make_spec(q, k, v, layout="packed")
+    with pytest.raises(ValueError, match="6 sequences of queries and 5 of keys"):
+        kernel.forward(spec, q, k, v, [], None, Bounds(bounds.q, bounds.k[:, :5]))
+    dense = torch.randn(4, 2, 5, 16)
+    spec = make_spec(dense, k, v, layout="packed_keys")
+    with pytest.raises(ValueError):
+        kernel.forward(spec, dense, k, v, [], None, Bounds(None, bounds.k))
+    with pytest.raises(ValueError, match="for 6 sequences"):
+        reference.attend(spec, dense, k, v, [], None, torch.float64, Bounds(None, bounds.k))
+
+
 def test_layout_and_bounds_must_agree(kernel):
     q, k, v, bounds = attention()
     with pytest.raises(ValueError, match="layout packed without bounds of k"):

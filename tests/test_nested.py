@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -345,6 +346,58 @@ def test_what_is_not_taken_has_a_reason(change, reason):
     assert found is not None and reason in found
 
 
+def test_other_numbers_of_sequences_are_not_taken():
+    three, two = (jagged([torch.randn(n, 2, 8) for n in ns]).transpose(1, 2) for ns in ((3, 4, 5), (3, 4)))
+    assert "numbers of sequences" in str(refusal(Call(three, two, two)))
+    assert "numbers of sequences" in str(refusal(Call(torch.zeros(4, 2, 3, 8), two, two)))
+    assert "numbers of sequences" in str(refusal(Call(two, torch.zeros(4, 2, 3, 8), torch.zeros(4, 2, 3, 8))))
+    assert refusal(Call(torch.zeros(2, 2, 3, 8), two, two)) is None
+    for wrong in (torch.zeros(1, 3, 5, 5), torch.zeros(4, 1, 5, 5)):
+        assert "an attn_mask" in str(refusal(Call(two, two, two, wrong)))
+    grouped = jagged([torch.randn(n, 6, 8) for n in (3, 4)]).transpose(1, 2)
+    keys = alike(grouped.transpose(1, 2), [torch.randn(n, 3, 8) for n in (3, 4)]).transpose(1, 2)
+    of_keys = Call(grouped, keys, keys, torch.zeros(1, 3, 5, 5), enable_gqa=True)
+    assert (
+        "an attn_mask" in str(refusal(of_keys)) and refusal(replace(of_keys, attn_mask=torch.zeros(1, 6, 5, 5))) is None
+    )
+
+
+def test_gaps_at_other_places_are_other_lengths():
+    values, lengths = torch.randn(30, 2, 8), torch.tensor([4, 2, 3])
+    first, second = (
+        torch.nested.nested_tensor_from_jagged(values, torch.tensor(o), lengths)
+        for o in ([0, 9, 18, 30], [3, 12, 20, 30])
+    )
+    assert _compat.same_raggedness(first, first) and not _compat.same_raggedness(first, second)
+
+
+@pytest.mark.parametrize("through", ["nested", "values", "other values"])
+def test_writes_through_nested_tensors_are_seen(through):
+    def model(x, w, v):
+        values = x.values()
+        s = values @ w.mT
+        (x if through == "nested" else values if through == "values" else x.values()).mul_(2)
+        return s.softmax(-1) @ v + values.sum()
+
+    def given():
+        torch.manual_seed(1)
+        return jagged([torch.randn(n, 8) for n in (3, 4, 5)]), torch.randn(9, 8), torch.randn(9, 8)
+
+    found = torch.compile(model, backend="attnfuse", options={"inner": "aot_eager"})(*given())
+    torch.testing.assert_close(found, model(*given()))
+
+
+def test_nothing_is_compiled_of_attnfuse_for_other_backends():
+    def square(x):
+        return F.scaled_dot_product_attention(x, x, x)
+
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for lengths in ((3, 4, 5), (6, 2, 7)):
+            x = jagged([torch.randn(n, 2, 8) for n in lengths]).transpose(1, 2)
+            found = torch.compile(square, backend="eager")(x)
+            torch.testing.assert_close(found.values(), square(x).values())
+
+
 def test_attention_over_heads_of_each_token_is_not_the_jagged_one():
     x = jagged([torch.randn(n, 2, 8) for n in (3, 4, 5)])
     assert "jagged dim" in str(refusal(Call(x, x, x)))
@@ -392,7 +445,8 @@ def test_offsets_that_are_no_offsets_raise_in_strict_mode():
             run(x, x, x)
     loose = compiled(attention, strict=False)
     x = shifted([0, 40, 2, 900])
-    assert loose(x, x, x).values().shape == (9, HEADS, D)
+    with pytest.warns(RuntimeWarning, match="share rows"):
+        assert loose(x, x, x).values().shape == (9, HEADS, D)
 
 
 def test_without_fuel_the_reference_runs_them():

@@ -61,3 +61,15 @@ def test_sinks_and_log_sum_exps_of_packed_sequences():
     empty = bounds_of(0, 0)
     out, stats = cpu.forward(make_spec(q, k, v, layout="packed"), q, k, v, [], None, Bounds(empty, empty))
     assert not out.any() and bool((stats[0] == -torch.inf).all())
+
+
+def test_sequences_that_share_rows_are_refused():
+    q, k, v, bounds = attention((5, 9, 7))
+    spec = make_spec(q, k, v, layout="packed")
+    shared = bounds.k.clone()
+    shared[0, 1] -= 2
+    with pytest.raises(ValueError, match="share rows"):
+        cpu.forward(spec, q, k, v, [], None, Bounds(bounds.q, shared))
+    empty = bounds.k.clone()
+    empty[:, 1] = 2
+    assert cpu.forward(spec, q, k, v, [], None, Bounds(bounds.q, empty))[0].shape == q.shape

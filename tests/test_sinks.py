@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from kernel_cases import make_spec, qkv, randn
 
 import attnfuse
@@ -190,3 +191,64 @@ def test_a_spec_with_a_sink_survives_its_text_and_refuses_other_shapes():
         make_spec(q, k, v, [randn(1, 2, 16, 1)], sink=Sink(operand=0), layout="packed")
     with pytest.raises(ValueError, match="operand 3"):
         make_spec(q, k, v, sink=Sink(operand=3))
+
+
+def less_maximum(s: torch.Tensor) -> torch.Tensor:
+    return s - s.amax(-1, keepdim=True)
+
+
+SUNK = {
+    "padded": lambda q, k, v, b: F.pad(less_maximum(q @ k.mT), (0, 1)).softmax(-1)[..., :-1] @ v,
+    "concatenated": lambda q, k, v, b: _joined(less_maximum(q @ k.mT), b).softmax(-1)[..., :-1] @ v,
+    "scaled afterwards": lambda q, k, v, b: _off_by_one((less_maximum(q @ k.mT) * 0.5).exp()) @ v,
+    "capped": lambda q, k, v, b: (torch.tanh(less_maximum(q @ k.mT) / 5) * 5).softmax(-1) @ v,
+    "clamped": lambda q, k, v, b: less_maximum(q @ k.mT).clamp(-1, 1).softmax(-1) @ v,
+    "filled near it": lambda q, k, v, b: less_maximum(q @ k.mT).masked_fill(q[..., :1] > 0, -3.0).softmax(-1) @ v,
+    "log-sum-exp": lambda q, k, v, b: (lambda s: s.softmax(-1) @ v + s.logsumexp(-1)[..., None])(
+        less_maximum(q @ k.mT)
+    ),
+    "whole numbers": lambda q, k, v, b: _joined(q @ k.mT, b).softmax(-1).to(torch.int32)[..., :-1].float() @ v,
+    "late whole numbers": lambda q, k, v, b: (lambda e: (e @ v).int() / e.sum(-1, keepdim=True))((q @ k.mT).exp()),
+    "sum of whole numbers": lambda q, k, v, b: (lambda e: (e @ v) / (e.sum(-1, keepdim=True) + 1).int())(
+        (q @ k.mT).exp()
+    ),
+    "infinite by itself": lambda q, k, v, b: (lambda e: e / (b.exp() + e.sum(-1, keepdim=True)))((q @ k.mT).exp()) @ v,
+}
+
+
+def _joined(s: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.cat([s, b.expand(2, 4, 20, 1)], dim=-1)
+
+
+def _off_by_one(e: torch.Tensor) -> torch.Tensor:
+    return e / (1 + e.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("name", SUNK)
+def test_what_a_softmax_with_a_sink_would_see_is_not_passed_over(name):
+    q, k, v = (x.detach() for x in leaves(*HEADS))
+    sink = torch.full((1, 4, 1, 1), 200.0 if name == "infinite by itself" else 0.7)
+    found = torch.compile(SUNK[name], backend="attnfuse", options={**FAST, "strict": False})(q, k, v, sink)
+    assert "fused" not in [s.status for r in attnfuse.reports() for s in r.sites]
+    torch.testing.assert_close(found, SUNK[name](q, k, v, sink))
+
+
+def test_a_subtracted_maximum_is_nothing_to_what_moves_with_it():
+    def model(q, k, v):
+        s = less_maximum(q @ k.mT) * 0.3 + 2.0
+        return (s.masked_fill(torch.ones(20, 20).triu(1) > 0, -torch.inf).softmax(-1) @ v,)
+
+    assert run(model, leaves(*HEADS)).fused == 1
+
+
+def test_rows_hidden_whole_are_nan_beside_a_sink_that_is_relative_to_their_own_maximum():
+    def model(q, k, v):
+        s = (q @ k.mT).masked_fill(torch.arange(20)[:, None] == 3, -torch.inf)
+        top = s.amax(-1, keepdim=True)
+        e = torch.exp(s - top)
+        return (e / (torch.exp(-top) + e.sum(-1, keepdim=True))) @ v
+
+    q, k, v = (x.detach() for x in leaves(*HEADS))
+    found = torch.compile(model, backend="attnfuse", options={**FAST, "strict": False})(q, k, v)
+    assert bool(found[:, :, 3].isnan().all())
+    torch.testing.assert_close(found, model(q, k, v), equal_nan=True)

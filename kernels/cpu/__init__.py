@@ -163,6 +163,9 @@ class _Packed(NamedTuple):
             return _DENSE
         sides = bounds.clipped((q.shape[-2], k.shape[-2]))
         inside = Bounds(*(None if x is None else x.to(torch.int64).contiguous() for x in sides))
+        for x in inside:
+            if x is not None and _overlap(x):
+                raise ValueError("sequences that share rows: their results and gradients would be written over")
         longest = (q.shape[-2], k.shape[-2])
         if operands:
             longest = tuple(n if x is None else _longest(x) for x, n in zip(inside, longest))  # type: ignore[assignment]
@@ -179,6 +182,12 @@ class _Packed(NamedTuple):
 
 
 _DENSE = _Packed()
+
+
+def _overlap(bounds: torch.Tensor) -> bool:
+    own = bounds[:, bounds[1] > bounds[0]]
+    own = own[:, own[0].argsort()]
+    return bool((own[0, 1:] < own[1, :-1]).any())
 
 
 def _longest(bounds: torch.Tensor) -> int:

@@ -13,7 +13,7 @@ import torch
 
 from attnfuse import expr
 from attnfuse.kernels import dropout
-from attnfuse.kernels.layout import DENSE, Bounds, check_bounds
+from attnfuse.kernels.layout import DENSE, Bounds, check_bounds, check_sequences
 from attnfuse.spec import (
     AddFill,
     Attention,
@@ -49,6 +49,7 @@ def attend(
     check_bounds(spec, bounds)
     if spec.layout == "dense":
         return _attend(spec, q, k, v, operands, seed, compute)
+    check_sequences(spec, q, k, v, operands, bounds)
     return _packed(spec, q, k, v, operands, seed, compute, bounds)
 
 

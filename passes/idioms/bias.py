@@ -13,7 +13,7 @@ from attnfuse.passes.capture import is_mutating, is_stale
 from attnfuse.passes.find import maximum_subtracted
 from attnfuse.passes.idioms.example import Example, NearMiss
 from attnfuse.passes.labels import Labels, known_equal
-from attnfuse.passes.read import Peeled, Reader
+from attnfuse.passes.read import Peeled, Reader, Recentred
 from attnfuse.spec import Bias, Cast, Scale, Shift, Step, dtype_name
 
 
@@ -27,7 +27,7 @@ def score_term(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled
         return
     stable = maximum_subtracted(node, reader_dim(reader, labels))
     if stable is not None:
-        yield Peeled(stable[0], labels, inside=stable[1])
+        yield Peeled(stable[0], labels, lambda: (Recentred(),), inside=stable[1])
         return
     a, b = args["self"], args["other"]
     cast = Cast(dtype_name(dtype_of(node)))

@@ -198,7 +198,7 @@ def _divided(reader: Reader, path: _Path, node: fx.Node, labels: Labels) -> tupl
         if name_of(user) == "div" and user.args[0] is node:
             break
         moved = views.forward(reader.axes, user, labels)
-        if moved is None and name_of(user) != "to":
+        if moved is None and not (name_of(user) == "to" and dtype_of(user).is_floating_point):
             return Refusal("the unnormalised result is not divided by its sum", user)
         labels = labels if moved is None else moved
         path.inside.add(user)
@@ -214,7 +214,7 @@ def _divided(reader: Reader, path: _Path, node: fx.Node, labels: Labels) -> tupl
                 # a sink in the sum
                 bottom = anchor.total  # type: ignore[assignment]
                 continue
-            if name_of(bottom) != "to":
+            if name_of(bottom) != "to" or not dtype_of(bottom).is_floating_point:
                 return Refusal("the result is not divided by its sum", user)
             bottom = bottom.args[0]  # type: ignore[assignment]
             continue

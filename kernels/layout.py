@@ -63,11 +63,14 @@ def check_sequences(
     operands: Sequence[torch.Tensor],
     bounds: Bounds,
 ) -> None:
-    """Raises ValueError where a tensor of a packed layout is for another number of sequences than the bounds."""
+    """Raises ValueError where a tensor of a packed layout is for another number of sequences than the bounds, if both are
+    known."""
     if spec.layout == "dense":
         return
     sides = [(q, spec.packed_queries), (k, spec.packed_keys), (v, spec.packed_keys), *((o, False) for o in operands)]
     for x, packed in sides:
+        if not (isinstance(x.shape[0], int) and isinstance(bounds.sequences, int)):
+            continue
         if x.shape[0] != 1 and (packed or x.shape[0] != bounds.sequences):
             raise ValueError(f"a tensor {list(x.shape)} for {bounds.sequences} sequences")
 
@@ -104,8 +107,9 @@ def allocate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Uninitialised out [*batch, Q, E], of spec.out_dtype and in spec.out_order, and stats float32 [2, *batch, Q].
 
-    With packed queries they are [1, *rest, rows of q, ...].
+    With packed queries they are [1, *rest, rows of q, ...]. Raises as check_sequences does.
     """
+    check_sequences(spec, q, k, v, operands, bounds)
     batch = spread(spec, q, k, v, operands, bounds)
     if spec.packed_queries:
         batch = (1, *batch[1:])

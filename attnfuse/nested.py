@@ -23,10 +23,10 @@ import torch
 from attnfuse import _compat
 from attnfuse.expr import causal, dense
 from attnfuse.kernels import choose
+from attnfuse.kernels.dropout import SEED_LIMIT
 from attnfuse.spec import Attention, Bias, Layout, Operand, ReplaceFill, Scale, Step, dtype_name
 
 _active: ContextVar[bool] = ContextVar("attnfuse compiles", default=False)
-_SEED_LIMIT = 2**62
 _PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__", "bmm"})
 _TAKEN = _PRODUCTS | {"scaled_dot_product_attention"}
 NanPolicy = Literal["skip", "eager"]
@@ -214,7 +214,7 @@ def attend(call: Call, kernel: str, strict: bool = False, nan_policy: NanPolicy 
     operands = [] if call.attn_mask is None else [_mask(call)]
     seed = None
     if spec.dropout:
-        seed = torch.randint(0, _SEED_LIMIT, (1,), dtype=torch.int64, device=q_rows.device)
+        seed = torch.randint(0, SEED_LIMIT, (1,), dtype=torch.int64, device=q_rows.device)
     out, _ = torch.ops.attnfuse.attention(
         q_rows, k_rows, v_rows, operands, seed, q_bounds, k_bounds, spec.text, kernel, strict
     )

@@ -17,6 +17,8 @@ from __future__ import annotations
 import torch
 
 _M = 0xFFFFFFFF
+#: Graphs draw seeds from 0 up to this.
+SEED_LIMIT = 2**62
 
 
 def threshold(p: float) -> int:

@@ -11,6 +11,7 @@ from torch import fx
 
 from attnfuse._compat import FakeTensorMode, OpOverload, alias_key, is_functorch_tensor, pytree
 from attnfuse.expr import Apply, Const, Expr, Index, Linear
+from attnfuse.kernels.dropout import SEED_LIMIT
 from attnfuse.passes.aten import name_of, shape_of
 from attnfuse.passes.capture import Scope, View, is_assertion, is_mutating, is_stale, opaque, value_of, written
 from attnfuse.passes.labels import Atom, Dim, Distances, Labels, is_one, known_equal
@@ -19,7 +20,6 @@ from attnfuse.passes.site import Leaf, Refusal, Site
 from attnfuse.passes.terms import Axis, Call, Symbol, Tensor
 
 _RANDOM = {torch.Tag.nondeterministic_seeded}
-_SEED_LIMIT = 2**62
 
 
 class EmitError(Exception):
@@ -75,7 +75,7 @@ class Emitter:
         seed = None
         if site.spec.dropout > 0.0:
             device = value_of(site.q.node).device
-            seed = writer.call(torch.randint, (0, _SEED_LIMIT, (1,)), {"dtype": torch.int64, "device": device})
+            seed = writer.call(torch.randint, (0, SEED_LIMIT, (1,)), {"dtype": torch.int64, "device": device})
         op = torch.ops.attnfuse.attention.default
         pair = writer.call(op, (q, k, v, operands, seed, None, None, site.spec.text, kernel, self.strict))
         out = writer.getitem(pair, 0)

@@ -178,7 +178,7 @@ def _normalised(node: fx.Node, top: object, bottom: object, inside: frozenset[fx
             return Anchor(
                 scores, dim, node, between | more, problem="what is added to the sum of the weights is no sink"
             )
-        sink, more = found[1], more | found[2]
+        sink, more = found[0], more | found[1]
         raised = any(_raises(n) for n in more)
     if top is e:
         if not summed["keepdim"] or passed:

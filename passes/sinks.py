@@ -119,8 +119,8 @@ def _drops_one(cut: fx.Node, source: fx.Node, dim: int, first: bool) -> bool:
     return begins == (1.0 if first else 0.0)
 
 
-def added(total: fx.Node, shift: fx.Node | None) -> tuple[fx.Node, fx.Node | float, frozenset[fx.Node]] | None:
-    """(sum, sink, nodes passed) for sum + exp(sink - shift) or, without a shift, sum + a number."""
+def added(total: fx.Node, shift: fx.Node | None) -> tuple[fx.Node | float, frozenset[fx.Node]] | None:
+    """(sink, nodes passed) for sum + exp(sink - shift) or, without a shift, sum + a number."""
     if name_of(total) != "add":
         return None
     args = arguments(total)
@@ -132,20 +132,18 @@ def added(total: fx.Node, shift: fx.Node | None) -> tuple[fx.Node, fx.Node | flo
         number = constant(more)
         if number is not None:
             # relative to a maximum that the scores have, a number is no sink of its own
-            return (own, math.log(number), frozenset({total})) if shift is None and number > 0.0 else None
-        sink = _exponent(more, shift)
+            return (math.log(number), frozenset({total})) if shift is None and number > 0.0 else None
+        # without a shift exp of it may be infinite by itself
+        sink = None if shift is None else _exponent(more, shift)
         if sink is not None:
-            return own, sink[0], frozenset({total}) | sink[1]
+            return sink[0], frozenset({total}) | sink[1]
     return None
 
 
-def _exponent(node: Any, shift: fx.Node | None) -> tuple[fx.Node | float, frozenset[fx.Node]] | None:
+def _exponent(node: Any, shift: fx.Node) -> tuple[fx.Node | float, frozenset[fx.Node]] | None:
     if not is_tensor(node) or name_of(node) != "exp":
         return None
     power = node.args[0]
-    if shift is None:
-        # exp of it may be infinite by itself
-        return None
     if name_of(power) == "neg" and power.args[0] is shift:
         return 0.0, frozenset({node, power})
     if name_of(power) != "sub":

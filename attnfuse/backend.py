@@ -19,13 +19,15 @@ from torch import fx
 from attnfuse import _compat, nested, ops, reporting, settings, tuning
 from attnfuse.kernels import REFERENCE, Choice, Unsupported, choose, prepare
 from attnfuse.passes import nested as nested_calls
+from attnfuse.passes import unpad
 from attnfuse.passes.capture import CaptureError, View, capture, source_line, value_of
-from attnfuse.passes.emit import Emitter
+from attnfuse.passes.emit import EmitError, Emitter
 from attnfuse.passes.find import find
 from attnfuse.passes.read import read
 from attnfuse.passes.site import Refusal, Site
 from attnfuse.passes.structure import structure
 from attnfuse.passes.swallowed import swallowed
+from attnfuse.passes.unpad import Unpadder
 from attnfuse.settings import Settings
 from attnfuse.spec import Attention
 
@@ -121,15 +123,18 @@ def rewrite(gm: fx.GraphModule, chosen: Settings) -> Work:
         with _timed(seconds, "emit"):
             emitter = Emitter(view, chosen.strict)
             chosen = _less_fuel(chosen, reports)
-            for result in found:
+            nested_reports, reports = reports, []
+            left, gone = _without_padding(view, found, emitter, chosen, reports, fused)
+            for result in left:
                 reports.append(_treat(result, emitter, chosen, fused))
             if fused:
-                emitter.finish(fused)
+                emitter.finish(gone.union(*(site.inside for site in fused)))
         if fused and chosen.tune:
             with _timed(seconds, "tune"):
                 if chosen.kernel is None:
                     reports = _renamed(reports, tuning.take_fastest(emitter.calls, chosen.strict))
                 tuning.tune_all(view.scopes, chosen.strict)
+        reports = [*nested_reports, *reports]
     except CaptureError as error:
         if str(error) != "the graph has no tensor input":
             if chosen.strict:
@@ -187,6 +192,50 @@ def _read_all(view: View) -> list[Site | Refusal]:
 class _Refused(Refusal):
     anchor: fx.Node | None = None
     where: str = ""
+
+
+def _without_padding(
+    view: View,
+    found: Sequence[Site | Refusal],
+    emitter: Emitter,
+    chosen: Settings,
+    reports: list[reporting.SiteReport],
+    fused: list[Site],
+) -> tuple[list[Site | Refusal], set[fx.Node]]:
+    """Take padding out where attentions can run on packed rows: (what is left to treat, view nodes nothing needs any more)."""
+    sites = [x for x in found if isinstance(x, Site)]
+    if chosen.nan_policy == "eager":
+        return list(found), set()
+    regions, reason = unpad.find(view, sites)
+    done: set[Site] = set()
+    gone: set[fx.Node] = set()
+    for region in regions:
+        own = [a.original for a in region.attentions]
+        if chosen.fuel is not None and len(fused) + len(own) > chosen.fuel:
+            reason = reason or "padding stays: too little fuel"
+            continue
+        choices = [choose(a.spec, value_of(a.site.q.node).device, chosen.kernel) for a in region.attentions]
+        problem = next((p for p in (_problem(c, chosen) for c in choices) if p is not None), None)
+        try:
+            if problem is not None:
+                raise EmitError(problem)
+            unpadder = Unpadder(emitter, region, [c.kernel.name for c in choices if c.kernel is not None])
+            unpadder.emit()
+        except EmitError as error:
+            reason = reason or f"padding stays: {error}"
+            continue
+        gone |= unpadder.inside
+        done.update(own)
+        for a, choice in zip(region.attentions, choices, strict=True):
+            fused.append(a.original)
+            assert choice.kernel is not None
+            reports.append(_report(a.site, a.spec, emitter)(status="fused", reason=None, kernel=choice.kernel.name))
+    left = [x for x in found if x not in done]
+    if reason:
+        for x in left:
+            if isinstance(x, Site):
+                x.notes = (*x.notes, reason)
+    return left, gone
 
 
 def _treat(result: Site | Refusal, emitter: Emitter, chosen: Settings, fused: list[Site]) -> reporting.SiteReport:

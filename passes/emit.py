@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from attnfuse.passes.labels import Atom, Dim, Distances, Labels, is_one, known_e
 from attnfuse.passes.read import stride_hint
 from attnfuse.passes.site import Leaf, Refusal, Site
 from attnfuse.passes.terms import Axis, Call, Symbol, Tensor
+from attnfuse.spec import Attention
 
 _RANDOM = {torch.Tag.nondeterministic_seeded}
 
@@ -46,12 +47,12 @@ class Emitter:
             return Refusal("the attention lies in a region that is called more than once", site.final)
         graph = scope.module.graph
         before = set(graph.nodes)
-        writer = _Writer(self, scope, owner, value_of(site.q.node).device)
+        writer = Writer(self, scope, owner, value_of(site.q.node).device)
         try:
             with graph.inserting_before(owner):
                 call, result = self._insert(site, kernel, writer)
                 found, users = self._log_sum_exp(site, scope, owner, call, writer)
-                self._redirect(site, scope, owner, result, writer)
+                self.redirect(site.final, scope, owner, result, writer)
         except EmitError as error:
             for node in reversed(list(graph.nodes)):
                 # an input that was added to a region stays, since its call has an argument for it
@@ -66,26 +67,21 @@ class Emitter:
         self.calls.append(call)
         return None
 
-    def _insert(self, site: Site, kernel: str, writer: _Writer) -> tuple[fx.Node, fx.Node]:
+    def _insert(self, site: Site, kernel: str, writer: Writer) -> tuple[fx.Node, fx.Node]:
         """The call of the op, and its result as the site's is."""
         q = writer.canonical(site.q, site.batch, site.q_dim, site.d_dim)
         k = writer.canonical(site.k, site.batch, site.k_dim, site.d_dim)
         v = writer.canonical(site.v, site.batch, site.k_dim, site.e_dim)
         operands = [writer.operand(leaf, site) for leaf in site.operands]
-        seed = None
-        if site.spec.dropout > 0.0:
-            device = value_of(site.q.node).device
-            seed = writer.call(torch.randint, (0, SEED_LIMIT, (1,)), {"dtype": torch.int64, "device": device})
-        op = torch.ops.attnfuse.attention.default
-        pair = writer.call(op, (q, k, v, operands, seed, None, None, site.spec.text, kernel, self.strict))
+        pair = writer.attention(q, k, v, operands, (None, None), site.spec, kernel, self.strict)
         out = writer.getitem(pair, 0)
         dims = (*((a,) for a in site.batch), site.q_dim, site.e_dim)
         result = writer.shaped(out, dims, site.out_labels, value_of(site.final))
-        if self._may_be_written(site):
+        if self.may_be_written(site):
             result = writer.call(torch.ops.attnfuse.own.default, (result,))
         return pair, result
 
-    def _may_be_written(self, site: Site) -> bool:
+    def may_be_written(self, site: Site) -> bool:
         """Whether somebody may write to the result: the op keeps it for backward, so that they must have a copy."""
         if not (self.view.trains and self.view.grad.get(site.final, True)):
             return False
@@ -95,26 +91,26 @@ class Emitter:
             return True
         return any(self.view.order[w] > self.view.order[site.final] for w in self.view.writes.get(key, ()))
 
-    def _redirect(self, site: Site, scope: Scope, owner: fx.Node, result: fx.Node, writer: _Writer) -> None:
-        """Let everything that used the site's result use `result`."""
-        self.replaced[scope, site.final] = result
+    def redirect(self, final: fx.Node, scope: Scope, owner: fx.Node, result: fx.Node, writer: Writer) -> None:
+        """Let everything that used `final`, made by the Dynamo node `owner`, use `result`. Raises EmitError."""
+        self.replaced[scope, final] = result
         made = scope.values[owner]
-        if made is site.final:
+        if made is final:
             new: Any = result
         else:
             try:
                 new = pytree.tree_map_only(fx.Node, writer.node_for, made)
             except EmitError:
-                del self.replaced[scope, site.final]
+                del self.replaced[scope, final]
                 raise
         if isinstance(new, fx.Node):
             owner.replace_all_uses_with(new)
-            if made is not site.final:
+            if made is not final:
                 self.replaced[scope, made] = new
             return
         for user in list(owner.users):
             if user.target is not operator.getitem:
-                del self.replaced[scope, site.final]
+                del self.replaced[scope, final]
                 raise EmitError("the attention lies inside a call whose results cannot be taken apart")
         for user in list(owner.users):
             part = new[user.args[1]]
@@ -124,7 +120,7 @@ class Emitter:
                 self.replaced[scope, value] = part
 
     def _log_sum_exp(
-        self, site: Site, scope: Scope, owner: fx.Node, call: fx.Node, writer: _Writer
+        self, site: Site, scope: Scope, owner: fx.Node, call: fx.Node, writer: Writer
     ) -> tuple[fx.Node, list[fx.Node]]:
         """That of the op, and what after it uses the graph's own; nothing where nothing reads it."""
         lse = site.lse
@@ -152,9 +148,8 @@ class Emitter:
             found = writer.method("to", found, like.dtype)
         return writer.shaped(found, (*((a,) for a in site.batch), site.q_dim), site.lse_labels, like), later
 
-    def finish(self, sites: Sequence[Site]) -> None:
-        """Erase what the ops took over, and what nothing needs any more."""
-        inside = {n for site in sites for n in site.inside}
+    def finish(self, inside: Set[fx.Node]) -> None:
+        """Erase the view nodes that the ops took over, and what nothing needs any more."""
         owned: dict[tuple[Scope, fx.Node], list[fx.Node]] = {}
         for made, origin in self.view.origin.items():
             owned.setdefault((origin.scope, origin.node), []).append(made)
@@ -227,7 +222,7 @@ def _functional(node: fx.Node) -> Any:
     return overload if isinstance(overload, OpOverload) and not overload._schema.is_mutable else None
 
 
-class _Writer:
+class Writer:
     """Writes nodes before one node of a Dynamo graph, in terms of values of the view."""
 
     def __init__(self, emitter: Emitter, scope: Scope, owner: fx.Node, device: torch.device) -> None:
@@ -235,6 +230,8 @@ class _Writer:
         self.device = device
         self.scope = scope
         self.owner = owner
+        # whose source line new nodes get
+        self.written_for = owner
         self.graph = scope.module.graph
         self.made: dict[fx.Node, fx.Node] = {}
         self.tables: dict[Any, fx.Node] = {}
@@ -250,14 +247,32 @@ class _Writer:
         self._describe(node)
         return node
 
+    def attention(
+        self,
+        q: fx.Node,
+        k: fx.Node,
+        v: fx.Node,
+        operands: Sequence[fx.Node],
+        bounds: tuple[fx.Node | None, fx.Node | None],
+        spec: Attention,
+        kernel: str,
+        strict: bool,
+    ) -> fx.Node:
+        """A call of the op."""
+        seed = None
+        if spec.dropout > 0.0:
+            seed = self.call(torch.randint, (0, SEED_LIMIT, (1,)), {"dtype": torch.int64, "device": self.device})
+        op = torch.ops.attnfuse.attention.default
+        return self.call(op, (q, k, v, list(operands), seed, *bounds, spec.text, kernel, strict))
+
     def getitem(self, node: fx.Node, index: int) -> fx.Node:
         return self.call(operator.getitem, (node, index))
 
     def _describe(self, node: fx.Node) -> None:
         """Metadata as Dynamo gives it: where the code is, and a fake value."""
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
-            if key in self.owner.meta:
-                node.meta[key] = self.owner.meta[key]
+            if key in self.written_for.meta:
+                node.meta[key] = self.written_for.meta[key]
         example = _example(node, self.emitter.view.fake_mode)
         if example is not None:
             node.meta["example_value"] = example
@@ -293,7 +308,7 @@ class _Writer:
         """A value of the graph around a checkpointed region, as one more input of the region."""
         parent, call = self.scope.parent, self.scope.call
         assert parent is not None and call is not None
-        outer = _Writer(self.emitter, parent, call, self.device)
+        outer = Writer(self.emitter, parent, call, self.device)
         with parent.module.graph.inserting_before(call):
             node = outer.node_for(made)
         self.emitter.touched.add(parent)
@@ -396,7 +411,7 @@ class _Writer:
         labels = leaf.labels
         if any(len(dim) != 1 for dim in labels):
             node = (
-                self.method("view", node, *self._shape([a.size for dim in labels for a in dim]))
+                self.method("view", node, *self.shape([a.size for dim in labels for a in dim]))
                 if self._splits(labels)
                 else node
             )
@@ -445,7 +460,7 @@ class _Writer:
                 node = self.method("squeeze", node, at)
         return node
 
-    def _shape(self, sizes: Sequence[Any]) -> list[int | fx.Node]:
+    def shape(self, sizes: Sequence[Any]) -> list[int | fx.Node]:
         """Sizes for a view; one that no tensor has is left to be inferred."""
         symbolic = [i for i, s in enumerate(sizes) if not isinstance(s, int)]
         if len(symbolic) == 1:
@@ -471,7 +486,7 @@ class _Writer:
         if order != list(range(len(order))):
             out = self.method("permute", out, *order)
         if any(len(dim) != 1 for dim in labels):
-            out = self.method("reshape", out, *self._shape(tuple(like.shape)))
+            out = self.method("reshape", out, *self.shape(tuple(like.shape)))
         return self._laid_out(out, like)
 
     def _laid_out(self, out: fx.Node, eager: torch.Tensor) -> fx.Node:
@@ -489,7 +504,7 @@ class _Writer:
 class Values:
     """Writes nodes that compute an expression for all values of some indices, one dim for each."""
 
-    def __init__(self, writer: _Writer, labels: Labels) -> None:
+    def __init__(self, writer: Writer, labels: Labels) -> None:
         self.writer = writer
         self.dims = [dim[0] for dim in labels]
         self.done: dict[Expr, Any] = {}

@@ -6,13 +6,14 @@ What cannot be read stays the operand it was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from attnfuse.expr import (
+    TRUE,
     Algebra,
     Apply,
     Const,
@@ -44,16 +45,40 @@ _MOST_OPERANDS = 12
 
 def structure(view: View, site: Site) -> Site:
     """The site with its masks read; the same site if nothing was gained."""
-    found = _Structure(view, site).run()
+    return structured_assuming(view, site, lambda e, algebra: e)[0]
+
+
+def structured_assuming(
+    view: View, site: Site, assume: Callable[[Expr, Algebra], Expr]
+) -> tuple[Site, list[Fill], Algebra]:
+    """structure() with masks for which something is known: the site, the fills of its scores before that, the algebra.
+
+    assume: what an expression of the graph's tensors comes to.
+    """
+    reader = _Structure(view, site, assume)
+    found = reader.run()
     if found is None or isinstance(isolated(view, found), Refusal):
-        return site
-    return found
+        found = site
+    return found, reader.fills, reader.algebra
+
+
+@dataclass(frozen=True)
+class Fill:
+    """The scores are kept where `keep` holds, a mask of the graph's tensors, by the step of that index."""
+
+    step: int
+    keep: Expr
+    value: float
 
 
 class _Structure:
-    def __init__(self, view: View, site: Site) -> None:
+    def __init__(self, view: View, site: Site, assume: Callable[[Expr, Algebra], Expr]) -> None:
         self.view = view
         self.site = site
+        self.assume = assume
+        self.fills: list[Fill] = []
+        # the number of the step of the scores that is read
+        self.step: int | None = None
         Qs, Ks = (d[0].size if d else 1 for d in (site.q_dim, site.k_dim))
         self.sizes: dict[Expr, Any] = {Q: Qs, K: Ks}
         self.algebra = Algebra(*(s if isinstance(s, int) else None for s in (Qs, Ks)))
@@ -66,7 +91,10 @@ class _Structure:
 
     def run(self) -> Site | None:
         site = self.site
-        steps = [s for step in site.spec.steps for s in self._step(step)]
+        steps = []
+        for self.step, step in enumerate(site.spec.steps):
+            steps += self._step(step)
+        self.step = None
         weight_steps = [s for step in site.spec.weight_steps for s in self._step(step)]
         sink = site.spec.sink
         if sink is not None and sink.operand is not None:
@@ -151,8 +179,14 @@ class _Structure:
         terms: dict[Expr, Expr] = {}
         for x in loads(step.keep):
             terms[x] = self.algebra.truth(self._term(self.site.operands[x.operand]))
-        keep = self._lowered(substitute(step.keep, terms, self.algebra))
-        return [replace(step, keep=keep)]
+        keep = self._kept(substitute(step.keep, terms, self.algebra), step.value)
+        return [] if keep == TRUE else [replace(step, keep=keep)]
+
+    def _kept(self, keep: Expr, value: float) -> Expr:
+        """Where a fill keeps the scores, for kernels."""
+        if self.step is not None:
+            self.fills.append(Fill(self.step, keep, value))
+        return self._lowered(self.assume(keep, self.algebra))
 
     def _bias(self, step: Bias) -> list[Step]:
         leaf = self.site.operands[step.operand]
@@ -166,9 +200,9 @@ class _Structure:
             keep, yes, no = e.args
             if alpha == 1.0 and isinstance(yes, Const) and isinstance(no, Const):
                 if yes.value == 0.0:
-                    return [AddFill(self._lowered(keep), no.value)]
+                    return self._masked(keep, no.value)
                 if no.value == 0.0:
-                    return [AddFill(self._lowered(self.algebra.not_(keep)), yes.value)]
+                    return self._masked(self.algebra.not_(keep), yes.value)
             if is_joint(keep) and isinstance(yes, Const) != isinstance(no, Const):
                 return self._chosen(keep, yes, no, alpha, dtype)
         if isinstance(e, Call) and e.target in (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor) and is_joint(e):
@@ -178,6 +212,10 @@ class _Structure:
                 return self._added(e.parts[0], alpha, dtype) + self._added(e.parts[1], sign * alpha, dtype)
         read = self._float(e, dtype)
         return [Bias(read.operand, alpha, read.row, read.col)]
+
+    def _masked(self, keep: Expr, value: float) -> list[Step]:
+        keep = self._kept(keep, value)
+        return [] if keep == TRUE else [AddFill(keep, value)]
 
     def _chosen(self, keep: Expr, yes: Expr, no: Expr, alpha: float, dtype: torch.dtype) -> list[Step]:
         """The steps for adding alpha * where(keep, yes, no), where one of the two is a number."""

@@ -461,9 +461,9 @@ class Terms:
         for bound, apply in (("min", self.algebra.maximum), ("max", self.algebra.minimum)):
             if named.get(bound) is not None:
                 number = constant(named[bound])
-                if number is None or number != int(number):
-                    raise NotExpressible("a clamp to something that is not a constant")
-                x = apply(x, Const(int(number)))
+                if number is not None and number != int(number):
+                    raise NotExpressible("a clamp to a fraction")
+                x = apply(x, self.size(named[bound]) if number is None else Const(int(number)))
         return x
 
     def _as_int(self, e: Expr) -> Expr:

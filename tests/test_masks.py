@@ -496,14 +496,14 @@ def test_a_part_of_a_larger_tensor_is_read_where_it_lies(side: int) -> None:
 def test_where_an_expression_cannot_be_emitted_the_mask_stays_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     from attnfuse.passes import emit
 
-    right = emit._Writer.operand
+    right = emit.Writer.operand
 
     def fail_for_tables(self: Any, leaf: Any, site: Any) -> Any:
         if leaf.made is not None:
             raise emit.EmitError("no tables today")
         return right(self, leaf, site)
 
-    monkeypatch.setattr(emit._Writer, "operand", fail_for_tables)
+    monkeypatch.setattr(emit.Writer, "operand", fail_for_tables)
     args = (*_inputs(), torch.randn(11, 4))
     (site,) = attnfuse.explain(_relative, *args).sites
     assert site.status == "fused" and "no tables today" in site.notes
@@ -514,7 +514,7 @@ def test_where_an_expression_cannot_be_emitted_the_mask_stays_a_tensor(monkeypat
 def test_an_operand_of_the_wrong_shape_is_never_emitted(monkeypatch: pytest.MonkeyPatch) -> None:
     from attnfuse.passes import emit
 
-    right = emit._Writer.canonical
+    right = emit.Writer.canonical
 
     def too_large(self: Any, leaf: Any, *dims: Any) -> Any:
         node = right(self, leaf, *dims)
@@ -523,7 +523,7 @@ def test_an_operand_of_the_wrong_shape_is_never_emitted(monkeypatch: pytest.Monk
     def value_shape(leaf: Any) -> tuple[int, ...]:
         return tuple(leaf.node.meta["val"].shape)
 
-    monkeypatch.setattr(emit._Writer, "canonical", too_large)
+    monkeypatch.setattr(emit.Writer, "canonical", too_large)
     args = (*_inputs(), torch.randn(11, 4))
     (site,) = attnfuse.explain(_relative, *args).sites
     assert site.status == "fused" and any("has the shape" in note for note in site.notes), site

@@ -1,0 +1,409 @@
+"""Padding taken out around attentions (passes/unpad.py): J3 of the jagged systems, and what must stay as it is."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import attnfuse
+
+C, HEADS, LONGEST = 16, 2, 40
+LENGTHS = (5, 1, 33, 0, 17)
+JAGGED_TO_PADDED = torch.ops.aten._jagged_to_padded_dense_forward
+PADDED_TO_JAGGED = torch.ops.aten._padded_dense_to_jagged_forward
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch.manual_seed(3)
+    torch._dynamo.reset()
+    attnfuse.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        yield
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(C), nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.feed = nn.Sequential(nn.Linear(C, 2 * C), nn.GELU(), nn.Linear(2 * C, C))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        x = x + self.out(seen.transpose(1, 2).flatten(2))
+        return x + self.feed(x)
+
+
+class Encoder(nn.Module):
+    """pad, learned positions, blocks, padding set to 0, unpad."""
+
+    def __init__(self, pad: Callable[..., Any], unpad: Callable[..., Any], blocks: int = 2) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block() for _ in range(blocks)])
+        self.places = nn.Embedding(64, C)
+        self.pad, self.unpad = pad, unpad
+
+    def forward(self, values: Any, offsets: torch.Tensor) -> torch.Tensor:
+        x, mask = self.pad(values, offsets)
+        x = x + self.places(torch.arange(x.shape[1]))
+        for block in self.blocks:
+            x = block(x, mask)
+        x = x * mask[..., None]
+        return self.unpad(x, mask, values, offsets)
+
+
+# --- ways to pad, giving (padded [B, N, C], mask [B, N]), and to take padding away -------------------------------------
+
+
+def mask_of(lengths: torch.Tensor, longest: int) -> torch.Tensor:
+    return torch.arange(longest)[None] < lengths[:, None]
+
+
+def by_op(values: torch.Tensor, offsets: torch.Tensor) -> Any:
+    return JAGGED_TO_PADDED(values, [offsets], [LONGEST], 0.0), mask_of(offsets.diff(), LONGEST)
+
+
+def by_gather(values: torch.Tensor, offsets: torch.Tensor) -> Any:
+    index = offsets[:-1, None] + torch.arange(LONGEST)
+    return values[index.clamp(max=values.shape[0] - 1)], mask_of(offsets[1:] - offsets[:-1], LONGEST)
+
+
+def by_chosen_gather(values: torch.Tensor, offsets: torch.Tensor) -> Any:
+    mask = mask_of(offsets[1:] - offsets[:-1], LONGEST)
+    return values[torch.where(mask, offsets[:-1, None] + torch.arange(LONGEST), 0)], mask
+
+
+def by_write(values: torch.Tensor, offsets: torch.Tensor) -> Any:
+    mask = mask_of(offsets.diff(), LONGEST)
+    padded = values.new_zeros(mask.shape[0], LONGEST, values.shape[-1])
+    padded[mask] = values
+    return padded, mask
+
+
+def by_nested(values: torch.Tensor, offsets: torch.Tensor) -> Any:
+    padded = values.to_padded_tensor(0.0)
+    return padded, mask_of(values.offsets().diff(), padded.shape[1])
+
+
+def back_by_op(x: torch.Tensor, mask: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    if values.is_nested:
+        return PADDED_TO_JAGGED(x, [values.offsets()], values.values().shape[0])
+    return PADDED_TO_JAGGED(x, [offsets], values.shape[0])
+
+
+def back_by_mask(x: torch.Tensor, mask: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    return x[mask]
+
+
+PADS = [by_op, by_gather, by_chosen_gather, by_write, by_nested]
+
+
+def inputs(lengths: tuple[int, ...] = LENGTHS, nested: bool = False) -> tuple[Any, torch.Tensor]:
+    offsets = F.pad(torch.tensor(lengths).cumsum(0), (1, 0))
+    values = torch.randn(sum(lengths), C)
+    return torch.nested.nested_tensor_from_jagged(values, offsets) if nested else values, offsets
+
+
+def compiled(module: Callable[..., Any], inner: str = "aot_eager") -> Any:
+    return torch.compile(module, backend="attnfuse", fullgraph=True, options={"inner": inner, "strict": True})
+
+
+def sites(count: int = 1) -> list[Any]:
+    found = [s for report in attnfuse.reports() for s in report.sites]
+    assert len(found) == count, found
+    return found
+
+
+def layouts() -> list[str]:
+    return [s.spec.layout if s.status == "fused" else s.status for report in attnfuse.reports() for s in report.sites]
+
+
+def padded_tensors() -> list[str]:
+    """Floating tensors in the rewritten graphs that have a dim of the padded length."""
+    graphs = [report.after for report in attnfuse.reports()]
+    found = [line for graph in graphs for line in graph.splitlines() if f"[{len(LENGTHS)}, {LONGEST}" in line]
+    return [line for line in found if '"f' in line]
+
+
+@pytest.mark.parametrize("pad", PADS)
+@pytest.mark.parametrize("unpad", [back_by_op, back_by_mask])
+def test_j3_pad_attend_unpad_runs_on_packed_rows(pad: Any, unpad: Any) -> None:
+    model = Encoder(pad, unpad).eval()
+    values, offsets = inputs(nested=pad is by_nested)
+    with torch.no_grad():
+        expected = model(values, offsets)
+        found = compiled(model)(values, offsets)
+    assert layouts() == ["packed", "packed"]
+    assert not padded_tensors()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pad", [by_gather, by_write, by_nested])
+def test_j3_training(pad: Any) -> None:
+    """Gradients of all parameters and of the rows are those of the padded model, in which nothing reads padding."""
+    model = Encoder(pad, back_by_mask)
+    values, offsets = inputs()
+    weights = torch.randn(sum(LENGTHS), C)
+    names = [name for name, _ in model.named_parameters()]
+
+    def gradients(run: Any) -> list[torch.Tensor]:
+        leaf = values.clone().requires_grad_()
+        given = torch.nested.nested_tensor_from_jagged(leaf, offsets) if pad is by_nested else leaf
+        loss = (run(given, offsets) * weights).sum()
+        return list(torch.autograd.grad(loss, [leaf, *model.parameters()]))
+
+    expected, found = gradients(model), gradients(compiled(model))
+    assert layouts() == ["packed", "packed"]
+    for name, a, b in zip(["values", *names], found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_j3_through_inductor_with_other_lengths() -> None:
+    """Other lengths of other batches run on the graphs that are there."""
+    model = Encoder(by_gather, back_by_op, blocks=1).eval()
+    run = torch.compile(
+        model, backend=(counter := torch._dynamo.testing.CompileCounterWithBackend("attnfuse")), fullgraph=True
+    )
+    for lengths in (LENGTHS, (40, 2, 3, 9, 11), (3, 3, 40, 1, 2)):
+        values, offsets = inputs(lengths)
+        with torch.no_grad():
+            torch.testing.assert_close(run(values, offsets), model(values, offsets), rtol=1e-5, atol=1e-5)
+    assert counter.frame_count <= 2
+    assert set(layouts()) == {"packed"}
+
+
+# --- other attentions --------------------------------------------------------------------------------------------------
+
+
+def heads(x: torch.Tensor) -> torch.Tensor:
+    return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+
+def merged(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(1, 2).flatten(2)
+
+
+def check(function: Callable[..., Any], *given: Any, layout: str = "packed", rtol: float = 1e-5) -> Any:
+    """The function's result is eager's, its attention has the layout, and gradients are eager's too."""
+    leaves = [x.requires_grad_() if x.is_floating_point() else x for x in given]
+    expected, found = function(*leaves), compiled(function)(*leaves)
+    assert layouts() == [layout], [s.notes for r in attnfuse.reports() for s in r.sites]
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-5)
+    weights = torch.randn_like(expected)
+    wrt = [x for x in leaves if x.requires_grad]
+    for a, b in zip(*(torch.autograd.grad((out * weights).sum(), wrt) for out in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    return found
+
+
+def test_a_causal_attention_with_a_bias_spelled_out() -> None:
+    bias = torch.randn(HEADS, LONGEST, LONGEST)
+    values, offsets = inputs()
+
+    def run(values: torch.Tensor, offsets: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        x, mask = by_gather(values, offsets)
+        q = k = v = heads(x)
+        causal = torch.ones(LONGEST, LONGEST, dtype=torch.bool).tril()
+        scores = q @ k.transpose(-2, -1) / 3.0 + bias
+        scores = scores.masked_fill(~(mask[:, None, None] & causal), torch.finfo(scores.dtype).min)
+        return merged(scores.softmax(-1) @ v)[mask]
+
+    check(run, values, offsets, bias)
+
+
+def test_queries_and_keys_of_other_lengths() -> None:
+    (values, offsets), (others, bounds) = inputs(), inputs((7, 40, 1, 3, 2))
+
+    def run(values: Any, offsets: Any, others: Any, bounds: Any) -> torch.Tensor:
+        (x, mask), (y, seen) = by_gather(values, offsets), by_gather(others, bounds)
+        found = F.scaled_dot_product_attention(heads(x), heads(y), heads(y), attn_mask=seen[:, None, None])
+        return merged(found)[mask]
+
+    check(run, values, offsets, others, bounds)
+
+
+def test_dense_queries_need_no_unpad() -> None:
+    values, offsets = inputs()
+
+    def run(query: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        x, mask = by_gather(values, offsets)
+        return merged(F.scaled_dot_product_attention(heads(query), heads(x), heads(x), mask[:, None, None]))
+
+    check(run, torch.randn(len(LENGTHS), 3, C), values, offsets, layout="packed_keys")
+
+
+def test_padded_queries_of_dense_keys() -> None:
+    values, offsets = inputs()
+
+    def run(values: torch.Tensor, offsets: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        x, mask = by_gather(values, offsets)
+        return merged(F.scaled_dot_product_attention(heads(x), heads(keys), heads(keys)))[mask]
+
+    check(run, values, offsets, torch.randn(len(LENGTHS), 6, C), layout="packed_queries")
+
+
+def test_what_each_sequence_adds_to_its_rows() -> None:
+    values, offsets = inputs()
+
+    def run(values: torch.Tensor, offsets: torch.Tensor, each: torch.Tensor, both: torch.Tensor) -> torch.Tensor:
+        x, mask = by_gather(values, offsets)
+        x = (x + each[:, None]) * both.sigmoid()
+        q = heads(x)
+        return merged(F.scaled_dot_product_attention(q, q, q, mask[:, None, None]))[mask]
+
+    check(run, values, offsets, torch.randn(len(LENGTHS), C), torch.randn(len(LENGTHS), LONGEST, C))
+
+
+def test_rows_beyond_the_padded_length_are_cut_off() -> None:
+    """The padded tensor holds the first rows of a longer sequence, and so do the packed bounds."""
+    values, offsets = inputs((5, 60, 2))
+
+    def run(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        x, mask = by_gather(values, offsets)
+        q = heads(x)
+        return merged(F.scaled_dot_product_attention(q, q, q, mask[:, None, None]))[mask]
+
+    assert check(run, values, offsets).shape[0] == 5 + LONGEST + 2
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (5, 60, 2)])
+def test_fbgemm(lengths: tuple[int, ...]) -> None:
+    """Rows beyond the padded length, which FBGEMM sets to 0, included."""
+    try:
+        importlib.import_module("fbgemm_gpu.sll")
+    except (ImportError, OSError) as error:
+        pytest.skip(f"fbgemm_gpu (pip install fbgemm-gpu-cpu) does not load: {str(error).splitlines()[0]}")
+    fbgemm = torch.ops.fbgemm
+
+    def run(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        offsets = fbgemm.asynchronous_complete_cumsum(lengths)
+        x = fbgemm.jagged_to_padded_dense(values, [offsets], [LONGEST], 0.0)
+        found, same = fbgemm.dense_to_jagged(attended(x, mask_of(lengths, LONGEST)), [offsets], values.shape[0])
+        return found * same[0].shape[0]
+
+    values, offsets = inputs(lengths)
+    check(run, values, offsets.diff())
+
+
+def test_transformer_encoder_of_pytorch() -> None:
+    layer = nn.TransformerEncoderLayer(C, HEADS, 32, dropout=0.0, batch_first=True, norm_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    values, offsets = inputs()
+
+    def run(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        x, mask = by_gather(values, offsets)
+        return model(x, src_key_padding_mask=~mask)[mask]
+
+    expected = run(values, offsets)
+    found = compiled(run)(values, offsets)
+    assert layouts() == ["packed", "packed"], [s.notes for r in attnfuse.reports() for s in r.sites]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+# --- what stays as it is -----------------------------------------------------------------------------------------------
+
+
+def attended(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    q = heads(x)
+    return merged(F.scaled_dot_product_attention(q, q, q, None if mask is None else mask[:, None, None]))
+
+
+def _not_hidden(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    x, mask = by_gather(values, offsets)
+    return attended(x, None)[mask]
+
+
+def _hidden_by_others(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    x, mask = by_gather(values, offsets)
+    return attended(x, mask_of(offsets.diff() + 1, LONGEST))[mask]
+
+
+def _taken_out_by_others(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    x, mask = by_gather(values, offsets)
+    return attended(x, mask)[mask_of(offsets.diff() + 1, LONGEST)]
+
+
+def _mixed(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    x, mask = by_gather(values, offsets)
+    return (attended(x, mask) + x.mean(1, keepdim=True))[mask]
+
+
+def _shifted(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    x, mask = by_gather(values, offsets)
+    return attended(torch.roll(x, 1, 1), mask)[mask]
+
+
+def _kept(values: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x, mask = by_gather(values, offsets)
+    found = attended(x, mask)
+    return found[mask], found
+
+
+def _near(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    x, mask = by_gather(values, offsets)
+    q = heads(x)
+    scores = (q @ q.transpose(-2, -1)).masked_fill(~mask[:, None, None], -8.0)
+    return merged(scores.softmax(-1) @ q)[mask]
+
+
+def _whole_rows(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Rows that hide all keys see padding too, by a finite fill."""
+    x, mask = by_gather(values, offsets)
+    q = heads(x)
+    far = torch.arange(LONGEST)[:, None] > torch.arange(LONGEST) + 3
+    keep = mask[:, None, None] & far
+    scores = (q @ q.transpose(-2, -1)).masked_fill(~keep, torch.finfo(q.dtype).min)
+    return merged(scores.softmax(-1) @ q)[mask]
+
+
+def _written(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    x, mask = by_gather(values, offsets)
+    x.mul_(1.5)
+    return attended(x, mask)[mask]
+
+
+def _by_a_mask_that_comes_in(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    x, mask = by_gather(values, offsets)
+    return attended(x, torch.rand(x.shape[0], LONGEST) < 2.0)[mask]
+
+
+STAYS = {
+    _not_hidden: "not known to hide keys of padding",
+    _hidden_by_others: "not known to hide keys of padding",
+    _taken_out_by_others: "a mask that is not known to leave out the padding",
+    _mixed: "mean over rows",
+    _shifted: "roll may mix rows",
+    _kept: "used by the graph's output",
+    _near: "a number that a score may come near to",
+    _whole_rows: "a row may hide all of its keys",
+    _written: "written in place",
+    _by_a_mask_that_comes_in: "not known to hide keys of padding",
+}
+
+
+@pytest.mark.parametrize("function", STAYS, ids=lambda f: f.__name__.strip("_"))
+def test_what_stays_padded_says_why(function: Callable[..., Any]) -> None:
+    values, offsets = inputs()
+    with torch.no_grad():
+        expected, found = function(values, offsets), compiled(function)(values, offsets)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    (site,) = sites()
+    assert site.status == "fused" and site.spec.layout == "dense"
+    assert any(STAYS[function] in note and note.startswith("padding stays") for note in site.notes), site.notes
+
+
+def test_padding_that_is_nan_is_not_passed_over_under_the_eager_policy() -> None:
+    values, offsets = inputs()
+    model = Encoder(by_gather, back_by_mask, blocks=1).eval()
+    options = {"inner": "eager", "nan_policy": "eager"}
+    with torch.no_grad():
+        found = torch.compile(model, backend="attnfuse", fullgraph=True, options=options)(values, offsets)
+        torch.testing.assert_close(found, model(values, offsets), rtol=1e-5, atol=1e-5)
+    assert layouts() == ["dense"]

@@ -27,7 +27,7 @@ from attnfuse.passes.read import read
 from attnfuse.passes.site import Refusal, Site
 from attnfuse.passes.structure import structure
 from attnfuse.passes.swallowed import swallowed
-from attnfuse.passes.unpad import Unpadder
+from attnfuse.passes.unpadder import Unpadder
 from attnfuse.settings import Settings
 from attnfuse.spec import Attention
 

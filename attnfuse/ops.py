@@ -242,7 +242,7 @@ def _checked_offsets(offsets: torch.Tensor, lengths: torch.Tensor | None, rows: 
         if any(not 0 <= n <= most for n, most in zip(lengths.tolist(), room, strict=True)):
             problem = f"lengths {lengths.tolist()} do not fit between them"
     if problem:
-        raise ValueError(f"offsets of a nested tensor are {found}: {problem}")
+        raise ValueError(f"offsets of sequences are {found}: {problem}")
     return offsets.clone()
 
 

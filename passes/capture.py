@@ -171,7 +171,7 @@ def written(node: fx.Node) -> list[fx.Node]:
 def capture(gm: fx.GraphModule) -> View:
     """View a Dynamo graph. Raises CaptureError if it cannot be viewed."""
     examples = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
-    fake_mode = _compat.detect_fake_mode(examples)
+    fake_mode = _compat.detect_fake_mode([x.values() if _is_jagged(x) else x for x in examples])
     if fake_mode is None:
         raise CaptureError("the graph has no tensor input")
     recorder = _Recorder(fake_mode)
@@ -179,8 +179,6 @@ def capture(gm: fx.GraphModule) -> View:
     plain = [x for x in examples if not _is_nested(x)]
     if _writes_beside_nested(gm):
         raise CaptureError("something is written in place beside nested tensors, whose memory is not followed")
-    if not any(isinstance(x, torch.Tensor) for x in plain):
-        raise CaptureError("the graph has no tensor input")
 
     def run(*args: Any) -> Any:
         given = iter(args)
@@ -356,6 +354,10 @@ def _writes_beside_nested(gm: fx.GraphModule) -> bool:
     if not any(_is_nested(x) for n in nodes for x in pytree.tree_leaves(n.meta.get("example_value"))):
         return False
     return any(n.op in ("call_function", "call_method") and batched.may_write(n.target, n.kwargs) for n in nodes)
+
+
+def _is_jagged(x: Any) -> bool:
+    return _is_nested(x) and x.layout == torch.jagged
 
 
 def _is_nested(x: Any) -> bool:

@@ -261,6 +261,67 @@ def test_what_each_sequence_adds_to_its_rows() -> None:
     check(run, values, offsets, torch.randn(len(LENGTHS), C), torch.randn(len(LENGTHS), LONGEST, C))
 
 
+def test_rows_that_are_written_into_the_heads_at_once() -> None:
+    values, offsets = inputs()
+
+    def run(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        x, mask = by_write(values, offsets)
+        q = x.view(-1, LONGEST, HEADS, C // HEADS).transpose(1, 2)
+        return merged(F.scaled_dot_product_attention(q, q, q, mask[:, None, None]))[mask]
+
+    check(run, values, offsets)
+
+
+def test_numbers_made_of_padded_sizes_stay_what_they_are() -> None:
+    """N is the padded length, not the number of packed rows that its dim has afterwards."""
+
+    def run(values: torch.Tensor) -> torch.Tensor:
+        padded = values.to_padded_tensor(0.0)
+        mask = mask_of(values.offsets().diff(), padded.shape[1])
+        return (attended(padded / padded.shape[1], mask) * padded.size(1) ** 0.5)[mask]
+
+    for lengths in ((5, 1, 33, 2, 17), (4, 9, 3, 3, 20)):
+        rows = [torch.randn(n, C) for n in lengths]
+        nested = torch.nested.nested_tensor(rows, layout=torch.jagged)
+        torch.testing.assert_close(compiled(run)(nested), run(nested), rtol=1e-5, atol=1e-5)
+    assert set(layouts()) == {"packed"}
+
+
+def test_dropout_between_the_pad_and_the_unpad() -> None:
+    """Drops as much, scales what is left, and gradients flow where rows were kept."""
+    values, offsets = inputs((40, 40, 39))
+
+    def run(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        x, mask = by_gather(values, offsets)
+        return F.dropout(attended(x, mask), 0.25)[mask]
+
+    values.requires_grad_()
+    found = compiled(run)(values, offsets)
+    assert layouts() == ["packed"]
+    plain = attended(by_gather(values, offsets)[0], mask_of(offsets.diff(), LONGEST))[mask_of(offsets.diff(), LONGEST)]
+    kept = found != 0
+    torch.testing.assert_close(found[kept], (plain / 0.75)[kept], rtol=1e-5, atol=1e-5)
+    assert 0.7 < kept.float().mean() < 0.8
+    assert torch.autograd.grad(found.sum(), values)[0].abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore:attnfuse. kernel 'cpu' failed:RuntimeWarning")
+@pytest.mark.parametrize("offsets", [(0, 7, 5, 20), (-3, 5, 9, 20), (0, 5, 9, 99)])
+def test_offsets_that_are_inconsistent(offsets: tuple[int, ...]) -> None:
+    """Strict says what is wrong with them; else nothing is read out of bounds."""
+    values, given = torch.randn(20, C), torch.tensor(offsets)
+
+    def run(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        x = JAGGED_TO_PADDED(values, [offsets], [LONGEST], 0.0)
+        return PADDED_TO_JAGGED(attended(x, mask_of(offsets.diff(), LONGEST)), [offsets], values.shape[0])
+
+    with pytest.raises(ValueError, match="offsets of sequences are"):
+        compiled(run)(values, given)
+    torch._dynamo.reset()
+    loose = torch.compile(run, backend="attnfuse", fullgraph=True, options={"inner": "eager"})
+    assert loose(values, given).shape == values.shape
+
+
 def test_rows_beyond_the_padded_length_are_cut_off() -> None:
     """The padded tensor holds the first rows of a longer sequence, and so do the packed bounds."""
     values, offsets = inputs((5, 60, 2))
@@ -369,6 +430,14 @@ def _written(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     return attended(x, mask)[mask]
 
 
+def _read_later(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    x, mask = by_gather(values, offsets)
+    factor = torch.ones(C)
+    x = x * factor
+    factor.mul_(2.0)
+    return attended(x, mask)[mask] * factor
+
+
 def _by_a_mask_that_comes_in(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     x, mask = by_gather(values, offsets)
     return attended(x, torch.rand(x.shape[0], LONGEST) < 2.0)[mask]
@@ -384,6 +453,7 @@ STAYS = {
     _near: "a number that a score may come near to",
     _whole_rows: "a row may hide all of its keys",
     _written: "written in place",
+    _read_later: "something is written in place while padded tensors are worked on",
     _by_a_mask_that_comes_in: "not known to hide keys of padding",
 }
 
@@ -397,6 +467,21 @@ def test_what_stays_padded_says_why(function: Callable[..., Any]) -> None:
     (site,) = sites()
     assert site.status == "fused" and site.spec.layout == "dense"
     assert any(STAYS[function] in note and note.startswith("padding stays") for note in site.notes), site.notes
+
+
+def test_what_is_computed_without_gradients_gets_none() -> None:
+    values, offsets = inputs()
+
+    def run(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            x, mask = by_gather(values, offsets)
+            x = attended(x, mask)
+        return x[mask] + values
+
+    values.requires_grad_()
+    found = compiled(run)(values, offsets)
+    torch.testing.assert_close(found, run(values, offsets), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), values)[0], torch.ones_like(values))
 
 
 def test_padding_that_is_nan_is_not_passed_over_under_the_eager_policy() -> None:

@@ -146,7 +146,7 @@ def measure(case: Case, budget: float) -> Row:
     attnfuse.reset()
     given = inputs(case)
     calls = {name: contender(case, name, given) for name in _names(case)}
-    with _gradients(case):
+    with gradients(case):
         expected = packed(calls["sdpa"](), given[2])
         for name, call in calls.items():
             error = deviation(packed(call(), given[2]), expected)
@@ -168,7 +168,7 @@ def measure(case: Case, budget: float) -> Row:
     }
 
 
-def _gradients(case: Case) -> contextlib.AbstractContextManager[Any]:
+def gradients(case: Case) -> contextlib.AbstractContextManager[Any]:
     return torch.no_grad() if case.mode == "forward" else contextlib.nullcontext()
 
 
@@ -176,7 +176,7 @@ def peak(case: Case, name: str) -> int:
     """Bytes above its inputs that one call takes at its highest, once it is compiled; run in a fresh process."""
     torch.set_num_threads(THREADS)
     call = contender(case, name, inputs(case))
-    with _gradients(case):
+    with gradients(case):
         call()
         return peak_of(call)
 
@@ -193,7 +193,7 @@ def _peaks(case: Case) -> Row:
 _HEAD = ("case", "N", "eager", "Inductor", "SDPA", "attnfuse", "over eager", "over Inductor", "over SDPA", "control")
 
 
-def _ratio(timing: Timing | None) -> str:
+def ratio(timing: Timing | None) -> str:
     """attnfuse's advantage from its speed-up's inverse, the quartiles in brackets."""
     return "" if timing is None else f"{1 / timing.speedup:.2f} ({1 / timing.high:.2f} to {1 / timing.low:.2f})"
 
@@ -205,7 +205,7 @@ def _cells(row: Row) -> list[str]:
         f"{case.dtype} {case.mode}",
         str(case.longest),
         *(results.duration(timings[n].seconds) if n in timings else "" for n in (*_PADDED, "attnfuse")),
-        *(_ratio(timings.get(n)) for n in (*_PADDED, _CONTROL)),
+        *(ratio(timings.get(n)) for n in (*_PADDED, _CONTROL)),
     ]
 
 

@@ -156,8 +156,8 @@ class Unpadder:
         else:
             assert rows.lengths is not None
             most = {"min": 0, "max": writer.size(rows.place.size)}
-            lengths = writer.call(torch.clamp, (writer.here(rows.lengths),), most)
-            found = writer.call(torch.nn.functional.pad, (writer.call(torch.cumsum, (lengths, 0)), (1, 0)))
+            sums = writer.call(torch.cumsum, (writer.call(torch.clamp, (writer.here(rows.lengths),), most), 0))
+            found = writer.call(torch.nn.functional.pad, (sums, (1, 0)))
         if not self.emitter.strict:
             return found
         # rows of no sequence are no error, but for padded[mask] = values

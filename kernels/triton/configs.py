@@ -121,7 +121,7 @@ MOST = 24
 DESCRIBED, SPECIALISED = 6, 2
 #: Where Triton 3.6 and 3.7 make something of specialised loops: elsewhere they fail to compile or stay as they were. These have
 #: not been seen to run.
-_PARTITIONED = {("forward", 120), ("backward", 100)}
+PARTITIONED = {("forward", 120), ("backward", 100)}
 #: float32 numbers of accumulators that a thread has registers for.
 _ACCUMULATED = 224
 
@@ -154,7 +154,7 @@ def candidates(
         return found
     described = [replace(c, descriptors=True) for c in found]
     whole = [replace(c, specialised=True) for c in described if c.warps >= 4]
-    some = whole[:SPECIALISED] if specialised and (which, capability) in _PARTITIONED else []
+    some = whole[:SPECIALISED] if specialised and (which, capability) in PARTITIONED else []
     return [*found, *described[:DESCRIBED], *some]
 
 

@@ -11,6 +11,7 @@ from kernel_cases import FLOAT_MIN, INF, bounds_of, check, make_spec, qkv, randn
 from attnfuse.expr import Algebra, causal, dense, documents, window
 from attnfuse.kernels import triton
 from attnfuse.kernels.layout import Bounds
+from attnfuse.kernels.triton.configs import PARTITIONED
 from attnfuse.spec import AddFill, Bias, ReplaceFill, Scale, Softcap
 
 HALF = Scale(0.25)
@@ -136,6 +137,18 @@ def test_gradients_that_can_have_no_descriptor_are_read_as_ever(described):
     assert described == [*BACKWARD[:2], ("backward_columns", "")]
     # a sum in the same order, of the same numbers
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+def test_specialised_loops_give_the_same(described, monkeypatch):
+    table = triton._Call.table
+
+    def specialised(call, which):
+        where = call.device.type == "cpu" or (which, call.device.capability) in PARTITIONED
+        return replace(table(call, which), specialised=where)
+
+    monkeypatch.setattr(triton._Call, "table", specialised)
+    check(triton, *qkv(1, 2, 270, 290, 64, dtype=torch.float16), steps=(HALF, ReplaceFill(causal(), -INF)))
+    assert described == FORWARD + BACKWARD
 
 
 @pytest.mark.parametrize("layout", ["packed", "packed_queries", "packed_keys"])

@@ -183,8 +183,8 @@ def by_descriptors(capability, D):
     assert [name for name, c in made.items() if c.bulk] == ["forward", "backward_rows", "backward_columns"]
     for name in ("forward", "backward_rows", "backward_columns"):
         assert targets.MATRIX[capability] in made[name].products, made[name]
-        # for mma.sync of tiles that it swizzles ptxas runs short of registers
-        assert made[name].spilled <= (128 if capability == 120 else 16), made[name]
+        few = (capability, D, name) == (120, 128, "backward_columns")
+        assert made[name].spilled <= (64 if few else 0), made[name]
         assert not made[name].partitioned
 
 

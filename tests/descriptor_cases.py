@@ -121,6 +121,7 @@ def test_what_can_have_no_descriptor_is_read_as_ever(described):
     q, k, v = qkv(1, 2, 33, 40, 32, dtype=half)
     # columns that are not adjacent, rows that are one, and an address between two multiples of 16
     ordinary(q, k.mT.contiguous().mT, v)
+    ordinary(q, k, torch.cat([v, v], -1)[..., ::2])
     ordinary(q, k, v[..., :1, :].expand(v.shape))
     ordinary(q, torch.cat([k, k], -1)[..., 1:33], v)
     # more dims than a descriptor has

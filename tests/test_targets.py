@@ -183,8 +183,9 @@ def by_descriptors(capability, D):
     assert [name for name, c in made.items() if c.bulk] == ["forward", "backward_rows", "backward_columns"]
     for name in ("forward", "backward_rows", "backward_columns"):
         assert targets.MATRIX[capability] in made[name].products, made[name]
-        few = (capability, D, name) == (120, 128, "backward_columns")
-        assert made[name].spilled <= (64 if few else 0), made[name]
+        # on 12.0 Triton 3.7 spills 48 bytes in one kernel, 3.6 spills 96 there and 8 in others
+        most = 0 if capability != 120 else 96 if (name, D) == ("backward_columns", 128) else 8
+        assert made[name].spilled <= most, made[name]
         assert not made[name].partitioned
 
 
@@ -203,7 +204,8 @@ def test_descriptors_compile_to_bulk_copies_for_every_target_that_has_them(capab
 def specialised(capability, kernel, D):
     made = described(capability, D, specialised=True)
     assert {name for name, c in made.items() if c.partitioned} == {kernel}
-    assert made[kernel].spilled == 0 and made[kernel].bulk, made[kernel]
+    # none with Triton 3.7, 8 bytes with 3.6 on 12.0
+    assert made[kernel].spilled <= 8 and made[kernel].bulk, made[kernel]
 
 
 def test_specialised_loops_share_out_their_work():

@@ -21,6 +21,7 @@ Row = dict[str, Any]
 def write(content: Row, document: Path = DOCUMENT) -> None:
     """Put the tables in place of those that the document has."""
     results.section("configurations", configurations(content), document, _HEAD)
+    results.section("variants", variants(content), document, _HEAD)
     results.section("traffic", traffic(content), document, _HEAD)
 
 
@@ -106,6 +107,47 @@ _TABLES: tuple[tuple[str, str, tuple[str, ...], Callable[[Row], list[str]]], ...
 )
 #: Kernels without products.
 _WITHOUT = ("prepare", "combine")
+
+
+_VARIANTS = ("spec", "target", "D", "kernel", "tile", "addresses", "descriptors", "specialised", "instruction")
+
+
+def variants(content: Row) -> str:
+    """Kernels with tensor descriptors beside the same configuration with addresses."""
+    kept = content.get("variants", [])
+    made = {(_case(r), r.get("variant", "")): _named(r) for r in (*content["rows"], *kept)}
+    lines = []
+    for case in (_case(r) for r in kept if r["variant"] == "descriptors"):
+        for name, kernel in made[case, "descriptors"].items():
+            if not kernel["bulk"]:
+                continue
+            special = made.get((case, "specialised"), {}).get(name, {})
+            figures = [_figures(made.get((case, ""), {}).get(name)), _figures(kernel)]
+            figures.append(_figures(special) if special.get("partitioned") else "")
+            capability, _, D, spec = case
+            lines.append([spec, str(capability), str(D), name, _tiles(kernel), *figures, ", ".join(kernel["products"])])
+    older = sum(r["old"] for r in kept)
+    failed = [f"- {_name(r)} {r['variant']}: {r['failed']}" for r in kept if r["failed"]]
+    parts = [results.table(_VARIANTS, lines, left=5)]
+    parts += [f"{older} of {len(kept)} cases are of an older source."] if older else []
+    parts += ["Not compiled:", "\n".join(failed)] if failed else []
+    return "\n\n".join(parts)
+
+
+def _case(row: Row) -> tuple[int, str, int, str]:
+    return row["capability"], row["dtype"], row["D"], row["spec"]
+
+
+def _named(row: Row) -> dict[str, Row]:
+    return {kernel["kernel"]: kernel for kernel in row["kernels"]}
+
+
+def _figures(kernel: Row | None) -> str:
+    """Registers, shared memory in KiB and, if there are any, bytes spilled."""
+    if not kernel:
+        return ""
+    spilled = f", {kernel['spilled']} spilled" if kernel["spilled"] else ""
+    return f"{kernel['registers']}, {_kib(kernel['shared'])}{spilled}"
 
 
 def _kib(size: float) -> str:

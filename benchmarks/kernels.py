@@ -16,7 +16,7 @@ import math
 import multiprocessing
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -26,6 +26,7 @@ import typer
 
 from attnfuse.expr import Algebra, causal, dense, window
 from attnfuse.kernels.layout import DENSE, Bounds
+from attnfuse.kernels.triton.configs import PARTITIONED, Config, Pass, config
 from attnfuse.spec import AddFill, Attention, Bias, Operand, ReplaceFill, Scale, Sink, Softcap
 from benchmarks import kernel_tables, results, traffic
 
@@ -49,6 +50,10 @@ RESULTS = results.RESULTS / "kernels.json"
 HEADS, LENGTH, WIDTH = 16, 4096, 512
 SHOWN = (80, 90, 120)
 _SAMPLE = ("causal", "mixed")
+#: What tuning tries besides: the shipped configurations with tensor descriptors, and specialised where that makes a difference.
+VARIANTS = {"descriptors": ("causal", "mixed", "decode"), "specialised": ("causal",)}
+#: Where there are any.
+_VARIED = (90, 100, 120)
 #: What 'decode' reads, with query heads in groups of four, and how long the sequences of 'packed' are.
 _CACHE, _GROUPS, _LENGTHS = 4096, 4, (500, 20, 1000)
 
@@ -68,15 +73,24 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """capability: 10 * major + minor; D: head size of keys and values alike."""
+    """capability: 10 * major + minor; D: head size of keys and values alike; variant: of VARIANTS, or as shipped."""
 
     capability: int
     dtype: str
     D: int
     spec: str
+    variant: str = ""
 
     def __str__(self) -> str:
-        return f"{self.capability} {self.dtype} D{self.D} {self.spec}"
+        return f"{self.capability} {self.dtype} D{self.D} {self.spec} {self.variant}".strip()
+
+    @staticmethod
+    def of(row: Row) -> Case:
+        return Case(row["capability"], row["dtype"], row["D"], row["spec"], row.get("variant", ""))
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        return ("decode",) if self.spec == "decode" else ("forward", "backward")
 
 
 def _joined(values: Iterable[object]) -> str:
@@ -141,26 +155,45 @@ def compiled(case: Case) -> Row:
     *given, bounds = build(case.spec, case.dtype, case.D)
     torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
     try:
-        found = targets.compiled(*given, case.capability, backward=case.spec != "decode", bounds=bounds)
+        fixed = varied(case) if case.variant else {}
+        backward = "backward" in case.passes
+        found = targets.compiled(*given, case.capability, backward=backward, bounds=bounds, fixed=fixed)
     except Exception as error:
         # Triton raises errors of its own kinds, and a failure is a result too
         return {**asdict(case), "failed": f"{type(error).__name__}: {error}"[:300], "kernels": []}
     return {**asdict(case), "failed": "", "kernels": [asdict(x) for x in found]}
 
 
-def digest(case: Case) -> str:
-    """Of what the case's kernels are made from: another one means that its figures are of the past."""
+def _shipped(case: Case) -> dict[Pass, Config]:
+    """The configurations that the case's kernels have."""
     from attnfuse.kernels import triton
     from attnfuse.kernels.device import Device
-    from attnfuse.kernels.triton import codegen, template
-    from attnfuse.kernels.triton.configs import Pass
 
     spec, *tensors, bounds = build(case.spec, case.dtype, case.D, device="meta")
     seed = torch.zeros(1, dtype=torch.int64)
     call = triton._Call(spec, *tensors, seed, Device("cuda", case.capability), lambda *_: None, bounds)
-    files = [Path(str(module.__file__)).read_text() for module in (triton, template)]
-    passes: tuple[Pass, ...] = ("decode",) if case.spec == "decode" else ("forward", "backward")
-    tiles = " ".join(str(call.config(which)) for which in passes)
+    return {which: call.config(which) for which in case.passes}
+
+
+def varied(case: Case) -> dict[Pass, Config]:
+    """Those of a variant."""
+
+    def made(which: Pass, shipped: Config) -> Config:
+        specialised = case.variant == "specialised" and (which, case.capability) in PARTITIONED
+        return replace(shipped, descriptors=True, specialised=specialised)
+
+    return {which: made(which, shipped) for which, shipped in _shipped(case).items()}
+
+
+def digest(case: Case) -> str:
+    """Of what the case's kernels are made from: another one means that its figures are of the past."""
+    from attnfuse.kernels import triton
+    from attnfuse.kernels.triton import codegen, descriptors, template
+
+    modules = (triton, template, *([descriptors] if case.variant else []))
+    files = [Path(str(module.__file__)).read_text() for module in modules]
+    tiles = " ".join(map(str, (varied(case) if case.variant else _shipped(case)).values()))
+    spec = build(case.spec, case.dtype, case.D, device="meta").spec
     parts = [metadata.version("triton"), codegen.source(spec), tiles, *files]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
@@ -172,6 +205,19 @@ def cases(capabilities: Iterable[int], dtypes: Iterable[str], sizes: Iterable[in
     return [
         c for c in found if c.capability not in WITHOUT or (c.dtype == "float16" and c.D < 256 and c.spec in _SAMPLE)
     ]
+
+
+def variants(capabilities: Iterable[int], dtypes: Iterable[str], sizes: Iterable[int]) -> list[Case]:
+    """As cases, of VARIANTS: float16, and head sizes up to 128."""
+    found = [
+        Case(capability, "float16", D, spec, variant)
+        for capability, D in itertools.product(capabilities, sizes)
+        for variant, specs in VARIANTS.items()
+        for spec in specs
+        if "float16" in dtypes and capability in _VARIED and D <= 128
+    ]
+    partitioned = {capability for _, capability in PARTITIONED}
+    return [c for c in found if c.variant != "specialised" or c.capability in partitioned]
 
 
 def measure(todo: list[Case], jobs: int, done: Callable[[Row], None]) -> None:
@@ -203,8 +249,6 @@ def measure(todo: list[Case], jobs: int, done: Callable[[Row], None]) -> None:
 
 def moved(capability: int, name: str, D: int) -> list[Row]:
     """The traffic of both passes at the standard size in float16, with the target's tiles."""
-    from attnfuse.kernels.triton.configs import Pass, config
-
     spec, q, k, v, operands, _ = build(name, "float16", D, batch=1, heads=HEADS, length=LENGTH, device="meta")
     passes: tuple[tuple[Pass, Callable[..., traffic.Pass]], ...] = (
         ("forward", traffic.forward),
@@ -229,11 +273,12 @@ def main(
     write: Annotated[bool, typer.Option(help="write the tables of docs/kernels.md")] = True,
 ) -> None:
     """Compile the kernels, count their traffic, and write what comes out."""
-    old: list[Row] = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-    rows = {Case(row["capability"], row["dtype"], row["D"], row["spec"]): row for row in old}
-    numbers = (map(int, results.listed(x)) for x in (targets, sizes))
-    wanted = cases(next(numbers), results.listed(dtypes), list(next(numbers)))
-    every = cases((*TARGETS, *WITHOUT), SPECS, SIZES)
+    old: Row = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
+    rows = {Case.of(row): row for row in (*old["rows"], *old.get("variants", []))}
+    capabilities, widths = ([int(x) for x in results.listed(given)] for given in (targets, sizes))
+    named = results.listed(dtypes)
+    wanted = [*cases(capabilities, named, widths), *variants(capabilities, named, widths)]
+    every = [*cases((*TARGETS, *WITHOUT), SPECS, SIZES), *variants(_VARIED, SPECS, SIZES)]
     digests = {c: digest(c) for c in every}
     todo = [c for c in wanted if fresh or c not in rows or rows[c]["source"] != digests[c]] if missing else []
     content: Row = {"environment": results.environment(threads=1), "triton": metadata.version("triton")}
@@ -246,11 +291,12 @@ def main(
     ]
 
     def save() -> Path:
-        kept = [{**rows[c], "old": rows[c]["source"] != digests[c]} for c in every if c in rows]
-        return results.save("kernels", {**content, "rows": kept})
+        kept = {c: {**rows[c], "old": rows[c]["source"] != digests[c]} for c in every if c in rows}
+        plain, others = ([row for c, row in kept.items() if bool(c.variant) == other] for other in (False, True))
+        return results.save("kernels", {**content, "rows": plain, "variants": others})
 
     def done(row: Row) -> None:
-        case = Case(row["capability"], row["dtype"], row["D"], row["spec"])
+        case = Case.of(row)
         rows[case] = {**row, "source": digests[case]}
         save()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,57 @@ def test_too_much_shared_memory_failures_and_older_sources_are_told() -> None:
     assert "- forward, float16, D 64: mixed 100 (86)" in text
     assert "- 120 float16 D64 mixed: CompileError: no" in text
     assert "1 of 2 cases are of an older source." in text
+
+
+def test_variants_stand_beside_what_is_shipped() -> None:
+    def varied(variant: str, **changed: Any) -> dict[str, Any]:
+        made = row(90, products=["wgmma.mma_async"], **changed)
+        kernels = [{**k, "bulk": k["kernel"] != "prepare", "partitioned": False} for k in made["kernels"]]
+        kernels[0]["partitioned"] = variant == "specialised"
+        return {**made, "kernels": kernels, "variant": variant}
+
+    rows = [varied("descriptors", registers=90, shared=4096), varied("specialised", registers=168, spilled=8)]
+    failed = {**rows[0], "D": 128, "kernels": [], "failed": "CompileError: no", "old": True}
+    text = kernel_tables.variants({"rows": [row(90, registers=150)], "variants": [*rows, failed]})
+    tile = "64x32, 4 warps, 2 stages"
+    assert f"| mixed | 90 | 64 | forward | {tile} | 150, 2 | 90, 4 | 168, 2, 8 spilled | wgmma.mma_async |" in text
+    # what is not specialised in the end has no figures
+    assert f"| mixed | 90 | 64 | backward_rows | {tile} | 100, 2 | 100, 2 |  | mma.sync |" in text
+    assert "prepare" not in text
+    assert (
+        "1 of 3 cases are of an older source." in text and "- 90 float16 D128 mixed descriptors: CompileError" in text
+    )
+
+
+@needs_triton
+def test_a_variant_is_compiled_with_its_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnfuse.kernels.triton import configs, targets
+
+    given = []
+
+    def cheap(kernel: Any, arguments: dict[str, Any], capability: int) -> targets.Compiled:
+        described = sorted(name for name, x in arguments.items() if hasattr(x, "block_shape"))
+        given.append((kernel.fn.__name__, "".join(described), arguments.get("SPECIALISED")))
+        return targets.Compiled(kernel.fn.__name__, 0, 0, 4, 1, 1, 0, 0, ())
+
+    monkeypatch.setattr(targets, "_compile", cheap)
+    case = kernels.Case(120, "float16", 64, "causal")
+    for variant in ("", "descriptors", "specialised"):
+        kernels.compiled(replace(case, variant=variant))
+    read = [("forward", "KV"), ("prepare", ""), ("backward_rows", "KV"), ("backward_columns", "GQ")]
+    assert [x[:2] for x in given] == [(name, "") for name, _ in read] + read * 2
+    assert [x[2] for x in given if x[0] == "forward"] == [False, False, ("forward", 120) in configs.PARTITIONED]
+    assert len({kernels.digest(replace(case, variant=v)) for v in ("", *kernels.VARIANTS)}) == 3
+
+
+def test_variants_are_cases_where_a_device_has_descriptors() -> None:
+    found = kernels.variants((*kernels.TARGETS, *kernels.WITHOUT), kernels.SPECS, kernels.SIZES)
+    assert len(found) == len(set(found))
+    assert {c.capability for c in found if c.variant == "descriptors"} == {90, 100, 120}
+    assert {c.capability for c in found if c.variant == "specialised"} == {100, 120}
+    plain = kernels.cases(kernels.TARGETS, kernels.SPECS, kernels.SIZES)
+    # each has a shipped configuration to stand beside
+    assert all(replace(c, variant="") in plain for c in found)
 
 
 def test_bfloat16_is_compared_with_float16() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
@@ -154,6 +155,90 @@ def test_a_spec_with_everything_compiles(capability):
     spec, q, k, v, operands = mixed()
     for c in targets.compiled(spec, q, k, v, operands, capability):
         assert c.shared <= targets.SHARED[capability], c
+
+
+def described(capability, D, decoded=False, specialised=False):
+    """The kernels of the shipped configurations with tensor descriptors, by name."""
+    from attnfuse.kernels.triton import configs, targets
+
+    half = torch.float16
+    q, k, v = qkv(1, 2, 256, 256, D, dtype=half)
+    if decoded:
+        q, k, v = randn(4, 8, 4, 1, D, dtype=half), *(randn(4, 8, 1, 4096, D, dtype=half) for _ in range(2))
+    passes = ("decode",) if decoded else ("forward", "backward")
+    shipped = {which: configs.config(capability, which, 16, D, D) for which in passes}
+    some = {w for w in passes if specialised and (w, capability) in configs.PARTITIONED}
+    fixed = {w: replace(c, descriptors=True, specialised=w in some) for w, c in shipped.items()}
+    spec = make_spec(q, k, v, steps=(HALF, ReplaceFill(causal(k.shape[-2] - q.shape[-2]), -INF)))
+    made = targets.compiled(spec, q, k, v, [], capability, backward=not decoded, fixed=fixed)
+    for c in made:
+        assert c.shared <= targets.SHARED[capability], c
+    return {c.kernel: c for c in made}
+
+
+def by_descriptors(capability, D):
+    from attnfuse.kernels.triton import targets
+
+    made = described(capability, D)
+    assert [name for name, c in made.items() if c.bulk] == ["forward", "backward_rows", "backward_columns"]
+    for name in ("forward", "backward_rows", "backward_columns"):
+        assert targets.MATRIX[capability] in made[name].products, made[name]
+        # on 12.0 Triton 3.7 spills 48 bytes in one kernel, 3.6 spills 96 there and 8 in others
+        most = 0 if capability != 120 else 96 if (name, D) == ("backward_columns", 128) else 8
+        assert made[name].spilled <= most, made[name]
+        assert not made[name].partitioned
+
+
+def test_descriptors_compile_to_bulk_copies():
+    by_descriptors(90, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [90, 100, 120])
+@pytest.mark.parametrize("D", [64, 128])
+def test_descriptors_compile_to_bulk_copies_for_every_target_that_has_them(capability, D):
+    by_descriptors(capability, D)
+    assert described(capability, D, decoded=True)["decode"].bulk
+
+
+def specialised(capability, kernel, D):
+    made = described(capability, D, specialised=True)
+    assert {name for name, c in made.items() if c.partitioned} == {kernel}
+    # none with Triton 3.7, 8 bytes with 3.6 on 12.0
+    assert made[kernel].spilled <= 8 and made[kernel].bulk, made[kernel]
+
+
+def test_specialised_loops_share_out_their_work():
+    specialised(120, "forward", 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "kernel"), [(100, "backward_rows"), (120, "forward")])
+@pytest.mark.parametrize("D", [64, 128])
+def test_specialised_loops_share_out_their_work_where_tuning_tries_them(capability, kernel, D):
+    specialised(capability, kernel, D)
+
+
+@pytest.mark.parametrize("capability", [0, 80, 90, 100, 103, 120])
+@pytest.mark.parametrize("which", ["forward", "backward", "decode"])
+def test_candidates_with_descriptors_come_last_and_only_where_they_may_help(capability, which):
+    from attnfuse.kernels.triton import configs
+
+    for bits in (16, 32):
+        plain = configs.candidates(capability, which, bits, 64, 64)
+        assert not any(c.descriptors or c.specialised for c in plain)
+        found = configs.candidates(capability, which, bits, 64, 64, True, True)
+        more = found[len(plain) :]
+        assert found[: len(plain)] == plain and len(set(found)) == len(found)
+        if bits == 32 or capability < 90:
+            assert more == []
+            continue
+        few = configs.SPECIALISED if (which, capability) in configs.PARTITIONED else 0
+        assert len(more) == configs.DESCRIBED + few and sum(c.specialised for c in more) == few
+        assert all(c.descriptors and replace(c, descriptors=False, specialised=False) in plain for c in more)
+        assert more[0] == replace(plain[0], descriptors=True)
+        # where the spec's loops cannot be, none is specialised
+        assert not any(c.specialised for c in configs.candidates(capability, which, bits, 64, 64, True))
 
 
 @pytest.mark.parametrize("capability", [0, 70, *TARGETS, 121])

@@ -20,7 +20,7 @@ import torch
 from attnfuse.kernels import dropout, sink
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.layout import DENSE, Bounds, allocate, check_bounds, spread
-from attnfuse.kernels.triton import tuned
+from attnfuse.kernels.triton import descriptors, tuned
 from attnfuse.kernels.triton.configs import Config, Pass, config, padded
 from attnfuse.spec import Attention
 
@@ -255,6 +255,29 @@ class _Call:
             found |= {name.upper(): x, f"{name}b": self.strides(x), f"{name}s": tuple(x.stride()[-2:])}
         return found
 
+    def tiled(self, made: Config, rows: int, packed: bool, **named: torch.Tensor) -> dict[str, Any]:
+        """As matrices(), of what a loop reads `rows` rows of at a time: by tensor descriptors if `made` has them and all can."""
+        found = self.matrices(**named)
+        if not made.descriptors or not _describable(packed, *named.values()):
+            return found
+        for name, x in named.items():
+            found[name.upper()], found[f"{name}b"] = descriptors.described(x, rows, padded(x.shape[-1]))
+        return found
+
+    def describable(self, which: Pass) -> bool:
+        """Whether a loop of this pass reads what can have tensor descriptors. Nobody knows the gradient of the result here."""
+        keys = _describable(self.packed_k, self.k, self.v)
+        return keys or (which == "backward" and _describable(self.packed_q, self.q))
+
+    def specialised(self, made: Config) -> bool:
+        """Whether loops are specialised: not those that pass over tiles, whose products Triton does not always find."""
+        return made.specialised and not self.traits.checked
+
+
+def _describable(packed: bool, *tensors: torch.Tensor) -> bool:
+    # the rows after those of a packed sequence are the next one's, which a descriptor would not make 0: NaN would spread
+    return not packed and all(map(descriptors.fits, tensors))
+
 
 def forward(
     spec: Attention,
@@ -322,12 +345,14 @@ def _forward(call: _Call, out: torch.Tensor, stats: torch.Tensor) -> None:
         call.query_programs(made.BM),
         {
             "deal": call.deal(call.bounds.q, call.Q, made.BM),
-            **call.matrices(q=call.q, k=call.k, v=call.v, o=out),
+            **call.matrices(q=call.q, o=out),
+            **call.tiled(made, made.BN, call.packed_k, k=call.k, v=call.v),
             "M": stats,
             **call.shared(),
             **call.scores(),
             **call.finish(),
             **_tiles(made),
+            "SPECIALISED": call.specialised(made),
             "KEYS": f.keys,
             "LOWER": call.traits.lower,
             "CHECKED": call.traits.checked,
@@ -352,8 +377,11 @@ def _decode(call: _Call, out: torch.Tensor, stats: torch.Tensor) -> None:
         "parts": found.parts,
     }
     programs = call.elements // found.group * -(-found.group * call.Q // found.config.BM)
+    read = call.tiled(found.config, found.config.BN, call.packed_k, k=call.k, v=call.v)
     call.launch(
-        template.decode, programs * found.parts, {**common, "KEYS": call.functions.keys, "CHECKED": call.traits.checked}
+        template.decode,
+        programs * found.parts,
+        {**common, **read, "KEYS": call.functions.keys, "CHECKED": call.traits.checked},
     )
     call.launch(template.combine, programs, {**common, **call.matrices(o=out), "M": stats, **call.finish()})
 
@@ -475,15 +503,14 @@ def _backward(
             {
                 **common,
                 **by_queries,
+                **call.tiled(made, made.BN, call.packed_k, k=k, v=v),
                 "DQ": dq,
                 "dqb": call.strides(dq),
                 "dqs": tuple(dq.stride()[-2:]),
-                "BM": made.BM,
-                "BN": made.BN,
+                **_tiles(made),
+                "SPECIALISED": call.specialised(made),
                 "KEYS": f.keys,
                 "GIVE": sums.by_rows,
-                "STAGES": made.stages,
-                "num_warps": made.warps,
             },
         )
     if needs[1] or needs[2] or sums.by_columns:
@@ -501,6 +528,7 @@ def _backward(
             tiles * (outer_heads if call.packed_k else math.prod(outer)),
             {
                 **common,
+                **call.tiled(made, made.BM, call.packed_q, q=q, g=dout),
                 "deal": call.deal(call.bounds.k, call.K, made.BN),
                 "outer_heads": outer_heads,
                 "DK": dk,
@@ -513,12 +541,9 @@ def _backward(
                 "dvb": call.strides(dv),
                 "dks": tuple(dk.stride()[-2:]),
                 "dvs": tuple(dv.stride()[-2:]),
-                "BM": made.BM,
-                "BN": made.BN,
+                **_tiles(made),
                 "QUERIES": f.queries,
                 "GIVE": sums.by_columns,
-                "STAGES": made.stages,
-                "num_warps": made.warps,
             },
         )
     grads: list[torch.Tensor | None] = [

@@ -10,15 +10,25 @@ Pass = Literal["forward", "backward", "decode"]
 
 @dataclass(frozen=True)
 class Config:
-    """BM queries and BN keys a tile."""
+    """BM queries and BN keys a tile.
+
+    descriptors: loops read by tensor descriptors where the tensors can have them; specialised: some warps of a loop load and
+    others compute. No device gets these without having measured them.
+    """
 
     BM: int
     BN: int
     warps: int
     stages: int
+    descriptors: bool = False
+    specialised: bool = False
 
     def smaller(self) -> Config | None:
         """What needs less shared memory and fewer registers; None if there is nothing."""
+        if self.specialised:
+            return replace(self, specialised=False)
+        if self.descriptors:
+            return replace(self, descriptors=False)
         if self.stages > 1:
             return replace(self, stages=self.stages - 1)
         if self.BN > 16 and self.BN >= self.BM:
@@ -106,16 +116,24 @@ def config(capability: int, which: Pass, bits: int, D: int, E: int, heavy: bool 
     return row.get(capability, row[0])
 
 
-#: How many configurations tuning looks at.
+#: How many configurations tuning looks at, and how many of the first ones once more with tensor descriptors, and specialised.
 MOST = 24
+DESCRIBED, SPECIALISED = 6, 2
+#: Where Triton 3.6 and 3.7 make something of specialised loops: elsewhere they fail to compile or stay as they were. These have
+#: not been seen to run.
+PARTITIONED = {("forward", 120), ("backward", 100)}
 #: float32 numbers of accumulators that a thread has registers for.
 _ACCUMULATED = 224
 
 
-def candidates(capability: int, which: Pass, bits: int, D: int, E: int) -> list[Config]:
+def candidates(
+    capability: int, which: Pass, bits: int, D: int, E: int, descriptors: bool = False, specialised: bool = False
+) -> list[Config]:
     """What is worth measuring on such a device: the shipped configuration first, then what is nearest to it.
 
-    Left out is what certainly does not fit into shared memory or spills. Arguments as of config().
+    Left out is what certainly does not fit into shared memory or spills. The first ones come again in the end, with tensor
+    descriptors and with specialised loops, where the device has them. descriptors, specialised: whether the inputs and the
+    spec allow for these; the other arguments as of config().
     """
     table = config(capability, which, bits, D, E)
     shared = _shared(capability)
@@ -130,7 +148,14 @@ def candidates(capability: int, which: Pass, bits: int, D: int, E: int) -> list[
     ]
     fitting = [c for c in grid if c != table and _fits(c, which, bits, D, E, shared)]
     # sorting keeps equals in their order: smaller tiles first
-    return [table, *sorted(fitting, key=lambda c: _distance(table, c))[: MOST - 1]]
+    found = [table, *sorted(fitting, key=lambda c: _distance(table, c))[: MOST - 1]]
+    # products of float32 read tiles into registers, and those of a descriptor spill there
+    if not descriptors or capability < 90 or bits != 16:
+        return found
+    described = [replace(c, descriptors=True) for c in found]
+    whole = [replace(c, specialised=True) for c in described if c.warps >= 4]
+    some = whole[:SPECIALISED] if specialised and (which, capability) in PARTITIONED else []
+    return [*found, *described[:DESCRIBED], *some]
 
 
 def _shared(capability: int) -> int:

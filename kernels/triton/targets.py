@@ -6,15 +6,17 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.layout import DENSE, Bounds
+from attnfuse.kernels.triton.configs import Config, Pass
 from attnfuse.spec import Attention
 
 #: Shared memory that one block may have, in bytes, by compute capability.
@@ -44,7 +46,8 @@ _TYPES = {
 @dataclass(frozen=True)
 class Compiled:
     """One kernel as compiled. BM, BN, warps, stages: as in Config, 0 where it has none; shared, spilled: bytes; registers: of a
-    thread; products: names of matrix instructions."""
+    thread; products: names of matrix instructions; bulk: whether tiles are copied by tensor descriptors; partitioned: whether
+    warps share out the work of a loop."""
 
     kernel: str
     BM: int
@@ -55,6 +58,8 @@ class Compiled:
     spilled: int
     shared: int
     products: tuple[str, ...]
+    bulk: bool = False
+    partitioned: bool = False
 
 
 def compiled(
@@ -67,11 +72,12 @@ def compiled(
     backward: bool = True,
     needs: Sequence[bool] = (),
     bounds: Bounds = DENSE,
+    fixed: Mapping[Pass, Config] = MappingProxyType({}),
 ) -> list[Compiled]:
     """The kernels that these tensors would run on an NVIDIA GPU of this compute capability (10 * major + minor).
 
-    needs: of which of (q, k, v, *operands) gradients are made; all floating ones if empty. Raises what Triton raises where
-    it cannot compile, OSError without its ptxas.
+    needs: of which of (q, k, v, *operands) gradients are made; all floating ones if empty. fixed: by pass, in place of the
+    shipped configuration. Raises what Triton raises where it cannot compile, OSError without its ptxas.
     """
     from attnfuse.kernels import triton
     from attnfuse.kernels.layout import allocate
@@ -85,9 +91,12 @@ def compiled(
     seed = torch.zeros(1, dtype=torch.int64) if spec.dropout else None
     out, stats = allocate(spec, q, k, v, operands, bounds)
     call = triton._Call(spec, q, k, v, list(operands), seed, device, record, bounds)
-    (triton._decode if call.decoding() else triton._forward)(call, out, stats)
+    which: Pass = "decode" if call.decoding() else "forward"
+    run = triton._decode if which == "decode" else triton._forward
+    run(replace(call, fixed=fixed.get(which)), out, stats)
     if backward:
         needs = needs or [x.is_floating_point() for x in (q, k, v, *operands)]
+        call = replace(call, fixed=fixed.get("backward"))
         triton._backward(call, torch.empty_like(out), out, stats, operands, needs)
     return found
 
@@ -112,7 +121,9 @@ def _compile(kernel: Any, arguments: dict[str, Any], capability: int) -> Compile
     registers, spilled = _usage(made.asm["cubin"])
     products = re.findall(r"(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", made.asm["ptx"])
     tiles = (arguments.get("BM", 0), arguments.get("BN", 0), options["num_warps"], arguments.get("STAGES", 0))
-    return Compiled(kernel.fn.__name__, *tiles, registers, spilled, made.metadata.shared, tuple(sorted(set(products))))
+    kinds = [word in made.asm["ptx"] for word in ("cp.async.bulk.tensor", "setmaxnreg")]
+    shared = made.metadata.shared
+    return Compiled(kernel.fn.__name__, *tiles, registers, spilled, shared, tuple(sorted(set(products))), *kinds)
 
 
 def _typed(
@@ -124,6 +135,9 @@ def _typed(
     if value is None or (isinstance(value, int) and value == 1):
         constants[at] = value
         return "constexpr"
+    if hasattr(value, "block_shape"):
+        # a tensor descriptor
+        return f"tensordesc<{_TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
     if isinstance(value, torch.Tensor):
         # allocations of a device are aligned
         attributes[at] = [["tt.divisibility", 16]]

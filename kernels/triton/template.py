@@ -23,6 +23,40 @@ def tile_of(base, rows, row_stride, n_rows, width: tl.constexpr, padded: tl.cons
 
 
 @triton.jit
+def matrix_of(X, e, start, sizes, strides, steps, OFFSET: tl.constexpr):
+    """Of batch element e, from row `start` on: (X, place) as tile_at takes them.
+
+    X: the address of a tensor, with its batch strides and the steps between rows and columns; or a tensor descriptor, of
+    which `strides` are 1, or 0 where it is broadcast, and which has no start.
+    """
+    if isinstance(X, tl.tensor):
+        return X + OFFSET(e.to(tl.int64), sizes, strides) + start * steps[0], steps
+    else:
+        return X, index_of(e.to(tl.int32), sizes, strides)
+
+
+@triton.jit
+def index_of(e, sizes, strides):
+    """The index of batch element e in each batch dim of a tensor descriptor."""
+    found = ()
+    for d in tl.static_range(len(sizes) - 1, -1, -1):
+        # Triton reads no starred elements
+        found = (e % sizes[d] * strides[d],) + found  # noqa: RUF005
+        e = e // sizes[d]
+    return found
+
+
+@triton.jit
+def tile_at(X, first, rows, place, n_rows, width: tl.constexpr, padded: tl.constexpr, size: tl.constexpr):
+    """As tile_of, of the `size` rows from `first` on, through addresses or a tensor descriptor: (X, place) of matrix_of."""
+    if isinstance(X, tl.tensor):
+        return tile_of(X, rows, place[0], n_rows, width, padded, place[1])
+    else:
+        # a block of it has rows of one matrix, and is 0 outside of that
+        return tl.reshape(X.load(place + (first, 0)), [size, padded])  # noqa: RUF005
+
+
+@triton.jit
 def rows_at(base, places, inside, width: tl.constexpr, padded: tl.constexpr, col_stride):
     """As tile_of, of rows anywhere: `places` int64 [rows]."""
     cols = tl.arange(0, padded)
@@ -131,7 +165,7 @@ def visit(
     if needed:
         keys = k0 + tl.arange(0, BN)
         k = keys[None, :]
-        kt = tile_of(K, keys, ks[0], Kn, D, DP, ks[1])
+        kt = tile_at(K, k0, keys, ks, Kn, D, DP, BN)
         s = tl.dot(qt, tl.trans(kt), input_precision=PRECISION)
         s, saved = SCORE(s, q, k, FULL, at, st, n, Qn, Kn)
         if not FULL:
@@ -144,7 +178,7 @@ def visit(
         p = WEIGH(p, q, k, at, st, n, Qn, Kn)
         if DROPOUT:
             p = tl.where(kept(seed, line, k, threshold), p * keep_scale, 0.0)
-        vt = tile_of(V, keys, vs[0], Kn, E, EP, vs[1])
+        vt = tile_at(V, k0, keys, vs, Kn, E, EP, BN)
         acc = tl.dot(p.to(vt.dtype), vt, acc * fade[:, None], input_precision=PRECISION)
         m = top
     return acc, m, l
@@ -230,7 +264,7 @@ def forward(
     OFFSET: tl.constexpr, BASES: tl.constexpr, SCORE: tl.constexpr, WEIGH: tl.constexpr, SINK: tl.constexpr,
     LEFT: tl.constexpr, KEYS: tl.constexpr, SEEN: tl.constexpr, LOWER: tl.constexpr, CHECKED: tl.constexpr, DOUBT: tl.constexpr,
     FILLS: tl.constexpr, DROPOUT: tl.constexpr, HIDDEN: tl.constexpr, UNSHIFTED: tl.constexpr, PRECISION: tl.constexpr,
-    PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr, STAGES: tl.constexpr,
+    PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr, STAGES: tl.constexpr, SPECIALISED: tl.constexpr,
 ):  # fmt: skip
     """out and stats [2, lines] of one query tile of one batch element."""
     # the last queries first: under a causal mask they take longest
@@ -252,8 +286,8 @@ def forward(
     q = rows[:, None]
     line = first_line + q
     at = BASES(wide, sizes, ops, bst)
-    K += OFFSET(wide, sizes, kb) + k_start * ks[0]
-    V += OFFSET(wide, sizes, vb) + k_start * vs[0]
+    K, ks = matrix_of(K, wide, k_start, sizes, kb, ks, OFFSET)
+    V, vs = matrix_of(V, wide, k_start, sizes, vb, vs, OFFSET)
     q_place = OFFSET(wide, sizes, qb) + q_start * qs[0]
     qt = tile_of(Q + q_place, rows, qs[0], Qn, D, DP, qs[1])
     acc, m, l = begun(q, at, st, n, Qn, Kn, BM, EP, SINK)
@@ -272,7 +306,7 @@ def forward(
             )  # fmt: skip
     else:
         first = lo
-    for k0 in tl.range(first, last, BN, num_stages=STAGES):
+    for k0 in tl.range(first, last, BN, num_stages=STAGES, warp_specialize=SPECIALISED):
         acc, m, l = visit(
             acc, m, l, qt, line, q, q0, q1, k0, K, V, ks, vs, at, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E,
             DP, EP, BM, BN, SCORE, WEIGH, SEEN, True, CHECKED, DROPOUT, PRECISION,
@@ -328,8 +362,8 @@ def decode(
     line = first.to(tl.int64) * Qn + r0 + tl.arange(0, BM)
     at = BASES(wide[:, None], sizes, ops, bst)
     shared = BASES(first.to(tl.int64), sizes, ops, bst)
-    K += OFFSET(first.to(tl.int64), sizes, kb) + k_start * ks[0]
-    V += OFFSET(first.to(tl.int64), sizes, vb) + k_start * vs[0]
+    K, ks = matrix_of(K, first, k_start, sizes, kb, ks, OFFSET)
+    V, vs = matrix_of(V, first, k_start, sizes, vb, vs, OFFSET)
     qt = rows_at(Q, OFFSET(wide, sizes, qb) + query.to(tl.int64) * qs[0], inside, D, DP, qs[1])
     lo, hi, full_first, full_last = KEYS(0, Qn - 1, shared, st, n, Qn, Kn)
     lo, hi = clipped(lo, hi, Kn, BN)
@@ -492,7 +526,7 @@ def backward_rows(
     OFFSET: tl.constexpr, BASES: tl.constexpr, SCORE: tl.constexpr, SCORE_GRAD: tl.constexpr,
     WEIGH: tl.constexpr, WEIGH_GRAD: tl.constexpr, KEYS: tl.constexpr, SEEN: tl.constexpr, CHECKED: tl.constexpr,
     HIDES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr,
-    GIVE: tl.constexpr, STAGES: tl.constexpr,
+    GIVE: tl.constexpr, STAGES: tl.constexpr, SPECIALISED: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one query tile, and of the operands that have queries."""
     if PACKED_Q:
@@ -513,8 +547,8 @@ def backward_rows(
     q = rows[:, None]
     at = BASES(wide, sizes, ops, bst)
     gat = BASES(wide, sizes, gops, gbst)
-    K += OFFSET(wide, sizes, kb) + k_start * ks[0]
-    V += OFFSET(wide, sizes, vb) + k_start * vs[0]
+    K, ks = matrix_of(K, wide, k_start, sizes, kb, ks, OFFSET)
+    V, vs = matrix_of(V, wide, k_start, sizes, vb, vs, OFFSET)
     qt = tile_of(Q + OFFSET(wide, sizes, qb) + q_start * qs[0], rows, qs[0], Qn, D, DP, qs[1])
     gt = tile_of(G + OFFSET(wide, sizes, gb) + q_start * gs[0], rows, gs[0], Qn, E, EP, gs[1])
     W += first_line
@@ -529,7 +563,7 @@ def backward_rows(
         lo = tl.where(whole, 0, lo)
         hi = tl.where(whole, Kn, hi)
     dq = tl.zeros([BM, DP], tl.float32)
-    for k0 in tl.range(lo, hi, BN, num_stages=STAGES):
+    for k0 in tl.range(lo, hi, BN, num_stages=STAGES, warp_specialize=SPECIALISED):
         needed = True
         if CHECKED:
             needed = SEEN(q0, q1, k0, tl.minimum(k0 + BN, Kn) - 1, BM, BN, at, st, n, Qn, Kn)
@@ -537,8 +571,8 @@ def backward_rows(
                 needed = needed | whole
         if needed:
             keys = k0 + tl.arange(0, BN)
-            kt = tile_of(K, keys, ks[0], Kn, D, DP, ks[1])
-            vt = tile_of(V, keys, vs[0], Kn, E, EP, vs[1])
+            kt = tile_at(K, k0, keys, ks, Kn, D, DP, BN)
+            vt = tile_at(V, k0, keys, vs, Kn, E, EP, BN)
             w, ds = reverse(
                 qt, gt, kt, vt, shift, inverse, delta, first_line + q, q, keys[None, :], at, st, n, gat, gst, Qn, Kn, seed,
                 threshold, keep_scale, BM, BN, SCORE, SCORE_GRAD, WEIGH, WEIGH_GRAD, False, DROPOUT, PRECISION, GIVE,
@@ -585,8 +619,13 @@ def backward_columns(
         own, q_start, first_line, mark = query_rows(wide.to(tl.int32), QB, sequences, heads, Qn, BM, PACKED_Q)
         at = BASES(wide, sizes, ops, bst)
         gat = BASES(wide, sizes, gops, gbst)
-        Qe = Q + OFFSET(head, outer, qb) + OFFSET(other, inner, qb) + q_start * qs[0]
-        Ge = G + OFFSET(head, outer, gb) + OFFSET(other, inner, gb) + q_start * gs[0]
+        if isinstance(Q, tl.tensor):
+            Qe = Q + OFFSET(head, outer, qb) + OFFSET(other, inner, qb) + q_start * qs[0]
+            Ge = G + OFFSET(head, outer, gb) + OFFSET(other, inner, gb) + q_start * gs[0]
+            q_at, g_at = qs, gs
+        else:
+            Qe, q_at = matrix_of(Q, wide, q_start, sizes, qb, qs, OFFSET)
+            Ge, g_at = matrix_of(G, wide, q_start, sizes, gb, gs, OFFSET)
         We = W + first_line
         lo, hi = QUERIES(k0, k1, at, st, n, own, Kn)
         lo, hi = clipped(lo, hi, own, BM)
@@ -604,8 +643,8 @@ def backward_columns(
                 needed = needed | (tl.load(F + mark + q0 // BM) != 0)
             if needed:
                 rows = q0 + tl.arange(0, BM)
-                qt = tile_of(Qe, rows, qs[0], own, D, DP, qs[1])
-                gt = tile_of(Ge, rows, gs[0], own, E, EP, gs[1])
+                qt = tile_at(Qe, q0, rows, q_at, own, D, DP, BM)
+                gt = tile_at(Ge, q0, rows, g_at, own, E, EP, BM)
                 shift = tl.load(We + rows, mask=rows < own, other=0.0)
                 inverse = tl.load(We + lines + rows, mask=rows < own, other=0.0)
                 delta = tl.load(We + 2 * lines + rows, mask=rows < own, other=0.0)

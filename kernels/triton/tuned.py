@@ -22,6 +22,8 @@ _NUMBERS = {
     "warps": frozenset({1, 2, 4, 8, 16}),
     "stages": frozenset(range(1, 9)),
 }
+#: Of a configuration too; entries from before there were any have none.
+_FLAGS = ("descriptors", "specialised")
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,11 @@ class Entry:
         for name, allowed in _NUMBERS.items():
             if type(given.get(name)) is not int or given[name] not in allowed:
                 raise ValueError(f"{name} must be one of {sorted(allowed)}, got {given.get(name)!r}")
+        flags = [given.get(name, False) for name in _FLAGS]
+        if not all(type(flag) is bool for flag in flags):
+            raise ValueError(f"{' and '.join(_FLAGS)} must be true or false, got {flags}")
         times = [kept.milliseconds(given.get(name)) for name in ("ms", "table_ms")]
-        return Entry(Config(*(given[name] for name in _NUMBERS)), *times)
+        return Entry(Config(*(given[name] for name in _NUMBERS), *flags), *times)
 
 
 _table = kept.Table("tuned", Entry.of, "the shipped configurations are used")

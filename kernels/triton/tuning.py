@@ -220,9 +220,9 @@ def inputs_like(given: Sequence[torch.Tensor], device: torch.device, flag: bool,
 def _best(measured: _Measured, timer: Timer, step: Step) -> Result:
     call, which = measured.call, measured.which
     table = _baseline(measured)
-    rest = [
-        c for c in candidates(call.device.capability, which, call.q.element_size() * 8, call.D, call.E) if c != table
-    ]
+    variants = (call.describable(which), not call.traits.checked)
+    every = candidates(call.device.capability, which, call.q.element_size() * 8, call.D, call.E, *variants)
+    rest = [c for c in every if c != table]
     shipped = replace(call, fixed=table)
     times = {table: _timed(measured, shipped, timer)}
     skipped: list[str] = []

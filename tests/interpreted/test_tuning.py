@@ -8,6 +8,7 @@ import os
 import threading
 import time
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from kernel_cases import INF, bounds_of, make_spec, qkv, randn
 import attnfuse
 from attnfuse import backend, settings
 from attnfuse import tuning as requests
-from attnfuse.expr import Algebra, K, Load, causal, dense
+from attnfuse.expr import Algebra, K, Load, causal, dense, documents
 from attnfuse.kernels import kept as files
 from attnfuse.kernels import measure, reference, triton
 from attnfuse.kernels.device import Device
@@ -98,8 +99,9 @@ def test_what_wins_is_kept_and_used_by_the_next_launch(directory, launched, cloc
         (which, Entry(FAST, 1.0, 4.0), TABLE, 2) for which in ("forward", "backward")
     ]
     assert not any(r.skipped or r.wrong for r in found)
+    flags = {"descriptors": False, "specialised": False}
     assert kept(directory) == {
-        r.key: {"BM": 16, "BN": 16, "warps": 4, "stages": 1, "ms": 1.0, "table_ms": 4.0} for r in found
+        r.key: {"BM": 16, "BN": 16, "warps": 4, "stages": 1, **flags, "ms": 1.0, "table_ms": 4.0} for r in found
     }
     assert (directory / files.NAME).stat().st_mode & 0o777 == 0o600
     # as another process would
@@ -215,6 +217,99 @@ def test_a_table_that_does_not_fit_is_made_smaller_first(launched, clock, monkey
     monkeypatch.setitem(MS, Config(32, 16, 4, 1), 3.0)
     (result,) = tuning.tune(*plain(), timer=clock)
     assert (result.table, result.entry) == (Config(32, 16, 4, 1), Entry(FAST, 1.0, 3.0))
+
+
+@pytest.fixture
+def variants(monkeypatch):
+    """The table's configuration with tensor descriptors is all there is to choose; gives what tuning asked for."""
+    asked = []
+
+    def candidates(capability, which, bits, D, E, descriptors, specialised):
+        asked.append((which, descriptors, specialised))
+        return [TABLE, replace(TABLE, descriptors=True)]
+
+    monkeypatch.setattr(tuning, "candidates", candidates)
+    return asked
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """(kernel, what it reads by descriptors) of all launches."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    found, run = [], triton._run
+
+    def record(kernel, programs, arguments):
+        names = [name for name, x in arguments.items() if isinstance(x, TensorDescriptor)]
+        found.append((kernel.__name__, "".join(names)))
+        run(kernel, programs, arguments)
+
+    monkeypatch.setattr(triton, "_run", record)
+    return found
+
+
+def test_descriptors_that_win_are_kept_and_used_by_the_next_launch(directory, variants, read):
+    def timer(run, device):
+        del read[:]
+        run()
+        return 1.0 if any(names for _, names in read) else 2.0
+
+    spec, q, k, v = plain()
+    found = tuning.tune(spec, q, k, v, needs=(True, True, True), timer=timer)
+    winner = replace(TABLE, descriptors=True)
+    assert [(r.which, r.entry) for r in found] == [(w, Entry(winner, 1.0, 2.0)) for w in ("forward", "backward")]
+    assert not any(r.skipped or r.wrong for r in found)
+    assert variants == [("forward", True, True), ("backward", True, True)]
+    assert all(x["descriptors"] is True and x["specialised"] is False for x in kept(directory).values())
+    # as another process would
+    tuned.reset()
+    del read[:]
+    out, stats = triton.forward(spec, q, k, v, [], None)
+    triton.backward(spec, out, q, k, v, [], None, out, stats, [True] * 3)
+    assert read == [("forward", "KV"), ("prepare", ""), ("backward_rows", "KV"), ("backward_columns", "QG")]
+    # the same key, other strides: the same tiles, and ordinary loads
+    del read[:]
+    k, v = (x.mT.contiguous().mT for x in (k, v))
+    other, _ = triton.forward(spec, q, k, v, [], None)
+    assert read == [("forward", "")] and torch.equal(out, other)
+
+
+def test_descriptors_that_fail_to_compile_are_skipped(variants, read, monkeypatch):
+    run = triton._run
+
+    def failing(kernel, programs, arguments):
+        run(kernel, programs, arguments)
+        if read[-1][1]:
+            raise RuntimeError("PassManager::run failed")
+
+    monkeypatch.setattr(triton, "_run", failing)
+    (result,) = tuning.tune(*plain(), timer=lambda run, device: (run(), 1.0)[1])
+    assert result.entry.best == TABLE and result.measured == 1
+    (skipped,) = result.skipped
+    assert "descriptors=True" in skipped and "PassManager::run failed" in skipped
+
+
+def test_descriptors_are_tried_only_where_the_inputs_and_the_spec_allow_them(variants):
+    def asked(spec, *given, **more):
+        del variants[:]
+        tuning.tune(spec, *given, timer=lambda run, device: 1.0, **more)
+        return variants
+
+    spec, q, k, v = plain(D=10)
+    assert asked(spec, q, k, v) == [("forward", False, True)]
+    q, k, v = qkv(1, 1, 16, 20, 16)
+    # queries alone can have them
+    keys = [x.mT.contiguous().mT for x in (k, v)]
+    assert asked(make_spec(q, *keys), q, *keys, needs=(True,) * 3) == [
+        ("forward", False, True),
+        ("backward", True, True),
+    ]
+    packed, bounds = make_spec(q, q, q, layout="packed"), bounds_of(6, 10)
+    assert asked(packed, q, q, q, bounds=Bounds(bounds, bounds)) == [("forward", False, True)]
+    ids = torch.zeros(1, 1, 16, 1, dtype=torch.int64), torch.zeros(1, 1, 1, 20, dtype=torch.int64)
+    checked = make_spec(q, k, v, ids, steps=(ReplaceFill(documents(0, 1), -INF),))
+    # loops that pass over tiles are not specialised
+    assert asked(checked, q, k, v, list(ids)) == [("forward", True, False)]
 
 
 @pytest.mark.parametrize("how", ["off", "nan", "nothing"])
@@ -372,7 +467,18 @@ def test_a_file_that_cannot_be_used_is_ignored_with_a_warning(text, directory):
 
 @pytest.mark.parametrize(
     "damage",
-    [{"BM": 48}, {"BM": True}, {"warps": "4"}, {"stages": 0}, {"ms": -1}, {"ms": float("nan")}, {"table_ms": 10**400}],
+    [
+        *(
+            {"BM": 48},
+            {"BM": True},
+            {"warps": "4"},
+            {"stages": 0},
+            {"ms": -1},
+            {"ms": float("nan")},
+            {"table_ms": 10**400},
+        ),
+        *({"descriptors": 1}, {"specialised": None}),
+    ],
 )
 def test_a_damaged_entry_is_left_out_and_the_others_stay(damage, directory):
     directory.mkdir(mode=0o700)

@@ -119,9 +119,10 @@ def config(capability: int, which: Pass, bits: int, D: int, E: int, heavy: bool 
 #: How many configurations tuning looks at, and how many of the first ones once more with tensor descriptors, and specialised.
 MOST = 24
 DESCRIBED, SPECIALISED = 6, 2
-#: Where Triton 3.6 and 3.7 make something of specialised loops: elsewhere they fail to compile or stay as they were. These have
-#: not been seen to run.
-PARTITIONED = {("forward", 120), ("backward", 100)}
+#: Where Triton 3.6 and 3.7 make something of specialised loops: elsewhere they fail to compile or stay as they were.
+PARTITIONED = frozenset({("forward", 120), ("backward", 100)})
+#: Of these, the ones that have run on a device: a loop whose warps wait for each other for ever would hang the tuning of it.
+PROVEN: frozenset[tuple[Pass, int]] = frozenset()
 #: float32 numbers of accumulators that a thread has registers for.
 _ACCUMULATED = 224
 
@@ -154,7 +155,7 @@ def candidates(
         return found
     described = [replace(c, descriptors=True) for c in found]
     whole = [replace(c, specialised=True) for c in described if c.warps >= 4]
-    some = whole[:SPECIALISED] if specialised and (which, capability) in PARTITIONED else []
+    some = whole[:SPECIALISED] if specialised and (which, capability) in PROVEN else []
     return [*found, *described[:DESCRIBED], *some]
 
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -492,3 +497,17 @@ def test_padding_that_is_nan_is_not_passed_over_under_the_eager_policy() -> None
         found = torch.compile(model, backend="attnfuse", fullgraph=True, options=options)(values, offsets)
         torch.testing.assert_close(found, model(values, offsets), rtol=1e-5, atol=1e-5)
     assert layouts() == ["dense"]
+
+
+def test_the_guide_runs_and_prints_what_it_says(tmp_path: Path) -> None:
+    guide = (Path(__file__).resolve().parents[1] / "docs" / "padding.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```", guide, re.M | re.S)
+    # a file, since Dynamo looks for the module of what it compiles
+    script = tmp_path / "guide.py"
+    script.write_text(block)
+    env = {**os.environ, "PYTHONPATH": str(Path(attnfuse.__file__).resolve().parents[1])}
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=600, env=env
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout == "scale 0.353553, packed\n"

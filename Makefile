@@ -17,7 +17,7 @@ help:
 	@echo "make test-coverage   make test, with the lines and branches that it ran"
 	@echo "make lint            ruff and mypy"
 	@echo "make coverage-table  run all coverage cases and write docs/coverage.md"
-	@echo "make bench           time attention, models and packing beside Inductor, write docs/benchmarks.md"
+	@echo "make bench           time attention, models, padding and packing beside Inductor, write docs/benchmarks.md"
 	@echo "make gpu-check       tests and headline figures on a CUDA device, in eight minutes; installs nothing"
 
 setup: $(STAMP)
@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools wheel
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,models,draw,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,models,draw,fbgemm,dev]'
 	touch $(STAMP)
 
 demo: $(STAMP)
@@ -57,6 +57,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.attention --full
 	$(BIN)/python -m benchmarks.masks
 	$(BIN)/python -m benchmarks.jagged --full
+	$(BIN)/python -m benchmarks.padding
 	$(BIN)/python -m benchmarks.models
 	$(BIN)/python -m benchmarks.packing
 

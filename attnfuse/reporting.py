@@ -47,7 +47,7 @@ class SiteReport:
     spec     what was read off the graph; None where reading failed
     where    'file.py:123', the user's line that made the node `node` of the graph
     names    for each operand of the spec, the input of the graph it comes from, '' where it is none or several
-    notes    why masks and biases stay tensors, those that do
+    notes    why masks and biases stay tensors, and padding stays, where they do
     kept     bool [*batch, Q, K], the keys that masks leave, on the inputs of the call; from `explain` only
     """
 

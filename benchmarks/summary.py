@@ -97,6 +97,30 @@ def masks(content: Content) -> str:
     return results.table(("", "Inductor", "SDPA", "attnfuse", "attnfuse / SDPA"), lines)
 
 
+def ragged(jagged: Content | None, padding: Content | None, packing: Content | None) -> str:
+    """Sequences of different lengths, with padding and without."""
+    lines = []
+    for row in jagged["times"] if jagged else []:
+        case = row["case"]
+        if (case["longest"], case["dtype"]) == (1024, "float32"):
+            lines.append(_without_padding(f"attention on nested tensors, N=1024, {case['mode']}", row["timings"]))
+    for row in padding["times"] if padding else []:
+        case = row["case"]
+        lines.append(
+            _without_padding(f"block that pads and takes out, N={case['longest']}, {case['mode']}", row["timings"])
+        )
+    for row in packing["times"] if packing else []:
+        what = f"Llama trained on packs, {row['case']['lengths']} lengths, {row['case']['samples']} a minibatch"
+        names = {"eager": "padded, eager", "inductor": "padded, Inductor", "attnfuse": "packed, attnfuse"}
+        lines.append(_without_padding(what, {short: row["timings"][name] for short, name in names.items()}))
+    return results.table(_HEAD, lines)
+
+
+def _without_padding(what: str, timings: dict[str, Any]) -> list[str]:
+    seconds = {name: timings[name]["seconds"] for name in ("eager", "inductor", "attnfuse")}
+    return [what, *map(results.duration, seconds.values()), f"{seconds['inductor'] / seconds['attnfuse']:.2f}"]
+
+
 #: Masks that are inputs, in words.
 _GIVEN = {"dense": "causal mask given", "bias": "bias given"}
 _MODELS = {"bert": "BERT", "llama": "Llama"}
@@ -136,6 +160,12 @@ def main() -> None:
         told = "Masks that the graph makes, beside SDPA (eager) that is given the mask as a tensor:"
         parts += [told, masks({**made, "times": [row for row in made["times"] if row["dtype"] == "float32"]})]
     parts += [models(whole), compiling(whole)] if whole else []
+    uneven = (_read("jagged", "jagged-quick"), _read("padding"), _read("packing"))
+    if any(uneven):
+        parts += [
+            "Sequences of different lengths: eager and Inductor on padded batches, attnfuse on the rows there are:",
+            ragged(*uneven),
+        ]
     if not parts:
         raise SystemExit("nothing has been measured: run make bench and make coverage-table first")
     results.section("compare", "\n\n".join(part for part in parts if part), README)

@@ -42,13 +42,15 @@ _LIKE = {"ones_like", "zeros_like", "full_like"}
 _NEW = {"new_ones", "new_zeros", "new_full"}
 _INDEXING = (operator.getitem, torch.ops.aten.index, torch.ops.aten.index.Tensor)
 _WRITING = {f for name, f in vars(operator).items() if name.startswith("i") and hasattr(operator, name[1:])}
-_WRITING |= {operator.iconcat, operator.setitem}
+_WRITING |= {operator.iand, operator.ior, operator.iconcat, operator.setitem}
 
 
 def may_write(target: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a call writes to its arguments, by its name."""
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    return "out" in kwargs or target in _WRITING or (name.endswith("_") and not name.endswith("__"))
+    # operator.and_ and its like only avoid Python's keywords
+    by_name = name.endswith("_") and not name.endswith("__") and getattr(target, "__module__", "") != "_operator"
+    return "out" in kwargs or target in _WRITING or by_name
 
 
 def run(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -55,10 +55,16 @@ class Unpad:
     passed: tuple[tuple[fx.Node, fx.Node], ...] = ()
 
 
+_WHOLE = (torch.int64, torch.int32)
+
+
 def _base(node: fx.Node) -> fx.Node:
     """The tensor with the same integers."""
-    while name_of(node) in _PASSED and is_tensor(node.args[0]) and not dtype_of(node.args[0]).is_floating_point:  # type: ignore[arg-type]
-        node = node.args[0]  # type: ignore[assignment]
+    while name_of(node) in _PASSED and is_tensor(node.args[0]) and dtype_of(node) in _WHOLE:
+        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        if dtype_of(source) not in _WHOLE:
+            break
+        node = source
     return node
 
 
@@ -116,6 +122,8 @@ class Paddings:
         """A pad, with the rows of an earlier one where both are of the same sequences."""
         batch, longest = shape_of(node)[:2]
         if is_one(batch) or is_one(longest):
+            return None
+        if offsets is not None and not known_equal(shape_of(offsets)[0], batch + 1):
             return None
         total = shape_of(values)[0] if values is not None else total
         for rows in self.rows:
@@ -185,6 +193,9 @@ class Paddings:
         if dtype_of(indices[0]) != torch.bool or len(shape_of(indices[0])) != 2 or constant(target) is None:
             return None
         if len(shape_of(values)) != len(shape_of(target)) - 1 or dtype_of(values) != dtype_of(target):
+            return None
+        if is_one(shape_of(values)[0]):
+            # one row may be written to every place
             return None
         lengths = self._lengths_of_mask(indices[0])
         if lengths is None:

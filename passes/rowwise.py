@@ -142,7 +142,7 @@ POINTWISE = frozenset(
         *("ceil", "round", "trunc", "eq", "ne", "lt", "le", "gt", "ge", "logical_not", "logical_and"),
         *("logical_or", "logical_xor", "bitwise_not", "bitwise_and", "bitwise_or", "bitwise_xor", "__and__"),
         *("__or__", "lerp", "addcmul", "addcdiv", "nan_to_num", "remainder", "floor_divide", "isnan"),
-        *("isinf", "isfinite", "detach"),
+        *("isinf", "isfinite", "detach", "zeros_like", "ones_like", "full_like"),
     )
 )
 
@@ -170,7 +170,8 @@ def _pointwise(c: Carried, node: fx.Node) -> Labels:
     for position, x in enumerate(node.args):
         if is_tensor(x) and not c._is_own(x):
             _align(c, node, position, tuple(out))
-    return tuple(out)
+    # others may have made a dim of 1 longer
+    return tuple(dim or c.axes.fresh(size) for dim, size in zip(out, shape))
 
 
 def _same(c: Carried, a: Dim, b: Dim) -> bool:

@@ -28,6 +28,8 @@ from attnfuse.spec import AddFill, Attention, Bias, Cast, Layout, ReplaceFill, S
 
 #: What a hidden score must be filled with, so that no score of a token is as small.
 _HIDES = -1e9
+#: The same where a bias is added after it.
+_HIDES_WITH_BIAS = -1e30
 #: Steps after which a hidden score is hidden.
 _LEAVE_HIDDEN = (ReplaceFill, AddFill, Bias, Shift, Cast)
 
@@ -194,7 +196,11 @@ class _Finder:
         problem = None if k is None else self._unhidden(raw, fills, algebra, q, k)
         if problem is not None:
             raise Mixed(problem)
-        self.region.attentions.append(Packed(assumed, site, _packed_spec(assumed, q, k), q, k))
+        try:
+            spec = _packed_spec(assumed, q, k)
+        except ValueError as error:
+            raise Mixed(f"no packed attention: {error}") from error
+        self.region.attentions.append(Packed(assumed, site, spec, q, k))
         self.region.inside |= site.inside | {site.final}
         if q is not None:
             self._label_result(site, q)
@@ -234,6 +240,11 @@ class _Finder:
         if any(not isinstance(step, _LEAVE_HIDDEN) for step in site.spec.steps[last.step + 1 :]):
             return "what is done to hidden scores may show keys of padding"
         later = [f.value for f in fills if f.step >= last.step]
+        if (
+            any(isinstance(x, (Bias, Shift)) for x in site.spec.steps[last.step + 1 :])
+            and max(later) > _HIDES_WITH_BIAS
+        ):
+            return "a bias is added to hidden scores, and may show keys of padding"
         if all(value == -torch.inf for value in later) and (q is k or site.spec.hidden == "zero"):
             return None
         if q is not k:

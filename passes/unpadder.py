@@ -293,7 +293,8 @@ class Unpadder:
             lies = writer.method("view", lies, -1, *([1] * (rank - 1)))
             zero = writer.call(torch.zeros, ((),), {"dtype": dtype_of(source), "device": writer.device})
             found = writer.call(torch.where, (lies, found, zero))
-        return writer.method("contiguous", found)
+        # what is taken out is nobody else's memory: not the packed input's, nor what an op keeps for backward
+        return writer.call(torch.clone, (found,), {"memory_format": torch.contiguous_format})
 
     def _select(self, writer: _Writer, node: fx.Node, owner: fx.Node, end: Unpad, packed: fx.Node) -> None:
         """padded[mask]: the same call on the numbers of the packed rows keeps the size it makes known."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import attnfuse
-from benchmarks import jagged, masks, models, packing, results, spelled, summary
+from benchmarks import jagged, masks, models, packing, padding, results, spelled, summary
 from benchmarks.memory import peak_of
 from benchmarks.spelled import Case, deviation
 from benchmarks.timing import copy_of, interleaved
@@ -124,10 +124,21 @@ def test_contenders_of_jagged_sequences_compute_the_same(mode: str, monkeypatch:
     assert set(row["timings"]) == {"eager", "inductor", "sdpa", "attnfuse", "control"}
 
 
-@pytest.mark.parametrize("padding", [0.5, 0.7, 0.85])
-def test_lengths_leave_the_padding_that_was_asked_for(padding: float) -> None:
-    lengths = jagged.lengths_of(jagged.Case(1024, padding=padding)).double()
-    assert float(lengths.mean()) / 1024 == pytest.approx(1 - padding, abs=0.01)
+@pytest.mark.parametrize("mode", ["forward", "training"])
+def test_contenders_of_a_block_with_padding_compute_the_same(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jagged, "B", 5)
+    # raises where one of them is off
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        row = padding.measure(jagged.Case(40, mode=mode), 0.1)
+    assert row["reads"] == "scale 0.125, packed"
+    assert set(row["timings"]) == {"eager", "inductor", "attnfuse", "control"}
+    assert "1 MiB" in padding._cells({**row, "peaks": {"attnfuse": 2**20}})[-1]
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.85])
+def test_lengths_leave_the_padding_that_was_asked_for(share: float) -> None:
+    lengths = jagged.lengths_of(jagged.Case(1024, padding=share)).double()
+    assert float(lengths.mean()) / 1024 == pytest.approx(1 - share, abs=0.01)
     assert float(lengths.min()) >= 1 and float(lengths.max()) == 1024
 
 
@@ -234,8 +245,17 @@ def test_summary_shows_the_measured_figures(tmp_path: Path, monkeypatch: pytest.
     outcome = {"fused": 2}
     counted = {"name": "hf/bert", "sites": 2, "calls": 0, "eval": outcome, "training": None}
     (tmp_path / "coverage.json").write_text(json.dumps({"rows": [counted]}))
+    uneven = {"environment": environment, "times": [{"case": {**case, "longest": 1024}, "timings": timings}]}
+    (tmp_path / "jagged.json").write_text(json.dumps(uneven))
+    (tmp_path / "padding.json").write_text(json.dumps(uneven))
+    names = ("padded, eager", "padded, Inductor", "packed, attnfuse")
+    trained = {"case": {"lengths": "flan", "samples": 4}, "timings": dict.fromkeys(names, timing)}
+    (tmp_path / "packing.json").write_text(json.dumps({"environment": environment, "times": [trained]}))
     summary.main()
     text = readme.read_text()
+    assert "| attention on nested tensors, N=1024, forward | 2 ms | 2 ms | 2 ms | 1.00 |" in text
+    assert "| block that pads and takes out, N=1024, forward | 2 ms | 2 ms | 2 ms | 1.00 |" in text
+    assert "| Llama trained on packs, flan lengths, 4 a minibatch | 2 ms | 2 ms | 2 ms | 1.00 |" in text
     assert "| attention, causal mask given, L=2048, float32, forward | 2 ms | 2 ms | 2 ms | 1.50 |" in text
     assert "| causal, B=1 L=2048, float32, forward | 2 ms | 2 ms | 2 ms | 1.5 |" in text
     assert "| BERT, L=2048, float32, forward | 2 ms | 2 ms | 2 ms | 1.50 |" in text

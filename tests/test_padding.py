@@ -292,6 +292,72 @@ def test_numbers_made_of_padded_sizes_stay_what_they_are() -> None:
     assert set(layouts()) == {"packed"}
 
 
+def test_operators_that_write_are_told_from_those_that_only_end_like_them() -> None:
+    """operator.and_ writes nothing; &= does, and beside nested tensors, whose memory is not followed, that leaves all as it is."""
+
+    def run(values: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        padded = values.to_padded_tensor(0.0)
+        mask = mask_of(values.offsets().diff(), padded.shape[1])
+        return attended(padded, mask & keep)[mask]
+
+    def written(values: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        keep &= keep
+        return run(values, keep)
+
+    nested = torch.nested.nested_tensor([torch.randn(n, C) for n in LENGTHS if n], layout=torch.jagged)
+    keep = torch.ones(4, 1, dtype=torch.bool)
+    torch.testing.assert_close(compiled(run)(nested, keep), run(nested, keep), rtol=1e-5, atol=1e-5)
+    assert layouts() == ["packed"]
+    with pytest.raises(Exception, match="something is written in place beside nested tensors"):
+        compiled(written)(nested, keep)
+
+
+def test_what_is_taken_out_is_memory_of_its_own() -> None:
+    """Writing to it changes neither the rows that came in nor what backward needs."""
+    values, offsets = inputs()
+    weights = torch.randn(C, requires_grad=True)
+
+    def run(values: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = JAGGED_TO_PADDED(values, [offsets], [LONGEST], 0.0)
+        found = attended(x * weights, mask_of(offsets.diff(), LONGEST))
+        return PADDED_TO_JAGGED(x, [offsets], values.shape[0]), PADDED_TO_JAGGED(found, [offsets], values.shape[0])
+
+    kept = values.clone()
+    same, found = compiled(run, "eager")(values, offsets, weights)
+    assert layouts() == ["packed"]
+    with torch.no_grad():
+        same.zero_()
+        found.zero_()
+    assert torch.equal(values, kept)
+    found.sum().backward()
+    assert weights.grad is not None and weights.grad.abs().sum() > 0
+
+
+def _one_row_for_all(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    mask = mask_of(lengths, 6)
+    x = values.new_zeros(3, 6, C)
+    x[mask] = values
+    return attended(x, mask)[mask]
+
+
+def _starts_alone(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Sequences that begin anywhere are no packed rows."""
+    mask = mask_of(lengths, 6)
+    x = values[((lengths * 2)[:, None] + torch.arange(6)).clamp(max=values.shape[0] - 1)]
+    return attended(x, mask)[mask]
+
+
+@pytest.mark.parametrize("function", [_one_row_for_all, _starts_alone])
+def test_rows_that_are_not_one_after_the_other_are_no_padding(function: Callable[..., Any]) -> None:
+    values, lengths = torch.randn(1, C), torch.tensor([2, 5, 1])
+    run = torch.compile(
+        function, backend="attnfuse", fullgraph=True, dynamic=False, options={"inner": "eager", "strict": True}
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(run(values, lengths), function(values, lengths), rtol=1e-5, atol=1e-5)
+    assert layouts() == ["dense"]
+
+
 def test_dropout_between_the_pad_and_the_unpad() -> None:
     """Drops as much, scales what is left, and gradients flow where rows were kept."""
     values, offsets = inputs((40, 40, 39))

@@ -504,3 +504,19 @@ def test_the_guide_runs_and_prints_what_it_says(tmp_path):
         "torch.Size([3, 4, 2, 8]) torch.Size([1, 4, 2, 8])",
         "torch.Size([4, 55, 8])",
     ]
+
+
+def test_tuning_a_graph_with_a_nested_and_a_dense_attention():
+    """Only the dense one is a call whose kernels are timed."""
+
+    def run(x, y):
+        q = x.transpose(1, 2)
+        nested = F.scaled_dot_product_attention(q, q, q).transpose(1, 2)
+        return nested.values(), (y @ y.mT).softmax(-1) @ y
+
+    x, y = jagged([p.detach() for p in parts()]), torch.randn(2, 2, 9, 8)
+    options = {"inner": "eager", "strict": True, "tune": True}
+    with torch.no_grad():
+        found = torch.compile(run, backend="attnfuse", fullgraph=True, options=options)(x, y)
+        torch.testing.assert_close(found[1], (y @ y.mT).softmax(-1) @ y, rtol=1e-5, atol=1e-5)
+    assert [(s.status, s.kernel) for r in attnfuse.reports() for s in r.sites] == [("fused", "cpu")] * 2

@@ -1,6 +1,6 @@
 """What jagged recommendation models need: biases beside FBGEMM's operator, attention that is no SDPA, balanced tiles.
 
-J1, J5 and J9 are in test_nested.py. J3, padding taken out around an attention on padded tensors, is not there yet.
+J1, J5 and J9 are in test_nested.py, J3 in test_padding.py.
 """
 
 from __future__ import annotations

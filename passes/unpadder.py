@@ -156,7 +156,9 @@ class Unpadder:
         else:
             assert rows.lengths is not None
             most = {"min": 0, "max": writer.size(rows.place.size)}
-            sums = writer.call(torch.cumsum, (writer.call(torch.clamp, (writer.here(rows.lengths),), most), 0))
+            # there may be lengths of more sequences
+            own = writer.call(torch.narrow, (writer.here(rows.lengths), 0, 0, writer.size(rows.sequence.size)))
+            sums = writer.call(torch.cumsum, (writer.call(torch.clamp, (own,), most), 0))
             found = writer.call(torch.nn.functional.pad, (sums, (1, 0)))
         if not self.emitter.strict:
             return found
@@ -312,9 +314,9 @@ class Unpadder:
 
 
 def _is_size(node: fx.Node) -> bool:
-    if node.target is torch.ops.aten.sym_size.int:
-        return True
-    return node.op == "call_method" and node.target == "size"
+    """Whether the node asks for the number of rows; other sizes are those of the rows themselves."""
+    asks = node.target is torch.ops.aten.sym_size.int or (node.op == "call_method" and node.target == "size")
+    return asks and node.args[1:] == (0,)
 
 
 class _Writer(Writer):

@@ -256,6 +256,7 @@ class Unpadder:
             if self.emitter.may_be_written(site):
                 result = writer.call(torch.ops.attnfuse.own.default, (result,))
             return result
+        out = writer.spread(out, dims, (site.batch[0], *site.q_dim))
         if not site.e_dim:
             out = writer.method("squeeze", out, len(dims) - 1)
         flat = [atom for dim in dims for atom in dim]

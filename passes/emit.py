@@ -479,6 +479,7 @@ class Writer:
         """A result of the op, whose dims are `dims`, with the dims `labels` of what it replaces, laid out like that."""
         flat = [a for dim in labels for a in dim]
         have = [dim[0] for dim in dims if dim]
+        out = self.spread(out, dims)
         for at in reversed(range(len(dims))):
             if not dims[at]:
                 out = self.method("squeeze", out, at)
@@ -488,6 +489,16 @@ class Writer:
         if any(len(dim) != 1 for dim in labels):
             out = self.method("reshape", out, *self.shape(tuple(like.shape)))
         return self._laid_out(out, like)
+
+    def spread(self, out: fx.Node, dims: Labels, but: Dim = ()) -> fx.Node:
+        """A result of the op, whose dims are `dims`, at full size where q, k and v were all expanded, `but` for some atoms."""
+        made = out.meta["example_value"].shape
+        short = [
+            bool(dim) and dim[0] not in but and is_one(n) and not is_one(dim[0].size) for n, dim in zip(made, dims)
+        ]
+        if not any(short):
+            return out
+        return self.method("expand", out, *(self.size(dim[0].size) if s else -1 for s, dim in zip(short, dims)))
 
     def _laid_out(self, out: fx.Node, eager: torch.Tensor) -> fx.Node:
         """`out` with the strides of the eager result, since a later view may count on them."""

@@ -15,12 +15,12 @@ import torch
 from torch import fx
 
 from attnfuse import _compat
-from attnfuse.expr import FALSE, TRUE, Algebra, Apply, Const, Expr, NotExpressible, substitute, walk
+from attnfuse.expr import FALSE, TRUE, Algebra, Apply, Const, Expr, Linear, NotExpressible, substitute, walk
 from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, name_of, shape_of
-from attnfuse.passes.capture import View, getitem_source, opaque, value_of
+from attnfuse.passes.capture import View, getitem_source, is_stale, opaque, value_of
 from attnfuse.passes.labels import Atom, is_one, known_equal
 from attnfuse.passes.rowwise import Rows
-from attnfuse.passes.terms import Axis, Tensor, Terms
+from attnfuse.passes.terms import Axis, Symbol, Tensor, Terms
 
 _PAD_OPS = {
     *("_jagged_to_padded_dense_forward", "jagged_to_padded_dense", "jagged_to_padded_dense_forward"),
@@ -62,7 +62,8 @@ def _base(node: fx.Node) -> fx.Node:
     """The tensor with the same integers."""
     while name_of(node) in _PASSED and is_tensor(node.args[0]) and dtype_of(node) in _WHOLE:
         source: fx.Node = node.args[0]  # type: ignore[assignment]
-        if dtype_of(source) not in _WHOLE:
+        if dtype_of(source) not in _WHOLE or is_stale(node) or is_stale(source):
+            # one of the two was written to, and they differ
             break
         node = source
     return node
@@ -175,7 +176,7 @@ class Paddings:
         chosen: Expr = TRUE
         if isinstance(e, Apply) and e.op == "where":
             chosen, e, _ = e.args
-        start = reader.algebra.sub(_unclamped(e), place)
+        start = reader.algebra.sub(_unclamped(e, shape_of(values)[0]), place)  # type: ignore[arg-type]
         if not isinstance(start, Tensor) or start.index != (batch,):
             return None
         offsets = _base(start.node)
@@ -194,8 +195,10 @@ class Paddings:
             return None
         if len(shape_of(values)) != len(shape_of(target)) - 1 or dtype_of(values) != dtype_of(target):
             return None
-        if is_one(shape_of(values)[0]):
-            # one row may be written to every place
+        if is_one(shape_of(values)[0]) or not all(
+            known_equal(a, b) for a, b in zip(shape_of(values)[1:], shape_of(target)[2:])
+        ):
+            # one row may be written to every place, and one feature to every other
             return None
         lengths = self._lengths_of_mask(indices[0])
         if lengths is None:
@@ -310,13 +313,23 @@ def _tensors(e: Expr) -> list[Tensor]:
     return [x for x in walk(e) if isinstance(x, Tensor)]
 
 
-def _unclamped(e: Expr) -> Expr:
-    """Without a bound from above: an index of a row that there is is not beyond the last one."""
+def _unclamped(e: Expr, total: Any) -> Expr:
+    """Without a bound from above that is not below the last of `total` rows: no row that there is lies beyond it."""
     if isinstance(e, Apply) and e.op == "min":
         open_ = [x for x in e.args if _tensors(x)]
-        if len(open_) == 1:
+        bounds = [_size_of(x) for x in e.args if not _tensors(x)]
+        if len(open_) == 1 and all(n is not None and _compat.statically_known_true(n >= total - 1) for n in bounds):
             return open_[0]
     return e
+
+
+def _size_of(e: Expr) -> Any:
+    """The number or symbolic number that e is; None if it depends on more."""
+    if isinstance(e, (Const, Symbol)):
+        return e.value
+    if isinstance(e, Linear) and all(isinstance(x, Symbol) for _, x in e.terms):
+        return sum((c * x.value for c, x in e.terms), e.const)  # type: ignore[attr-defined]
+    return None
 
 
 def _sizes(rows: Rows) -> tuple[Any, Any, Any]:
@@ -330,6 +343,8 @@ def _same_nested(a: fx.Node, b: fx.Node) -> bool:
 
 def _differenced(node: fx.Node) -> fx.Node | None:
     """The offsets of which node is the differences."""
+    if is_stale(node):
+        return None
     if name_of(node) == "diff":
         args = arguments(node)
         plain = args["n"] == 1 and args["prepend"] is None and args["append"] is None
@@ -344,7 +359,7 @@ def _differenced(node: fx.Node) -> fx.Node | None:
 
 def _cut(node: fx.Node, start: int) -> fx.Node | None:
     """The offsets of which node is all but the first (start 1), or all but the last (start 0)."""
-    if name_of(node) != "slice":
+    if name_of(node) != "slice" or is_stale(node):
         return None
     args = arguments(node)
     source = args["self"]
@@ -358,6 +373,8 @@ def _cut(node: fx.Node, start: int) -> fx.Node | None:
 def _summed(node: fx.Node) -> fx.Node | None:
     """The lengths of which node is the running sums, after a 0."""
     inner: Any = None
+    if is_stale(node):
+        return None
     if name_of(node) == "constant_pad_nd":
         args = arguments(node)
         if list(args["pad"]) == [1, 0] and args["value"] == 0:
@@ -371,6 +388,6 @@ def _summed(node: fx.Node) -> fx.Node | None:
     if inner is None:
         return None
     inner = _base(inner)
-    if name_of(inner) != "cumsum" or len(shape_of(inner)) != 1:
+    if name_of(inner) != "cumsum" or len(shape_of(inner)) != 1 or is_stale(inner):
         return None
     return _base(arguments(inner)["self"])

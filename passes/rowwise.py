@@ -202,6 +202,8 @@ def _align(c: Carried, node: fx.Node, position: int, out: Labels) -> None:
     if not any(dims):
         return
     rows = c.rows_of(out)
+    if (rows.place, rows.sequence) in dims:
+        _fail(f"{name_of(node)} with a tensor for all rows, those of a sequence apart")
     mine = [c.axes.atoms(d) for d in out[len(out) - len(own) :]]
     place = next((d for d, atoms in enumerate(mine) if atoms == (rows.place,)), None)
     if place is None and (rows.sequence,) in dims:

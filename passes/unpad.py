@@ -76,7 +76,12 @@ def find(view: View, sites: Sequence[Site]) -> tuple[list[Region], str]:
         except Mixed as reason:
             problem = problem or f"padding stays: {reason}"
             continue
-        found += [region] if region is not None else []
+        if region is None:
+            continue
+        if any(region.ends & r.ends or region.inside & r.inside for r in found):
+            problem = problem or "padding stays: paddings that are taken out by themselves meet"
+            continue
+        found.append(region)
         if rows is paddings.rows:
             break
     return found, problem
@@ -275,12 +280,23 @@ class _Finder:
             if origin is not None and origin.scope.parent is not None:
                 raise Mixed("padded tensors go into a checkpointed region")
             self._check_uses(node)
-        if len({view.grad.get(n, True) for n in (*padded, *ends) if n not in self.pads}) > 1:
+        if len({view.grad.get(n, True) for n in (*padded, *ends)}) > 1:
             raise Mixed("part of what is padded is computed without gradients")
         first, last = min(map(view.order.__getitem__, padded)), max(map(view.order.__getitem__, ends))
         for node in padded:
             self._check_writes(node, last)
+        for node in self._read_late():
+            if any(view.order[node] < view.order[w] < last for w in self._writers(node)):
+                raise Mixed("something is written in place while padded tensors are worked on")
         self._check_modes(first, last)
+
+    def _read_late(self) -> set[fx.Node]:
+        """What is read only where the region ends: the rows of sequences, and what attentions read besides padded tensors."""
+        read = {n for rows in self.carried.rows for n in (rows.offsets, rows.lengths) if n is not None}
+        for a in self.region.attentions:
+            for leaf in (a.site.q, a.site.k, a.site.v, *a.site.operands):
+                read.update(n for n in read_by(leaf) if n not in self.carried.labels)
+        return read
 
     def _check_uses(self, node: fx.Node) -> None:
         known = self.region.inside | self.region.ends

@@ -156,7 +156,9 @@ class Unpadder:
         else:
             assert rows.lengths is not None
             most = {"min": 0, "max": writer.size(rows.place.size)}
-            sums = writer.call(torch.cumsum, (writer.call(torch.clamp, (writer.here(rows.lengths),), most), 0))
+            # there may be lengths of more sequences
+            own = writer.call(torch.narrow, (writer.here(rows.lengths), 0, 0, writer.size(rows.sequence.size)))
+            sums = writer.call(torch.cumsum, (writer.call(torch.clamp, (own,), most), 0))
             found = writer.call(torch.nn.functional.pad, (sums, (1, 0)))
         if not self.emitter.strict:
             return found
@@ -254,6 +256,7 @@ class Unpadder:
             if self.emitter.may_be_written(site):
                 result = writer.call(torch.ops.attnfuse.own.default, (result,))
             return result
+        out = writer.spread(out, dims, (site.batch[0], *site.q_dim))
         if not site.e_dim:
             out = writer.method("squeeze", out, len(dims) - 1)
         flat = [atom for dim in dims for atom in dim]
@@ -312,9 +315,9 @@ class Unpadder:
 
 
 def _is_size(node: fx.Node) -> bool:
-    if node.target is torch.ops.aten.sym_size.int:
-        return True
-    return node.op == "call_method" and node.target == "size"
+    """Whether the node asks for the number of rows; other sizes are those of the rows themselves."""
+    asks = node.target is torch.ops.aten.sym_size.int or (node.op == "call_method" and node.target == "size")
+    return asks and node.args[1:] == (0,)
 
 
 class _Writer(Writer):

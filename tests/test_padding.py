@@ -540,6 +540,130 @@ def test_what_stays_padded_says_why(function: Callable[..., Any]) -> None:
     assert any(STAYS[function] in note and note.startswith("padding stays") for note in site.notes), site.notes
 
 
+def _clamped_to_a_lower_row(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    mask = mask_of(offsets.diff(), LONGEST)
+    x = values[(offsets[:-1, None] + torch.arange(LONGEST)).clamp(max=9)]
+    return attended(x, mask)[mask]
+
+
+def _offsets_edited_in_a_copy(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    own = offsets.clone()
+    own[1:3].add_(1)
+    x, mask = by_op(values, own)
+    return attended(x, mask)[mask]
+
+
+def _lengths_edited(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    lengths = offsets.diff()
+    lengths[2] += 3
+    mask = mask_of(lengths, LONGEST)
+    return attended(by_gather(values, offsets)[0], mask)[mask]
+
+
+def _lengths_edited_behind(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    lengths = offsets.diff()
+    mask = mask_of(lengths, LONGEST)
+    x = values.new_zeros(mask.shape[0], LONGEST, C)
+    x[mask] = values
+    x = attended(x, mask)
+    lengths[:3] = 1
+    return x[mask]
+
+
+def _offsets_edited_behind(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    x, mask = by_gather(values, offsets)
+    x = attended(x, mask)
+    offsets.add_(1)
+    return x[mask]
+
+
+def _bias_edited_behind(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    bias = torch.arange(LONGEST * LONGEST).view(LONGEST, LONGEST).sin()
+    x, mask = by_gather(values, offsets)
+    q = heads(x)
+    scores = (q @ q.transpose(-2, -1) + bias).masked_fill(~mask[:, None, None], -torch.inf)
+    x = merged(scores.softmax(-1) @ q)
+    bias.mul_(3.0)
+    return x[mask]
+
+
+def _one_feature_for_all(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    mask = mask_of(offsets.diff(), LONGEST)
+    x = values.new_zeros(mask.shape[0], LONGEST, C)
+    x[mask] = values[:, :1]
+    return attended(F.linear(x, torch.eye(C)), mask)[mask]
+
+
+def _added_place_by_place(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    x, mask = by_gather(values, offsets)
+    each = torch.arange(x.shape[0] * LONGEST)[:, None].sin()
+    x = (x.transpose(0, 1).reshape(-1, C) + each).view(LONGEST, -1, C).transpose(0, 1)
+    return attended(x, mask)[mask]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(_clamped_to_a_lower_row, _offsets_edited_in_a_copy, _lengths_edited, _lengths_edited_behind),
+        *(_offsets_edited_behind, _bias_edited_behind, _one_feature_for_all, _added_place_by_place),
+    ],
+    ids=lambda f: f.__name__.strip("_"),
+)
+def test_what_only_looks_like_padding_stays(function: Callable[..., Any]) -> None:
+    values, offsets = inputs()
+    with torch.no_grad():
+        expected, found = function(values, offsets.clone()), compiled(function, "eager")(values, offsets.clone())
+    assert layouts() == ["dense"]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tensor_of_two_paddings_is_packed_by_one() -> None:
+    (values, offsets), (others, bounds) = inputs(), inputs((7, 40, 1, 3, 2))
+
+    def run(values: Any, offsets: Any, others: Any, bounds: Any) -> torch.Tensor:
+        (x, mask), (y, seen) = by_gather(values, offsets), by_gather(others, bounds)
+        both = mask & seen
+        return attended(x + y, both)[both]
+
+    check(run, values, offsets, others, bounds)
+
+
+def test_all_sizes_of_what_a_mask_takes_out() -> None:
+    values, offsets = inputs()
+
+    def run(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        x, mask = by_gather(values, offsets)
+        found = attended(x, mask)[mask]
+        return found + torch.ones(found.size())
+
+    check(run, values, offsets)
+
+
+def test_lengths_of_more_sequences_than_there_are() -> None:
+    values, offsets = inputs()
+
+    def run(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        mask = mask_of(lengths[: len(LENGTHS)], LONGEST)
+        x = values.new_zeros(len(LENGTHS), LONGEST, C)
+        x[mask] = values * 1.0
+        return attended(x, mask)[mask]
+
+    check(run, values, torch.cat([offsets.diff(), torch.tensor([3, 4])]))
+
+
+def test_rows_that_are_padded_without_gradients_get_none() -> None:
+    values, offsets = inputs()
+    weights = torch.randn(C, requires_grad=True)
+
+    def run(values: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            x, mask = by_gather(values, offsets)
+        return attended(x * weights, mask)[mask]
+
+    found = compiled(run)(values.requires_grad_(), offsets, weights)
+    assert torch.autograd.grad(found.sum(), [values, weights], allow_unused=True)[0] is None
+
+
 def test_what_is_computed_without_gradients_gets_none() -> None:
     values, offsets = inputs()
 

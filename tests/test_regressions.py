@@ -918,3 +918,18 @@ def test_kernel_that_is_chosen_by_default_serves_what_these_tests_force() -> Non
     choice = choose(spec, torch.device("cpu"))
     assert choice.kernel is not None
     assert choice.kernel.name == "cpu"
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_heads_that_q_k_and_v_all_share_are_in_the_result(copies: bool) -> None:
+    def run(x: torch.Tensor) -> torch.Tensor:
+        q = x.unsqueeze(1).repeat(1, 3, 1, 1) if copies else x.unsqueeze(1).expand(-1, 3, -1, -1)
+        return F.scaled_dot_product_attention(q, q, q)
+
+    x = torch.randn(2, 6, 16, requires_grad=True)
+    expected, found = run(x), torch.compile(run, backend="attnfuse", options={"inner": "aot_eager"})(x)
+    assert fused() == 1
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    weights = torch.randn_like(expected)
+    a, b = (torch.autograd.grad((out * weights).sum(), x)[0] for out in (found, expected))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

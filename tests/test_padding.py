@@ -254,8 +254,10 @@ def test_padded_queries_of_dense_keys() -> None:
     check(run, values, offsets, torch.randn(len(LENGTHS), 6, C), layout="packed_queries")
 
 
-def test_what_each_sequence_adds_to_its_rows() -> None:
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_what_each_sequence_adds_to_its_rows(dtype: torch.dtype) -> None:
     values, offsets = inputs()
+    offsets = offsets.to(dtype)
 
     def run(values: torch.Tensor, offsets: torch.Tensor, each: torch.Tensor, both: torch.Tensor) -> torch.Tensor:
         x, mask = by_gather(values, offsets)

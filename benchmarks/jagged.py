@@ -12,9 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -24,7 +22,7 @@ import typer
 
 import attnfuse
 from benchmarks import results
-from benchmarks.memory import peak_of
+from benchmarks.memory import peak_of, peaks
 from benchmarks.spelled import DTYPES, deviation
 from benchmarks.timing import THREADS, Timing, copy_of, interleaved
 
@@ -182,11 +180,7 @@ def peak(case: Case, name: str) -> int:
 
 
 def _peaks(case: Case) -> Row:
-    spawn = multiprocessing.get_context("spawn")
-    found = {}
-    for name in (*_PADDED, "attnfuse"):
-        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-            found[name] = pool.submit(peak, case, name).result()
+    found = peaks(peak, case, (*_PADDED, "attnfuse"))
     return {"case": asdict(case), "tokens": int(lengths_of(case).sum()), "peaks": found}
 
 

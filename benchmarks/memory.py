@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import multiprocessing
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from attnfuse import _measure
@@ -18,3 +20,13 @@ def peak_of(call: Callable[[], Any]) -> int:
     if peak is None:
         raise OSError("this system does not tell a process's peak memory (Linux does)")
     return peak
+
+
+def peaks(peak: Callable[[Any, str], int], case: Any, names: Iterable[str]) -> dict[str, int]:
+    """peak(case, name) for each name, in a fresh process each. `peak` is a function of a module."""
+    spawn = multiprocessing.get_context("spawn")
+    found = {}
+    for name in names:
+        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+            found[name] = pool.submit(peak, case, name).result()
+    return found

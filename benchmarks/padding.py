@@ -9,9 +9,7 @@ B32 hidden 256 H4 D64 on 2 threads, the lengths of benchmarks.jagged. Padding is
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -23,7 +21,7 @@ from torch import nn
 import attnfuse
 from benchmarks import results
 from benchmarks.jagged import B, Case, D, H, Row, gradients, lengths_of, ratio
-from benchmarks.memory import peak_of
+from benchmarks.memory import peak_of, peaks
 from benchmarks.spelled import deviation
 from benchmarks.timing import THREADS, Timing, interleaved
 
@@ -103,15 +101,6 @@ def peak(case: Case, name: str) -> int:
         return peak_of(call)
 
 
-def _peaks(case: Case) -> dict[str, int]:
-    spawn = multiprocessing.get_context("spawn")
-    found = {}
-    for name in _NAMES:
-        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-            found[name] = pool.submit(peak, case, name).result()
-    return found
-
-
 _HEAD = ("case", "N", "eager", "Inductor", "attnfuse", "over eager", "over Inductor", "control", "peak memory of each")
 
 
@@ -159,7 +148,7 @@ def main(
         with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
             row = measure(case, budget)
         if memory:
-            row["peaks"] = _peaks(case)
+            row["peaks"] = peaks(peak, case, _NAMES)
         content["times"].append(row)
         print(" | ".join(_cells(row)), flush=True)
     if write:

@@ -95,11 +95,8 @@ class _Finder:
         self.carried = self.region.carried
         self.pads = {pad.node: pad for pad in self.region.pads}
         self.finals = {site.final: site for site in sites}
-        # what attentions of the region do themselves
-        self.taken: dict[fx.Node, Site] = {}
-        for site in sites:
-            for node in site.inside:
-                self.taken[node] = site
+        # what attentions do themselves
+        self.taken: set[fx.Node] = set().union(*(site.inside for site in sites))
 
     def run(self) -> Region | None:
         region, carried = self.region, self.carried
@@ -139,21 +136,21 @@ class _Finder:
                 raise Mixed("rows are taken out by other offsets than they were padded by")
         else:
             assert unpad.mask is not None
-            if self._mask(unpad.mask, rows, False) != FALSE:
+            if self._beyond(unpad.mask, rows) != FALSE:
                 raise Mixed("rows are taken out by a mask that is not known to leave out the padding")
         self.region.unpads.append(unpad)
         parts = [] if is_tensor(node) else node.users
         self.region.ends |= {node, unpad.node, *(made for made, _ in unpad.passed), *parts}
 
-    def _mask(self, mask: fx.Node, rows: Rows, holds: bool) -> Expr | None:
-        """A tensor [B, N] where places are within their sequences, or are not; None if it is not made of indices."""
+    def _beyond(self, mask: fx.Node, rows: Rows) -> Expr | None:
+        """A mask [B, N] where places are beyond their sequences; None if it is not made of indices."""
         reader = self.paddings.terms()
         sequence, place = Axis(rows.sequence), Axis(rows.place)
         try:
             e = reader.at(mask, (sequence, place))
         except NotExpressible:
             return None
-        return self.paddings.assumed(e, rows, sequence, place, holds, reader.algebra)
+        return self.paddings.assumed(e, rows, sequence, place, False, reader.algebra)
 
     def _substitute(self, node: fx.Node) -> None:
         """Arguments that hold one number wherever there is a token need not be gathered."""

@@ -16,8 +16,10 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="attnfu
 for variable in ("ATTNFUSE_KERNEL", "ATTNFUSE_FUEL", "ATTNFUSE_EXPLAIN"):
     os.environ.pop(variable, None)
 
+import importlib
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -100,3 +102,13 @@ def fresh_state() -> Iterator[None]:
     ops.failed.clear()
     yield
     ops.failed.clear()
+
+
+@pytest.fixture
+def fbgemm() -> Any:
+    """FBGEMM's operators. The package is built for one version of torch and fails to load with others."""
+    try:
+        importlib.import_module("fbgemm_gpu.sll")
+    except (ImportError, OSError) as error:
+        pytest.skip(f"fbgemm_gpu (pip install fbgemm-gpu-cpu) does not load: {str(error).splitlines()[0]}")
+    return torch.ops.fbgemm

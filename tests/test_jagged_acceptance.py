@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import bisect
 import heapq
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -30,16 +29,6 @@ def fresh() -> None:
     torch.manual_seed(5)
     torch._dynamo.reset()
     attnfuse.reset()
-
-
-@pytest.fixture
-def fbgemm() -> Any:
-    """FBGEMM's operators. The package is built for one version of torch and fails to load with others."""
-    try:
-        importlib.import_module("fbgemm_gpu.sll")
-    except (ImportError, OSError) as error:
-        pytest.skip(f"fbgemm_gpu (pip install fbgemm-gpu-cpu) does not load: {str(error).splitlines()[0]}")
-    return torch.ops.fbgemm
 
 
 def compiled(function: Callable[..., torch.Tensor]) -> Any:

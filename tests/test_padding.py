@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import subprocess
@@ -408,13 +407,8 @@ def test_rows_beyond_the_padded_length_are_cut_off() -> None:
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, (5, 60, 2)])
-def test_fbgemm(lengths: tuple[int, ...]) -> None:
+def test_fbgemm(lengths: tuple[int, ...], fbgemm: Any) -> None:
     """Rows beyond the padded length, which FBGEMM sets to 0, included."""
-    try:
-        importlib.import_module("fbgemm_gpu.sll")
-    except (ImportError, OSError) as error:
-        pytest.skip(f"fbgemm_gpu (pip install fbgemm-gpu-cpu) does not load: {str(error).splitlines()[0]}")
-    fbgemm = torch.ops.fbgemm
 
     def run(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         offsets = fbgemm.asynchronous_complete_cumsum(lengths)

@@ -26,6 +26,7 @@ try:
     )
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
     from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 except ImportError as error:
     raise ImportError(
         f"attnfuse supports torch 2.11 to 2.15; torch {torch.__version__} is too different ({error}). "
@@ -58,6 +59,7 @@ __all__ = [
     "pytree",
     "record_opaque",
     "statically_known_true",
+    "symbolic_range",
     "trace",
     "traced_graph",
     "traced_node",
@@ -147,6 +149,30 @@ def _batch_dim_ops(name: str) -> tuple[Any, ...]:
 #: What Dynamo's graph calls at the beginning and at the end of torch.vmap, for each tensor.
 ADD_BATCH_DIM = _batch_dim_ops("_add_batch_dim")
 REMOVE_BATCH_DIM = _batch_dim_ops("_remove_batch_dim")
+
+
+#: No dim of a tensor is longer.
+_LONGEST_DIM = 2**60
+
+
+def symbolic_range(value: torch.SymInt) -> tuple[int, int]:
+    """The least and greatest value that a symbolic integer can have, as far as its shape environment knows; at most int64's.
+
+    An int that a caller gave or a tensor held may be anything; a size is at least 0, or what Dynamo guards on.
+    """
+    env, own = value.node.shape_env, value.node.expr
+    ranges: dict[Any, Any] = {}
+    for symbol in own.free_symbols:
+        found = env.var_to_range.get(symbol, ValueRanges.unknown_int())
+        sources = getattr(env, "var_to_sources", {}).get(symbol, ())
+        if any(type(s).__name__ == "TensorPropertySource" and s.prop.name == "SIZE" for s in sources):
+            found = found & ValueRanges(0, _LONGEST_DIM)
+        ranges[symbol] = found
+    bounds = bound_sympy(own, ranges)
+    least, most = -(2**63), 2**63 - 1
+    low = least if bounds.lower <= least else int(bounds.lower)
+    high = most if bounds.upper >= most else int(bounds.upper)
+    return low, high
 
 
 def alias_key(tensor: torch.Tensor) -> int:

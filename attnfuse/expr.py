@@ -1,9 +1,9 @@
 """Expressions over the index of a query (q) and of a key (k): what masks and table indices are made of.
 
-An expression is a bool or an integer; integers are exact, since readers only make expressions that cannot overflow int64.
-`Algebra` has the constructors. They bring what they make to a normal form, so that equal masks in different spellings
-become equal expressions: sums are `Linear`, comparisons 'le' and 'eq' of two sums with positive coefficients, the constant on the
-right; negation stands at leaves only; what the sizes decide is decided.
+An expression is a bool or an integer; integers are those of int64, whose sums and products wrap. `Algebra` has the constructors.
+They bring what they make to a normal form, so that equal masks in different spellings become equal expressions: sums are
+`Linear`, comparisons 'le' and 'eq' of two sums with positive coefficients, the constant on the right; negation stands at leaves
+only; what the sizes decide is decided. A rule that holds of numbers but not of sums that wrap is used only where none can.
 """
 
 from __future__ import annotations
@@ -19,28 +19,38 @@ Type = Literal["bool", "int", "float"]
 
 Bounds = tuple[float, float]
 UNBOUNDED: Bounds = (-math.inf, math.inf)
-#: Integer dtypes and the values they hold; int64 counts as unbounded.
+INT64: Bounds = (-(2**63), 2**63 - 1)
+#: Integer dtypes and the values they hold.
 _RANGES: dict[str, Bounds] = {
     "bool": (0, 1),
     "uint8": (0, 255),
+    "uint16": (0, 2**16 - 1),
+    "uint32": (0, 2**32 - 1),
     "int8": (-128, 127),
     "int16": (-(2**15), 2**15 - 1),
     "int32": (-(2**31), 2**31 - 1),
+    "int64": INT64,
 }
 #: No dim has more elements, so that int32 holds every index.
 LONGEST = 2**31 - 1
 
 
 def type_of(dtype: str) -> Type:
-    """What values of a dtype are. Raises NotExpressible for complex numbers."""
-    if dtype.startswith("complex"):
-        raise NotExpressible("a complex number")
-    return "bool" if dtype == "bool" else "int" if "int" in dtype else "float"
+    """What values of a dtype are. Raises NotExpressible for complex numbers and for integers that int64 does not hold."""
+    if dtype in _RANGES:
+        return "bool" if dtype == "bool" else "int"
+    if "float" not in dtype:
+        raise NotExpressible(f"a tensor of dtype {dtype}")
+    return "float"
 
 
 def range_of(dtype: str) -> Bounds:
     """The least and the greatest value that a dtype holds."""
     return _RANGES.get(dtype, UNBOUNDED)
+
+
+def within(inner: Bounds, outer: Bounds = INT64) -> bool:
+    return outer[0] <= inner[0] and inner[1] <= outer[1]
 
 
 class Expr:
@@ -135,7 +145,7 @@ class Linear(Expr):
 
 
 #: min, max, abs, floordiv (by a positive constant), mod likewise, where: integers. le, eq, ne: two integers to a bool.
-#: and, or (any number), not (of a load): bools. int: a bool as 0 or 1.
+#: and, or (any number), not (of a load, or of an 'le' of sums that may wrap): bools. int: a bool as 0 or 1.
 Op = Literal["min", "max", "abs", "floordiv", "mod", "where", "le", "eq", "ne", "and", "or", "not", "int"]
 
 
@@ -193,8 +203,15 @@ def _lin(e: Expr) -> tuple[dict[Expr, int], int]:
     return {e: 1}, 0
 
 
+def _wrapped(n: int) -> int:
+    """The number that int64 has for n."""
+    return (n + 2**63) % 2**64 - 2**63
+
+
 def _sum(terms: dict[Expr, int], const: int) -> Expr:
-    kept = sorted(((c, t) for t, c in terms.items() if c), key=lambda ct: _order(ct[1]))
+    """The sum as int64 has it."""
+    const = _wrapped(const)
+    kept = sorted(((_wrapped(c), t) for t, c in terms.items() if _wrapped(c)), key=lambda ct: _order(ct[1]))
     if not kept:
         return Const(const)
     if len(kept) == 1 and kept[0][0] == 1 and const == 0:
@@ -217,15 +234,38 @@ class Algebra:
             size = self.Q if e.axis == "q" else self.K
             return (0, LONGEST if size is None else max(size - 1, 0))
         if isinstance(e, Linear):
-            low = high = float(e.const)
-            for c, t in e.terms:
-                a, b = self.bounds(t)
-                low += c * (a if c > 0 else b)
-                high += c * (b if c > 0 else a)
-            return low, high
+            found = self._range(*_lin(e))
+            return found if within(found) else INT64
         if isinstance(e, Apply):
             return self._bounds_of(e.op, [self.bounds(a) for a in e.args if a.type != "float"])
         return e.bounds
+
+    def is_exact(self, e: Expr) -> bool:
+        """Whether e is the number that its sum comes to: no sum in it that may wrap."""
+        return not isinstance(e, Linear) or within(self._range(*_lin(e)))
+
+    def _range(self, terms: dict[Expr, int], const: int) -> Bounds:
+        """Bounds of a sum of numbers, which may lie outside of int64."""
+        low = high = const
+        for t, c in terms.items():
+            a, b = self.bounds(t)
+            low += c * (a if c > 0 else b)  # type: ignore[assignment]
+            high += c * (b if c > 0 else a)  # type: ignore[assignment]
+        return low, high
+
+    def terms(self, e: Expr) -> tuple[dict[Expr, int], int]:
+        """The terms of a sum with their coefficients, and the constant."""
+        return _lin(e)
+
+    def difference(self, a: Expr, b: Expr) -> tuple[dict[Expr, int], int] | None:
+        """a - b as a sum of numbers; None where a sum of a or b may wrap."""
+        if not (self.is_exact(a) and self.is_exact(b)):
+            return None
+        terms, const = _lin(a)
+        more, extra = _lin(b)
+        for t, c in more.items():
+            terms[t] = terms.get(t, 0) - c
+        return {t: c for t, c in terms.items() if c}, const - extra
 
     def _bounds_of(self, op: str, args: list[Bounds]) -> Bounds:
         if op == "min":
@@ -234,10 +274,13 @@ class Algebra:
             return max(a for a, _ in args), max(b for _, b in args)
         if op == "abs":
             a, b = args[0]
+            if a <= INT64[0]:
+                # its negative is itself
+                return INT64
             return (0 if a <= 0 <= b else min(abs(a), abs(b))), max(abs(a), abs(b))
         if op == "floordiv":
             (a, b), (c, _) = args
-            return (a // c if math.isfinite(a) else a), (b // c if math.isfinite(b) else b)
+            return a // c, b // c
         if op == "mod":
             return 0, args[1][0] - 1
         if op == "where" and len(args) == 3:
@@ -250,7 +293,6 @@ class Algebra:
         """a + times * b."""
         terms, const = _lin(a)
         more, extra = _lin(b)
-        terms = dict(terms)
         for t, c in more.items():
             terms[t] = terms.get(t, 0) + c * times
         return _sum(terms, const + times * extra)
@@ -282,21 +324,28 @@ class Algebra:
             raise NotExpressible("a division by something other than a positive constant")
         by = int(b.value)
         terms, const = _lin(a)
-        whole = {t: c // by for t, c in terms.items() if c % by == 0}
-        rest = {t: c for t, c in terms.items() if c % by}
-        return _sum(whole, const // by), _sum(rest, const % by), by
+        whole = {t: c // by for t, c in terms.items() if c % by == 0}, const // by
+        rest = {t: c for t, c in terms.items() if c % by}, const % by
+        if not (self.is_exact(a) and within(self._range(*whole)) and within(self._range(*rest))):
+            return Const(0), a, by
+        return _sum(*whole), _sum(*rest), by
 
     def minimum(self, a: Expr, b: Expr) -> Expr:
-        low, high = self.bounds(self.sub(a, b))
-        if high <= 0:
-            return a
-        return b if low >= 0 else Apply("min", tuple(sorted((a, b), key=_order)), "int")
+        return self._least(a, b, 1, "min")
 
     def maximum(self, a: Expr, b: Expr) -> Expr:
-        low, high = self.bounds(self.sub(a, b))
-        if low >= 0:
-            return a
-        return b if high <= 0 else Apply("max", tuple(sorted((a, b), key=_order)), "int")
+        return self._least(a, b, -1, "max")
+
+    def _least(self, a: Expr, b: Expr, sign: int, op: Literal["min", "max"]) -> Expr:
+        """The least of sign * a and sign * b, times sign."""
+        difference = self.difference(a, b)
+        if difference is not None:
+            low, high = self._range(*difference)
+            if (high if sign > 0 else -low) <= 0:
+                return a
+            if (low if sign > 0 else -high) >= 0:
+                return b
+        return Apply(op, tuple(sorted((a, b), key=_order)), "int")
 
     def abs(self, a: Expr) -> Expr:
         low, high = self.bounds(a)
@@ -317,52 +366,96 @@ class Algebra:
         if op in ("gt", "ge"):
             return self.compare("lt" if op == "gt" else "le", b, a)
         if op == "lt":
-            return self.compare("le", self.add(a, Const(1)), b)
+            return self._below(a, b)
         for x, y, flipped in ((a, b, False), (b, a, True)):
             if isinstance(x, Apply) and x.op in ("where", "int"):
                 arms = x.args[1:] if x.op == "where" else (Const(1), Const(0))
                 if all(isinstance(arm, Const) for arm in arms) or isinstance(y, Const):
                     yes, no = (self.compare(op, y, arm) if flipped else self.compare(op, arm, y) for arm in arms)
                     return self.where(x.args[0], yes, no)
-        terms, const = _lin(self.sub(a, b))
-        if op == "le":
-            taken_apart = self._le_apart(terms, const)
-            if taken_apart is not None:
-                return taken_apart
+        return self._at_most(a, b) if op == "le" else self._equal(a, b)
+
+    def _below(self, a: Expr, b: Expr) -> Expr:
+        """a < b, as a comparison by <= where 1 can be added to one side."""
+        if self.is_exact(a) and self.bounds(a)[1] < INT64[1]:
+            return self.compare("le", self.add(a, Const(1)), b)
+        if self.is_exact(b) and self.bounds(b)[0] > INT64[0]:
+            return self.compare("le", a, self.add(b, Const(-1)))
+        opposite = self.compare("le", b, a)
+        if isinstance(opposite, Apply) and opposite.op == "le":
+            return Apply("not", (opposite,))
+        return self.not_(opposite)
+
+    def _at_most(self, a: Expr, b: Expr) -> Expr:
+        difference = self.difference(a, b)
+        if difference is None:
+            return Apply("le", (a, b))
+        terms, const = difference
+        taken_apart = self._le_apart(terms, const)
+        if taken_apart is not None:
+            return taken_apart
         divisor = math.gcd(*terms.values()) if terms else 1
-        if divisor > 1:
-            if op == "eq" and const % divisor:
-                return FALSE
-            terms = {t: c // divisor for t, c in terms.items()}
-            const = -(-const // divisor)
-        low, high = self.bounds(_sum(terms, const))
-        if op == "le":
-            if high <= 0:
-                return TRUE
-            if low > 0:
-                return FALSE
-        elif low > 0 or high < 0:
-            return FALSE
-        elif low == high == 0:
+        terms, const = {t: c // divisor for t, c in terms.items()}, -(-const // divisor)
+        low, high = self._range(terms, const)
+        if high <= 0:
             return TRUE
-        elif low == 0 or high == 0:
-            # nothing is below the least value, so that equal to it is the same as not above it
-            return self.compare("le", *((_sum(terms, const), Const(0))[:: 1 if low == 0 else -1]))
-        if op == "eq" and _leading(_sum(terms, const)) < 0:
+        if low > 0:
+            return FALSE
+        positive = {t: c for t, c in terms.items() if c > 0}
+        negative = {t: -c for t, c in terms.items() if c < 0}
+        # neither side may wrap, on whichever of them the constant has its place
+        for left, right in (((positive, 0), (negative, -const)), ((positive, const), (negative, 0))):
+            if within(self._range(*left)) and within(self._range(*right)):
+                return Apply("le", (_sum(*left), _sum(*right)))
+        return Apply("le", (a, b))
+
+    def _equal(self, a: Expr, b: Expr) -> Expr:
+        difference = self.difference(a, b)
+        if difference is None:
+            # equal numbers stay equal when the same is added to both, wrapped or not
+            terms, const = _lin(self.sub(a, b))
+            if not terms:
+                return FALSE if const else TRUE
+        else:
+            terms, const = difference
+            divisor = math.gcd(*terms.values()) if terms else 1
+            if const % divisor:
+                return FALSE
+            terms, const = {t: c // divisor for t, c in terms.items()}, const // divisor
+            low, high = self._range(terms, const)
+            if low > 0 or high < 0:
+                return FALSE
+            if low == high == 0:
+                return TRUE
+            if (low == 0 or high == 0) and within((low, high)):
+                # nothing is below the least value, so that equal to it is the same as not above it
+                return self.compare("le", *((_sum(terms, const), Const(0))[:: 1 if low == 0 else -1]))
+        if _leading(_sum(terms, const)) < 0:
             terms, const = {t: -c for t, c in terms.items()}, -const
         left = _sum({t: c for t, c in terms.items() if c > 0}, 0)
         right = _sum({t: -c for t, c in terms.items() if c < 0}, -const)
-        return Apply(op, (left, right))  # type: ignore[arg-type]
+        return Apply("eq", (left, right))
 
     def _le_apart(self, terms: dict[Expr, int], const: int) -> Expr | None:
         """sum <= 0 without the abs, min or max that is one of its terms."""
         for t, c in terms.items():
             if abs(c) != 1 or not isinstance(t, Apply) or t.op not in ("abs", "min", "max"):
                 continue
-            rest = _sum({x: y for x, y in terms.items() if x != t}, const)
-            parts = t.args if t.op != "abs" else (t.args[0], self.mul(t.args[0], Const(-1)))
-            # abs(x) is the larger of x and -x
-            found = [self.compare("le", self.add(rest, part, c), Const(0)) for part in parts]
+            if t.op == "abs":
+                # abs(x) is the larger of x and -x
+                parts = [_lin(t.args[0])]
+                parts.append(({x: -y for x, y in parts[0][0].items()}, -parts[0][1]))
+            else:
+                parts = [_lin(x) for x in t.args]
+            sums: list[tuple[dict[Expr, int], int]] = []
+            for more, extra in parts:
+                sum_ = {x: y for x, y in terms.items() if x != t}
+                for x, y in more.items():
+                    sum_[x] = sum_.get(x, 0) + c * y
+                sums.append((sum_, const + c * extra))
+            if not all(self.is_exact(x) for x in t.args) or not all(within(self._range(*x)) for x in (*parts, *sums)):
+                continue
+            found = [self.compare("le", _sum(*x), Const(0)) for x in sums]
             return self.and_(*found) if (c > 0) == (t.op != "min") else self.or_(*found)
         return None
 
@@ -414,10 +507,11 @@ class Algebra:
         best: dict[tuple[tuple[Expr, int], ...], tuple[int, Expr]] = {}
         rest = []
         for e in args:
-            if not (isinstance(e, Apply) and e.op == "le"):
+            difference = self.difference(*e.args) if isinstance(e, Apply) and e.op == "le" else None
+            if difference is None:
                 rest.append(e)
                 continue
-            terms, const = _lin(self.sub(*e.args))
+            terms, const = difference
             key = tuple(sorted(terms.items(), key=lambda tc: _order(tc[0])))
             old = best.get(key)
             # sum + const <= 0 says more the greater the constant is
@@ -636,7 +730,12 @@ class Words:
         return f"{'' if e == kept else 'not '}{what} {self.names[found[0].operand]}"
 
     def _compared(self, e: Expr) -> str | None:
-        if not (isinstance(e, Apply) and e.op in ("le", "eq", "ne")):
+        if not isinstance(e, Apply):
+            return None
+        if e.op == "not" and isinstance(e.args[0], Apply) and e.args[0].op == "le":
+            left, right = e.args[0].args
+            return self._ordered(Algebra().add(right, Const(1)), left)
+        if e.op not in ("le", "eq", "ne"):
             return None
         left, right = e.args
         no = "not " if e.op == "ne" else ""

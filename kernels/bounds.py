@@ -28,28 +28,62 @@ def cut(keep: Expr, uniform: frozenset[int] = frozenset()) -> Cut:
         found = _bound(part, uniform)
         if found is None or found[0] in bounds:
             rest.append(part)
-        else:
-            bounds[found[0]] = found[1]
+            continue
+        kind, bound, whole = found
+        bounds[kind] = bound
+        if not whole:
+            rest.append(part)
     if not rest:
         return Cut(bounds, None)
     return Cut(bounds, rest[0] if len(rest) == 1 else expr.Apply("and", tuple(rest)))
 
 
-def _bound(part: Expr, uniform: frozenset[int]) -> tuple[str, Expr] | None:
+#: Farther than any index lies from another: numbers beyond it bound no key, or every one.
+_FAR = 2**40
+
+
+def _bound(part: Expr, uniform: frozenset[int]) -> tuple[str, Expr, bool] | None:
+    """A kind of bound, the bound, and whether it says all that `part` does."""
     if not (isinstance(part, expr.Apply) and part.op == "le"):
         return None
     algebra = expr.Algebra()
-    rest = algebra.sub(*part.args)
-    terms = expr.sum_of(rest)
-    of_k, of_q = terms.get(expr.K, 0), terms.get(expr.Q, 0)
-    rest = algebra.add(algebra.add(rest, expr.K, -of_k), expr.Q, -of_q)
-    for x in expr.walk(rest):
+    difference = algebra.difference(*part.args)
+    terms, const = difference or algebra.terms(algebra.sub(*part.args))
+    of_k, of_q = terms.pop(expr.K, 0), terms.pop(expr.Q, 0)
+    for x in (x for t in terms for x in expr.walk(t)):
         plain = isinstance(x, expr.Load) and x.operand in uniform and x.row is None and x.col is None
         if isinstance(x, expr.Index) or (isinstance(x, expr.Load) and not plain):
             return None
     # of_k * k + of_q * q + rest <= 0
-    if of_k == 1 and of_q in (0, -1):
-        return ("below_q" if of_q else "below"), algebra.sub(expr.Const(1), rest)
-    if of_k == -1 and of_q in (0, 1):
-        return ("from_q" if of_q else "from"), rest
-    return None
+    if (of_k, of_q) not in ((1, 0), (1, -1), (-1, 0), (-1, 1)):
+        return None
+    rest = _near(terms, const, algebra, difference is not None)
+    if rest is None:
+        return None
+    if of_k == 1:
+        return ("below_q" if of_q else "below"), algebra.sub(expr.Const(1), rest), difference is not None
+    return ("from_q" if of_q else "from"), rest, difference is not None
+
+
+def _near(terms: dict[Expr, int], const: int, algebra: expr.Algebra, exact: bool) -> Expr | None:
+    """The sum, or one that compares with indices as it does, with room for kernels to add indices to it.
+
+    exact: whether the graph's own sum never wraps. If it may, the bound hides nothing where it could have.
+    """
+    total: Expr = expr.Const(const)
+    lone = len(terms) == 1 and abs(const) < _FAR
+    if not (exact or lone):
+        return None
+    for x, c in terms.items():
+        if lone and abs(c) == 1 and not expr.within(algebra.bounds(x), (-_FAR, _FAR)):
+            far = expr.Const(2 * _FAR)
+            near = algebra.maximum(algebra.minimum(x, far), algebra.mul(far, expr.Const(-1)))
+            total = algebra.add(total, near, c)
+            if not exact:
+                safe = algebra.compare("le", x, expr.Const(2**62)), algebra.compare("le", expr.Const(-(2**62)), x)
+                return algebra.where(algebra.and_(*safe), total, expr.Const(-_FAR))
+        else:
+            total = algebra.add(total, x, c)
+    small = all(abs(n) < 2**62 for n in (const, *terms.values()))
+    inside = small and algebra.is_exact(total) and expr.within(algebra.bounds(total), (-(2**62), 2**62))
+    return total if inside and exact else None

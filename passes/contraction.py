@@ -47,7 +47,7 @@ def parse(node: fx.Node) -> Contraction | str | None:
             return f"alpha or beta of {name} is not a constant"
         added = args["self"] if beta != 0.0 else None
         lead = "n" if name == "baddbmm" else ""
-        return Contraction(a, lead + "xz", b, lead + "zy", lead + "xy", added, alpha, beta)
+        return Contraction(a, lead + "xz", b, lead + "zy", lead + "xy", added, float(alpha), float(beta))
     a, b = node.args[0], node.args[1]
     if not (is_tensor(a) and is_tensor(b)):
         return f"{name} of something that is not a tensor"

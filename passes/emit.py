@@ -586,14 +586,20 @@ class Values:
     def _call(self, e: Call) -> fx.Node:
         w = self.writer
         args = []
-        for a, dtype in zip(e.args, e.dtypes, strict=True):
+        for i, (a, dtype) in enumerate(zip(e.args, e.dtypes, strict=True)):
             x = self.run(a) if isinstance(a, Expr) else a
             if dtype is not None:
                 x = self.as_tensor(x, dtype)
                 if x.meta["example_value"].dtype != dtype:
                     x = w.method("to", x, dtype)
+                if e.scalars and not e.scalars[i] and not x.meta["example_value"].dim():
+                    x = w.method("unsqueeze", x, 0)
             args.append(x)
-        return w.call(e.target, tuple(args), dict(e.kwargs))
+        found = w.call(e.target, tuple(args), dict(e.kwargs))
+        made = found.meta["example_value"]
+        if made.dtype != e.dtype:
+            raise EmitError(f"{e.target} gives {made.dtype} for the elements of a mask, and {e.dtype} in the graph")
+        return w.method("squeeze", found, 0) if made.dim() > len(self.dims) else found
 
 
 _FUNCTIONS: dict[str, Any] = {

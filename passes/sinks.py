@@ -70,7 +70,7 @@ def _concatenated(node: fx.Node, dim: int) -> Joined | None:
         # one key and one sink look alike: what is cut off afterwards tells
         if is_one(shape_of(sink)[dim]) and not is_one(shape_of(scores)[dim]):
             number = constant(sink)
-            return Joined(scores, sink if number is None else number, first, frozenset({node}))
+            return Joined(scores, sink if number is None else float(number), first, frozenset({node}))
     return None
 
 
@@ -82,9 +82,9 @@ def _padded(node: fx.Node, dim: int) -> Joined | None:
     if args.get("mode", "constant") != "constant" or dim % len(shape_of(node)) != len(shape_of(node)) - 1:
         return None
     pads = [constant(x) for x in args["pad"]]
-    if number is None or sorted(map(str, pads[:2])) != ["0.0", "1.0"] or any(x != 0.0 for x in pads[2:]):
+    if number is None or set(pads[:2]) != {0, 1} or any(x != 0.0 for x in pads[2:]):
         return None
-    return Joined(args["self"], number, pads[0] == 1.0, frozenset({node}))
+    return Joined(args["self"], float(number), pads[0] == 1, frozenset({node}))
 
 
 def cut_off(view: View, weights: fx.Node, dim: int, first: bool) -> tuple[fx.Node, frozenset[fx.Node]] | None:
@@ -152,4 +152,4 @@ def _exponent(node: Any, shift: fx.Node) -> tuple[fx.Node | float, frozenset[fx.
     if args["other"] is not shift or constant(args.get("alpha", 1)) != 1.0:
         return None
     number = constant(args["self"])
-    return (args["self"] if number is None else number), frozenset({node, power})
+    return (args["self"] if number is None else float(number)), frozenset({node, power})

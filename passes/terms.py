@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from attnfuse import expr
-from attnfuse._compat import OpOverload
+from attnfuse._compat import OpOverload, symbolic_range
 from attnfuse.expr import (
     LONGEST,
     Algebra,
@@ -31,9 +31,22 @@ from attnfuse.expr import (
     walk,
 )
 from attnfuse.passes import views
-from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, name_of, shape_of
+from attnfuse.passes.aten import (
+    Number,
+    arguments,
+    constant,
+    converted,
+    dtype_of,
+    folded,
+    functional,
+    is_tensor,
+    name_of,
+    number_in,
+    one_element,
+    shape_of,
+)
 from attnfuse.passes.capture import View, is_stale, value_of
-from attnfuse.passes.labels import Atom, Size, is_one, known_equal
+from attnfuse.passes.labels import Atom, Distances, Size, is_one, known_equal
 from attnfuse.spec import dtype_name
 
 
@@ -46,20 +59,23 @@ class Axis(Expr):
 
     @property
     def bounds(self) -> Bounds:
-        return (0, self.atom.size - 1 if isinstance(self.atom.size, int) else LONGEST)
+        if isinstance(self.atom.size, int):
+            return (0, self.atom.size - 1)
+        return (0, 2 * LONGEST if isinstance(self.atom, Distances) else LONGEST)
 
 
 @dataclass(frozen=True)
 class Symbol(Expr):
-    """A symbolic size."""
+    """A symbolic integer: a size, or any other number that one graph serves several values of."""
 
     text: str
     value: Any = field(compare=False)
+    limits: Bounds = field(compare=False)
     type: Type = "int"
 
     @property
     def bounds(self) -> Bounds:
-        return (0, LONGEST)
+        return self.limits
 
 
 @dataclass(frozen=True)
@@ -87,13 +103,17 @@ class Tensor(Expr):
 
 @dataclass(frozen=True)
 class Call(Expr):
-    """A pointwise op. args: expressions, each with the dtype it has there, and plain values."""
+    """A pointwise op. args: expressions, tensors' with the dtype they are converted to, and plain values.
+
+    scalars: for tensors of several dtypes, which of them have no dims, since those promote others in another way.
+    """
 
     target: OpOverload
     args: tuple[Any, ...]
     dtypes: tuple[torch.dtype | None, ...]
     kwargs: tuple[tuple[str, Any], ...]
     dtype: torch.dtype
+    scalars: tuple[bool, ...] = ()
 
     @property
     def type(self) -> Type:  # type: ignore[override]
@@ -115,6 +135,7 @@ class Call(Expr):
             self.dtypes,
             self.kwargs,
             self.dtype,
+            self.scalars,
         )
 
 
@@ -138,7 +159,7 @@ def is_joint(e: Expr) -> bool:
 
 #: Pointwise ops that may be computed again on fewer indices.
 _POINTWISE = (
-    *("add", "sub", "rsub", "mul", "div", "neg", "abs", "log", "log2", "exp", "sqrt", "rsqrt", "pow", "to", "where"),
+    *("add", "sub", "rsub", "mul", "div", "neg", "abs", "log", "log2", "exp", "sqrt", "rsqrt", "pow", "where"),
     *("masked_fill", "minimum", "maximum", "clamp", "clamp_min", "clamp_max", "sign", "floor", "ceil", "round"),
     *("sin", "cos", "tanh", "sigmoid", "reciprocal", "square", "remainder", "floor_divide", "eq", "ne", "lt", "le"),
     *("gt", "ge", "logical_not", "logical_and", "logical_or", "logical_xor", "bitwise_not", "bitwise_and"),
@@ -161,6 +182,8 @@ class Terms:
         self.trains = trains
         self.budget = 2000
         self._known: dict[tuple[fx.Node, tuple[Expr, ...], bool], Expr] = {}
+        #: why tensors that are computed in the graph could not be read further
+        self.reasons: dict[fx.Node, str] = {}
 
     def at(self, node: fx.Node, index: tuple[Expr, ...], frozen: bool = False) -> Expr:
         """The element of `node` at `index`. Raises NotExpressible.
@@ -189,8 +212,9 @@ class Terms:
             return moved
         try:
             found = self._computed(node, index, frozen)
-        except NotExpressible:
+        except NotExpressible as reason:
             found = None
+            self.reasons[node] = str(reason)
         # a small tensor that is there is better than computing it for every query and key
         inside = [] if found is None else [x for x in walk(found) if isinstance(x, (Tensor, Call))]
         thin = not {Q, K} <= set().union(*(depends(i) for i in index))
@@ -205,11 +229,9 @@ class Terms:
             raise NotExpressible(f"a gradient stops behind {node.name}")
         return Tensor(node, index)
 
-    def number(self, value: float, dtype: torch.dtype) -> Expr:
-        kind = type_of(dtype)
-        if kind == "int" and abs(value) >= 2**53:
-            raise NotExpressible("a number that a double does not hold")
-        return Const(value if kind == "float" else int(value), kind)
+    def number(self, value: Number, dtype: torch.dtype) -> Const:
+        """A number that `dtype` holds."""
+        return Const(number_in(value, dtype), type_of(dtype))
 
     # -- ops that only move elements
 
@@ -225,7 +247,8 @@ class Terms:
             return None
         try:
             found = move(self, node, source, index)
-        except NotExpressible:
+        except NotExpressible as reason:
+            self.reasons[node] = str(reason)
             return None
         return self.at(source, found, frozen)
 
@@ -251,6 +274,9 @@ class Terms:
         if special is not None:
             made = special(self, node, index, frozen)
             return self._fits(made, dtype_of(node)) if made.type == "int" else made
+        if name == "to":
+            source: fx.Node = node.args[0]  # type: ignore[assignment]
+            return self.cast(self.operand(source, index, frozen), dtype_of(source), dtype_of(node))
         if name in _POINTWISE:
             return self._pointwise(node, index, frozen)
         raise NotExpressible(f"{name or node.target} is not made of indices")
@@ -279,41 +305,61 @@ class Terms:
             return self.size(value_of(value))
         if isinstance(value, torch.SymInt):
             number = value.node.maybe_as_int()
-            return Const(int(number)) if number is not None else Symbol(str(value), value)
+            if number is not None:
+                return Const(int(number))
+            low, high = symbolic_range(value)
+            if any(not isinstance(own, int) and known_equal(own, value) for own in self.sizes.values()):
+                low, high = max(low, 0), min(high, LONGEST)
+            return Symbol(str(value), value, (low, high))
         raise NotExpressible("a symbolic number that is not a size")
 
     def _pointwise(self, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
+        name, target = name_of(node), functional(node.target)  # type: ignore[arg-type]
+        if target is None or (name in ("min", "max") and target._overloadname != "other"):
+            raise NotExpressible(f"{node.target} is not made of indices")
         args: list[Any] = []
-        dtypes: list[torch.dtype | None] = []
+        own: list[torch.dtype | None] = []
         for x in node.args:
             tensor = is_tensor(x)
             if tensor or isinstance(x, (bool, int, float, fx.Node)):
                 args.append(self.operand(x, index, frozen))
-            elif x is None or isinstance(x, (str, torch.dtype, torch.device, torch.memory_format, torch.layout)):
+            elif x is None or isinstance(x, str):
                 args.append(x)
             else:
                 raise NotExpressible("an argument that is not a number")
-            dtypes.append(dtype_of(x) if tensor else None)  # type: ignore[arg-type]
+            own.append(dtype_of(x) if tensor else None)  # type: ignore[arg-type]
         if any(isinstance(v, fx.Node) for v in node.kwargs.values()):
             raise NotExpressible("a computed keyword argument")
-        call = Call(node.target, tuple(args), tuple(dtypes), tuple(node.kwargs.items()), dtype_of(node))  # type: ignore[arg-type]
-        return self.applied(name_of(node), call, node)
+        common, scalars = _common_dtype(node, target), _scalars(node)
+        chooses = {"where": 0, "masked_fill": 1}.get(name)
+        dtypes = [d if d is None or i == chooses or scalars else common for i, d in enumerate(own)]
+        call = Call(target, tuple(args), tuple(dtypes), tuple(node.kwargs.items()), dtype_of(node), scalars)
+        return self.applied(name, call, node, own, common)
 
-    def applied(self, name: str, call: Call, node: fx.Node) -> Expr:
-        """A pointwise op on expressions, in the algebra as far as it goes."""
+    def applied(
+        self, name: str, call: Call, node: fx.Node, own: Sequence[torch.dtype | None], common: torch.dtype
+    ) -> Expr:
+        """A pointwise op on expressions, in the algebra as far as it goes.
+
+        own: the dtypes of its tensors in the graph. common: that which it computes in.
+        """
         numbers = [a for a in call.args if isinstance(a, Expr)]
         open_ = [a for a in numbers if not isinstance(a, Const)]
         if not open_:
-            return self._folded(call, call.args)
+            return self._folded(call, self._converted(call.args, own, call.dtypes))
         exact = all(a.type != "float" for a in numbers)
         if name in ("where", "masked_fill"):
-            found = self._chosen(name, call)
+            found = self._chosen(name, call, own)
             if found is not None:
-                return found
+                return self._fits(found, call.dtype)
         elif exact and call.type != "float":
+            for a in numbers:
+                self._fits(a, common)
             found = self._integer(name, call, node)
             if found is not None:
                 return self._fits(found, call.dtype)
+        call = replace(call, args=self._converted(call.args, own, call.dtypes))
+        open_ = [a for a in call.args if isinstance(a, Expr) and not isinstance(a, Const)]
         joint = [a for a in dict.fromkeys(open_) if is_joint(a)]
         if len(set(open_)) == 1 or len(joint) == 1:
             pushed = self._pushed(call, joint[0] if joint else open_[0])
@@ -321,20 +367,47 @@ class Terms:
                 return pushed
         return call
 
+    def _converted(
+        self, args: Sequence[Any], own: Sequence[torch.dtype | None], dtypes: Sequence[torch.dtype | None]
+    ) -> tuple[Any, ...]:
+        """Arguments in the dtypes that the op computes in."""
+        return tuple(
+            a if a_dtype is None or not isinstance(a, Expr) else self.cast(a, a_dtype, dtype)  # type: ignore[arg-type]
+            for a, a_dtype, dtype in zip(args, own, dtypes, strict=True)
+        )
+
+    def cast(self, e: Expr, source: torch.dtype, dtype: torch.dtype) -> Expr:
+        """An element of a tensor of dtype `source`, converted to `dtype`."""
+        if source == dtype:
+            return e
+        if isinstance(e, Const):
+            number = converted(e.value, source, dtype)
+            if number is None:
+                raise NotExpressible(f"a number that {dtype} does not hold")
+            return self.number(number, dtype)
+        call = Call(torch.ops.aten.to.dtype, (e, dtype), (source, None), (), dtype)
+        if e.type == "float" or call.type == "float":
+            pushed = self._pushed(call, e)
+            return call if pushed is None else pushed
+        if call.type == "bool":
+            return self.algebra.truth(e)
+        whole = self._as_int(e)
+        return whole if expr.within(self.algebra.bounds(whole), range_of(dtype)) else call
+
     def _folded(self, call: Call, args: Sequence[Any]) -> Expr:
         """The op run on numbers, in the dtypes they have in the graph."""
-        given = []
-        for a, dtype in zip(args, call.dtypes, strict=True):
-            if not isinstance(a, Const):
-                given.append(a)
-            elif dtype is None:
-                given.append(bool(a.value) if a.type == "bool" else a.value)
-            else:
-                given.append(torch.tensor(a.value, dtype=torch.float64 if a.type == "float" else None).to(dtype))
-        kwargs = {k: v for k, v in call.kwargs if k != "device"}
-        result = call.target(*given, **kwargs)
-        # tensors of no dims may promote each other where those of the graph did not
-        return self.number(result.to(call.dtype).item(), call.dtype)
+        given = [
+            a
+            if not isinstance(a, Const)
+            else (bool(a.value) if a.type == "bool" else a.value)
+            if dtype is None
+            else one_element(a.value, dtype, bool(call.scalars) and call.scalars[i])
+            for i, (a, dtype) in enumerate(zip(args, call.dtypes, strict=True))
+        ]
+        number = folded(call.target, given, call.dtype, {k: v for k, v in call.kwargs if k != "device"})
+        if number is None:
+            raise NotExpressible(f"{call.target} of numbers that gives another dtype, or none")
+        return self.number(number, call.dtype)
 
     def _pushed(self, call: Call, only: Expr) -> Expr | None:
         """op(where(c, x, y)) as where(c, op(x), op(y)) for numbers, and for what the query and the key do not decide jointly."""
@@ -376,29 +449,39 @@ class Terms:
                 return self.number(0, call.dtype)
         return call
 
-    def _chosen(self, name: str, call: Call) -> Expr | None:
-        args = [a for a in call.args if isinstance(a, Expr)]
-        if len(args) != 3:
+    def _chosen(self, name: str, call: Call, own: Sequence[torch.dtype | None]) -> Expr | None:
+        places = [i for i, a in enumerate(call.args) if isinstance(a, Expr)]
+        if len(places) != 3:
             return None
-        c, a, b = args if name == "where" else (args[1], args[2], args[0])
-        if c.type != "bool":
+        c, a, b = places if name == "where" else (places[1], places[2], places[0])
+        condition: Expr = call.args[c]
+        if condition.type != "bool":
             return None
         values: list[Expr] = []
-        for x in (a, b):
-            if isinstance(x, Const):
-                own = torch.tensor(float(x.value), dtype=torch.float64).to(call.dtype)
-                x = self.number(own.item(), call.dtype)
-            elif x.type != call.type or _dtype_in(call, x) not in (None, call.dtype):
+        for i in (a, b):
+            x: Expr = call.args[i]
+            dtype = own[i]
+            if dtype is None and isinstance(x, Const):
+                x = self._filled(x, call.dtype)
+            elif dtype is not None:
+                x = self.cast(x, dtype, call.dtype)
+            if x.type != call.type:
                 return None
             values.append(x)
-        return self.algebra.where(c, *values)
+        return self.algebra.where(condition, *values)
+
+    def _filled(self, x: Const, dtype: torch.dtype) -> Const:
+        """A Python number as an element of a tensor of that dtype."""
+        number = bool(x.value) if x.type == "bool" else x.value
+        found = folded(torch.full, [(), number], dtype, {"dtype": dtype})
+        if found is None:
+            raise NotExpressible(f"a number that {dtype} does not hold")
+        return self.number(found, dtype)
 
     def _fits(self, e: Expr, dtype: torch.dtype) -> Expr:
-        """e, if it surely is in the range of dtype; int64 counts as having no end."""
-        if dtype not in (torch.bool, torch.int64):
-            (low, high), (least, most) = self.algebra.bounds(e), range_of(dtype)
-            if low < least or high > most:
-                raise NotExpressible(f"arithmetic that may leave the range of {dtype}")
+        """e, if it surely is in the range of dtype. What an expression is lies in that of int64."""
+        if e.type == "int" and not expr.within(self.algebra.bounds(e), range_of(dtype)):
+            raise NotExpressible(f"arithmetic that may leave the range of {dtype}")
         return e
 
     def _integer(self, name: str, call: Call, node: fx.Node) -> Expr | None:
@@ -410,13 +493,11 @@ class Terms:
                 return g.compare(name, *(self._as_int(a) for a in args[:2]))
             if name in ("logical_not", "bitwise_not"):
                 return g.not_(g.truth(args[0]))
-            if name == "to":
-                return g.truth(args[0])
             if all(a.type == "bool" for a in args) or name.startswith("logical"):
                 truths = [g.truth(a) for a in args]
                 if name in _AND or name == "mul":
                     return g.and_(*truths)
-                if name in _OR or (name == "add" and len(args) == 2):
+                if name in _OR or (name == "add" and len(args) == 2 and constant(arguments(node).get("alpha", 1)) == 1):
                     return g.or_(*truths)
                 if name in ("logical_xor", "bitwise_xor"):
                     return g.where(truths[0], g.not_(truths[1]), truths[1])
@@ -425,12 +506,12 @@ class Terms:
         if name in ("add", "sub", "rsub"):
             named = arguments(node)
             alpha = constant(named.get("alpha", 1))
-            if alpha is None or alpha != int(alpha):
+            if not isinstance(alpha, int):
                 return None
             a, b = (ints[1], ints[0]) if name == "rsub" else (ints[0], ints[1])
             if name == "rsub" and alpha != 1:
                 return None
-            return g.add(a, b, int(alpha) if name == "add" else -int(alpha))
+            return g.add(a, b, alpha if name == "add" else -alpha)
         if name == "mul":
             for a, b in (args[:2], args[1::-1]):
                 if a.type == "bool" or (isinstance(a, Apply) and a.op == "int"):
@@ -452,8 +533,6 @@ class Terms:
             return g.floordiv(*ints[:2])
         if name == "remainder":
             return g.mod(*ints[:2])
-        if name == "to" and call.dtype in (torch.int64, torch.int32):
-            return ints[0]
         return None
 
     def _clamped(self, node: fx.Node, x: Expr) -> Expr:
@@ -461,9 +540,10 @@ class Terms:
         for bound, apply in (("min", self.algebra.maximum), ("max", self.algebra.minimum)):
             if named.get(bound) is not None:
                 number = constant(named[bound])
-                if number is not None and number != int(number):
+                if isinstance(number, float):
                     raise NotExpressible("a clamp to a fraction")
-                x = apply(x, self.size(named[bound]) if number is None else Const(int(number)))
+                limit = self.size(named[bound]) if number is None else Const(number)
+                x = apply(x, self._fits(limit, dtype_of(node)))
         return x
 
     def _as_int(self, e: Expr) -> Expr:
@@ -483,6 +563,36 @@ def _is_whole(e: Expr) -> bool:
     if not isinstance(e, Tensor) or name_of(e.node) != "to" or is_stale(e.node):
         return False
     return type_of(dtype_of(e.node.args[0])) != "float" and dtype_of(e.node) != torch.float16  # type: ignore[arg-type]
+
+
+def _common_dtype(node: fx.Node, target: OpOverload) -> torch.dtype:
+    """The dtype that a pointwise op of the graph converts its tensors to before it computes."""
+    values = list(node.args)
+    if name_of(node) in ("where", "masked_fill"):
+        return dtype_of(node)
+    tensors = [x for x in values if is_tensor(x)]
+    sample = [one_element(0, dtype_of(x), not shape_of(x)) if is_tensor(x) else _sample(x) for x in values[:2]]  # type: ignore[arg-type]
+    common = torch.result_type(*sample) if len(sample) == 2 and None not in sample else dtype_of(tensors[0])  # type: ignore[arg-type]
+    if target is not node.target and common != dtype_of(node) and dtype_of(node) != torch.bool:
+        raise NotExpressible("a result that is converted as it is written")
+    return common
+
+
+def _scalars(node: fx.Node) -> tuple[bool, ...]:
+    """Which arguments are tensors without dims, if they are beside others of another dtype."""
+    if name_of(node) in ("where", "masked_fill"):
+        return ()
+    tensors = [x for x in node.args if is_tensor(x)]
+    dtypes = {dtype_of(x) for x in tensors}  # type: ignore[arg-type]
+    found = tuple(is_tensor(x) and not shape_of(x) for x in node.args)  # type: ignore[arg-type]
+    return found if len(dtypes) > 1 and 0 < sum(found) < len(tensors) else ()
+
+
+def _sample(x: Any) -> Any:
+    """A number of the same type, for type promotion; None for an argument that takes no part in it."""
+    value = value_of(x) if isinstance(x, fx.Node) else x
+    kinds = ((bool, True), ((int, torch.SymInt), 1), ((float, torch.SymFloat), 1.0))
+    return next((number for kind, number in kinds if isinstance(value, kind)), None)  # type: ignore[arg-type]
 
 
 def _dtype_in(call: Call, x: Expr) -> torch.dtype | None:
@@ -663,13 +773,7 @@ def _arange(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> E
     if isinstance(start, float) or not isinstance(step, int):
         raise NotExpressible("an arange of fractions")
     at = t.algebra.add(t.algebra.mul(index[0], Const(step)), t.size(start))
-    if type_of(dtype_of(node)) == "int":
-        return at
-    return _converted(t, at, dtype_of(node))
-
-
-def _converted(t: Terms, e: Expr, dtype: torch.dtype) -> Expr:
-    return Call(torch.ops.aten.to.dtype, (e, dtype), (torch.int64, None), (), dtype)
+    return at if type_of(dtype_of(node)) == "int" else t.cast(at, torch.int64, dtype_of(node))
 
 
 def _triangle(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
@@ -678,8 +782,7 @@ def _triangle(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) ->
         diagonal = t.size(named["diagonal"])
     else:
         diagonal = Const(named["diagonal"])
-    edge = t.algebra.add(index[-2], diagonal)
-    keep = t.algebra.compare("le" if name_of(node) == "tril" else "ge", index[-1], edge)
+    keep = t.algebra.compare("le" if name_of(node) == "tril" else "ge", t.algebra.sub(index[-1], index[-2]), diagonal)
     value = t.at(named["self"], index, frozen)
     return t.algebra.where(keep, value, t.number(0, dtype_of(node)))
 
@@ -730,10 +833,13 @@ def _diff(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Exp
 
 def _cumsum(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
     named = arguments(node)
-    value = t.at(named["self"], index, frozen)
+    dim = named["dim"] % len(index)
+    # the sum takes in every element up to the index: what holds of the one there says nothing
+    anywhere = Axis(Atom(shape_of(node)[dim]))
+    value = t.at(named["self"], (*index[:dim], anywhere, *index[dim + 1 :]), frozen)
     if not isinstance(value, Const) or value.type == "float" or dtype_of(node) != torch.int64:
         raise NotExpressible("a running sum of something that is not a constant")
-    return t.algebra.mul(t.algebra.add(index[named["dim"] % len(index)], Const(1)), Const(int(value.value)))
+    return t.algebra.mul(t.algebra.add(index[dim], Const(1)), Const(int(value.value)))
 
 
 _SPECIAL: dict[str, Callable[[Terms, fx.Node, tuple[Expr, ...], bool], Expr]] = {

@@ -19,17 +19,27 @@ struct Interval {
 
 constexpr i64 LEAST = std::numeric_limits<i64>::min(), GREATEST = std::numeric_limits<i64>::max();
 
+constexpr Interval ANYTHING{LEAST, GREATEST};
+
+// Bounds of sums and products, which wrap: where one of their ends does, nothing is known.
+INLINE Interval sum_of(Interval a, Interval b) {
+  Interval c;
+  const bool wraps = __builtin_add_overflow(a.lo, b.lo, &c.lo) | __builtin_add_overflow(a.hi, b.hi, &c.hi);
+  return wraps ? ANYTHING : c;
+}
+INLINE Interval product_of(Interval a, i64 b) {
+  Interval c;
+  const bool wraps = __builtin_mul_overflow(a.lo, b, &c.lo) | __builtin_mul_overflow(a.hi, b, &c.hi);
+  if (wraps) return ANYTHING;
+  return c.lo <= c.hi ? c : Interval{c.hi, c.lo};
+}
+
 // A sum that stays at the ends where these stand for "no bound".
 INLINE i64 plus(i64 a, i64 b) {
   i64 c;
   if (a == LEAST || b == LEAST) return LEAST;
   if (a == GREATEST || b == GREATEST) return GREATEST;
   return __builtin_add_overflow(a, b, &c) ? (a < 0 ? LEAST : GREATEST) : c;
-}
-INLINE i64 times(i64 a, i64 b) {
-  i64 c;
-  if (a == LEAST || a == GREATEST) return b == 0 ? 0 : ((a == LEAST) == (b > 0) ? LEAST : GREATEST);
-  return __builtin_mul_overflow(a, b, &c) ? ((a < 0) == (b < 0) ? GREATEST : LEAST) : c;
 }
 INLINE i64 floor_div(i64 a, i64 b) {
   const i64 d = a / b;
@@ -479,24 +489,20 @@ struct Masks {
       case X_QUERY: return {q0, q0 + n - 1};
       case X_KEY: return {k0, k0 + keys - 1};
       case X_LOAD: return loaded(x, a, b, n);
-      case X_ADD: return {plus(a.lo, b.lo), plus(a.hi, b.hi)};
-      case X_TIMES: {
-        const i64 s = times(a.lo, x.value), t = times(a.hi, x.value);
-        return s < t ? Interval{s, t} : Interval{t, s};
-      }
+      case X_ADD: return sum_of(a, b);
+      case X_TIMES: return product_of(a, x.value);
       case X_MIN: return {a.lo < b.lo ? a.lo : b.lo, a.hi < b.hi ? a.hi : b.hi};
       case X_MAX: return {a.lo > b.lo ? a.lo : b.lo, a.hi > b.hi ? a.hi : b.hi};
       case X_ABS: {
-        const i64 s = a.lo < 0 ? times(a.lo, -1) : a.lo, t = a.hi < 0 ? times(a.hi, -1) : a.hi;
+        // the least integer is its own negative
+        if (a.lo == LEAST) return ANYTHING;
+        const i64 s = a.lo < 0 ? -a.lo : a.lo, t = a.hi < 0 ? -a.hi : a.hi;
         const i64 most = s > t ? s : t, least = s < t ? s : t;
         return {a.lo <= 0 && a.hi >= 0 ? 0 : least, most};
       }
-      case X_FLOORDIV: {
-        const bool ends = a.lo == LEAST || a.hi == GREATEST;
-        return ends ? Interval{LEAST, GREATEST} : Interval{floor_div(a.lo, x.value), floor_div(a.hi, x.value)};
-      }
+      case X_FLOORDIV: return {floor_div(a.lo, x.value), floor_div(a.hi, x.value)};
       case X_MOD:
-        if (a.lo > LEAST && a.hi < GREATEST && floor_div(a.lo, x.value) == floor_div(a.hi, x.value))
+        if (floor_div(a.lo, x.value) == floor_div(a.hi, x.value))
           return {floor_mod(a.lo, x.value), floor_mod(a.hi, x.value)};
         return {0, x.value - 1};
       case X_WHERE: {
@@ -532,7 +538,7 @@ struct Masks {
       cols = keys;
     }
     // a table that is larger than a tile tells nothing at a bearable price
-    if (rows * cols > 2 * QT * LD) return r.dtype == U8 ? Interval{0, 255} : Interval{LEAST, GREATEST};
+    if (rows * cols > 2 * QT * LD) return r.dtype == U8 ? Interval{0, 255} : ANYTHING;
     return bounds_of(r.dtype, element(x.operand, r0, c0), r.row(), r.col(), rows, cols);
   }
 };

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from attnfuse import expr
-from attnfuse.expr import Apply, Const, Expr, Index, Linear, Load
+from attnfuse.expr import Algebra, Apply, Const, Expr, Index, Linear, Load
 from attnfuse.kernels.bounds import Cut, cut
 from attnfuse.kernels.hiding import Hiding, hiding
 from attnfuse.spec import AddFill, Attention, Bias, Cast, Clamp, ReplaceFill, Scale, Shift, Sink, Softcap, Step, Tanh
@@ -166,14 +166,13 @@ class _Body:
         return self.let(_apply(e, args))
 
     def _sum(self, e: Linear) -> str:
-        wide = abs(e.const) >= LONGEST or any(abs(c) != 1 for c, _ in e.terms)
+        wide = is_wide(e)
         parts = []
         for c, t in e.terms:
-            x = self.value(t)
-            x = f"{x}.to(tl.int64)" if wide and not isinstance(t, Const) else x
-            parts.append(("- " if c < 0 else "+ ") + (x if abs(c) == 1 else f"{x} * {abs(c)}"))
+            x = f"{self.value(t)}.to(tl.int64)" if wide else self.value(t)
+            parts.append(("- " if c == -1 else "+ ") + (x if abs(c) == 1 else f"{x} * ({c})"))
         if e.const:
-            parts.append(f"{'-' if e.const < 0 else '+'} {abs(e.const)}")
+            parts.append(f"+ ({e.const})")
         return " ".join(parts).removeprefix("+ ")
 
     def load(self, operand: int, row: Expr | None = None, col: Expr | None = None) -> str:
@@ -199,6 +198,13 @@ class _Body:
                 terms.append(f"{bound}.to(tl.int64) * {strides}[{which}]")
         mask = " & ".join(f"({x} < {x.upper()}n)" for x in sorted(uses, reverse=True))
         return " + ".join(terms), mask
+
+
+def is_wide(e: Linear) -> bool:
+    """Whether the sum, or a part of it, may leave int32 for indices of tensors that a kernel takes."""
+    index = Algebra(LONGEST + 1, LONGEST + 1)
+    reach = abs(e.const) + sum(abs(c) * max(map(abs, index.bounds(t))) for c, t in e.terms)
+    return reach >= 2**31
 
 
 def _apply(e: Apply, args: list[str]) -> str:
@@ -554,14 +560,19 @@ class _Intervals(_Body):
         return self._both(f"tl.min({x}, 0)", f"tl.max({x}, 0)")
 
     def _summed(self, e: Linear) -> Ends | None:
+        # beside numbers that may be anything, bounds wrap where the sum does not
+        if not Algebra(LONGEST + 1, LONGEST + 1).is_exact(e):
+            return None
+        # a scalar of a tile's edge is an int32, and may be a number that the compiler knows
+        wide = " + tl.full([], 0, tl.int64)" if is_wide(e) else ""
         lo, hi = [str(e.const)], [str(e.const)]
         for c, t in e.terms:
             ends = self.of(t)
             if ends is None:
                 return None
-            a, b = ends if c > 0 else ends[::-1]
-            lo.append(f"{a} * {c}" if c != 1 else a)
-            hi.append(f"{b} * {c}" if c != 1 else b)
+            a, b = (f"({x}{wide})" for x in (ends if c > 0 else ends[::-1]))
+            lo.append(f"{a} * ({c})" if c != 1 else a)
+            hi.append(f"{b} * ({c})" if c != 1 else b)
         return self._both(" + ".join(lo), " + ".join(hi))
 
     def _min(self, a: Ends, b: Ends) -> Ends:

@@ -29,7 +29,7 @@ def score_term(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled
     if stable is not None:
         yield Peeled(stable[0], labels, lambda: (Recentred(),), inside=stable[1])
         return
-    a, b = args["self"], args["other"]
+    a, b, alpha = args["self"], args["other"], float(alpha)
     cast = Cast(dtype_name(dtype_of(node)))
     # node = first * a + second * b
     first, second = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[name]

@@ -40,7 +40,7 @@ def constant_factor(node: fx.Node) -> tuple[fx.Node, float] | None:
                 continue
             number = 1.0 / number
         if math.isfinite(number):
-            return tensor, number
+            return tensor, float(number)
     return None
 
 

@@ -66,7 +66,7 @@ def _scale(reader: Reader, q: fx.Node, given: object) -> Scale:
     number = constant(given)
     if number is None:
         return Scale(operand=reader.operand(Leaf(given, (), number=True)))  # type: ignore[arg-type]
-    return Scale(number)
+    return Scale(float(number))
 
 
 def _mask_steps(reader: Reader, mask: object, labels: Labels) -> list[Step]:

@@ -31,7 +31,7 @@ def bounded(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled | 
         if number is None:
             yield "the scores are clamped to something that is not a constant"
             return
-        bounds.append(number)
+        bounds.append(float(number))
     yield Peeled(source, labels, lambda: (Clamp(*bounds),))  # type: ignore[arg-type]
 
 

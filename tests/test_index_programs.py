@@ -1,0 +1,152 @@
+"""Index arithmetic drawn at random, over all dtypes: what the passes read is what the ops give, on every element."""
+
+from __future__ import annotations
+
+import operator
+import os
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from torch import fx
+
+from attnfuse import expr
+from attnfuse.expr import Algebra, Apply, Const, Expr, Index, K, Linear, NotExpressible, Q
+from attnfuse.passes.capture import View, capture, value_of
+from attnfuse.passes.terms import Axis, Call, Symbol, Tensor, Terms
+from attnfuse.testing import index_programs as drawn
+from attnfuse.testing.index_programs import IndexProgram, index_programs
+
+LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
+#: Each has four results.
+PROGRAMS = 25_000 if LONG else 750
+RESULTS = 4
+
+
+class Graph:
+    """Fake inputs as Dynamo makes them, with symbolic sizes or plain ones."""
+
+    def __init__(self, dynamic: bool) -> None:
+        found: list[fx.Graph] = []
+
+        def seen(gm: fx.GraphModule, inputs: Any) -> Any:
+            found.append(gm.graph)
+            return gm.forward
+
+        def together(q: Any, k: Any, ids: Any, small: Any, narrow: Any, flags: Any, n: int) -> Any:
+            return q.sum() + (k + ids + small + narrow + flags).sum() + n
+
+        torch.compiler.reset()
+        torch.compile(together, backend=seen, dynamic=dynamic)(**drawn.inputs())
+        self.placeholders = [x for x in found[0].nodes if x.op == "placeholder"]
+        #: the argument that each of them is, "" for a size
+        self.names = [_argument(x) for x in self.placeholders]
+
+    def view(self, program: IndexProgram) -> tuple[View, list[fx.Node]]:
+        graph = fx.Graph()
+        given: dict[str, Any] = {"n": drawn.N}
+        for old, name in zip(self.placeholders, self.names, strict=True):
+            new = graph.placeholder(old.name)
+            new.meta["example_value"] = old.meta["example_value"]
+            given[name] = new
+        given.pop("", None)
+        outs = graph.call_function(program.function, tuple(given[name] for name in drawn.inputs()))
+        graph.output(tuple(graph.call_function(operator.getitem, (outs, i)) for i in range(RESULTS)))
+        view = capture(fx.GraphModule({}, graph))
+        output = next(n for n in view.graph.nodes if n.op == "output")
+        return view, list(output.args[0])  # type: ignore[arg-type]
+
+
+class Values:
+    """What an expression of the graph's tensors is, by the ops and tensors themselves, on all queries and keys."""
+
+    def __init__(self, view: View, names: list[str]) -> None:
+        self.env: dict[fx.Node, Any] = {}
+        given, left = drawn.inputs(), iter(names)
+        for node in view.graph.nodes:
+            if node.op == "placeholder":
+                value, name = value_of(node), next(left)
+                self.env[node] = given[name] if isinstance(value, torch.Tensor) else value.node.hint
+            elif node.op == "call_function":
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.env.__getitem__)
+                self.env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def of(self, e: Expr) -> torch.Tensor:
+        if isinstance(e, Const):
+            return torch.tensor(bool(e.value) if e.type == "bool" else e.value)
+        if isinstance(e, Index):
+            return torch.arange(drawn.Q)[:, None] if e == Q else torch.arange(drawn.K)[None]
+        if isinstance(e, Symbol):
+            return torch.tensor(int(e.value.node.hint))
+        if isinstance(e, Linear):
+            total = torch.full((1, 1), e.const)
+            for c, t in e.terms:
+                total = total + c * self.of(t).to(torch.int64)
+            return total
+        if isinstance(e, Tensor):
+            index = torch.broadcast_tensors(*(self.of(i) for i in e.index)) if e.index else ()
+            return self.env[e.node][tuple(index)]
+        if isinstance(e, Call):
+            return self._call(e)
+        assert isinstance(e, Apply) and not isinstance(e, Axis)
+        args = [self.of(a) for a in e.args]
+        if e.op in ("and", "or"):
+            args = [a.bool() for a in args]
+        return expr._RUN[e.op](*args)
+
+    def _call(self, e: Call) -> torch.Tensor:
+        args = []
+        for i, (a, dtype) in enumerate(zip(e.args, e.dtypes, strict=True)):
+            x = self.of(a) if isinstance(a, Expr) else a
+            if isinstance(a, Expr) and dtype is None:
+                x = x.item()
+            elif dtype is not None:
+                x = x.to(dtype).expand(torch.broadcast_shapes(x.shape, (1, 1)))
+                x = x.reshape(()) if e.scalars and e.scalars[i] else x
+            args.append(x)
+        found = e.target(*args, **{k: v for k, v in e.kwargs if k != "device"})
+        assert found.dtype == e.dtype
+        return found
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_index_arithmetic_is_read_as_the_ops_compute_it(dynamic: bool) -> None:
+    graph = Graph(dynamic)
+    counts = {"read": 0, "kept": 0, "left": 0}
+
+    @settings(max_examples=PROGRAMS // 2, phases=[Phase.generate, Phase.shrink])
+    @given(index_programs(RESULTS))
+    def run(program: IndexProgram) -> None:
+        view, outs = graph.view(program)
+        expected = program.function(**drawn.inputs())
+        values = Values(view, graph.names)
+        sizes: dict[Expr, Any] = {Q: _size(graph, "q"), K: _size(graph, "k")}
+        algebra = Algebra(*(s if isinstance(s, int) else None for s in sizes.values()))
+        for node, wanted in zip(outs, expected, strict=True):
+            terms = Terms(view, algebra, sizes, False)
+            index = (Q, K)[2 - wanted.dim() :] if wanted.shape != (drawn.Q, 1) else (Q, Const(0))
+            try:
+                e = terms.at(node, index)
+            except NotExpressible:
+                counts["left"] += 1
+                continue
+            counts["kept" if isinstance(e, Tensor) else "read"] += 1
+            found = values.of(e).to(wanted.dtype)
+            same = torch.equal(*torch.broadcast_tensors(found.nan_to_num(7.5), wanted.nan_to_num(7.5)))
+            assert same and bool((found.isnan() == wanted.isnan()).all()), f"{node} is read as {e}"
+            if e.type != "float":
+                low, high = algebra.bounds(e)
+                assert low <= int(found.min()) and int(found.max()) <= high, f"bounds of {e}"
+
+    run()
+    assert counts["read"] > PROGRAMS // 2 * RESULTS // 4, counts
+
+
+def _argument(placeholder: fx.Node) -> str:
+    target = str(placeholder.target).lower()
+    return next((name for name in drawn.inputs() if target.startswith(f"l_{name}_")), "")
+
+
+def _size(graph: Graph, name: str) -> Any:
+    return graph.placeholders[graph.names.index(name)].meta["example_value"].shape[0]

@@ -85,6 +85,8 @@ class _Structure:
         trains = view.trains and view.grad.get(site.final, True)
         self.terms = Terms(view, self.algebra, self.sizes, trains)
         self.leaves: list[Leaf] = []
+        # what is read now, in words
+        self.what = "a bias"
         self.notes: list[str] = []
         # the dim of tables of distances
         self.line: Distances | None = None
@@ -128,6 +130,7 @@ class _Structure:
 
     def _step(self, step: Step) -> list[Step]:
         kept = list(self.leaves)
+        self.what = "a bias" if isinstance(step, Bias) else "a mask"
         try:
             if isinstance(step, (ReplaceFill, AddFill)):
                 return self._fill(step)
@@ -135,7 +138,7 @@ class _Structure:
                 return self._bias(step)
         except NotExpressible as reason:
             self.leaves = kept
-            self.notes.append(str(reason))
+            self.notes.append(f"{self.what} stays a tensor: {reason}")
         return [self._unread(step)]
 
     def _unread(self, step: Step) -> Step:
@@ -268,6 +271,9 @@ class _Structure:
                 return self._hoisted(x, dtype_of(x.node))
             except NotExpressible:
                 return self._table(x)
+        whole = {self.site.q_dim, self.site.k_dim} <= set(labels) and self.site.q_dim != self.site.k_dim
+        if whole and (self.what == "a mask" or x.node.op == "call_function"):
+            self.notes.append(f"{self.what} stays a tensor: {self.terms.why(x.node)}")
         leaf = Leaf(x.node, labels, starts=starts)
         return Load(self._register(leaf), dtype_name(dtype_of(x.node)))
 

@@ -229,6 +229,14 @@ class Terms:
             raise NotExpressible(f"a gradient stops behind {node.name}")
         return Tensor(node, index)
 
+    def why(self, node: fx.Node) -> str:
+        """Why a tensor is read as it lies in memory."""
+        if node in self.reasons:
+            return self.reasons[node]
+        if is_stale(node):
+            return "its memory is written to"
+        return "it comes from outside of the graph" if node.op != "call_function" else f"{name_of(node) or node.name} gives it"
+
     def number(self, value: Number, dtype: torch.dtype) -> Const:
         """A number that `dtype` holds."""
         return Const(number_in(value, dtype), type_of(dtype))

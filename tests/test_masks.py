@@ -560,3 +560,30 @@ def test_memory_of_a_causal_window_does_not_grow_with_the_square_of_the_length(s
         pytest.skip("this system does not tell a process's peak memory")
     # a bool mask alone would take 64 MiB
     assert peak < 16 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (lambda m: torch.fmod(torch.arange(16)[:, None] - torch.arange(16), 3) == 0, "fmod is not made of indices"),
+        (lambda m: m, "it comes from outside of the graph"),
+        (lambda m: m.cumsum(-1) > 5, "a running sum of something that is not a constant"),
+        (lambda m: torch.arange(16) * torch.arange(16)[:, None] > 5, "a product of two indices"),
+        (lambda m: (torch.arange(16)[:, None] // (1 + torch.arange(16))) > 2, "a division by something other"),
+    ],
+)
+@pytest.mark.parametrize("spelling", ["masked_fill", "where", "sdpa"])
+def test_a_mask_that_stays_a_tensor_says_why(mask: Any, reason: str, spelling: str) -> None:
+    def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        keep = mask(m)
+        if spelling == "sdpa":
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+        s = q @ k.mT
+        s = s.masked_fill(~keep, -1e9) if spelling == "masked_fill" else torch.where(keep, s, -1e9)
+        return s.softmax(-1) @ v
+
+    torch.compiler.reset()
+    given = torch.randn(3, 2, 4, 16, 8).unbind()
+    (site,) = attnfuse.explain(attended, *given, torch.rand(16, 16) < 0.5).sites
+    assert site.status == "fused"
+    assert [n for n in site.notes if n.startswith("a mask stays a tensor: ") and reason in n], site.notes

@@ -168,3 +168,40 @@ SINKS = {
     "of queries": (Sink(operand=0), (1, 1, 40, 1)),
     "of batches": (Sink(operand=0), (2, 1, 1, 1)),
 }
+
+
+LEAST, MOST = -(2**63), 2**63 - 1
+#: Masks made of numbers at the ends of int64: of each batch element (0), of queries (1) and of keys (2).
+_A, _Q, _K = Algebra(), expr.Q, expr.K
+_OF_ALL, _OF_QUERIES, _OF_KEYS = (expr.Load(i, "int64") for i in range(3))
+WRAPPING = {
+    "length": _A.compare("lt", _K, _OF_ALL),
+    "last key": _A.compare("le", _K, _OF_ALL),
+    "first key": _A.compare("ge", _K, _OF_ALL),
+    "causal from an offset": _A.compare("le", _K, _A.add(_Q, _OF_ALL)),
+    "window from an offset": _A.compare("gt", _K, _A.sub(_A.add(_Q, _OF_ALL), Const(9))),
+    "ordered": _A.compare("lt", _OF_KEYS, _OF_QUERIES),
+    "ordered, shifted": _A.compare("le", _OF_KEYS, _A.add(_OF_QUERIES, Const(3))),
+    "distance": _A.compare("le", _A.abs(_A.sub(_OF_KEYS, _OF_QUERIES)), Const(40)),
+    "equal": _A.compare("eq", _A.sub(_OF_KEYS, _OF_QUERIES), Const(5)),
+    "hash": _A.compare(
+        "ge",
+        _A.add(_A.mul(_K, Const(6364136223846793005)), Const(1442695040888963407)),
+        _A.mul(_Q, Const(6364136223846793005)),
+    ),
+    "remainder": _A.compare("eq", _A.mod(_A.add(_OF_KEYS, _Q), Const(3)), Const(1)),
+    "quotient": _A.compare("lt", _A.floordiv(_A.sub(_OF_KEYS, _K), Const(7)), _OF_QUERIES),
+    "sum over keys": _A.compare("lt", _A.add(_OF_KEYS, _K, 3), _A.minimum(_OF_QUERIES, _A.add(_OF_ALL, _Q))),
+    "32 bits": _A.compare("le", _A.mul(_K, Const(2**26)), _A.add(_A.mul(_Q, Const(2**26)), Const(2**30))),
+}
+
+
+def wrapping_operands(Q: int, K: int) -> list[torch.Tensor]:
+    """Operands of WRAPPING for five batch elements: [5, 1, 1, 1], [5, 1, Q, 1] and [5, 1, 1, K]."""
+    ends = torch.tensor([3, LEAST, MOST, MOST - 5, -2])
+    of_queries, of_keys = torch.randint(-30, 30, (5, 1, Q, 1)), torch.randint(-30, 30, (5, 1, 1, K))
+    of_queries[1::2, :, ::3], of_keys[1::2, ..., ::4] = MOST, LEAST
+    of_queries[1, :, 1::3], of_keys[2, ..., 1::4] = LEAST + 1, MOST - 1
+    of_keys[4] = MOST
+    of_queries[4] = MOST - 2
+    return [ends.view(5, 1, 1, 1), of_queries, of_keys]

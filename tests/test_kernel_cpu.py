@@ -296,6 +296,14 @@ def test_causal_offsets(offset, fill, value):
     )
 
 
+@pytest.mark.parametrize("name", kernel_cases.WRAPPING)
+@pytest.mark.parametrize(("Q", "K"), [(70, 150), (1, 90)])
+def test_integers_wrap_as_those_of_tensors_do(name, Q, K):
+    operands = kernel_cases.wrapping_operands(Q, K)
+    steps = (Scale(0.25), ReplaceFill(kernel_cases.WRAPPING[name], -INF))
+    check(*qkv(5, 1, Q, K, 8), operands, steps=steps, hidden="zero")
+
+
 @pytest.mark.parametrize("value", [-INF, FLOAT_MIN])
 def test_a_window_is_two_causal_masks(value):
     q, k, v = qkv(1, 2, 300, 330, 8)

@@ -60,7 +60,9 @@ def floor_mod(a, b: tl.constexpr):
 
 @triton.jit
 def floor_div(a, b: tl.constexpr):
-    return (a - ((a % b) + b) % b) // b
+    # a multiple of b is divided, towards 0, so that neither rounding nor the ends of the integers matter
+    r = ((a % b) + b) % b
+    return tl.where(a < 0, (a + (b - r)) // b - 1, (a - r) // b)
 '''
 
 

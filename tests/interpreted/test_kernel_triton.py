@@ -119,6 +119,13 @@ def test_documents_and_lengths():
     check(*qkv(2, 2, 70, 100, 8), [lengths], steps=(HALF, ReplaceFill(kept, FLOAT_MIN)))
 
 
+@pytest.mark.parametrize("name", kernel_cases.WRAPPING)
+def test_integers_wrap_as_those_of_tensors_do(name):
+    operands = kernel_cases.wrapping_operands(40, 70)
+    steps = (HALF, ReplaceFill(kernel_cases.WRAPPING[name], -INF))
+    check(*qkv(5, 1, 40, 70, 8), operands, steps=steps, hidden="zero")
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.int64])
 @pytest.mark.parametrize("shape", [(2, 2, 40, 70), (2, 1, 1, 70), (1, 1, 40, 1)])
 def test_masks_of_every_dtype_and_broadcast(dtype, shape):

@@ -47,6 +47,8 @@ def read(reader: Reader) -> Site | Refusal:
     scores = Scores(node, q_leaf, k_leaf, q_dim, d_dim, score_labels, steps, {node})
     if args["is_causal"]:
         steps.append(ReplaceFill(causal(), -math.inf))
+    if mask is not None and not _fits(mask, score_labels):
+        return Refusal("the mask has dims that q and k do not have", node)
     if mask is not None:
         steps += _mask_steps(reader, mask, score_labels)
     weight_steps: list[Step] = [Scale(factor)] if factor != 1.0 else []
@@ -67,6 +69,14 @@ def _scale(reader: Reader, q: fx.Node, given: object) -> Scale:
     if number is None:
         return Scale(operand=reader.operand(Leaf(given, (), number=True)))  # type: ignore[arg-type]
     return Scale(number)
+
+
+def _fits(mask: object, labels: Labels) -> bool:
+    """Whether the mask broadcasts to scores with `labels` and makes them no larger. Eager raises where it would."""
+    shape = shape_of(mask)  # type: ignore[arg-type]
+    own = labels[len(labels) - len(shape) :]
+    sizes = [dim[0].size if dim else 1 for dim in own]
+    return len(own) == len(shape) and all(is_one(n) or known_equal(n, size) for n, size in zip(shape, sizes))
 
 
 def _mask_steps(reader: Reader, mask: object, labels: Labels) -> list[Step]:

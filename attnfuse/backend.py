@@ -93,8 +93,8 @@ class Work:
 def rewrite(gm: fx.GraphModule, chosen: Settings) -> Work:
     """Rewrite every attention of `gm` in place that can be, and report on all of them.
 
-    An unexpected error leaves a graph that must not be used (the caller has a copy), with a warning in the report; in
-    strict mode it is raised.
+    An unexpected error costs the attention that it concerns, with a warning and a reason in the report. One that concerns
+    none, or all, leaves a graph that must not be used (the caller has a copy). In strict mode errors are raised.
     """
     before = readable(gm)
     name = _name(gm)
@@ -112,14 +112,11 @@ def rewrite(gm: fx.GraphModule, chosen: Settings) -> Work:
         return Work(reporting.Report((), before, before, name, (unsupported,)))
     try:
         prepare()
-        for node, call in nested_calls.calls(gm):
-            reports.append(_treat_nested(node, call, chosen, reports))
-        if reports:
-            gm.recompile()
+        notes += _treat_all_nested(gm, chosen, reports)
         with _timed(seconds, "capture"):
             view = capture(gm)
         with _timed(seconds, "read"):
-            found = _read_all(view)
+            found = _read_all(view, chosen.strict)
         with _timed(seconds, "emit"):
             emitter = Emitter(view, chosen.strict)
             chosen = _less_fuel(chosen, reports)
@@ -173,19 +170,33 @@ def _may_hold_attention(gm: fx.GraphModule) -> bool:
     return any(part in name for name in names for part in ("softmax", "exp", "attention", "forward", "encoder"))
 
 
-def _read_all(view: View) -> list[Site | Refusal]:
+def _failed(error: Exception, strict: bool) -> str:
+    """The reason for leaving what an unexpected error concerns, with a warning. Raises it in strict mode."""
+    if strict or isinstance(error, Unsupported) or _compat.is_restart(error):
+        raise error
+    reason = f"unexpected error ({type(error).__name__}: {error})"
+    log.debug("while rewriting an attention", exc_info=error)
+    warn(f"an attention is left as it was: {reason}")
+    return reason
+
+
+def _read_all(view: View, strict: bool) -> list[Site | Refusal]:
     found: list[Site | Refusal] = []
-    for anchor in find(view):
-        result = read(view, anchor)
-        if result is None:
-            continue
-        if isinstance(result, Site):
-            result = structure(view, result)
-            result = swallowed(result) or result
-        if isinstance(result, Refusal):
-            result = _Refused(result.reason, result.node, anchor.weights, view.where(anchor.weights))
-        found.append(result)
+    for anchor in find(view, lambda node, error: found.append(_refused(view, node, _failed(error, strict)))):
+        try:
+            result = read(view, anchor)
+            if isinstance(result, Site):
+                result = structure(view, result)
+                result = swallowed(result) or result
+        except Exception as error:
+            result = Refusal(_failed(error, strict), anchor.weights)
+        if result is not None:
+            found.append(result if isinstance(result, Site) else _refused(view, anchor.weights, result.reason))
     return found
+
+
+def _refused(view: View, anchor: fx.Node, reason: str) -> _Refused:
+    return _Refused(reason, anchor, anchor, view.where(anchor))
 
 
 @dataclass(frozen=True)
@@ -206,7 +217,10 @@ def _without_padding(
     sites = [x for x in found if isinstance(x, Site)]
     if chosen.nan_policy == "eager":
         return list(found), set()
-    regions, reason = unpad.find(view, sites)
+    try:
+        regions, reason = unpad.find(view, sites)
+    except Exception as error:
+        regions, reason = [], f"padding stays: {_failed(error, chosen.strict)}"
     done: set[Site] = set()
     gone: set[fx.Node] = set()
     for region in regions:
@@ -214,22 +228,21 @@ def _without_padding(
         if chosen.fuel is not None and len(fused) + len(own) > chosen.fuel:
             reason = reason or "padding stays: too little fuel"
             continue
-        choices = [choose(a.spec, value_of(a.site.q.node).device, chosen.kernel) for a in region.attentions]
-        problem = next((p for p in (_problem(c, chosen) for c in choices) if p is not None), None)
         try:
-            if problem is not None:
-                raise EmitError(problem)
-            unpadder = Unpadder(emitter, region, [c.kernel.name for c in choices if c.kernel is not None])
+            kernels = [_kernel(a.spec, a.site, chosen) for a in region.attentions]
+            told = [_report(a.site, a.spec, emitter) for a in region.attentions]
+            unpadder = Unpadder(emitter, region, kernels)
             unpadder.emit()
         except EmitError as error:
             reason = reason or f"padding stays: {error}"
             continue
+        except Exception as error:
+            reason = reason or f"padding stays: {_failed(error, chosen.strict)}"
+            continue
         gone |= unpadder.inside
         done.update(own)
-        for a, choice in zip(region.attentions, choices, strict=True):
-            fused.append(a.original)
-            assert choice.kernel is not None
-            reports.append(_report(a.site, a.spec, emitter)(status="fused", reason=None, kernel=choice.kernel.name))
+        fused += own
+        reports += [report(status="fused", reason=None, kernel=name) for report, name in zip(told, kernels)]
     left = [x for x in found if x not in done]
     if reason:
         for x in left:
@@ -249,21 +262,51 @@ def _treat(result: Site | Refusal, emitter: Emitter, chosen: Settings, fused: li
         return _report(result, spec, emitter)(
             status="left", reason=f"fuel: {chosen.fuel} rewrites are done", kernel=None
         )
-    report = _emit(result, emitter, chosen, fused)
-    if report.status == "refused" and result.unread is not None:
-        # a kernel may take a mask as a tensor that it does not take as an expression
-        again = _emit(result.unread, emitter, chosen, fused)
-        if again.status == "fused":
-            return replace(again, notes=(*again.notes, report.reason or ""))
+    try:
+        report = _emit(result, emitter, chosen, fused)
+        if report.status == "refused" and result.unread is not None:
+            # a kernel may take a mask as a tensor that it does not take as an expression
+            again = _emit(result.unread, emitter, chosen, fused)
+            if again.status == "fused":
+                return replace(again, notes=(*again.notes, report.reason or ""))
+    except Exception as error:
+        reason = _failed(error, chosen.strict)
+        return reporting.SiteReport("refused", reason, None, result.spec, result.where, result.anchor.name)
     return report
+
+
+def _treat_all_nested(gm: fx.GraphModule, chosen: Settings, reports: list[reporting.SiteReport]) -> list[str]:
+    """Treat the attentions on nested tensors, with a report for each; why some were not looked at."""
+    try:
+        for node, call in nested_calls.calls(gm):
+            reports.append(_treat_nested(node, call, chosen, reports))
+    except Exception as error:
+        return [_failed(error, chosen.strict)]
+    finally:
+        if reports:
+            gm.recompile()
+    return []
 
 
 def _treat_nested(
     node: fx.Node, call: nested.Call, chosen: Settings, before: Sequence[reporting.SiteReport]
 ) -> reporting.SiteReport:
     """Choose a kernel for an attention on nested tensors and put it in; what happened, for the report."""
-    spec = nested_calls.read(node, call)
     report = functools.partial(reporting.SiteReport, where=source_line(node), node=node.name)
+    try:
+        return _nested_report(node, call, chosen, before, report)
+    except Exception as error:
+        return report("refused", _failed(error, chosen.strict), None, None)
+
+
+def _nested_report(
+    node: fx.Node,
+    call: nested.Call,
+    chosen: Settings,
+    before: Sequence[reporting.SiteReport],
+    report: Callable[..., reporting.SiteReport],
+) -> reporting.SiteReport:
+    spec = nested_calls.read(node, call)
     if isinstance(spec, Refusal):
         return report("refused", spec.reason, None, None)
     spec = replace(spec, nan_policy=chosen.nan_policy)
@@ -300,16 +343,25 @@ def _report(site: Site, spec: Attention, emitter: Emitter) -> Callable[..., repo
 def _emit(site: Site, emitter: Emitter, chosen: Settings, fused: list[Site]) -> reporting.SiteReport:
     site.spec = spec = replace(site.spec, nan_policy=chosen.nan_policy)
     report = _report(site, spec, emitter)
-    choice = choose(spec, value_of(site.q.node).device, chosen.kernel)
-    problem = _problem(choice, chosen)
-    if problem is not None:
-        return report(status="refused", reason=problem, kernel=None)
-    assert choice.kernel is not None
-    refusal = emitter.emit(site, choice.kernel.name)
+    try:
+        kernel = _kernel(spec, site, chosen)
+    except EmitError as problem:
+        return report(status="refused", reason=str(problem), kernel=None)
+    refusal = emitter.emit(site, kernel)
     if refusal is not None:
         return report(status="refused", reason=refusal.reason, kernel=None)
     fused.append(site)
-    return report(status="fused", reason=None, kernel=choice.kernel.name)
+    return report(status="fused", reason=None, kernel=kernel)
+
+
+def _kernel(spec: Attention, site: Site, chosen: Settings) -> str:
+    """The name of the kernel for a site. Raises EmitError where there is none."""
+    choice = choose(spec, value_of(site.q.node).device, chosen.kernel)
+    problem = _problem(choice, chosen)
+    if problem is not None:
+        raise EmitError(problem)
+    assert choice.kernel is not None
+    return choice.kernel.name
 
 
 def _problem(choice: Choice, chosen: Settings) -> str | None:

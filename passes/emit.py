@@ -294,9 +294,9 @@ class Writer:
         Whoever knows what a node is to be says so: a graph whose fake values are not the real ones is compiled to something
         else, silently.
         """
-        value = node.meta.get("example_value")
+        value = known(node)
         if not isinstance(value, torch.Tensor):
-            raise EmitError(f"nothing is known of {what}")
+            raise EmitError(f"{what} is not a tensor")
         fits = len(value.shape) == len(shape) and all(map(known_equal, value.shape, shape))
         if not fits or dtype not in (None, value.dtype):
             wanted = f"{list(shape)}" if dtype is None else f"{dtype} {list(shape)}"
@@ -533,7 +533,7 @@ class Writer:
 
     def spread(self, out: fx.Node, dims: Labels, but: Dim = ()) -> fx.Node:
         """A result of the op, whose dims are `dims`, at full size where q, k and v were all expanded, `but` for some atoms."""
-        made = out.meta["example_value"].shape
+        made = known(out).shape
         short = [
             bool(dim) and dim[0] not in but and is_one(n) and not is_one(dim[0].size) for n, dim in zip(made, dims)
         ]
@@ -543,7 +543,7 @@ class Writer:
 
     def _laid_out(self, out: fx.Node, eager: torch.Tensor) -> fx.Node:
         """`out` with the strides of the eager result, since a later view may count on them."""
-        made = out.meta["example_value"]
+        made = known(out)
         if all(known_equal(a, b) for a, b in zip(made.stride(), eager.stride())):
             return out
         if eager.is_contiguous():
@@ -622,13 +622,13 @@ class Values:
             return w.method("to", self.as_tensor(args[0], torch.bool), torch.int64)
         if e.op in ("floordiv", "mod"):
             return w.call(operator.floordiv if e.op == "floordiv" else operator.mod, tuple(args))
-        floats = [x.meta["example_value"].dtype for x, a in zip(args, e.args) if a.type == "float" and _is_tensor(x)]
+        floats = [known(x).dtype for x, a in zip(args, e.args) if a.type == "float" and _is_tensor(x)]
         float_ = floats[0] if floats else torch.float32
         kinds = [torch.bool if a.type == "bool" else torch.int64 if a.type == "int" else float_ for a in e.args]
         return w.call(_FUNCTIONS[e.op], tuple(self.as_tensor(x, k) for x, k in zip(args, kinds)))
 
     def _cast(self, x: fx.Node, dtype: torch.dtype) -> fx.Node:
-        return x if x.meta["example_value"].dtype == dtype else self.writer.method("to", x, dtype)
+        return x if known(x).dtype == dtype else self.writer.method("to", x, dtype)
 
     def _element(self, e: Tensor) -> fx.Node:
         w, node = self.writer, self.writer.here(e.node)
@@ -638,7 +638,7 @@ class Values:
             if not _is_tensor(at):
                 node = w.call(torch.select, (node, len(index), at))
                 continue
-            if self.dims and not at.meta["example_value"].dim():
+            if self.dims and not known(at).dim():
                 # PyTorch's fake tensors do not broadcast index tensors without dims
                 at = w.method("view", at, *[1] * len(self.dims))
             index.append(at)
@@ -667,7 +667,7 @@ class Values:
 
 def _is_tensor(x: Any) -> bool:
     """Whether it is a node of a tensor, as opposed to a number or the node of a symbolic one."""
-    return isinstance(x, fx.Node) and isinstance(x.meta["example_value"], torch.Tensor)
+    return isinstance(x, fx.Node) and isinstance(known(x), torch.Tensor)
 
 
 _FUNCTIONS: dict[str, Any] = {
@@ -680,6 +680,13 @@ _FUNCTIONS: dict[str, Any] = {
     "ne": torch.ne,
     "not": torch.logical_not,
 }
+
+
+def known(node: fx.Node) -> Any:
+    """The fake value of a Dynamo node. Raises EmitError where it has none."""
+    if "example_value" not in node.meta:
+        raise EmitError(f"nothing is known of the value of {node.name}")
+    return node.meta["example_value"]
 
 
 def _example(node: fx.Node, mode: FakeTensorMode) -> Any:

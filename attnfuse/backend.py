@@ -116,7 +116,7 @@ def rewrite(gm: fx.GraphModule, chosen: Settings) -> Work:
         with _timed(seconds, "capture"):
             view = capture(gm)
         with _timed(seconds, "read"):
-            found = _read_all(view, chosen.strict)
+            found = _read_all(view, chosen)
         with _timed(seconds, "emit"):
             emitter = Emitter(view, chosen.strict)
             chosen = _less_fuel(chosen, reports)
@@ -180,11 +180,12 @@ def _failed(error: Exception, strict: bool) -> str:
     return reason
 
 
-def _read_all(view: View, strict: bool) -> list[Site | Refusal]:
+def _read_all(view: View, chosen: Settings) -> list[Site | Refusal]:
     found: list[Site | Refusal] = []
+    strict, exact = chosen.strict, chosen.nan_policy == "eager"
     for anchor in find(view, lambda node, error: found.append(_refused(view, node, _failed(error, strict)))):
         try:
-            result = read(view, anchor)
+            result = read(view, anchor, exact)
             if isinstance(result, Site):
                 result = structure(view, result)
                 result = swallowed(result) or result

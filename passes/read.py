@@ -74,11 +74,12 @@ class Scores:
 
 
 class Reader:
-    """The state of reading one site."""
+    """The state of reading one site. exact: scores overflow where they do in eager, so that factors stay where they are."""
 
-    def __init__(self, view: View, anchor: Anchor) -> None:
+    def __init__(self, view: View, anchor: Anchor, exact: bool = False) -> None:
         self.view = view
         self.anchor = anchor
+        self.exact = exact
         self.axes = Axes()
         self.leaves: list[Leaf] = []
         self.q_dim: Dim = ()
@@ -134,11 +135,11 @@ class Reader:
         return all(len(self.axes.atoms(dim)) <= 1 for dim in self.protected)
 
 
-def read(view: View, anchor: Anchor) -> Site | Refusal | None:
-    """The site at `anchor`, why there is none, or None if the softmax has nothing to do with attention."""
+def read(view: View, anchor: Anchor, exact: bool = False) -> Site | Refusal | None:
+    """The site at `anchor`, why there is none, or None if the softmax has nothing to do with attention. exact: see Reader."""
     from attnfuse.passes.idioms import sdpa
 
-    reader = Reader(view, anchor)
+    reader = Reader(view, anchor, exact)
     if anchor.problem:
         result: Site | Refusal = Refusal(anchor.problem, anchor.weights)
     else:
@@ -413,6 +414,8 @@ def _read_factor(reader: Reader, node: fx.Node, labels: Labels, dtype: torch.dty
         kept, seen, at = dict(reader.axes.parts), leaf.node, leaf.labels
         while True:
             passed = constant_factor(seen)
+            if passed is not None and reader.exact and abs(passed[1]) != 1.0:
+                passed = None
             if passed is not None or _is_widening(seen):
                 break
             step = views.back(reader.axes, seen, at)
@@ -513,6 +516,7 @@ def build_site(
             tuple(n for a, n in zip(batch, names) if all(a not in d for d in leaf.labels)) for leaf in fixed[:3]
         ),
         out_order=out_order(final, labels_out, batch, q_dim, e_dim),
+        nan_policy="eager" if reader.exact else "skip",
     )
     return Site(
         spec=simplify(spec),

@@ -14,7 +14,7 @@ from attnfuse.passes.idioms.example import Example, NearMiss
 from attnfuse.passes.labels import Dim, Labels, is_one, known_equal
 from attnfuse.passes.read import Reader, Scores, _one_dtype, _read_factor, build_site, read_value
 from attnfuse.passes.site import Leaf, Refusal, Site
-from attnfuse.spec import ReplaceFill, Scale, Step
+from attnfuse.spec import AddFill, ReplaceFill, Scale, Step
 
 
 def read(reader: Reader) -> Site | Refusal:
@@ -82,6 +82,9 @@ def _fits(mask: object, labels: Labels) -> bool:
 def _mask_steps(reader: Reader, mask: object, labels: Labels) -> list[Step]:
     from attnfuse.passes.idioms import bias, fill
 
+    if dtype_of(mask) == torch.bool and reader.exact:  # type: ignore[arg-type]
+        # it is made -inf and added: NaN in a hidden key stays NaN
+        return [AddFill(fill.mask_of(reader, mask, labels, False), -math.inf)]  # type: ignore[arg-type]
     if dtype_of(mask) == torch.bool:  # type: ignore[arg-type]
         return [fill.replaced(reader, mask, labels, -math.inf, False)]  # type: ignore[arg-type]
     return bias.added_steps(reader, mask, labels, 1.0)  # type: ignore[arg-type]

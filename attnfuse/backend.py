@@ -101,7 +101,8 @@ def rewrite(gm: fx.GraphModule, chosen: Settings) -> Work:
     seconds: dict[str, float] = {}
     reports: list[reporting.SiteReport] = []
     fused: list[Site] = []
-    notes: list[str] = []
+    failures = _Failures(chosen.strict)
+    notes = failures.notes
     if not _may_hold_attention(gm):
         return Work(reporting.Report((), before, before, name))
     unsupported = _compat.unsupported_torch()
@@ -112,18 +113,18 @@ def rewrite(gm: fx.GraphModule, chosen: Settings) -> Work:
         return Work(reporting.Report((), before, before, name, (unsupported,)))
     try:
         prepare()
-        notes += _treat_all_nested(gm, chosen, reports)
+        _treat_all_nested(gm, chosen, reports, failures)
         with _timed(seconds, "capture"):
             view = capture(gm)
         with _timed(seconds, "read"):
-            found = _read_all(view, chosen)
+            found = _read_all(view, chosen, failures)
         with _timed(seconds, "emit"):
             emitter = Emitter(view, chosen.strict)
             chosen = _less_fuel(chosen, reports)
             nested_reports, reports = reports, []
-            left, gone = _without_padding(view, found, emitter, chosen, reports, fused)
+            left, gone = _without_padding(view, found, emitter, chosen, reports, fused, failures)
             for result in left:
-                reports.append(_treat(result, emitter, chosen, fused))
+                reports.append(_treat(result, emitter, chosen, fused, failures))
             if fused:
                 emitter.finish(gone.union(*(site.inside for site in fused)))
         if fused and chosen.tune:
@@ -170,27 +171,37 @@ def _may_hold_attention(gm: fx.GraphModule) -> bool:
     return any(part in name for name in names for part in ("softmax", "exp", "attention", "forward", "encoder"))
 
 
-def _failed(error: Exception, strict: bool) -> str:
-    """The reason for leaving what an unexpected error concerns, with a warning. Raises it in strict mode."""
-    if strict or isinstance(error, Unsupported) or _compat.is_restart(error):
-        raise error
-    reason = f"unexpected error ({type(error).__name__}: {error})"
-    log.debug("while rewriting an attention", exc_info=error)
-    warn(f"an attention is left as it was: {reason}")
-    return reason
+@dataclass
+class _Failures:
+    """Unexpected errors, each of which costs what it concerns; notes: what was warned of, once for each reason."""
+
+    strict: bool
+    notes: list[str] = field(default_factory=list)
+
+    def reason(self, error: Exception) -> str:
+        """The reason for leaving what the error concerns, with a warning. Raises it in strict mode."""
+        if self.strict or isinstance(error, Unsupported) or _compat.is_restart(error):
+            raise error
+        reason = f"unexpected error ({type(error).__name__}: {error})"
+        log.debug("while rewriting an attention", exc_info=error)
+        note = f"an attention is left as it was: {reason}"
+        if note not in self.notes:
+            self.notes.append(note)
+            warn(note)
+        return reason
 
 
-def _read_all(view: View, chosen: Settings) -> list[Site | Refusal]:
+def _read_all(view: View, chosen: Settings, failures: _Failures) -> list[Site | Refusal]:
     found: list[Site | Refusal] = []
-    strict, exact = chosen.strict, chosen.nan_policy == "eager"
-    for anchor in find(view, lambda node, error: found.append(_refused(view, node, _failed(error, strict)))):
+    exact = chosen.nan_policy == "eager"
+    for anchor in find(view, lambda node, error: found.append(_refused(view, node, failures.reason(error)))):
         try:
             result = read(view, anchor, exact)
             if isinstance(result, Site):
                 result = structure(view, result)
                 result = swallowed(result) or result
         except Exception as error:
-            result = Refusal(_failed(error, strict), anchor.weights)
+            result = Refusal(failures.reason(error), anchor.weights)
         if result is not None:
             found.append(result if isinstance(result, Site) else _refused(view, anchor.weights, result.reason))
     return found
@@ -213,6 +224,7 @@ def _without_padding(
     chosen: Settings,
     reports: list[reporting.SiteReport],
     fused: list[Site],
+    failures: _Failures,
 ) -> tuple[list[Site | Refusal], set[fx.Node]]:
     """Take padding out where attentions can run on packed rows: (what is left to treat, view nodes nothing needs any more)."""
     sites = [x for x in found if isinstance(x, Site)]
@@ -221,7 +233,7 @@ def _without_padding(
     try:
         regions, reason = unpad.find(view, sites)
     except Exception as error:
-        regions, reason = [], f"padding stays: {_failed(error, chosen.strict)}"
+        regions, reason = [], f"padding stays: {failures.reason(error)}"
     done: set[Site] = set()
     gone: set[fx.Node] = set()
     for region in regions:
@@ -233,12 +245,13 @@ def _without_padding(
             kernels = [_kernel(a.spec, a.site, chosen) for a in region.attentions]
             told = [_report(a.site, a.spec, emitter) for a in region.attentions]
             unpadder = Unpadder(emitter, region, kernels)
-            unpadder.emit()
+            with emitter.attempt(own[0].final):
+                unpadder.emit()
         except EmitError as error:
             reason = reason or f"padding stays: {error}"
             continue
         except Exception as error:
-            reason = reason or f"padding stays: {_failed(error, chosen.strict)}"
+            reason = reason or f"padding stays: {failures.reason(error)}"
             continue
         gone |= unpadder.inside
         done.update(own)
@@ -252,7 +265,9 @@ def _without_padding(
     return left, gone
 
 
-def _treat(result: Site | Refusal, emitter: Emitter, chosen: Settings, fused: list[Site]) -> reporting.SiteReport:
+def _treat(
+    result: Site | Refusal, emitter: Emitter, chosen: Settings, fused: list[Site], failures: _Failures
+) -> reporting.SiteReport:
     """Choose a kernel for a site and emit it; what happened, for the report."""
     if isinstance(result, _Refused):
         name = result.anchor.name if result.anchor is not None else ""
@@ -271,33 +286,37 @@ def _treat(result: Site | Refusal, emitter: Emitter, chosen: Settings, fused: li
             if again.status == "fused":
                 return replace(again, notes=(*again.notes, report.reason or ""))
     except Exception as error:
-        reason = _failed(error, chosen.strict)
+        reason = failures.reason(error)
         return reporting.SiteReport("refused", reason, None, result.spec, result.where, result.anchor.name)
     return report
 
 
-def _treat_all_nested(gm: fx.GraphModule, chosen: Settings, reports: list[reporting.SiteReport]) -> list[str]:
-    """Treat the attentions on nested tensors, with a report for each; why some were not looked at."""
+def _treat_all_nested(
+    gm: fx.GraphModule, chosen: Settings, reports: list[reporting.SiteReport], failures: _Failures
+) -> None:
+    """Treat the attentions on nested tensors, with a report for each."""
     try:
         for node, call in nested_calls.calls(gm):
-            reports.append(_treat_nested(node, call, chosen, reports))
+            reports.append(_treat_nested(node, call, chosen, reports, failures))
     except Exception as error:
-        return [_failed(error, chosen.strict)]
-    finally:
-        if reports:
-            gm.recompile()
-    return []
+        failures.reason(error)
+    if reports:
+        gm.recompile()
 
 
 def _treat_nested(
-    node: fx.Node, call: nested.Call, chosen: Settings, before: Sequence[reporting.SiteReport]
+    node: fx.Node,
+    call: nested.Call,
+    chosen: Settings,
+    before: Sequence[reporting.SiteReport],
+    failures: _Failures,
 ) -> reporting.SiteReport:
     """Choose a kernel for an attention on nested tensors and put it in; what happened, for the report."""
     report = functools.partial(reporting.SiteReport, where=source_line(node), node=node.name)
     try:
         return _nested_report(node, call, chosen, before, report)
     except Exception as error:
-        return report("refused", _failed(error, chosen.strict), None, None)
+        return report("refused", failures.reason(error), None, None)
 
 
 def _nested_report(
@@ -346,11 +365,10 @@ def _emit(site: Site, emitter: Emitter, chosen: Settings, fused: list[Site]) -> 
     report = _report(site, spec, emitter)
     try:
         kernel = _kernel(spec, site, chosen)
+        with emitter.attempt(site.final):
+            emitter.emit(site, kernel)
     except EmitError as problem:
         return report(status="refused", reason=str(problem), kernel=None)
-    refusal = emitter.emit(site, kernel)
-    if refusal is not None:
-        return report(status="refused", reason=refusal.reason, kernel=None)
     fused.append(site)
     return report(status="fused", reason=None, kernel=kernel)
 

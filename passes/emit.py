@@ -18,7 +18,7 @@ from attnfuse.passes.aten import name_of, shape_of
 from attnfuse.passes.capture import Scope, View, is_assertion, is_mutating, is_stale, opaque, value_of, written
 from attnfuse.passes.labels import Atom, Dim, Distances, Labels, is_one, known_equal
 from attnfuse.passes.read import stride_hint
-from attnfuse.passes.site import Leaf, Refusal, Site
+from attnfuse.passes.site import Leaf, Site
 from attnfuse.passes.terms import Axis, Call, Symbol, Tensor, depends
 from attnfuse.passes.transaction import undone_on_error
 from attnfuse.spec import Attention, Operand, dtype_of
@@ -42,35 +42,12 @@ class Emitter:
         #: the calls of the op, one for each site that was emitted
         self.calls: list[fx.Node] = []
 
-    def emit(self, site: Site, kernel: str) -> Refusal | None:
-        """Replace the site's result. Where that is refused, or anything is raised, the graphs are as they were."""
+    def emit(self, site: Site, kernel: str) -> None:
+        """Replace the site's result, inside of `attempt`. Raises EmitError."""
         origin = self.view.origin[site.final]
         scope, owner = origin.scope, origin.node
         if sum(s.module is scope.module for s in self.view.scopes) > 1:
-            return Refusal("the attention lies in a region that is called more than once", site.final)
-        try:
-            with self.attempt(scope):
-                self._replace(site, kernel, scope, owner)
-        except EmitError as error:
-            return Refusal(str(error), site.final)
-        return None
-
-    @contextlib.contextmanager
-    def attempt(self, scope: Scope) -> Iterator[None]:
-        """What is written inside, in the graph of `scope` and in those around it, is undone if anything is raised."""
-        replaced, touched, calls = dict(self.replaced), set(self.touched), list(self.calls)
-        graphs, at = [], scope
-        while at is not None:
-            graphs.append(at.module.graph)
-            at = at.parent  # type: ignore[assignment]
-        with undone_on_error(graphs):
-            try:
-                yield
-            except BaseException:
-                self.replaced, self.touched, self.calls = replaced, touched, calls
-                raise
-
-    def _replace(self, site: Site, kernel: str, scope: Scope, owner: fx.Node) -> None:
+            raise EmitError("the attention lies in a region that is called more than once")
         writer = Writer(self, scope, owner, value_of(site.q.node).device)
         with scope.module.graph.inserting_before(owner):
             call, result = self._insert(site, kernel, writer)
@@ -82,6 +59,22 @@ class Emitter:
             self.replaced[scope, site.lse] = found
         self.touched.add(scope)
         self.calls.append(call)
+
+    @contextlib.contextmanager
+    def attempt(self, final: fx.Node) -> Iterator[None]:
+        """What is written inside, in the graph of `final` and in those around it, is undone if anything is raised."""
+        replaced, touched, calls = dict(self.replaced), set(self.touched), list(self.calls)
+        graphs: list[fx.Graph] = []
+        scope: Scope | None = self.view.origin[final].scope
+        while scope is not None:
+            graphs.append(scope.module.graph)
+            scope = scope.parent
+        with undone_on_error(graphs):
+            try:
+                yield
+            except BaseException:
+                self.replaced, self.touched, self.calls = replaced, touched, calls
+                raise
 
     def _insert(self, site: Site, kernel: str, writer: Writer) -> tuple[fx.Node, fx.Node]:
         """The call of the op, and its result as the site's is."""

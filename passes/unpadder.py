@@ -45,14 +45,10 @@ class Unpadder:
         self.attentions = {a.original.final: (a, kernel) for a, kernel in zip(region.attentions, kernels, strict=True)}
 
     def emit(self) -> None:
-        """Replace the results of the region. Where it raises, be it EmitError, the graph is as it was."""
+        """Replace the results of the region, inside of `Emitter.attempt`. Raises EmitError."""
         ends: list[tuple[fx.Node, Unpad | Packed]] = [(u.node, u) for u in self.region.unpads]
         ends += [(a.original.final, a) for a in self.region.attentions if a.q is None]
         ends.sort(key=lambda end: self.view.order[end[0]])
-        with self.emitter.attempt(self.scope):
-            self._replace(ends)
-
-    def _replace(self, ends: Sequence[tuple[fx.Node, Unpad | Packed]]) -> None:
         graph = self.scope.module.graph
         results = []
         for node, end in ends:
@@ -312,7 +308,8 @@ class Unpadder:
             lies = writer.method("view", lies, -1, *([1] * (rank - 1)))
             zero = writer.call(torch.zeros, ((),), {"dtype": dtype_of(source), "device": writer.device})
             found = writer.call(torch.where, (lies, found, zero))
-        # what is taken out is nobody else's memory: not the packed input's, nor what an op keeps for backward
+        writer.checked(found, "what is taken out", [rows.total, *shape_of(end.node)[1:]], dtype_of(end.node))
+        # it is nobody else's memory: not the packed input's, nor what an op keeps for backward
         return writer.call(torch.clone, (found,), {"memory_format": torch.contiguous_format})
 
     def _select(self, writer: _Writer, node: fx.Node, owner: fx.Node, end: Unpad, packed: fx.Node) -> None:
@@ -325,6 +322,7 @@ class Unpadder:
             owner.meta["example_value"] = example.new_empty(example.shape[:1], dtype=torch.int64)
         with self.scope.module.graph.inserting_after(owner):
             chosen = writer.call(torch.index_select, (packed, 0, owner))
+            writer.checked(chosen, "the packed rows of a mask", example.shape, example.dtype)
         for user in users:
             user.replace_input_with(owner, chosen)
         self.emitter.replaced[self.scope, node] = chosen

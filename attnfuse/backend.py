@@ -93,15 +93,16 @@ class Work:
 def rewrite(gm: fx.GraphModule, chosen: Settings) -> Work:
     """Rewrite every attention of `gm` in place that can be, and report on all of them.
 
-    An unexpected error leaves a graph that must not be used (the caller has a copy), with a warning in the report; in
-    strict mode it is raised.
+    An unexpected error costs the attention that it concerns, with a warning and a reason in the report. One that concerns
+    none, or all, leaves a graph that must not be used (the caller has a copy). In strict mode errors are raised.
     """
     before = readable(gm)
     name = _name(gm)
     seconds: dict[str, float] = {}
     reports: list[reporting.SiteReport] = []
     fused: list[Site] = []
-    notes: list[str] = []
+    failures = _Failures(chosen.strict)
+    notes = failures.notes
     if not _may_hold_attention(gm):
         return Work(reporting.Report((), before, before, name))
     unsupported = _compat.unsupported_torch()
@@ -112,21 +113,18 @@ def rewrite(gm: fx.GraphModule, chosen: Settings) -> Work:
         return Work(reporting.Report((), before, before, name, (unsupported,)))
     try:
         prepare()
-        for node, call in nested_calls.calls(gm):
-            reports.append(_treat_nested(node, call, chosen, reports))
-        if reports:
-            gm.recompile()
+        _treat_all_nested(gm, chosen, reports, failures)
         with _timed(seconds, "capture"):
             view = capture(gm)
         with _timed(seconds, "read"):
-            found = _read_all(view)
+            found = _read_all(view, chosen, failures)
         with _timed(seconds, "emit"):
             emitter = Emitter(view, chosen.strict)
             chosen = _less_fuel(chosen, reports)
             nested_reports, reports = reports, []
-            left, gone = _without_padding(view, found, emitter, chosen, reports, fused)
+            left, gone = _without_padding(view, found, emitter, chosen, reports, fused, failures)
             for result in left:
-                reports.append(_treat(result, emitter, chosen, fused))
+                reports.append(_treat(result, emitter, chosen, fused, failures))
             if fused:
                 emitter.finish(gone.union(*(site.inside for site in fused)))
         if fused and chosen.tune:
@@ -173,19 +171,44 @@ def _may_hold_attention(gm: fx.GraphModule) -> bool:
     return any(part in name for name in names for part in ("softmax", "exp", "attention", "forward", "encoder"))
 
 
-def _read_all(view: View) -> list[Site | Refusal]:
+@dataclass
+class _Failures:
+    """Unexpected errors, each of which costs what it concerns; notes: what was warned of, once for each reason."""
+
+    strict: bool
+    notes: list[str] = field(default_factory=list)
+
+    def reason(self, error: Exception) -> str:
+        """The reason for leaving what the error concerns, with a warning. Raises it in strict mode."""
+        if self.strict or isinstance(error, Unsupported) or _compat.is_restart(error):
+            raise error
+        reason = f"unexpected error ({type(error).__name__}: {error})"
+        log.debug("while rewriting an attention", exc_info=error)
+        note = f"an attention is left as it was: {reason}"
+        if note not in self.notes:
+            self.notes.append(note)
+            warn(note)
+        return reason
+
+
+def _read_all(view: View, chosen: Settings, failures: _Failures) -> list[Site | Refusal]:
     found: list[Site | Refusal] = []
-    for anchor in find(view):
-        result = read(view, anchor)
-        if result is None:
-            continue
-        if isinstance(result, Site):
-            result = structure(view, result)
-            result = swallowed(result) or result
-        if isinstance(result, Refusal):
-            result = _Refused(result.reason, result.node, anchor.weights, view.where(anchor.weights))
-        found.append(result)
+    exact = chosen.nan_policy == "eager"
+    for anchor in find(view, lambda node, error: found.append(_refused(view, node, failures.reason(error)))):
+        try:
+            result = read(view, anchor, exact)
+            if isinstance(result, Site):
+                result = structure(view, result)
+                result = swallowed(result) or result
+        except Exception as error:
+            result = Refusal(failures.reason(error), anchor.weights)
+        if result is not None:
+            found.append(result if isinstance(result, Site) else _refused(view, anchor.weights, result.reason))
     return found
+
+
+def _refused(view: View, anchor: fx.Node, reason: str) -> _Refused:
+    return _Refused(reason, anchor, anchor, view.where(anchor))
 
 
 @dataclass(frozen=True)
@@ -201,12 +224,16 @@ def _without_padding(
     chosen: Settings,
     reports: list[reporting.SiteReport],
     fused: list[Site],
+    failures: _Failures,
 ) -> tuple[list[Site | Refusal], set[fx.Node]]:
     """Take padding out where attentions can run on packed rows: (what is left to treat, view nodes nothing needs any more)."""
     sites = [x for x in found if isinstance(x, Site)]
     if chosen.nan_policy == "eager":
         return list(found), set()
-    regions, reason = unpad.find(view, sites)
+    try:
+        regions, reason = unpad.find(view, sites)
+    except Exception as error:
+        regions, reason = [], f"padding stays: {failures.reason(error)}"
     done: set[Site] = set()
     gone: set[fx.Node] = set()
     for region in regions:
@@ -214,22 +241,22 @@ def _without_padding(
         if chosen.fuel is not None and len(fused) + len(own) > chosen.fuel:
             reason = reason or "padding stays: too little fuel"
             continue
-        choices = [choose(a.spec, value_of(a.site.q.node).device, chosen.kernel) for a in region.attentions]
-        problem = next((p for p in (_problem(c, chosen) for c in choices) if p is not None), None)
         try:
-            if problem is not None:
-                raise EmitError(problem)
-            unpadder = Unpadder(emitter, region, [c.kernel.name for c in choices if c.kernel is not None])
-            unpadder.emit()
+            kernels = [_kernel(a.spec, a.site, chosen) for a in region.attentions]
+            told = [_report(a.site, a.spec, emitter) for a in region.attentions]
+            unpadder = Unpadder(emitter, region, kernels)
+            with emitter.attempt(own[0].final):
+                unpadder.emit()
         except EmitError as error:
             reason = reason or f"padding stays: {error}"
             continue
+        except Exception as error:
+            reason = reason or f"padding stays: {failures.reason(error)}"
+            continue
         gone |= unpadder.inside
         done.update(own)
-        for a, choice in zip(region.attentions, choices, strict=True):
-            fused.append(a.original)
-            assert choice.kernel is not None
-            reports.append(_report(a.site, a.spec, emitter)(status="fused", reason=None, kernel=choice.kernel.name))
+        fused += own
+        reports += [report(status="fused", reason=None, kernel=name) for report, name in zip(told, kernels)]
     left = [x for x in found if x not in done]
     if reason:
         for x in left:
@@ -238,7 +265,9 @@ def _without_padding(
     return left, gone
 
 
-def _treat(result: Site | Refusal, emitter: Emitter, chosen: Settings, fused: list[Site]) -> reporting.SiteReport:
+def _treat(
+    result: Site | Refusal, emitter: Emitter, chosen: Settings, fused: list[Site], failures: _Failures
+) -> reporting.SiteReport:
     """Choose a kernel for a site and emit it; what happened, for the report."""
     if isinstance(result, _Refused):
         name = result.anchor.name if result.anchor is not None else ""
@@ -249,21 +278,55 @@ def _treat(result: Site | Refusal, emitter: Emitter, chosen: Settings, fused: li
         return _report(result, spec, emitter)(
             status="left", reason=f"fuel: {chosen.fuel} rewrites are done", kernel=None
         )
-    report = _emit(result, emitter, chosen, fused)
-    if report.status == "refused" and result.unread is not None:
-        # a kernel may take a mask as a tensor that it does not take as an expression
-        again = _emit(result.unread, emitter, chosen, fused)
-        if again.status == "fused":
-            return replace(again, notes=(*again.notes, report.reason or ""))
+    try:
+        report = _emit(result, emitter, chosen, fused)
+        if report.status == "refused" and result.unread is not None:
+            # a kernel may take a mask as a tensor that it does not take as an expression
+            again = _emit(result.unread, emitter, chosen, fused)
+            if again.status == "fused":
+                return replace(again, notes=(*again.notes, report.reason or ""))
+    except Exception as error:
+        reason = failures.reason(error)
+        return reporting.SiteReport("refused", reason, None, result.spec, result.where, result.anchor.name)
     return report
 
 
+def _treat_all_nested(
+    gm: fx.GraphModule, chosen: Settings, reports: list[reporting.SiteReport], failures: _Failures
+) -> None:
+    """Treat the attentions on nested tensors, with a report for each."""
+    try:
+        for node, call in nested_calls.calls(gm):
+            reports.append(_treat_nested(node, call, chosen, reports, failures))
+    except Exception as error:
+        failures.reason(error)
+    if reports:
+        gm.recompile()
+
+
 def _treat_nested(
-    node: fx.Node, call: nested.Call, chosen: Settings, before: Sequence[reporting.SiteReport]
+    node: fx.Node,
+    call: nested.Call,
+    chosen: Settings,
+    before: Sequence[reporting.SiteReport],
+    failures: _Failures,
 ) -> reporting.SiteReport:
     """Choose a kernel for an attention on nested tensors and put it in; what happened, for the report."""
-    spec = nested_calls.read(node, call)
     report = functools.partial(reporting.SiteReport, where=source_line(node), node=node.name)
+    try:
+        return _nested_report(node, call, chosen, before, report)
+    except Exception as error:
+        return report("refused", failures.reason(error), None, None)
+
+
+def _nested_report(
+    node: fx.Node,
+    call: nested.Call,
+    chosen: Settings,
+    before: Sequence[reporting.SiteReport],
+    report: Callable[..., reporting.SiteReport],
+) -> reporting.SiteReport:
+    spec = nested_calls.read(node, call)
     if isinstance(spec, Refusal):
         return report("refused", spec.reason, None, None)
     spec = replace(spec, nan_policy=chosen.nan_policy)
@@ -300,16 +363,24 @@ def _report(site: Site, spec: Attention, emitter: Emitter) -> Callable[..., repo
 def _emit(site: Site, emitter: Emitter, chosen: Settings, fused: list[Site]) -> reporting.SiteReport:
     site.spec = spec = replace(site.spec, nan_policy=chosen.nan_policy)
     report = _report(site, spec, emitter)
+    try:
+        kernel = _kernel(spec, site, chosen)
+        with emitter.attempt(site.final):
+            emitter.emit(site, kernel)
+    except EmitError as problem:
+        return report(status="refused", reason=str(problem), kernel=None)
+    fused.append(site)
+    return report(status="fused", reason=None, kernel=kernel)
+
+
+def _kernel(spec: Attention, site: Site, chosen: Settings) -> str:
+    """The name of the kernel for a site. Raises EmitError where there is none."""
     choice = choose(spec, value_of(site.q.node).device, chosen.kernel)
     problem = _problem(choice, chosen)
     if problem is not None:
-        return report(status="refused", reason=problem, kernel=None)
+        raise EmitError(problem)
     assert choice.kernel is not None
-    refusal = emitter.emit(site, choice.kernel.name)
-    if refusal is not None:
-        return report(status="refused", reason=refusal.reason, kernel=None)
-    fused.append(site)
-    return report(status="fused", reason=None, kernel=choice.kernel.name)
+    return choice.kernel.name
 
 
 def _problem(choice: Choice, chosen: Settings) -> str | None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from attnfuse.kernels import REFERENCE, kernel_named, successor
+from attnfuse.kernels import REFERENCE, kernel_named, statistics, successor
 from attnfuse.kernels.layout import Bounds, allocate
 from attnfuse.spec import Attention
 
@@ -208,7 +208,7 @@ torch.library.register_autograd("attnfuse::attention", _differentiate, setup_con
 def log_sum_exp(stats: torch.Tensor) -> torch.Tensor:
     """[*batch, Q] float32 from the second result of `attention`; -inf in rows without a score above that."""
     top, total = stats.unbind()
-    return torch.where(top == -torch.inf, top, top + total.detach().log())
+    return statistics.log_sum_exp(top, total.detach())
 
 
 def _own(x: torch.Tensor) -> torch.Tensor:

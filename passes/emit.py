@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
 import torch
 from torch import fx
 
 from attnfuse._compat import FakeTensorMode, OpOverload, alias_key, is_functorch_tensor, pytree
-from attnfuse.expr import Apply, Const, Expr, Index, Linear
+from attnfuse.expr import Algebra, Apply, Const, Expr, Index, Linear
 from attnfuse.kernels.dropout import SEED_LIMIT
-from attnfuse.passes.aten import name_of, shape_of
+from attnfuse.kernels.statistics import log_sum_exp
+from attnfuse.passes.aten import functional, name_of, shape_of
 from attnfuse.passes.capture import Scope, View, is_assertion, is_mutating, is_stale, opaque, value_of, written
 from attnfuse.passes.labels import Atom, Dim, Distances, Labels, is_one, known_equal
 from attnfuse.passes.read import stride_hint
-from attnfuse.passes.site import Leaf, Refusal, Site
-from attnfuse.passes.terms import Axis, Call, Symbol, Tensor
-from attnfuse.spec import Attention
+from attnfuse.passes.site import Leaf, Site
+from attnfuse.passes.terms import Axis, Call, Symbol, Tensor, depends
+from attnfuse.passes.transaction import undone_on_error
+from attnfuse.spec import Attention, Operand, dtype_of
 
 _RANDOM = {torch.Tag.nondeterministic_seeded}
 
@@ -39,40 +42,46 @@ class Emitter:
         #: the calls of the op, one for each site that was emitted
         self.calls: list[fx.Node] = []
 
-    def emit(self, site: Site, kernel: str) -> Refusal | None:
-        """Replace the site's result. On refusal the graph is as it was."""
+    def emit(self, site: Site, kernel: str) -> None:
+        """Replace the site's result, inside of `attempt`. Raises EmitError."""
         origin = self.view.origin[site.final]
         scope, owner = origin.scope, origin.node
         if sum(s.module is scope.module for s in self.view.scopes) > 1:
-            return Refusal("the attention lies in a region that is called more than once", site.final)
-        graph = scope.module.graph
-        before = set(graph.nodes)
+            raise EmitError("the attention lies in a region that is called more than once")
         writer = Writer(self, scope, owner, value_of(site.q.node).device)
-        try:
-            with graph.inserting_before(owner):
-                call, result = self._insert(site, kernel, writer)
-                found, users = self._log_sum_exp(site, scope, owner, call, writer)
-                self.redirect(site.final, scope, owner, result, writer)
-        except EmitError as error:
-            for node in reversed(list(graph.nodes)):
-                # an input that was added to a region stays, since its call has an argument for it
-                if node not in before and node.op != "placeholder":
-                    graph.erase_node(node)
-            return Refusal(str(error), site.final)
+        with scope.module.graph.inserting_before(owner):
+            call, result = self._insert(site, kernel, writer)
+            found, users = self._log_sum_exp(site, scope, owner, call, writer)
+            self.redirect(site.final, scope, owner, result, writer)
         if site.lse is not None:
             for user in users:
                 user.replace_input_with(self.view.origin[site.lse].node, found)
             self.replaced[scope, site.lse] = found
         self.touched.add(scope)
         self.calls.append(call)
-        return None
+
+    @contextlib.contextmanager
+    def attempt(self, final: fx.Node) -> Iterator[None]:
+        """What is written inside, in the graph of `final` and in those around it, is undone if anything is raised."""
+        replaced, touched, calls = dict(self.replaced), set(self.touched), list(self.calls)
+        graphs: list[fx.Graph] = []
+        scope: Scope | None = self.view.origin[final].scope
+        while scope is not None:
+            graphs.append(scope.module.graph)
+            scope = scope.parent
+        with undone_on_error(graphs):
+            try:
+                yield
+            except BaseException:
+                self.replaced, self.touched, self.calls = replaced, touched, calls
+                raise
 
     def _insert(self, site: Site, kernel: str, writer: Writer) -> tuple[fx.Node, fx.Node]:
         """The call of the op, and its result as the site's is."""
         q = writer.canonical(site.q, site.batch, site.q_dim, site.d_dim)
         k = writer.canonical(site.k, site.batch, site.k_dim, site.d_dim)
         v = writer.canonical(site.v, site.batch, site.k_dim, site.e_dim)
-        operands = [writer.operand(leaf, site) for leaf in site.operands]
+        operands = writer.operands(site, site.spec)
         pair = writer.attention(q, k, v, operands, (None, None), site.spec, kernel, self.strict)
         out = writer.getitem(pair, 0)
         dims = (*((a,) for a in site.batch), site.q_dim, site.e_dim)
@@ -92,17 +101,13 @@ class Emitter:
         return any(self.view.order[w] > self.view.order[site.final] for w in self.view.writes.get(key, ()))
 
     def redirect(self, final: fx.Node, scope: Scope, owner: fx.Node, result: fx.Node, writer: Writer) -> None:
-        """Let everything that used `final`, made by the Dynamo node `owner`, use `result`. Raises EmitError."""
+        """Let everything that used `final`, made by the Dynamo node `owner`, use `result`. Raises EmitError; see attempt."""
         self.replaced[scope, final] = result
         made = scope.values[owner]
         if made is final:
             new: Any = result
         else:
-            try:
-                new = pytree.tree_map_only(fx.Node, writer.node_for, made)
-            except EmitError:
-                del self.replaced[scope, final]
-                raise
+            new = pytree.tree_map_only(fx.Node, writer.node_for, made)
         if isinstance(new, fx.Node):
             owner.replace_all_uses_with(new)
             if made is not final:
@@ -110,7 +115,6 @@ class Emitter:
             return
         for user in list(owner.users):
             if user.target is not operator.getitem:
-                del self.replaced[scope, final]
                 raise EmitError("the attention lies inside a call whose results cannot be taken apart")
         for user in list(owner.users):
             part = new[user.args[1]]
@@ -139,10 +143,7 @@ class Emitter:
         stats = writer.getitem(call, 1)
         top, total = (writer.call(torch.select, (stats, 0, i)) for i in (0, 1))
         # its gradient goes to the maximum alone, as attnfuse.ops says
-        total = writer.call(torch.log, (writer.method("detach", total),))
-        total = writer.call(torch.add, (top, total))
-        hidden = writer.call(torch.eq, (top, -torch.inf))
-        found = writer.call(torch.where, (hidden, top, total))
+        found = writer.inline(log_sum_exp, top, writer.method("detach", total))
         like = value_of(lse)
         if like.dtype != torch.float32:
             found = writer.method("to", found, like.dtype)
@@ -214,14 +215,6 @@ def _lies_at(node: fx.Node, key: int) -> bool:
     return isinstance(value, torch.Tensor) and alias_key(value) == key
 
 
-def _functional(node: fx.Node) -> Any:
-    """The op that gives a new tensor instead of writing to its first argument; None if there is none."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    packet = getattr(torch.ops.aten, schema.name.split("::")[-1].removesuffix("_"), None)
-    overload = getattr(packet, schema.overload_name or "default", None)
-    return overload if isinstance(overload, OpOverload) and not overload._schema.is_mutable else None
-
-
 class Writer:
     """Writes nodes before one node of a Dynamo graph, in terms of values of the view."""
 
@@ -264,6 +257,36 @@ class Writer:
             seed = self.call(torch.randint, (0, SEED_LIMIT, (1,)), {"dtype": torch.int64, "device": self.device})
         op = torch.ops.attnfuse.attention.default
         return self.call(op, (q, k, v, list(operands), seed, *bounds, spec.text, kernel, strict))
+
+    def inline(self, function: Callable[..., Any], *args: fx.Node) -> fx.Node:
+        """The calls that `function`, of tensors to a tensor and without branches, makes of these nodes."""
+        placed: dict[fx.Node, Any] = {}
+        given = iter(args)
+        for node in fx.Tracer().trace(function).nodes:
+            if node.op == "placeholder":
+                placed[node] = next(given)
+            elif node.op == "output":
+                return placed[node.args[0]]  # type: ignore[index,no-any-return]
+            else:
+                made = self.graph.node_copy(node, placed.__getitem__)
+                self._describe(made)
+                placed[node] = made
+        raise AssertionError("a graph without an output")
+
+    def checked(self, node: fx.Node, what: str, shape: Sequence[Any], dtype: torch.dtype | None = None) -> fx.Node:
+        """The node, if its value is a tensor of that shape and dtype (of any, for None). Raises EmitError.
+
+        Whoever knows what a node is to be says so: a graph whose fake values are not the real ones is compiled to something
+        else, silently.
+        """
+        value = known(node)
+        if not isinstance(value, torch.Tensor):
+            raise EmitError(f"{what} is not a tensor")
+        fits = len(value.shape) == len(shape) and all(map(known_equal, value.shape, shape))
+        if not fits or dtype not in (None, value.dtype):
+            wanted = f"{list(shape)}" if dtype is None else f"{dtype} {list(shape)}"
+            raise EmitError(f"{what} is {value.dtype} {list(value.shape)} where it was to be {wanted}")
+        return node
 
     def getitem(self, node: fx.Node, index: int) -> fx.Node:
         return self.call(operator.getitem, (node, index))
@@ -332,7 +355,7 @@ class Writer:
             raise EmitError("a value the attention needs is not available where its result is made")
         target = made.target
         if _writes_own_memory(self.emitter.view, made):
-            target = _functional(made)
+            target = functional(made.target)  # type: ignore[arg-type, assignment]
         elif not _is_pure(made):
             target = None  # type: ignore[assignment]
         if target is None:
@@ -345,8 +368,11 @@ class Writer:
             raise EmitError("the attention is too deep inside one call")
         args = fx.node.map_arg(made.args, self.node_for)
         kwargs = fx.node.map_arg(made.kwargs, self.node_for)
-        self.made[made] = self.call(target, tuple(args), dict(kwargs))  # type: ignore[arg-type]
-        return self.made[made]
+        copy, value = self.call(target, tuple(args), dict(kwargs)), value_of(made)  # type: ignore[arg-type]
+        if isinstance(value, torch.Tensor):
+            self.checked(copy, f"{name_of(made)} made again", value.shape, value.dtype)
+        self.made[made] = copy
+        return copy
 
     def _overwritten_since(self, made: fx.Node) -> bool:
         """Whether repeating `made` where the op stands would read other values than it did."""
@@ -404,10 +430,10 @@ class Writer:
             node = self.call(operator.pow, (self.method("size", node, -1), -0.5))
         if leaf.number or leaf.depth:
             node = self.call(torch.full, ((), node), {"dtype": torch.float64, "device": self.device})
-        if leaf.inverse:
-            node = self.call(torch.reciprocal, (node,))
         if leaf.cast is not None:
             node = self.method("to", node, leaf.cast)
+        if leaf.inverse:
+            node = self.call(torch.reciprocal, (node,))
         labels = leaf.labels
         if any(len(dim) != 1 for dim in labels):
             node = (
@@ -424,21 +450,21 @@ class Writer:
         for at, dim in enumerate(wanted):
             if not dim or dim[0] not in flat:
                 node = self.method("unsqueeze", node, at)
-        return node
+        sizes = [dim[0].size if dim and dim[0] in flat else 1 for dim in wanted]
+        return self.checked(node, "a tensor that the attention takes", sizes, leaf.given)
 
-    def operand(self, leaf: Leaf, site: Site) -> fx.Node:
-        """A side tensor as [*batch, Q, K], or for a table [*batch, row, column]."""
+    def operands(self, site: Site, spec: Attention) -> list[fx.Node]:
+        """The site's side tensors as `spec` says that they are."""
+        return [self.operand(leaf, site, said) for leaf, said in zip(site.operands, spec.operands, strict=True)]
+
+    def operand(self, leaf: Leaf, site: Site, said: Operand) -> fx.Node:
+        """A side tensor as [*batch, Q, K], or for a table [*batch, row, column]; 1 where `said` has no dim."""
         row = site.q_dim if leaf.row is None else leaf.row
         column = site.k_dim if leaf.column is None else leaf.column
         node = self.canonical(leaf, site.batch, row, column)
-        wanted = [*((a,) for a in site.batch), row, column]
-        shape = node.meta["example_value"].shape
-        fits = len(shape) == len(wanted)
-        for size, dim in zip(shape, wanted):
-            fits = fits and (is_one(size) or (len(dim) == 1 and known_equal(size, dim[0].size)))
-        if not fits:
-            raise EmitError(f"an operand of the attention has the shape {list(shape)}")
-        return node
+        dims = [*((a,) for a in site.batch), row, column]
+        sizes = [1 if name == "1" else dim[0].size for name, dim in zip(said.dims, dims, strict=True)]
+        return self.checked(node, "an operand of the attention", sizes, dtype_of(said.dtype))
 
     def _made(self, leaf: Leaf) -> fx.Node:
         """A tensor computed from an expression, with the dims that the leaf's labels name."""
@@ -488,11 +514,11 @@ class Writer:
             out = self.method("permute", out, *order)
         if any(len(dim) != 1 for dim in labels):
             out = self.method("reshape", out, *self.shape(tuple(like.shape)))
-        return self._laid_out(out, like)
+        return self._laid_out(self.checked(out, "the result of the attention", like.shape, like.dtype), like)
 
     def spread(self, out: fx.Node, dims: Labels, but: Dim = ()) -> fx.Node:
         """A result of the op, whose dims are `dims`, at full size where q, k and v were all expanded, `but` for some atoms."""
-        made = out.meta["example_value"].shape
+        made = known(out).shape
         short = [
             bool(dim) and dim[0] not in but and is_one(n) and not is_one(dim[0].size) for n, dim in zip(made, dims)
         ]
@@ -502,8 +528,8 @@ class Writer:
 
     def _laid_out(self, out: fx.Node, eager: torch.Tensor) -> fx.Node:
         """`out` with the strides of the eager result, since a later view may count on them."""
-        made = out.meta.get("example_value")
-        if made is None or all(known_equal(a, b) for a, b in zip(made.stride(), eager.stride())):
+        made = known(out)
+        if all(known_equal(a, b) for a, b in zip(made.stride(), eager.stride())):
             return out
         if eager.is_contiguous():
             return self.method("contiguous", out)
@@ -523,20 +549,31 @@ class Values:
     def tensor(self, e: Expr, dtype: torch.dtype) -> fx.Node:
         """The expression as a tensor of `dtype`."""
         w = self.writer
-        found = self.as_tensor(self.run(e), dtype)
-        if found.meta["example_value"].dtype != dtype:
-            found = w.method("to", found, dtype)
-        return w.method("expand", found, *(w.size_of(atom) for atom in self.dims)) if self.dims else found
+        found = self._cast(self.as_tensor(self.run(e), dtype), dtype)
+        if self.dims:
+            found = w.method("expand", found, *(w.size_of(atom) for atom in self.dims))
+        return w.checked(found, "a computed operand", [atom.size for atom in self.dims], dtype)
 
     def run(self, e: Expr) -> Any:
-        """A node, or a number."""
+        """A number; or a node: of a symbolic number, or a tensor with a dim for each of `dims`, or without dims.
+
+        Tensors of integers are int64 and those of truths bool, whatever they are in the graph: the arithmetic of expressions
+        has no end, and an index in uint8 would be a mask.
+        """
         if e not in self.done:
-            self.done[e] = self._run(e)
+            found = self._run(e)
+            if _is_tensor(found):
+                if e.type != "float":
+                    found = self._cast(found, torch.bool if e.type == "bool" else torch.int64)
+                used = {self._dim_of(x) for x in depends(e)}
+                sizes = [atom.size if d in used else 1 for d, atom in enumerate(self.dims)] if used else []
+                self.writer.checked(found, "a part of a computed operand", sizes)
+            self.done[e] = found
         return self.done[e]
 
     def as_tensor(self, x: Any, dtype: torch.dtype | None = None) -> fx.Node:
-        if isinstance(x, fx.Node) and isinstance(x.meta["example_value"], torch.Tensor):
-            return x
+        if _is_tensor(x):
+            return x  # type: ignore[no-any-return]
         return self.writer.call(torch.full, ((), x), {"dtype": dtype or torch.int64, "device": self.writer.device})
 
     def _run(self, e: Expr) -> Any:
@@ -549,14 +586,15 @@ class Values:
             return w.size(e.value)
         if isinstance(e, Linear):
             total: Any = e.const
+            # symbolic numbers do not wrap as tensors do
+            wraps = not Algebra().is_exact(e)
             for c, t in e.terms:
-                x = self.run(t)
+                x = self._whole(t, wraps)
                 x = w.call(operator.mul, (x, c)) if c != 1 else x
                 total = x if isinstance(total, int) and total == 0 else w.call(operator.add, (total, x))
             return total
         if isinstance(e, Tensor):
-            index = [self.as_tensor(self.run(i)) for i in e.index]
-            return w.call(torch.ops.aten.index.Tensor, (w.here(e.node), index))
+            return self._element(e)
         if isinstance(e, Call):
             return self._call(e)
         assert isinstance(e, Apply)
@@ -568,18 +606,45 @@ class Values:
                 total = w.call(op, (total, self.as_tensor(x, torch.bool)))
             return total
         if e.op == "int":
-            return w.method("to", args[0], torch.int64)
+            return w.method("to", self.as_tensor(args[0], torch.bool), torch.int64)
         if e.op in ("floordiv", "mod"):
-            return w.call(operator.floordiv if e.op == "floordiv" else operator.mod, tuple(args))
-        kinds = [torch.bool if a.type == "bool" else torch.int64 if a.type == "int" else torch.float32 for a in e.args]
-        return w.call(_FUNCTIONS[e.op], tuple(self.as_tensor(x, k) for x, k in zip(args, kinds)))
+            divided = operator.floordiv if e.op == "floordiv" else operator.mod
+            return w.call(divided, (self._whole(e.args[0], False), args[1]))
+        floats = [known(x).dtype for x, a in zip(args, e.args) if a.type == "float" and _is_tensor(x)]
+        float_ = floats[0] if floats else torch.float32
+        kinds = [torch.bool if a.type == "bool" else torch.int64 if a.type == "int" else float_ for a in e.args]
+        return w.call(_FUNCTIONS[e.op], tuple(self._cast(self.as_tensor(x, k), k) for x, k in zip(args, kinds)))
+
+    def _whole(self, e: Expr, as_tensor: bool) -> Any:
+        """An integer expression in int64, whatever the dtype of the tensor that it comes from."""
+        x = self.run(e)
+        return self._cast(self.as_tensor(x), torch.int64) if as_tensor or _is_tensor(x) else x
+
+    def _cast(self, x: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return x if known(x).dtype == dtype else self.writer.method("to", x, dtype)
+
+    def _element(self, e: Tensor) -> fx.Node:
+        w, node = self.writer, self.writer.here(e.node)
+        index: list[fx.Node] = []
+        for i in e.index:
+            at = self.run(i)
+            if not _is_tensor(at):
+                node = w.call(torch.select, (node, len(index), at))
+                continue
+            if self.dims and not known(at).dim():
+                # PyTorch's fake tensors do not broadcast index tensors without dims
+                at = w.method("view", at, *[1] * len(self.dims))
+            index.append(at)
+        return w.call(torch.ops.aten.index.Tensor, (node, index)) if index else node
+
+    def _dim_of(self, e: Expr) -> int:
+        # an index of the query or key is the last dim, batch dims come before it
+        return self.dims.index(e.atom if isinstance(e, Axis) else self.dims[-1])
 
     def _line(self, e: Index | Axis) -> fx.Node:
         w = self.writer
-        # an index of the query or key is the last dim, batch dims come before it
-        atom = e.atom if isinstance(e, Axis) else self.dims[-1]
-        at = self.dims.index(atom)
-        line = w.call(torch.arange, (w.size_of(atom),), {"device": w.device})
+        at = self._dim_of(e)
+        line = w.call(torch.arange, (w.size_of(self.dims[at]),), {"device": w.device})
         shape = [-1 if d == at else 1 for d in range(len(self.dims))]
         return w.method("view", line, *shape)
 
@@ -589,17 +654,19 @@ class Values:
         for i, (a, dtype) in enumerate(zip(e.args, e.dtypes, strict=True)):
             x = self.run(a) if isinstance(a, Expr) else a
             if dtype is not None:
-                x = self.as_tensor(x, dtype)
-                if x.meta["example_value"].dtype != dtype:
-                    x = w.method("to", x, dtype)
-                if e.scalars and not e.scalars[i] and not x.meta["example_value"].dim():
+                x = self._cast(self.as_tensor(x, dtype), dtype)
+                if e.scalars and not e.scalars[i] and not known(x).dim():
                     x = w.method("unsqueeze", x, 0)
             args.append(x)
         found = w.call(e.target, tuple(args), dict(e.kwargs))
-        made = found.meta["example_value"]
-        if made.dtype != e.dtype:
-            raise EmitError(f"{e.target} gives {made.dtype} for the elements of a mask, and {e.dtype} in the graph")
-        return w.method("squeeze", found, 0) if made.dim() > len(self.dims) else found
+        if known(found).dtype != e.dtype:
+            raise EmitError(f"{e.target} gives {known(found).dtype} for elements of a mask, and {e.dtype} in the graph")
+        return w.method("squeeze", found, 0) if known(found).dim() > len(self.dims) else found
+
+
+def _is_tensor(x: Any) -> bool:
+    """Whether it is a node of a tensor, as opposed to a number or the node of a symbolic one."""
+    return isinstance(x, fx.Node) and isinstance(known(x), torch.Tensor)
 
 
 _FUNCTIONS: dict[str, Any] = {
@@ -612,6 +679,13 @@ _FUNCTIONS: dict[str, Any] = {
     "ne": torch.ne,
     "not": torch.logical_not,
 }
+
+
+def known(node: fx.Node) -> Any:
+    """The fake value of a Dynamo node. Raises EmitError where it has none."""
+    if "example_value" not in node.meta:
+        raise EmitError(f"nothing is known of the value of {node.name}")
+    return node.meta["example_value"]
 
 
 def _example(node: fx.Node, mode: FakeTensorMode) -> Any:

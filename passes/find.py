@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import fx
 
-from attnfuse.passes import contraction, sinks
+from attnfuse.passes import contraction, sinks, views
 from attnfuse.passes.aten import arguments, constant, is_tensor, name_of, shape_of
-from attnfuse.passes.capture import View, value_of
+from attnfuse.passes.capture import View, is_stale, value_of
+from attnfuse.passes.labels import known_equal
 from attnfuse.spec import Hidden, Softmax
 
 
@@ -38,14 +40,22 @@ class Anchor:
     by_own_maximum: bool = False
 
 
-def find(view: View) -> list[Anchor]:
-    """All anchors among the live nodes, in program order."""
+def find(view: View, failed: Callable[[fx.Node, Exception], None] | None = None) -> list[Anchor]:
+    """All anchors among the live nodes, in program order.
+
+    failed: called with a node and what was raised over it, which then costs that node alone.
+    """
     anchors = []
     for node in view.graph.nodes:
         if node in view.live and node.op == "call_function":
-            anchor = _anchor(view, node)
-            if anchor is not None:
-                anchors.append(_with_sink(view, anchor))
+            try:
+                anchor = _anchor(view, node)
+                if anchor is not None:
+                    anchors.append(_with_sink(view, anchor))
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed(node, error)
     # the softmax inside of a safe one is no anchor of its own
     safe = [a for a in anchors if name_of(a.weights) == "where"]
     within = {node for a in safe for node in a.inside}
@@ -181,7 +191,9 @@ def _normalised(node: fx.Node, top: object, bottom: object, inside: frozenset[fx
         sink, more = found[0], more | found[1]
         raised = any(_raises(n) for n in more)
     if top is e:
-        if not summed["keepdim"] or passed:
+        # the sum may get its dim back by a view
+        viewed = _without_views(bottom, e, dim) if _has_lines(bottom, e, dim, kept=True) else None  # type: ignore[arg-type]
+        if viewed is None or viewed[0] is not whole:
             return None
         return Anchor(scores, dim, node, between | more, softmax=softmax, sink=sink, by_own_maximum=not raised)
     if _reaches_product_of(top, e):  # type: ignore[arg-type]
@@ -238,9 +250,19 @@ def maximum_subtracted(z: fx.Node, dim: int, raised: bool = False) -> tuple[fx.N
     if not (is_tensor(scores) and is_tensor(top)) or constant(args.get("alpha", 1)) != 1.0:
         return None
     passed = {z}
-    while is_tensor(top) and (name_of(top) in ("detach", "alias") or (raised and _raises(top))):
-        passed.add(top)
-        top = next((x for x in top.all_input_nodes if _is_maximum(x)), top.args[0])
+    if not _has_lines(top, scores, dim, kept=True):
+        return None
+    viewed = _without_views(top, scores, dim)
+    while viewed is not None and (name_of(viewed[0]) in ("detach", "alias") or (raised and _raises(viewed[0]))):
+        top = viewed[0]
+        passed |= viewed[1] | {top}
+        # of two, the one that is the maximum, be it seen through views
+        sources = [x for x in top.all_input_nodes if _is_maximum(_looked_through(x))]
+        viewed = _without_views(sources[0] if sources else top.args[0], scores, dim)
+    if viewed is None:
+        return None
+    top = viewed[0]
+    passed |= viewed[1]
     from attnfuse.passes.capture import getitem_source
 
     pair = getitem_source(top)
@@ -257,9 +279,40 @@ def maximum_subtracted(z: fx.Node, dim: int, raised: bool = False) -> tuple[fx.N
         source = source.args[0]
     over = list(over) if isinstance(over, (list, tuple)) else [over]
     rank = len(value_of(scores).shape)
-    if source is not scores or not reduced.get("keepdim") or len(over) != 1 or over[0] is None:
+    if source is not scores or len(over) != 1 or over[0] is None:
         return None
     return (scores, frozenset(passed)) if over[0] % rank == dim % rank else None
+
+
+def _has_lines(node: fx.Node, whole: fx.Node, dim: int, kept: bool) -> bool:
+    """Whether `node` has one element for each line of `whole` along `dim`: its shape has 1 there, or, unless kept, no such dim."""
+    lines = list(shape_of(whole))
+    dim %= len(lines)
+    shapes = [[*lines[:dim], 1, *lines[dim + 1 :]], lines[:dim] + lines[dim + 1 :]]
+    own = shape_of(node)
+    return any(len(own) == len(s) and all(map(known_equal, own, s)) for s in (shapes[:1] if kept else shapes))
+
+
+def _without_views(node: object, whole: fx.Node, dim: int) -> tuple[fx.Node, set[fx.Node]] | None:
+    """(what `node` is a view of, nodes passed) as long as it has an element for each line of `whole`; None where it has not.
+
+    Views keep the order of elements, so that shapes alone tell that they are those of the same lines.
+    """
+    passed: set[fx.Node] = set()
+    while is_tensor(node) and _has_lines(node, whole, dim, kept=False):  # type: ignore[arg-type]
+        at: fx.Node = node  # type: ignore[assignment]
+        moves = name_of(at) == "view" or (views.is_identity(at) and name_of(at) != "alias")
+        if is_stale(at) or not moves:
+            return at, passed
+        passed.add(at)
+        node = at.args[0]
+    return None
+
+
+def _looked_through(node: fx.Node) -> fx.Node:
+    while name_of(node) == "view" and is_tensor(node.args[0]):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def _raises(node: fx.Node) -> bool:

@@ -13,6 +13,7 @@ from torch import fx
 
 from attnfuse.nested import Call, is_jagged, refusal, run, spec_of
 from attnfuse.passes.site import Refusal
+from attnfuse.passes.transaction import undone_on_error
 from attnfuse.settings import Settings
 from attnfuse.spec import Attention
 
@@ -41,9 +42,10 @@ def read(node: fx.Node, call: Call) -> Attention | Refusal:
 def emit(node: fx.Node, kernel: str, chosen: Settings) -> None:
     """Put the call of the kernel where the node is."""
     graph = node.graph
-    with graph.inserting_before(node):
-        own: dict[str, Any] = {"kernel": kernel, "strict": chosen.strict, "nan_policy": chosen.nan_policy}
-        made = graph.call_function(run, node.args, {**node.kwargs, **own})
-    made.meta.update(node.meta)
-    node.replace_all_uses_with(made)
+    with undone_on_error([graph]):
+        with graph.inserting_before(node):
+            own: dict[str, Any] = {"kernel": kernel, "strict": chosen.strict, "nan_policy": chosen.nan_policy}
+            made = graph.call_function(run, node.args, {**node.kwargs, **own})
+        made.meta.update(node.meta)
+        node.replace_all_uses_with(made)
     graph.erase_node(node)

@@ -74,11 +74,12 @@ class Scores:
 
 
 class Reader:
-    """The state of reading one site."""
+    """The state of reading one site. exact: scores overflow where they do in eager, so that factors stay where they are."""
 
-    def __init__(self, view: View, anchor: Anchor) -> None:
+    def __init__(self, view: View, anchor: Anchor, exact: bool = False) -> None:
         self.view = view
         self.anchor = anchor
+        self.exact = exact
         self.axes = Axes()
         self.leaves: list[Leaf] = []
         self.q_dim: Dim = ()
@@ -134,11 +135,11 @@ class Reader:
         return all(len(self.axes.atoms(dim)) <= 1 for dim in self.protected)
 
 
-def read(view: View, anchor: Anchor) -> Site | Refusal | None:
-    """The site at `anchor`, why there is none, or None if the softmax has nothing to do with attention."""
+def read(view: View, anchor: Anchor, exact: bool = False) -> Site | Refusal | None:
+    """The site at `anchor`, why there is none, or None if the softmax has nothing to do with attention. exact: see Reader."""
     from attnfuse.passes.idioms import sdpa
 
-    reader = Reader(view, anchor)
+    reader = Reader(view, anchor, exact)
     if anchor.problem:
         result: Site | Refusal = Refusal(anchor.problem, anchor.weights)
     else:
@@ -310,6 +311,8 @@ def _read_product(reader: Reader, node: fx.Node, product: contraction.Contractio
     dims[inner] = d_dim
     if any(c not in k_letters + q_letters for c in product.out):
         return Refusal("the product has a dim of neither q nor k", node)
+    if _are_scores(reader, k_node, _letters(k_node, k_letters, dims), _letters(q_node, q_letters, dims)):
+        return Refusal("the scores of several heads are mixed before the softmax", node)
     q_only = [c for c in product.out if c in q_letters and (c not in k_letters or _absent(k_node, k_letters, c))]
     q_dim = _choose_rows(axes, [a for c in q_only for a in axes.atoms(dims[c])])
     reader.q_dim = q_dim
@@ -327,6 +330,43 @@ def _read_product(reader: Reader, node: fx.Node, product: contraction.Contractio
 
         scores.steps += added_steps(reader, product.added, labels, product.beta)
     return scores
+
+
+_ON_SCORES = ("mul", "div", "neg", "add", "sub", "masked_fill", "where", "tanh", "clamp", "to")
+
+
+def _are_scores(reader: Reader, node: fx.Node, labels: Labels, other: Labels) -> bool:
+    """Whether `node`, the factor of a product that has the keys, is itself made of queries and keys.
+
+    It is where in a batched product the keys come from one side, and from the other an index that is none of the batch and
+    that the other factor, with the labels `other`, does not have. A projection of the keys is no batched product.
+    """
+    axes, kept = reader.axes, dict(reader.axes.parts)
+    lacking = {a for d in other for a in axes.atoms(d)}
+    found = False
+    for _ in range(16):
+        product = contraction.parse(node)
+        if isinstance(product, contraction.Contraction):
+            dims = {c: set(axes.atoms(d)) for c, d in zip(product.out, labels)}
+            sides = [
+                set().union(*(dims.get(c, ()) for c, n in zip(letters, shape_of(x)) if not is_one(n)))
+                for x, letters in ((product.a, product.a_dims), (product.b, product.b_dims))
+            ]
+            keys, both = set(axes.atoms(reader.k_dim)), sides[0] & sides[1]
+            for x, y in (sides, sides[::-1]):
+                found = found or bool(both and keys <= y - x and x - y - lacking)
+            break
+        step = views.back(axes, node, labels)
+        if step is not None:
+            node, labels = step.source, step.labels
+            continue
+        whole = [x for x in node.all_input_nodes if is_tensor(x) and len(shape_of(x)) == len(labels)]
+        whole = [x for x in whole if all(map(known_equal, shape_of(x), shape_of(node)))]
+        if name_of(node) not in _ON_SCORES or not whole:
+            break
+        node = whole[0]
+    axes.parts = kept
+    return found
 
 
 def _absent(node: fx.Node, letters: str, letter: str) -> bool:
@@ -374,6 +414,8 @@ def _read_factor(reader: Reader, node: fx.Node, labels: Labels, dtype: torch.dty
         kept, seen, at = dict(reader.axes.parts), leaf.node, leaf.labels
         while True:
             passed = constant_factor(seen)
+            if passed is not None and reader.exact and abs(passed[1]) != 1.0:
+                passed = None
             if passed is not None or _is_widening(seen):
                 break
             step = views.back(reader.axes, seen, at)
@@ -416,7 +458,7 @@ def _in_dtype(leaf: Leaf, dtype: torch.dtype) -> Leaf:
 def _one_dtype(q: Leaf, k: Leaf, dtype: torch.dtype) -> tuple[Leaf, Leaf]:
     """Both sides in one dtype: their own if it is the same and exact in the product's, else the product's."""
     q, k = _in_dtype(q, dtype), _in_dtype(k, dtype)
-    if (q.cast or dtype_of(q.node)) == (k.cast or dtype_of(k.node)):
+    if q.given == k.given:
         return q, k
     return tuple(x if dtype_of(x.node) == dtype else replace(x, cast=dtype) for x in (q, k))  # type: ignore[return-value]
 
@@ -444,10 +486,13 @@ def build_site(
     rows = set(q_dim + k_dim)
     batch = tuple(a for dim in axes.resolve(scores.labels) for a in dim if a not in rows)
     leaves = [scores.q, scores.k, v, *reader.leaves]
-    allowed = set(batch) | rows
-    for leaf, extra in zip(leaves, [d_dim, d_dim, e_dim, *[()] * len(reader.leaves)]):
+    # which of the dims of the attention each may have besides those of the batch
+    own = [(*q_dim, *d_dim), (*k_dim, *d_dim), (*k_dim, *e_dim), *[(*q_dim, *k_dim)] * len(reader.leaves)]
+    for leaf, dims in zip(leaves, own, strict=True):
         found = [a for dim in axes.resolve(leaf.labels) for a in dim]
-        if len(set(found)) != len(found) or not set(found) <= allowed | set(extra):
+        if leaf is v and set(found) & set(q_dim):
+            return Refusal("v differs from query to query", leaf.node)
+        if len(set(found)) != len(found) or not set(found) <= {*batch, *dims}:
             return Refusal("an operand runs over an index that the scores do not have", leaf.node)
     fixed = [replace(leaf, labels=axes.resolve(leaf.labels)) for leaf in leaves]
     names = batch_names(axes, batch, fixed[1])
@@ -457,8 +502,8 @@ def build_site(
     spec = Attention(
         batch=names,
         sizes=tuple(_static(d) for d in [*((a,) for a in batch), q_dim, k_dim, d_dim, e_dim]),
-        qk_dtype=dtype_name(fixed[0].cast or dtype_of(fixed[0].node)),
-        v_dtype=dtype_name(fixed[2].cast or dtype_of(fixed[2].node)),
+        qk_dtype=dtype_name(fixed[0].given),
+        v_dtype=dtype_name(fixed[2].given),
         out_dtype=dtype_name(dtype_of(final)),
         steps=tuple(scores.steps),
         operands=tuple(describe_operand(leaf, batch, q_dim, k_dim, names) for leaf in fixed[3:]),
@@ -471,6 +516,7 @@ def build_site(
             tuple(n for a, n in zip(batch, names) if all(a not in d for d in leaf.labels)) for leaf in fixed[:3]
         ),
         out_order=out_order(final, labels_out, batch, q_dim, e_dim),
+        nan_policy="eager" if reader.exact else "skip",
     )
     return Site(
         spec=simplify(spec),
@@ -539,11 +585,7 @@ def describe_operand(leaf: Leaf, batch: Dim, q_dim: Dim, k_dim: Dim, names: tupl
         dim = default if own is None else own
         known = {q_dim: "Q", k_dim: "K"}.get(dim, "T")
         dims.append(known if set(dim) & present else "1")
-    if leaf.dtype is not None:
-        dtype = dtype_name(leaf.dtype)
-    else:
-        dtype = "float64" if leaf.number or leaf.depth else dtype_name(leaf.cast or value_of(leaf.node).dtype)
-    return Operand(dtype, tuple(dims))
+    return Operand(dtype_name(leaf.given), tuple(dims))
 
 
 def out_order(final: fx.Node, labels: Labels, batch: Dim, q_dim: Dim, e_dim: Dim) -> tuple[int, ...]:

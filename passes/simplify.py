@@ -13,8 +13,9 @@ _IDENTITIES = (Scale(1.0), Shift(0.0), Clamp())
 
 def simplify(spec: Attention) -> Attention:
     """Drop casts that cannot be seen, join constant factors, name softcaps. Idempotent."""
-    steps = _joined(_visible(spec.steps))
-    return replace(spec, steps=steps, weight_steps=_joined(spec.weight_steps))
+    exact = spec.nan_policy == "eager"
+    steps = _joined(_visible(spec.steps), exact)
+    return replace(spec, steps=steps, weight_steps=_joined(spec.weight_steps, exact))
 
 
 def _visible(steps: tuple[Step, ...]) -> tuple[Step, ...]:
@@ -22,22 +23,25 @@ def _visible(steps: tuple[Step, ...]) -> tuple[Step, ...]:
     return tuple(s for s in steps if not isinstance(s, Cast) or s.dtype == "float16")
 
 
-def _joined(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+def _joined(steps: tuple[Step, ...], exact: bool) -> tuple[Step, ...]:
+    """exact: what overflows between two steps stays infinite."""
     out: list[Step] = []
     for step in steps:
         if step in _IDENTITIES:
             continue
         out.append(step)
-        while _join_tail(out):
+        while _join_tail(out, exact):
             pass
     return tuple(s for s in out if s not in _IDENTITIES)
 
 
-def _join_tail(out: list[Step]) -> bool:
+def _join_tail(out: list[Step], exact: bool) -> bool:
     """Replace the last steps of `out` by fewer ones if they can be joined."""
     if len(out) >= 2 and _is_factor(out[-1]) and _is_factor(out[-2]):
-        product = out[-2].value * out[-1].value  # type: ignore[union-attr]
-        if math.isfinite(product) and product != 0.0:
+        first, second = out[-2].value, out[-1].value  # type: ignore[union-attr]
+        product = first * second
+        keeps = not exact or abs(first) <= 1.0 or abs(second) >= 1.0
+        if math.isfinite(product) and product != 0.0 and keeps:
             out[-2:] = [Scale(product)]
             return True
     if len(out) >= 2 and isinstance(out[-1], Cast) and out[-1] == out[-2]:

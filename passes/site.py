@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from attnfuse.expr import Expr
+from attnfuse.passes.capture import value_of
 from attnfuse.passes.labels import Dim, Labels
 from attnfuse.spec import Attention
 
@@ -26,7 +27,7 @@ class Leaf:
     """A tensor that the op takes: a view node, the atoms of its dims, and what is done to it first.
 
     cast        dtype to convert it to, or None
-    inverse     take 1 / x (a score divided by a tensor)
+    inverse     take 1 / x after that (a score divided by a tensor)
     starts      for each dim where reading begins, if that is not 0 everywhere
     made        the tensor is computed for the op: this expression, for all values of the indices in `labels`; `node` only
                 tells where it comes from, and `dtype` is its dtype
@@ -46,6 +47,13 @@ class Leaf:
     dtype: torch.dtype | None = None
     row: Dim | None = None
     column: Dim | None = None
+
+    @property
+    def given(self) -> torch.dtype:
+        """The dtype of the tensor as the op takes it."""
+        if self.dtype is not None or self.cast is not None:
+            return self.dtype or self.cast  # type: ignore[return-value]
+        return torch.float64 if self.number or self.depth else value_of(self.node).dtype  # type: ignore[no-any-return]
 
 
 @dataclass(eq=False)

@@ -235,7 +235,11 @@ class Terms:
             return self.reasons[node]
         if is_stale(node):
             return "its memory is written to"
-        return "it comes from outside of the graph" if node.op != "call_function" else f"{name_of(node) or node.name} gives it"
+        return (
+            "it comes from outside of the graph"
+            if node.op != "call_function"
+            else f"{name_of(node) or node.name} gives it"
+        )
 
     def number(self, value: Number, dtype: torch.dtype) -> Const:
         """A number that `dtype` holds."""

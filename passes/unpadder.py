@@ -45,28 +45,21 @@ class Unpadder:
         self.attentions = {a.original.final: (a, kernel) for a, kernel in zip(region.attentions, kernels, strict=True)}
 
     def emit(self) -> None:
-        """Replace the results of the region. Raises EmitError with the graph as it was."""
+        """Replace the results of the region, inside of `Emitter.attempt`. Raises EmitError."""
         ends: list[tuple[fx.Node, Unpad | Packed]] = [(u.node, u) for u in self.region.unpads]
         ends += [(a.original.final, a) for a in self.region.attentions if a.q is None]
         ends.sort(key=lambda end: self.view.order[end[0]])
         graph = self.scope.module.graph
-        before = set(graph.nodes)
         results = []
-        try:
-            for node, end in ends:
-                owner = self.view.origin[node].node
-                writer = _Writer(self, owner, value_of(node).device)
-                with graph.inserting_before(owner):
-                    source = end.source if isinstance(end, Unpad) else node
-                    self._write(writer, source)
-                    results.append((node, owner, writer, self._result(writer, end, source)))
-                if isinstance(end, Packed) and self.scope.values[owner] is not node:
-                    raise EmitError("an attention of padded keys lies inside of another call")
-        except EmitError:
-            for new in reversed(list(graph.nodes)):
-                if new not in before:
-                    graph.erase_node(new)
-            raise
+        for node, end in ends:
+            owner = self.view.origin[node].node
+            writer = _Writer(self, owner, value_of(node).device)
+            with graph.inserting_before(owner):
+                source = end.source if isinstance(end, Unpad) else node
+                self._write(writer, source)
+                results.append((node, owner, writer, self._result(writer, end, source)))
+            if isinstance(end, Packed) and self.scope.values[owner] is not node:
+                raise EmitError("an attention of padded keys lies inside of another call")
         for (node, owner, writer, result), (_, end) in zip(results, ends, strict=True):
             if isinstance(end, Unpad) and end.mask is not None:
                 self._select(writer, node, owner, end, result)
@@ -95,8 +88,15 @@ class Unpadder:
                 stack += self._sources(node)
         for node in sorted(needed, key=self.view.order.__getitem__):
             writer.written_for = self.view.origin[node].node
-            self.made[node] = self._written(writer, node)
+            self.made[node] = self._checked(writer, node, self._written(writer, node))
         writer.written_for = writer.owner
+
+    def _checked(self, writer: _Writer, node: fx.Node, made: fx.Node) -> fx.Node:
+        """`made`, if it is what `node` is but for the sizes of its rows. Raises EmitError."""
+        if node not in self.carried.labels:
+            return made
+        dims = self.carried.axes.resolve(self.carried.labels[node])
+        return writer.checked(made, f"{name_of(node)} of packed rows", [self._size(d) for d in dims], dtype_of(node))
 
     def _sources(self, node: fx.Node) -> list[fx.Node]:
         if node in self.pads:
@@ -128,7 +128,14 @@ class Unpadder:
 
     def _argument(self, writer: _Writer, node: fx.Node, position: int, x: Any) -> Any:
         found = self.carried.gathered.get((node, position))
-        return fx.node.map_arg(x, writer.node_for) if found is None else self._gathered(writer, found, x)
+        if found is None:
+            return fx.node.map_arg(x, writer.node_for)
+        sizes = [self._size(dim) if dim else n for dim, n in zip(found.dims, shape_of(x), strict=True)]
+        if found.place is not None and (found.rows.place,) not in found.dims:
+            sizes[found.place] = found.rows.total
+        if found.number is not None:
+            sizes = [1] * len(found.dims)
+        return writer.checked(self._gathered(writer, found, x), "what packed rows read", sizes, dtype_of(x))
 
     def _shape(self, writer: _Writer, node: fx.Node) -> list[int | fx.Node]:
         return writer.shape([self._size(dim) for dim in self.carried.axes.resolve(self.carried.labels[node])])
@@ -171,7 +178,12 @@ class Unpadder:
         """Made once: 'offsets' [B + 1]; 'bounds' [2, B] as the op takes them; of each packed row its 'sequence' and 'place',
         and whether it 'lies' in the padded tensor; 'rows' [B, N], the packed row of each place."""
         if (rows, what) not in self.tables:
-            self.tables[rows, what] = self._table(writer, rows, what)
+            found, sequences = self._table(writer, rows, what), rows.sequence.size
+            shapes = {"bounds": (2, sequences), "rows": (sequences, rows.place.size)}
+            # there may be offsets of more sequences
+            if what != "offsets":
+                found = writer.checked(found, f"the {what} of packed rows", shapes.get(what, (rows.total,)))
+            self.tables[rows, what] = found
         return self.tables[rows, what]
 
     def _table(self, writer: _Writer, rows: Rows, what: str) -> fx.Node:
@@ -244,7 +256,7 @@ class Unpadder:
         q = self._side(writer, site, site.q, a.q, site.q_dim, site.d_dim)
         k = self._side(writer, site, site.k, a.k, site.k_dim, site.d_dim)
         v = self._side(writer, site, site.v, a.k, site.k_dim, site.e_dim)
-        operands = [writer.operand(leaf, site) for leaf in site.operands]
+        operands = writer.operands(site, a.spec)
         bounds = tuple(None if rows is None else self.table(writer, rows, "bounds") for rows in (a.q, a.k))
         strict = self.emitter.strict
         call = writer.attention(q, k, v, operands, bounds, a.spec, kernel, strict)  # type: ignore[arg-type]
@@ -296,7 +308,8 @@ class Unpadder:
             lies = writer.method("view", lies, -1, *([1] * (rank - 1)))
             zero = writer.call(torch.zeros, ((),), {"dtype": dtype_of(source), "device": writer.device})
             found = writer.call(torch.where, (lies, found, zero))
-        # what is taken out is nobody else's memory: not the packed input's, nor what an op keeps for backward
+        writer.checked(found, "what is taken out", [rows.total, *shape_of(end.node)[1:]], dtype_of(end.node))
+        # it is nobody else's memory: not the packed input's, nor what an op keeps for backward
         return writer.call(torch.clone, (found,), {"memory_format": torch.contiguous_format})
 
     def _select(self, writer: _Writer, node: fx.Node, owner: fx.Node, end: Unpad, packed: fx.Node) -> None:
@@ -309,6 +322,7 @@ class Unpadder:
             owner.meta["example_value"] = example.new_empty(example.shape[:1], dtype=torch.int64)
         with self.scope.module.graph.inserting_after(owner):
             chosen = writer.call(torch.index_select, (packed, 0, owner))
+            writer.checked(chosen, "the packed rows of a mask", example.shape, example.dtype)
         for user in users:
             user.replace_input_with(owner, chosen)
         self.emitter.replaced[self.scope, node] = chosen

@@ -353,21 +353,14 @@ def test_pass_that_raises_raises_in_strict_mode(stage: str, monkeypatch: pytest.
         compiled(attend, strict=True)(*qkv())
 
 
-@pytest.mark.parametrize("half", ["emit", "finish"])
-def test_emitter_that_breaks_off_half_way_leaves_the_graph_untouched(
-    half: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = getattr(backend_module.Emitter, half)
-    calls = []
+def test_emitter_that_breaks_off_at_the_end_leaves_the_graph_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = backend_module.Emitter.finish
 
-    def breaking(self: Any, *args: Any) -> Any:
-        result = original(self, *args)
-        calls.append(result)
-        if len(calls) == (2 if half == "emit" else 1):
-            raise RuntimeError("out of ink")
-        return result
+    def breaking(self: Any, *args: Any) -> None:
+        original(self, *args)
+        raise RuntimeError("out of ink")
 
-    monkeypatch.setattr(backend_module.Emitter, half, breaking)
+    monkeypatch.setattr(backend_module.Emitter, "finish", breaking)
     q, k, v = qkv()
     with pytest.warns(RuntimeWarning, match="out of ink"):
         found = compiled(twice)(q, k, v)
@@ -375,6 +368,28 @@ def test_emitter_that_breaks_off_half_way_leaves_the_graph_untouched(
     made = report()
     assert made.fused == 0
     assert all("out of ink" in (s.reason or "") for s in made.sites)
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_emitter_that_breaks_off_after_an_attention_leaves_that_one(
+    which: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = backend_module.Emitter.emit
+    calls = []
+
+    def breaking(self: Any, *args: Any) -> None:
+        original(self, *args)
+        calls.append(args)
+        if len(calls) == which:
+            raise RuntimeError("out of ink")
+
+    monkeypatch.setattr(backend_module.Emitter, "emit", breaking)
+    q, k, v = qkv()
+    with pytest.warns(RuntimeWarning, match="out of ink"):
+        found = compiled(twice)(q, k, v)
+    torch.testing.assert_close(found, twice(q, k, v), rtol=1e-5, atol=1e-5)
+    assert statuses() == (["refused", "fused"] if which == 1 else ["fused", "refused"])
+    assert "out of ink" in str(report().sites[which - 1].reason)
 
 
 def test_inner_compiler_that_fails_on_the_rewritten_graph_gets_the_original(monkeypatch: pytest.MonkeyPatch) -> None:

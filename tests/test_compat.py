@@ -268,3 +268,24 @@ def test_private_names_are_used_in_the_compat_module_alone():
                 assert "._" not in node.module, f"{path.name} imports {node.module}"
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
                 assert not node.attr.startswith("_") or node.attr in allowed, f"{path.name}: torch.{node.attr}"
+
+
+def test_symbolic_range_knows_what_dynamo_guards_on_and_no_more():
+    seen = {}
+
+    def look(gm, inputs):
+        for node in gm.graph.nodes:
+            value = node.meta.get("example_value")
+            if isinstance(value, torch.SymInt):
+                seen[str(node.target)] = _compat.symbolic_range(value)
+            if isinstance(value, torch.Tensor) and isinstance(value.shape[0], torch.SymInt):
+                seen["difference"] = _compat.symbolic_range(value.shape[0] - 40)
+                seen["negative"] = _compat.symbolic_range(-value.shape[0])
+        return gm.forward
+
+    torch.compiler.reset()
+    torch.compile(lambda x, n: x + n, backend=look, dynamic=True)(torch.ones(5), 7)
+    size = next(name for name in seen if name.startswith("s"))
+    assert seen[size] == (2, 2**60)
+    assert seen["negative"] == (-(2**60), -2) and seen["difference"] == (-38, 2**60 - 40)
+    assert seen["L_n_"] == (-(2**63), 2**63 - 1)

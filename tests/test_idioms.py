@@ -7,6 +7,7 @@ import inspect
 
 import pytest
 import torch
+from emitted_graphs import Emitted
 
 import attnfuse.reporting as reporting
 from attnfuse.passes.idioms.example import Example, NearMiss, inputs
@@ -25,13 +26,15 @@ def arguments(run, seed=0):
     ]
 
 
-def compile_and_run(run, kernel, dynamic=None):
-    """(result, gradients, report) of the compiled function."""
+def compile_and_run(run, kernel, dynamic=None, checked=False):
+    """(result, gradients, report) of the compiled function. checked: its nodes are held against what they give."""
     torch.compiler.reset()
     reporting.reset()
-    compiled = torch.compile(
-        run, backend="attnfuse", dynamic=dynamic, options={"inner": "eager", "kernel": kernel, "strict": True}
-    )
+    if checked:
+        compiled = torch.compile(run, backend=Emitted(kernel=kernel), dynamic=dynamic)
+    else:
+        options = {"inner": "eager", "kernel": kernel, "strict": True}
+        compiled = torch.compile(run, backend="attnfuse", dynamic=dynamic, options=options)
     return *value_and_gradients(compiled, arguments(run)), reporting.reports()
 
 
@@ -57,7 +60,7 @@ def assert_equal_to_eager(run, out, grads):
 @pytest.mark.parametrize("kernel", ["cpu", "reference"])
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_example_fuses_reads_right_and_equals_eager(example: Example, kernel: str) -> None:
-    out, grads, reports = compile_and_run(example.run, kernel)
+    out, grads, reports = compile_and_run(example.run, kernel, checked=kernel == "reference")
     sites = [s for r in reports for s in r.sites]
     assert [(s.status, s.reason) for s in sites] == [("fused", None)]
     assert sites[0].spec.describe() == example.reads
@@ -79,7 +82,7 @@ def test_near_miss_is_refused_with_its_reason_and_equals_eager(near_miss: NearMi
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_example_fuses_with_dynamic_shapes(example: Example) -> None:
-    out, grads, reports = compile_and_run(example.run, "cpu", dynamic=True)
+    out, grads, reports = compile_and_run(example.run, "cpu", dynamic=True, checked=True)
     assert all(s.status == "fused" for r in reports for s in r.sites), [s.reason for r in reports for s in r.sites]
     assert any(r.sites for r in reports)
     assert_equal_to_eager(example.run, out, grads)

@@ -156,7 +156,7 @@ def test_masks_of_index_arithmetic_are_computed_right() -> None:
     """Read, written into the graph and evaluated by the kernel."""
     tried = fused = 0
 
-    @settings(max_examples=COMPILED, phases=[Phase.generate, Phase.shrink])
+    @settings(max_examples=COMPILED, phases=[Phase.generate])
     @given(index_programs(RESULTS), st.booleans())
     def run(program: IndexProgram, dynamic: bool) -> None:
         nonlocal tried, fused
@@ -177,12 +177,11 @@ def test_masks_of_index_arithmetic_are_computed_right() -> None:
         x, y = (torch.randn(1, 2, n, 4, generator=generator) for n in (drawn.Q, drawn.K))
         torch.compiler.reset()
         attnfuse.reset()
-        compiled = torch.compile(
-            attended, backend="attnfuse", dynamic=dynamic, options={"inner": "eager", "kernel": "cpu", "strict": True}
-        )
+        compiled = torch.compile(attended, backend="attnfuse", dynamic=dynamic, options={"inner": "eager"})
         found, wanted = (f(x, y, **drawn.inputs()) for f in (compiled, attended))
         for a, b in zip(found, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
+        assert not [w for r in attnfuse.reports() for w in r.warnings]
         tried += RESULTS
         fused += sum(s.status == "fused" for r in attnfuse.reports() for s in r.sites)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from attnfuse import expr
-from attnfuse.kernels import dropout
+from attnfuse.kernels import dropout, statistics
 from attnfuse.kernels.layout import DENSE, Bounds, check_bounds, check_sequences
 from attnfuse.spec import (
     AddFill,
@@ -165,8 +165,7 @@ def _attend(
 
 def log_sum_exp(stats: torch.Tensor) -> torch.Tensor:
     """[*batch, Q] from stats [2, *batch, Q]: -inf in rows without a score above that."""
-    top, sums = stats.unbind()
-    return torch.where(top == -torch.inf, top, top + sums.log())
+    return statistics.log_sum_exp(*stats.unbind())
 
 
 def keep_of(keep: expr.Expr, s: torch.Tensor, operands: Sequence[torch.Tensor]) -> torch.Tensor:

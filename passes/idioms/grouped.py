@@ -33,4 +33,27 @@ EXAMPLES = (
     ),
     Example(lambda q, k1, v1: (q @ k1[:, None].mT).softmax(-1) @ v1[:, None], "GQA 4:1"),
 )
-NEAR_MISSES = (NearMiss(lambda q, kg, vg: (q @ _repeat_kv(kg).mT).softmax(1) @ _repeat_kv(vg), "batch dim"),)
+NEAR_MISSES = (
+    NearMiss(lambda q, kg, vg: (q @ _repeat_kv(kg).mT).softmax(1) @ _repeat_kv(vg), "batch dim"),
+    # heads that are mixed before the softmax, or after it
+    NearMiss(
+        lambda q, v: torch.einsum("hg,bgqk->bhqk", torch.ones(4, 4).triu(), q @ q.mT).softmax(-1) @ v,
+        "the scores of several heads are mixed before the softmax",
+    ),
+    NearMiss(
+        lambda q, k, v: (
+            ((q @ k.mT / 3 + 1).permute(0, 2, 3, 1) @ torch.ones(4, 4).triu()).permute(0, 3, 1, 2).softmax(-1) @ v
+        ),
+        "the scores of several heads are mixed before the softmax",
+    ),
+    NearMiss(
+        lambda q, k1, v1: (
+            torch.einsum("hg,bgqk->bhqk", torch.ones(4, 4).triu(), q @ k1[:, None].mT).softmax(-1) @ v1[:, None]
+        ),
+        "the scores of several heads are mixed before the softmax",
+    ),
+    NearMiss(
+        lambda q, k, v: torch.einsum("hg,bgqk->bhqk", torch.ones(4, 4).triu(), (q @ k.mT).softmax(-1)) @ v,
+        "the weights are not summed over the keys",
+    ),
+)

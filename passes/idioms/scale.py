@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import fx
 
-from attnfuse.passes.aten import arguments, constant, is_tensor, name_of
+from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, name_of
 from attnfuse.passes.capture import value_of
 from attnfuse.passes.idioms.example import Example, NearMiss
 from attnfuse.passes.labels import Labels
@@ -72,7 +73,10 @@ def score_factor(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peel
 def _times(reader: Reader, other: fx.Node, labels: Labels, divides: bool) -> tuple[Scale, ...]:
     if isinstance(value_of(other), torch.Tensor):
         leaf = reader.side(other, labels)
-        leaf = Leaf(leaf.node, leaf.labels, inverse=divides)
+        if divides:
+            # the quotient is rounded once: the reciprocal of a half, or of an integer, must not be rounded to its dtype
+            exact = dtype_of(leaf.node) in (torch.float32, torch.float64)
+            leaf = replace(leaf, inverse=True, cast=None if exact else torch.float32)
     else:
         leaf = Leaf(other, (), inverse=divides, number=True)
     return (Scale(operand=reader.operand(leaf)),)
@@ -89,6 +93,9 @@ EXAMPLES = (
     Example(lambda q, k, v: (-(q @ k.mT)).softmax(-1) @ v, "scale -1"),
     Example(lambda q, k, v: (q @ k.mT / torch.sqrt(torch.tensor(16.0))).softmax(-1) @ v, "scale 0.25"),
     Example(lambda q, k, v, temperature: (q @ k.mT * temperature).softmax(-1) @ v, "times operand 0"),
+    Example(
+        lambda q, k, v, keep: (q @ k.mT / (1 + keep.long().sum(-1, keepdim=True))).softmax(-1) @ v, "times operand 0"
+    ),
 )
 NEAR_MISSES = (
     NearMiss(lambda q, k, v: (lambda s: (s * s).softmax(-1) @ v)(q @ k.mT), "used elsewhere"),

@@ -14,7 +14,7 @@ from attnfuse.passes.idioms.example import Example, NearMiss
 from attnfuse.passes.labels import Dim, Labels, is_one, known_equal
 from attnfuse.passes.read import Reader, Scores, _one_dtype, _read_factor, build_site, read_value
 from attnfuse.passes.site import Leaf, Refusal, Site
-from attnfuse.spec import ReplaceFill, Scale, Step
+from attnfuse.spec import AddFill, ReplaceFill, Scale, Step
 
 
 def read(reader: Reader) -> Site | Refusal:
@@ -47,6 +47,8 @@ def read(reader: Reader) -> Site | Refusal:
     scores = Scores(node, q_leaf, k_leaf, q_dim, d_dim, score_labels, steps, {node})
     if args["is_causal"]:
         steps.append(ReplaceFill(causal(), -math.inf))
+    if mask is not None and not _fits(mask, score_labels):
+        return Refusal("the mask has dims that q and k do not have", node)
     if mask is not None:
         steps += _mask_steps(reader, mask, score_labels)
     weight_steps: list[Step] = [Scale(factor)] if factor != 1.0 else []
@@ -69,9 +71,20 @@ def _scale(reader: Reader, q: fx.Node, given: object) -> Scale:
     return Scale(float(number))
 
 
+def _fits(mask: object, labels: Labels) -> bool:
+    """Whether the mask broadcasts to scores with `labels` and makes them no larger. Eager raises where it would."""
+    shape = shape_of(mask)  # type: ignore[arg-type]
+    own = labels[len(labels) - len(shape) :]
+    sizes = [dim[0].size if dim else 1 for dim in own]
+    return len(own) == len(shape) and all(is_one(n) or known_equal(n, size) for n, size in zip(shape, sizes))
+
+
 def _mask_steps(reader: Reader, mask: object, labels: Labels) -> list[Step]:
     from attnfuse.passes.idioms import bias, fill
 
+    if dtype_of(mask) == torch.bool and reader.exact:  # type: ignore[arg-type]
+        # it is made -inf and added: NaN in a hidden key stays NaN
+        return [AddFill(fill.mask_of(reader, mask, labels, False), -math.inf)]  # type: ignore[arg-type]
     if dtype_of(mask) == torch.bool:  # type: ignore[arg-type]
         return [fill.replaced(reader, mask, labels, -math.inf, False)]  # type: ignore[arg-type]
     return bias.added_steps(reader, mask, labels, 1.0)  # type: ignore[arg-type]

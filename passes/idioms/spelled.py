@@ -25,16 +25,31 @@ def _unshifted(s: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return (e / e.sum(-1, keepdim=True)) @ v
 
 
+def _by_views(s: torch.Tensor, v: torch.Tensor, back: int = -1) -> torch.Tensor:
+    e = (s - s.amax(-1).unsqueeze(-1)).exp()
+    return (e / e.sum(-1).unsqueeze(back)) @ v
+
+
 EXAMPLES = (
     Example(lambda q, k, v: _early(q @ k.mT, v), "plain"),
     Example(lambda q, k, v: _late(q @ k.mT, v), "plain"),
     Example(lambda q, k, v: _unshifted(q @ k.mT, v), "softmax unshifted"),
+    Example(lambda q, k, v: _by_views(q @ k.mT, v), "plain"),
+    Example(lambda q, k, v: (lambda e: (e / e.sum(-1)[..., None]) @ v)((q @ k.mT).exp()), "softmax unshifted"),
+    Example(
+        lambda q, k, v: (lambda s: (s - s.max(-1).values.detach()[..., None]).softmax(-1) @ v)(q @ k.mT),
+        "plain",
+    ),
     Example(lambda q, k, v: (q @ k.mT).log_softmax(-1).exp() @ v, "plain"),
     Example(lambda q, k, v: (lambda s: (s - s.logsumexp(-1, keepdim=True)).exp() @ v)(q @ k.mT), "plain"),
     Example(lambda q, k, v: (lambda s: (s - s.amax(-1, keepdim=True).detach()).softmax(-1) @ v)(q @ k.mT), "plain"),
 )
 NEAR_MISSES = (
     NearMiss(lambda q, k, v: _early(q @ k.mT, v, dim=-2), "not summed over the keys"),
+    NearMiss(lambda q, k, v: _by_views(q @ k.mT, v, back=-2), None),
+    NearMiss(
+        lambda q, k, v: (lambda s: (s - s.amax(-1).unsqueeze(-2)).softmax(-1) @ v)(q @ k.mT), "used elsewhere (amax)"
+    ),
     NearMiss(lambda q, k, v: (q @ k.mT).log_softmax(-1) @ v, None),
     NearMiss(
         lambda q, k, v: (lambda e, f: (e / f.sum(-1, keepdim=True)) @ v)((q @ k.mT).exp(), (k @ q.mT).exp()), None

@@ -273,12 +273,11 @@ def _treat(
         name = result.anchor.name if result.anchor is not None else ""
         return reporting.SiteReport("refused", result.reason, None, None, result.where, name)
     assert isinstance(result, Site)
-    if chosen.fuel is not None and len(fused) >= chosen.fuel:
-        spec = replace(result.spec, nan_policy=chosen.nan_policy)
-        return _report(result, spec, emitter)(
-            status="left", reason=f"fuel: {chosen.fuel} rewrites are done", kernel=None
-        )
     try:
+        if chosen.fuel is not None and len(fused) >= chosen.fuel:
+            spec = replace(result.spec, nan_policy=chosen.nan_policy)
+            reason = f"fuel: {chosen.fuel} rewrites are done"
+            return _report(result, spec, emitter)(status="left", reason=reason, kernel=None)
         report = _emit(result, emitter, chosen, fused)
         if report.status == "refused" and result.unread is not None:
             # a kernel may take a mask as a tensor that it does not take as an expression

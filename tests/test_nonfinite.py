@@ -136,7 +136,7 @@ LARGE = (*PLANTED, 3e38, -3e38, 2e19, -2e19, 1e30)
 
 
 def test_the_reference_has_non_finite_values_where_eager_has_them() -> None:
-    check({**PROGRAMS, **SCALED, **EXACT}, "reference", LARGE, 60)
+    check({**PROGRAMS, **SCALED, **EXACT}, "reference", LARGE, 40)
 
 
 def test_masks_of_sdpa_hide_no_nan() -> None:
@@ -144,7 +144,7 @@ def test_masks_of_sdpa_hide_no_nan() -> None:
 
 
 def test_the_cpu_kernel_has_non_finite_values_where_eager_has_them() -> None:
-    check({**PROGRAMS, **SCALED}, "cpu", PLANTED, 60)
+    check({**PROGRAMS, **SCALED}, "cpu", PLANTED, 40)
 
 
 def test_the_cpu_kernel_overflows_where_eager_does() -> None:

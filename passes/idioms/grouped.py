@@ -15,6 +15,14 @@ def _repeat_kv(x: torch.Tensor) -> torch.Tensor:
     return x[:, :, None, :, :].expand(b, h, 2, n, d).reshape(b, h * 2, n, d)
 
 
+def _latents() -> torch.Tensor:
+    return torch.linspace(-1, 1, 40).cos().view(5, 8)
+
+
+def _matrices() -> torch.Tensor:
+    return torch.linspace(-1, 1, 256).sin().view(4, 8, 8)
+
+
 EXAMPLES = (
     Example(lambda q, kg, vg: (q @ _repeat_kv(kg).mT).softmax(-1) @ _repeat_kv(vg), "GQA 2:1"),
     Example(
@@ -32,6 +40,15 @@ EXAMPLES = (
         "GQA 2:1",
     ),
     Example(lambda q, k1, v1: (q @ k1[:, None].mT).softmax(-1) @ v1[:, None], "GQA 4:1"),
+    # keys projected by a matrix for each head, and queries that are one for all heads
+    Example(
+        lambda k, v: (_latents() @ torch.einsum("bhkc,hcd->bhkd", k, _matrices()).mT).softmax(-1) @ v,
+        "plain",
+    ),
+    Example(
+        lambda k1, v1: (_latents() @ torch.einsum("bkc,hcd->bhkd", k1, _matrices()).mT).softmax(-1) @ v1[:, None],
+        "plain",
+    ),
 )
 NEAR_MISSES = (
     NearMiss(lambda q, kg, vg: (q @ _repeat_kv(kg).mT).softmax(1) @ _repeat_kv(vg), "batch dim"),

@@ -323,8 +323,10 @@ def test_eager_and_other_backends_do_as_they_did():
     before = attention(q, q, q)
     compiled(attention)(q, q, q)
     assert torch.equal(attention(q, q, q).values(), before.values())
-    with pytest.raises(RuntimeError, match="No viable backend"):
+    # what it says depends on how PyTorch was built; it is PyTorch that says it
+    with pytest.raises(RuntimeError) as error:
         attention(q, q, q, is_causal=True)
+    assert "attnfuse" not in str(error.value) and "torch" in Path(error.traceback[-1].path).parts
     torch._dynamo.reset()
     with pytest.raises(Exception, match=r"local_scalar_dense|viable|data-dependent|item|nested_tensor_from"):
         torch.compile(attention, backend="aot_eager", fullgraph=True)(q, q, q)

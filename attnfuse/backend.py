@@ -122,6 +122,7 @@ def rewrite(gm: fx.GraphModule, chosen: Settings) -> Work:
             found = _read_all(view)
         with _timed(seconds, "emit"):
             emitter = Emitter(view, chosen.strict)
+            emitter.sites = [x for x in found if isinstance(x, Site)]
             chosen = _less_fuel(chosen, reports)
             nested_reports, reports = reports, []
             left, gone = _without_padding(view, found, emitter, chosen, reports, fused)
@@ -244,7 +245,7 @@ def _treat(result: Site | Refusal, emitter: Emitter, chosen: Settings, fused: li
         name = result.anchor.name if result.anchor is not None else ""
         return reporting.SiteReport("refused", result.reason, None, None, result.where, name)
     assert isinstance(result, Site)
-    if chosen.fuel is not None and len(fused) >= chosen.fuel:
+    if chosen.fuel is not None and len(fused) >= chosen.fuel and result not in emitter.done:
         spec = replace(result.spec, nan_policy=chosen.nan_policy)
         return _report(result, spec, emitter)(
             status="left", reason=f"fuel: {chosen.fuel} rewrites are done", kernel=None

@@ -33,11 +33,14 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "ENCODER_LAYER",
+    "NATIVE_MULTI_HEAD_ATTENTION",
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
     "OpOverload",
     "TorchDispatchMode",
+    "addmm_activation",
     "alias_key",
     "aot_eager",
     "arguments_of",
@@ -147,6 +150,23 @@ def _batch_dim_ops(name: str) -> tuple[Any, ...]:
 #: What Dynamo's graph calls at the beginning and at the end of torch.vmap, for each tensor.
 ADD_BATCH_DIM = _batch_dim_ops("_add_batch_dim")
 REMOVE_BATCH_DIM = _batch_dim_ops("_remove_batch_dim")
+
+
+def _inference_op(name: str) -> tuple[Any, ...]:
+    """What Dynamo's graph calls, and what an exported one does."""
+    packet = getattr(torch.ops.aten, name, None)
+    return tuple(x for x in (getattr(torch, name, None), getattr(packet, "default", None)) if x is not None)
+
+
+#: What nn.TransformerEncoderLayer and nn.MultiheadAttention call for all that they do, in eval mode without gradients.
+ENCODER_LAYER = _inference_op("_transformer_encoder_layer_fwd")
+NATIVE_MULTI_HEAD_ATTENTION = _inference_op("_native_multi_head_attention")
+
+
+def addmm_activation(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, use_gelu: bool) -> torch.Tensor:
+    """relu(a @ b + bias), or gelu of it, which on some devices is its approximation by tanh."""
+    found: torch.Tensor = torch.ops.aten._addmm_activation.default(bias, a, b, use_gelu=use_gelu)
+    return found
 
 
 def alias_key(tensor: torch.Tensor) -> int:

@@ -22,6 +22,7 @@ from attnfuse import _compat
 from attnfuse._compat import HigherOrderOperator, OpOverload, pytree
 from attnfuse.passes import batched
 from attnfuse.passes.batched import Batched
+from attnfuse.passes.encoder_layer import FORMULAS
 
 
 class CaptureError(Exception):
@@ -272,7 +273,7 @@ class Recorder:
         try:
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return FORMULAS.get(node.target, node.target)(*args, **kwargs)  # type: ignore[operator]
         except Exception:
             # Whatever cannot be run on fake tensors is not attention; what Dynamo knows of its value is enough.
             return self._opaque(node, args, kwargs)

@@ -268,3 +268,13 @@ def test_private_names_are_used_in_the_compat_module_alone():
                 assert "._" not in node.module, f"{path.name} imports {node.module}"
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
                 assert not node.attr.startswith("_") or node.attr in allowed, f"{path.name}: torch.{node.attr}"
+
+
+def test_ops_of_whole_layers_are_what_modules_call():
+    """What Dynamo's graph has for nn.TransformerEncoderLayer in eval mode, and what its parts are."""
+    assert torch._transformer_encoder_layer_fwd in _compat.ENCODER_LAYER
+    assert torch.ops.aten._transformer_encoder_layer_fwd.default in _compat.ENCODER_LAYER
+    assert torch.ops.aten._native_multi_head_attention.default in _compat.NATIVE_MULTI_HEAD_ATTENTION
+    bias, a, b = torch.randn(5), torch.randn(3, 4), torch.randn(4, 5)
+    for use_gelu, function in ((True, torch.nn.functional.gelu), (False, torch.relu)):
+        torch.testing.assert_close(_compat.addmm_activation(bias, a, b, use_gelu), function(a @ b + bias))

@@ -12,6 +12,7 @@ from torch import fx
 from attnfuse.passes import contraction, sinks
 from attnfuse.passes.aten import arguments, constant, is_tensor, name_of, shape_of
 from attnfuse.passes.capture import View, value_of
+from attnfuse.passes.labels import known_equal
 from attnfuse.spec import Hidden, Softmax
 
 
@@ -170,6 +171,10 @@ def _normalised(node: fx.Node, top: object, bottom: object, inside: frozenset[fx
         return None
     dim = dims[0]
     between = inside | passed | {total, e}
+    if is_tensor(top) and name_of(top) == "exp" and top.args[0] is e.args[0]:  # type: ignore[arg-type, attr-defined]
+        # the same exponentials, computed once more
+        between |= {top}  # type: ignore[arg-type]
+        top = e
     raised = True
     scores, softmax, more = _unshifted(e.args[0], dim, raised=whole is not total)
     if whole is not total:
@@ -181,8 +186,10 @@ def _normalised(node: fx.Node, top: object, bottom: object, inside: frozenset[fx
         sink, more = found[0], more | found[1]
         raised = any(_raises(n) for n in more)
     if top is e:
-        if not summed["keepdim"] or passed:
-            return None
+        if not _keeps_dims(bottom, e, dim, passed):  # type: ignore[arg-type]
+            return Anchor(
+                scores, dim, node, between | more, problem="cannot read what divides the exponentials of the scores"
+            )
         return Anchor(scores, dim, node, between | more, softmax=softmax, sink=sink, by_own_maximum=not raised)
     if _reaches_product_of(top, e):  # type: ignore[arg-type]
         return Anchor(
@@ -197,6 +204,19 @@ def _normalised(node: fx.Node, top: object, bottom: object, inside: frozenset[fx
             by_own_maximum=not raised,
         )
     return None
+
+
+def _keeps_dims(total: fx.Node, e: fx.Node, dim: int, passed: set[fx.Node]) -> bool:
+    """Whether a sum of e over dim, behind the views `passed`, has the dims of e, with 1 in the place of that one."""
+    if name_of(total) == "expand":
+        passed = passed - {total}
+        total = total.args[0]  # type: ignore[assignment]
+    shape = list(shape_of(e))
+    shape[dim] = 1
+    given = shape_of(total)
+    # a view of as many elements has them in the same order
+    same = len(given) == len(shape) and all(map(known_equal, given, shape))
+    return same and all(name_of(n) == "view" for n in passed)
 
 
 def _reaches_product_of(node: fx.Node, e: fx.Node) -> bool:
@@ -285,19 +305,32 @@ def looks_like_attention(view: View, anchor: Anchor) -> bool:
     return _meets_product(anchor.scores, back=True) and _meets_product(anchor.weights, back=False)
 
 
-_BARRIERS = ("layer_norm", "rms_norm", "group_norm", "embedding", "topk", "sort", "linear", "convolution", "conv2d")
+BARRIERS = ("layer_norm", "rms_norm", "group_norm", "embedding", "topk", "sort", "linear", "convolution", "conv2d")
 
 
 def _meets_product(start: fx.Node, back: bool) -> bool:
     queue, seen = deque([(start, 0)]), {start}
     while queue:
         node, depth = queue.popleft()
-        if (back or node is not start) and name_of(node) in contraction.NAMES:
+        if (back or node is not start) and (name_of(node) in contraction.NAMES or _sums_products(node)):
             return True
-        if depth > 24 or name_of(node) in _BARRIERS:
+        if depth > 24 or name_of(node) in BARRIERS:
             continue
         for other in node.all_input_nodes if back else node.users:
             if other not in seen:
                 seen.add(other)
                 queue.append((other, depth + 1))
     return False
+
+
+def _sums_products(node: fx.Node) -> bool:
+    """(a[..., :, None, :] * b[..., None, :, :]).sum(dim): a product of matrices, written out."""
+    source = node.args[0] if name_of(node) == "sum" and node.args else None
+    if not is_tensor(source) or name_of(source) != "mul":  # type: ignore[arg-type]
+        return False
+    shape = shape_of(source)  # type: ignore[arg-type]
+    factors = [shape_of(x) for x in source.args if is_tensor(x)]  # type: ignore[union-attr, arg-type]
+    # neither has the whole shape: both are repeated
+    return len(factors) == 2 and all(
+        len(own) == len(shape) and not all(map(known_equal, own, shape)) for own in factors
+    )

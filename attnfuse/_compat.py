@@ -42,6 +42,7 @@ __all__ = [
     "TorchDispatchMode",
     "addmm_activation",
     "alias_key",
+    "ambient_fake_mode",
     "aot_eager",
     "arguments_of",
     "aten_attention",
@@ -135,6 +136,14 @@ def no_proxies() -> contextlib.AbstractContextManager[Any]:
 def detect_fake_mode(values: list[Any]) -> FakeTensorMode | None:
     """The fake mode of the first fake tensor among `values`."""
     return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+
+
+def ambient_fake_mode(values: list[Any]) -> FakeTensorMode:
+    """The fake mode of the compilation in progress, or of `values`, which may be tensors that hold fake ones."""
+    from torch._guards import detect_fake_mode as found
+
+    mode: FakeTensorMode | None = found(values)
+    return mode if mode is not None else FakeTensorMode()
 
 
 def is_functorch_tensor(value: Any) -> bool:

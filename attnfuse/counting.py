@@ -135,7 +135,7 @@ class _Counter(TorchDispatchMode):
 
 def _name(op: OpOverload) -> str:
     """'masked_fill' for masked_fill_ too, and 'view' for view_copy."""
-    name = op.name().split("::")[1].split(".")[0]
+    name: str = op.name().split("::")[1].split(".")[0]
     if name.endswith("_") and not name.endswith("__"):
         name = name[:-1]
     plain = name.removesuffix("_copy")

@@ -128,15 +128,22 @@ def _plain_name(target: str) -> str:
     return name
 
 
-def source_line(node: fx.Node) -> str:
-    """'file.py:12' for the innermost frame of the stack trace that Dynamo kept for `node`."""
+def source_line(node: fx.Node, outside: str = "") -> str:
+    """'file.py:12' for the innermost frame of the stack trace that Dynamo kept for `node`.
+
+    outside: a folder; frames of files in it are passed over, if there are others.
+    """
     trace = node.meta.get("stack_trace") or ""
+    first = ""
     for line in reversed(trace.splitlines()):
         line = line.strip()
         if line.startswith('File "') and '", line ' in line:
             name, rest = line[6:].split('", line ', 1)
-            return f"{name.rsplit('/', 1)[-1]}:{rest.split(',', 1)[0].strip()}"
-    return ""
+            found = f"{name.rsplit('/', 1)[-1]}:{rest.split(',', 1)[0].strip()}"
+            if not outside or not name.startswith(outside):
+                return found
+            first = first or found
+    return first
 
 
 def value_of(node: fx.Node) -> Any:

@@ -25,7 +25,7 @@ try:
         track_tensor_tree,
     )
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
-    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 except ImportError as error:
     raise ImportError(
         f"attnfuse supports torch 2.11 to 2.15; torch {torch.__version__} is too different ({error}). "
@@ -35,6 +35,7 @@ except ImportError as error:
 __all__ = [
     "ENCODER_LAYER",
     "NATIVE_MULTI_HEAD_ATTENTION",
+    "SCALED_DOT_PRODUCT_ATTENTION",
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
@@ -42,7 +43,6 @@ __all__ = [
     "TorchDispatchMode",
     "addmm_activation",
     "alias_key",
-    "ambient_fake_mode",
     "aot_eager",
     "arguments_of",
     "aten_attention",
@@ -50,6 +50,7 @@ __all__ = [
     "detect_fake_mode",
     "enter_autocast",
     "exit_autocast",
+    "fake_mode_behind",
     "free_unbacked_symbols",
     "hooks_of",
     "inductor_mode_options",
@@ -138,12 +139,16 @@ def detect_fake_mode(values: list[Any]) -> FakeTensorMode | None:
     return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
 
 
-def ambient_fake_mode(values: list[Any]) -> FakeTensorMode:
-    """The fake mode of the compilation in progress, or of `values`, which may be tensors that hold fake ones."""
-    from torch._guards import detect_fake_mode as found
-
-    mode: FakeTensorMode | None = found(values)
-    return mode if mode is not None else FakeTensorMode()
+def fake_mode_behind(values: list[Any]) -> FakeTensorMode:
+    """The fake mode of `values`, among which there may be tensors that hold the fake ones; a new one where there is none."""
+    todo = list(values)
+    while todo:
+        x = todo.pop(0)
+        if isinstance(x, FakeTensor):
+            return x.fake_mode
+        if isinstance(x, torch.Tensor) and is_traceable_wrapper_subclass(x):
+            todo += [getattr(x, name) for name in x.__tensor_flatten__()[0]]  # type: ignore[attr-defined]
+    return FakeTensorMode()
 
 
 def is_functorch_tensor(value: Any) -> bool:
@@ -170,6 +175,10 @@ def _inference_op(name: str) -> tuple[Any, ...]:
 #: What nn.TransformerEncoderLayer and nn.MultiheadAttention call for all that they do, in eval mode without gradients.
 ENCODER_LAYER = _inference_op("_transformer_encoder_layer_fwd")
 NATIVE_MULTI_HEAD_ATTENTION = _inference_op("_native_multi_head_attention")
+
+
+#: PyTorch's own function, whatever stands in torch.nn.functional by now.
+SCALED_DOT_PRODUCT_ATTENTION = torch._C._nn.scaled_dot_product_attention
 
 
 def addmm_activation(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, use_gelu: bool) -> torch.Tensor:

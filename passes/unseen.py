@@ -97,6 +97,8 @@ class _Sketch(Recorder):
 
     def _run_node(self, scope: Scope, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         args: Any = fx.node.map_arg(node.args, lambda n: env[n])
+        if _makes_foreign(node):
+            return self._opaque(node, args, {})
         if not isinstance(node.target, HigherOrderOperator) or region_of(node, args) or is_choice(node):
             return super()._run_node(scope, node, env)
         kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: env[n])
@@ -175,7 +177,7 @@ def _meets_opaque(start: fx.Node, back: bool) -> bool:
 
 def _sketched(gm: fx.GraphModule) -> View:
     examples = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
-    mode = _compat.ambient_fake_mode(examples)
+    mode = _compat.fake_mode_behind(examples)
     with mode:
         plain = [fresh_like(x) if _is_foreign(x) else x for x in examples if not is_nested(x)]
     recorder = _Sketch(mode)
@@ -189,7 +191,17 @@ def _sketched(gm: fx.GraphModule) -> View:
 
 def _is_foreign(x: Any) -> bool:
     """Whether it is a tensor of a class that is not PyTorch's own, which a sketch takes for a plain one."""
-    return isinstance(x, torch.Tensor) and not isinstance(x, (_compat.FakeTensor, torch.nn.Parameter))
+    own = (_compat.FakeTensor, torch.nn.Parameter)
+    return isinstance(x, torch.Tensor) and not isinstance(x, own) and not _compat.is_functorch_tensor(x)
+
+
+def _makes_foreign(node: fx.Node) -> bool:
+    """Whether tensors of another class are made there of plain ones, such as DTensor.from_local does."""
+    return _holds_foreign(node) and not any(map(_holds_foreign, node.all_input_nodes))
+
+
+def _holds_foreign(node: fx.Node) -> bool:
+    return any(map(_is_foreign, pytree.tree_leaves(node.meta.get("example_value"))))
 
 
 def _reason(scope: Scope, node: fx.Node) -> str:
@@ -207,7 +219,7 @@ def _reason(scope: Scope, node: fx.Node) -> str:
     values = [n.meta.get("example_value") for n in (node, *node.all_input_nodes)]
     if any(map(is_nested, values)):
         return "the attention is computed on nested tensors by ops that are not looked into; scaled_dot_product_attention is"
-    foreign = next((type(x).__name__ for x in values if _is_foreign(x) and not _compat.is_functorch_tensor(x)), None)
+    foreign = next((type(x).__name__ for x in values if _is_foreign(x)), None)
     if foreign is not None:
         return f"the attention is computed on tensors of class {foreign}; on plain tensors it would be read"
     return ""

@@ -309,6 +309,15 @@ def test_sequences_are_independent_bit_for_bit():
         assert same == (i != 3)
 
 
+def test_a_function_in_the_place_of_pytorchs_changes_nothing(monkeypatch):
+    own = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kwargs: own(*args, **kwargs))
+    x = jagged([p.detach() for p in parts()])
+    wanted = torch.cat([row(p, p, p) for p in x.unbind()])
+    torch.testing.assert_close(compiled(attention)(x, x, x).values().double(), wanted, rtol=1e-4, atol=1e-5)
+    assert [s.status for report in attnfuse.reports() for s in report.sites] == ["fused"]
+
+
 # --- what is not taken ------------------------------------------------------------------------------------------------
 
 

@@ -1,9 +1,10 @@
 """Dynamo graph -> `View`: the same computation in canonical ATen, to read from. The Dynamo graph is not changed.
 
 Each ATen node knows the Dynamo node it came from (`View.origin`), and each Dynamo node the ATen node that holds its value
-(`Scope.values`). A checkpointed region is viewed in line, in a `Scope` of its own, so that a mask made outside is read
-outside. What is under torch.vmap is viewed with the mapped dims in front (batched.py). What cannot be viewed (an
-autograd.Function, hooks, other functorch regions and higher-order ops) is a node whose target is `opaque`.
+(`Scope.values`). The body of a region (checkpointing, nested_compile_region, the branches of cond) is viewed in line, in a
+`Scope` of its own, so that a mask made outside is read outside. What is under torch.vmap is viewed with the mapped dims in
+front (batched.py). What cannot be viewed (an autograd.Function, hooks, other functorch regions and higher-order ops) is a node
+whose target is `opaque`.
 """
 
 from __future__ import annotations

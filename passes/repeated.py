@@ -53,13 +53,15 @@ def matching(view: View, scope: Scope, other: Scope) -> Matching | None:
     mine, theirs = (_made_in(view, s) for s in (scope, other))
     if len(mine) != len(theirs) or any(a.target != b.target for a, b in zip(mine, theirs)):
         return None
-    found = dict(zip(mine, theirs, strict=True))
+    found, back = (dict(zip(a, b, strict=True)) for a, b in ((mine, theirs), (theirs, mine)))
     for node in scope.module.graph.nodes:
         if node.op != "placeholder":
             continue
         a, b = scope.values.get(node), other.values.get(node)
-        # one value given twice here may be two values there
-        if isinstance(a, fx.Node) and (not isinstance(b, fx.Node) or found.setdefault(a, b) is not b):
+        if isinstance(a, fx.Node) != isinstance(b, fx.Node):
+            return None
+        # one value that is given twice in one call may be two values in the other
+        if isinstance(a, fx.Node) and not (found.setdefault(a, b) is b and back.setdefault(b, a) is a):  # type: ignore[arg-type]
             return None
     return found
 

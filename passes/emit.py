@@ -13,7 +13,17 @@ from attnfuse._compat import FakeTensorMode, OpOverload, alias_key, is_functorch
 from attnfuse.expr import Apply, Const, Expr, Index, Linear
 from attnfuse.kernels.dropout import SEED_LIMIT
 from attnfuse.passes.aten import name_of, shape_of
-from attnfuse.passes.capture import Scope, View, is_assertion, is_mutating, is_stale, opaque, value_of, written
+from attnfuse.passes.capture import (
+    Scope,
+    View,
+    is_assertion,
+    is_choice,
+    is_mutating,
+    is_stale,
+    opaque,
+    value_of,
+    written,
+)
 from attnfuse.passes.labels import Atom, Dim, Distances, Labels, is_one, known_equal
 from attnfuse.passes.read import stride_hint
 from attnfuse.passes.repeated import calls_of, partners
@@ -51,6 +61,12 @@ class Emitter:
         if site in self.done:
             self.calls.append(self.done[site])
             return None
+        if self._trains_a_branch(site, scope):
+            return Refusal(
+                "the attention is trained in a branch of torch.cond, where PyTorch wants the gradients of both branches to lie "
+                "in memory alike; without gradients it would be fused",
+                site.final,
+            )
         others = partners(self.view, site, self.sites)
         if isinstance(others, Refusal):
             return others
@@ -76,6 +92,15 @@ class Emitter:
         self.calls.append(call)
         self.done.update(dict.fromkeys(others, call))
         return None
+
+    def _trains_a_branch(self, site: Site, scope: Scope) -> bool:
+        """Whether a branch of a torch.cond has the site and gradients: a kernel's need not have the strides of eager's."""
+        if not (self.view.trains and self.view.grad.get(site.final, True)):
+            return False
+        at: Scope | None = scope
+        while at is not None and not (at.call is not None and is_choice(at.call)):
+            at = at.parent
+        return at is not None
 
     def _insert(self, site: Site, kernel: str, writer: Writer, own: bool) -> tuple[fx.Node, fx.Node]:
         """The call of the op, and its result as the site's is; own: as a copy."""

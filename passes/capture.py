@@ -57,6 +57,11 @@ _OPAQUE_METHODS = {
 }
 
 
+#: What forward-mode differentiation is in a graph: a level opens, tensors get tangents in it, and it closes.
+ENTERS_DUAL_LEVEL, EXITS_DUAL_LEVEL = "_enter_dual_level", "_exit_dual_level"
+_DUAL = {ENTERS_DUAL_LEVEL, EXITS_DUAL_LEVEL, "_make_dual", "_unpack_dual", "_set_fwd_grad_enabled"}
+
+
 @dataclass(eq=False)
 class Scope:
     """One Dynamo graph: the main one, or the body of a region that `call`, a node of `parent`, runs."""
@@ -210,6 +215,7 @@ class Recorder:
         self.grad: dict[fx.Node, bool] = {}
         self._seen = 0
         self._last: fx.Node | None = None
+        self._dual_levels = 0
 
     def view(self, run: Callable[..., Any], args: list[Any], trains: bool) -> View:
         """What run(*args), which is to run graphs by this recorder, is seen to do."""
@@ -302,6 +308,10 @@ class Recorder:
         leaves = pytree.tree_leaves((args, kwargs))
         if any(x is UNKNOWN or isinstance(x, fx.GraphModule) for x in leaves):
             return True
+        name = getattr(node.target, "__name__", "")
+        self._dual_levels += (name == ENTERS_DUAL_LEVEL) - (name == EXITS_DUAL_LEVEL)
+        if name in _DUAL or self._is_transformed(node):
+            return True
         if node.op == "call_module":
             return True
         if node.op == "call_method":
@@ -316,6 +326,10 @@ class Recorder:
         known = set().union(*(_unbacked(x) for x in leaves)) if leaves else set()
         return any(_unbacked(x) - known for x in pytree.tree_leaves(example))
 
+    def _is_transformed(self, node: fx.Node) -> bool:
+        """Whether a transform has wrapped the value, or may have given it a tangent, which a plain tensor would hide."""
+        return self.maps_dims and (_is_mapped(node) or self._dual_levels > 0)
+
     def _opaque(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         example = node.meta.get("example_value")
         inputs = [x.tensor if isinstance(x, Batched) else x for x in pytree.tree_leaves((args, kwargs))]
@@ -323,7 +337,7 @@ class Recorder:
         inputs = [x for x in inputs if not _compat.is_functorch_tensor(x) and _compat.traced_node(x) is not None]
         proxies = tuple(_proxy(x) for x in inputs)
         leaves, tree = pytree.tree_flatten(example)
-        if (self.maps_dims and _is_mapped(node)) or any(map(is_nested, leaves)):
+        if self._is_transformed(node) or any(map(is_nested, leaves)):
             _compat.record_opaque(opaque, proxies, None)
             return UNKNOWN
         with _compat.no_proxies():

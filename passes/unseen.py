@@ -21,6 +21,8 @@ from attnfuse._compat import HigherOrderOperator, pytree
 from attnfuse.passes import contraction
 from attnfuse.passes.aten import name_of
 from attnfuse.passes.capture import (
+    ENTERS_DUAL_LEVEL,
+    EXITS_DUAL_LEVEL,
     UNKNOWN,
     Recorder,
     Scope,
@@ -60,12 +62,17 @@ _ATTENTIONS = {
     "flex_attention": "flex_attention is left to Inductor; written as scaled_dot_product_attention, or as matmul, softmax and "
     "matmul, the attention would be read",
 }
+_FORWARD_MODE = (
+    "the attention lies inside of forward-mode differentiation (torch.func.jvp or jacfwd, torch.autograd.forward_ad), "
+)
+_FORWARD_MODE += "and kernels have no forward-mode derivative"
 #: What opens a transform in Dynamo's graph, what closes it, and what is said of an attention in it.
 _TRANSFORMS = {
     "_vmap": "the attention lies inside of torch.vmap; called on tensors that have the mapped dim as a batch dim it would be read",
     "_grad": "the attention lies inside of torch.func.grad, vjp or the like; differentiated by torch.autograd outside of what is "
     "compiled it would be read",
-    "_jvp": "the attention lies inside of torch.func.jvp or jacfwd, and kernels have no forward-mode derivative",
+    "_jvp": _FORWARD_MODE,
+    "_dual": _FORWARD_MODE,
     "_func": "the attention lies inside of torch.func.functionalize; without it it would be read",
 }
 _TORCH = f"{Path(torch.__file__).parent}/"
@@ -237,6 +244,8 @@ def _transform(scope: Scope, node: fx.Node) -> str:
         name = _name(at)
         if name.endswith(_OPENS) and name.removesuffix(_OPENS) in _TRANSFORMS:
             stack.append(name.removesuffix(_OPENS))
-        elif name.endswith(_CLOSES) and stack:
+        elif name == ENTERS_DUAL_LEVEL:
+            stack.append("_dual")
+        elif (name.endswith(_CLOSES) or name == EXITS_DUAL_LEVEL) and stack:
             stack.pop()
     return stack[-1] if stack else ""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._higher_order_ops import while_loop
+from torch.autograd import forward_ad
 from torch.nn.attention import flex_attention as flex
 
 import attnfuse
@@ -83,6 +84,11 @@ def pushed_forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.func.jvp(lambda q: attend(q, k, v), (q,), (k,))[1]
 
 
+def with_tangents(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    with forward_ad.dual_level():
+        return tuple(forward_ad.unpack_dual(attend(forward_ad.make_dual(q, k), k, v)))  # type: ignore[return-value]
+
+
 def per_sample_gradients(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.vmap(torch.func.grad(lambda q, k, v: attend(q, k, v).sin().sum()))(q, k, v)
 
@@ -109,6 +115,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "scores by vmap": (scores_by_vmap, "values that are not known here"),
     "func.grad": (differentiated, "torch.func.grad, vjp or the like; differentiated by torch.autograd"),
     "func.jvp": (pushed_forward, "no forward-mode derivative"),
+    "forward_ad": (with_tangents, "torch.autograd.forward_ad), and kernels have no forward-mode derivative"),
     "per-sample gradients": (per_sample_gradients, "torch.func.grad"),
     "autograd.Function": (Attend.apply, "torch.autograd.Function, whose backward is its own; as plain ops"),
     "while_loop": (looped, "region that is not looked into (torch.ops.higher_order.while_loop)"),
@@ -177,12 +184,12 @@ def one_process(tmp_path: Path) -> Iterator[Any]:
 
 @pytest.mark.parametrize("made_inside", [False, True])
 def test_tensors_of_other_classes_are_refused_with_their_name(one_process: Any, made_inside: bool) -> None:
-    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 
     mesh = init_device_mesh("cpu", (1,))
 
     def spread(*given: Tensor) -> list[Tensor]:
-        return [DTensor.from_local(x, mesh, [Shard(1)]) for x in given]
+        return [DTensor.from_local(x, mesh, [Replicate()]) for x in given]
 
     if made_inside:
         sites = assert_same_as_eager(lambda q, k, v: attend(*spread(q, k, v)).to_local(), *qkv())

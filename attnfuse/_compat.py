@@ -25,7 +25,7 @@ try:
         track_tensor_tree,
     )
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
-    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
     from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 except ImportError as error:
     raise ImportError(
@@ -34,11 +34,15 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "ENCODER_LAYER",
+    "NATIVE_MULTI_HEAD_ATTENTION",
+    "SCALED_DOT_PRODUCT_ATTENTION",
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
     "OpOverload",
     "TorchDispatchMode",
+    "addmm_activation",
     "alias_key",
     "aot_eager",
     "arguments_of",
@@ -47,6 +51,7 @@ __all__ = [
     "detect_fake_mode",
     "enter_autocast",
     "exit_autocast",
+    "fake_mode_behind",
     "free_unbacked_symbols",
     "hooks_of",
     "inductor_mode_options",
@@ -136,6 +141,18 @@ def detect_fake_mode(values: list[Any]) -> FakeTensorMode | None:
     return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
 
 
+def fake_mode_behind(values: list[Any]) -> FakeTensorMode:
+    """The fake mode of `values`, among which there may be tensors that hold the fake ones; a new one where there is none."""
+    todo = list(values)
+    while todo:
+        x = todo.pop(0)
+        if isinstance(x, FakeTensor):
+            return x.fake_mode
+        if isinstance(x, torch.Tensor) and is_traceable_wrapper_subclass(x):
+            todo += [getattr(x, name) for name in x.__tensor_flatten__()[0]]  # type: ignore[attr-defined]
+    return FakeTensorMode()
+
+
 def is_functorch_tensor(value: Any) -> bool:
     """True for a tensor inside vmap, grad or another functorch transform."""
     return isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
@@ -173,6 +190,27 @@ def symbolic_range(value: torch.SymInt) -> tuple[int, int]:
     low = least if bounds.lower <= least else int(bounds.lower)
     high = most if bounds.upper >= most else int(bounds.upper)
     return low, high
+
+
+def _inference_op(name: str) -> tuple[Any, ...]:
+    """What Dynamo's graph calls, and what an exported one does."""
+    packet = getattr(torch.ops.aten, name, None)
+    return tuple(x for x in (getattr(torch, name, None), getattr(packet, "default", None)) if x is not None)
+
+
+#: What nn.TransformerEncoderLayer and nn.MultiheadAttention call for all that they do, in eval mode without gradients.
+ENCODER_LAYER = _inference_op("_transformer_encoder_layer_fwd")
+NATIVE_MULTI_HEAD_ATTENTION = _inference_op("_native_multi_head_attention")
+
+
+#: PyTorch's own function, whatever stands in torch.nn.functional by now.
+SCALED_DOT_PRODUCT_ATTENTION = torch._C._nn.scaled_dot_product_attention
+
+
+def addmm_activation(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, use_gelu: bool) -> torch.Tensor:
+    """relu(a @ b + bias), or gelu of it, which on some devices is its approximation by tanh."""
+    found: torch.Tensor = torch.ops.aten._addmm_activation.default(bias, a, b, use_gelu=use_gelu)
+    return found
 
 
 def alias_key(tensor: torch.Tensor) -> int:

@@ -28,6 +28,7 @@ from attnfuse.passes.site import Refusal, Site
 from attnfuse.passes.structure import structure
 from attnfuse.passes.swallowed import swallowed
 from attnfuse.passes.unpadder import Unpadder
+from attnfuse.passes.unseen import unseen
 from attnfuse.settings import Settings
 from attnfuse.spec import Attention
 
@@ -118,8 +119,10 @@ def rewrite(gm: fx.GraphModule, chosen: Settings) -> Work:
             view = capture(gm)
         with _timed(seconds, "read"):
             found = _read_all(view, chosen, failures)
+            others = _unseen(gm, view, found, chosen, notes)
         with _timed(seconds, "emit"):
             emitter = Emitter(view, chosen.strict)
+            emitter.sites = [x for x in found if isinstance(x, Site)]
             chosen = _less_fuel(chosen, reports)
             nested_reports, reports = reports, []
             left, gone = _without_padding(view, found, emitter, chosen, reports, fused, failures)
@@ -132,12 +135,13 @@ def rewrite(gm: fx.GraphModule, chosen: Settings) -> Work:
                 if chosen.kernel is None:
                     reports = _renamed(reports, tuning.take_fastest(emitter.calls, chosen.strict))
                 tuning.tune_all(view.scopes, chosen.strict)
-        reports = [*nested_reports, *reports]
+        reports = [*nested_reports, *reports, *others]
     except CaptureError as error:
         if str(error) != "the graph has no tensor input":
             if chosen.strict:
                 raise
             notes.append(f"the graph could not be viewed: {error}")
+        reports += _unseen(gm, None, (), chosen, notes, f"the graph could not be viewed: {error}")
     except Unsupported:
         raise
     except Exception as error:
@@ -168,7 +172,7 @@ def _may_hold_attention(gm: fx.GraphModule) -> bool:
     """Whether it is worth looking: some call must hold an exponential."""
     modules = [m for m in gm.modules() if isinstance(m, fx.GraphModule)]
     names = (str(getattr(n.target, "__name__", n.target)) for m in modules for n in m.graph.nodes)
-    return any(part in name for name in names for part in ("softmax", "exp", "attention", "forward", "encoder"))
+    return any(part in name for name in names for part in ("softm", "exp", "attention", "attn", "forward", "encoder"))
 
 
 @dataclass
@@ -209,6 +213,27 @@ def _read_all(view: View, chosen: Settings, failures: _Failures) -> list[Site | 
 
 def _refused(view: View, anchor: fx.Node, reason: str) -> _Refused:
     return _Refused(reason, anchor, anchor, view.where(anchor))
+
+
+def _unseen(
+    gm: fx.GraphModule,
+    view: View | None,
+    found: Sequence[Site | Refusal],
+    chosen: Settings,
+    notes: list[str],
+    problem: str = "",
+) -> list[reporting.SiteReport]:
+    """Reports of the attentions that are not in the view; `problem` says why there is none."""
+    anchors = [x.anchor for x in found if isinstance(x, (Site, _Refused)) and x.anchor is not None]
+    try:
+        others = unseen(gm, view, anchors, problem)
+    except Exception as error:
+        if chosen.strict:
+            raise
+        log.debug("while looking for what is not viewed", exc_info=True)
+        notes.append(f"what the view does not show was not searched for attentions: {type(error).__name__}: {error}")
+        return []
+    return [reporting.SiteReport("refused", x.reason, None, None, x.where, x.name) for x in others]
 
 
 @dataclass(frozen=True)
@@ -274,7 +299,7 @@ def _treat(
         return reporting.SiteReport("refused", result.reason, None, None, result.where, name)
     assert isinstance(result, Site)
     try:
-        if chosen.fuel is not None and len(fused) >= chosen.fuel:
+        if chosen.fuel is not None and len(fused) >= chosen.fuel and result not in emitter.done:
             spec = replace(result.spec, nan_policy=chosen.nan_policy)
             reason = f"fuel: {chosen.fuel} rewrites are done"
             return _report(result, spec, emitter)(status="left", reason=reason, kernel=None)

@@ -1,9 +1,10 @@
 """Dynamo graph -> `View`: the same computation in canonical ATen, to read from. The Dynamo graph is not changed.
 
 Each ATen node knows the Dynamo node it came from (`View.origin`), and each Dynamo node the ATen node that holds its value
-(`Scope.values`). A checkpointed region is viewed in line, in a `Scope` of its own, so that a mask made outside is read
-outside. What is under torch.vmap is viewed with the mapped dims in front (batched.py). What cannot be viewed (an
-autograd.Function, hooks, other functorch regions and higher-order ops) is a node whose target is `opaque`.
+(`Scope.values`). The body of a region (checkpointing, nested_compile_region, the branches of cond) is viewed in line, in a
+`Scope` of its own, so that a mask made outside is read outside. What is under torch.vmap is viewed with the mapped dims in
+front (batched.py). What cannot be viewed (an autograd.Function, hooks, other functorch regions and higher-order ops) is a node
+whose target is `opaque`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from attnfuse import _compat
 from attnfuse._compat import HigherOrderOperator, OpOverload, pytree
 from attnfuse.passes import batched
 from attnfuse.passes.batched import Batched
+from attnfuse.passes.encoder_layer import FORMULAS
 
 
 class CaptureError(Exception):
@@ -55,9 +57,14 @@ _OPAQUE_METHODS = {
 }
 
 
+#: What forward-mode differentiation is in a graph: a level opens, tensors get tangents in it, and it closes.
+ENTERS_DUAL_LEVEL, EXITS_DUAL_LEVEL = "_enter_dual_level", "_exit_dual_level"
+_DUAL = {ENTERS_DUAL_LEVEL, EXITS_DUAL_LEVEL, "_make_dual", "_unpack_dual", "_set_fwd_grad_enabled"}
+
+
 @dataclass(eq=False)
 class Scope:
-    """One Dynamo graph: the main one, or the body of a checkpointed region inside `parent`."""
+    """One Dynamo graph: the main one, or the body of a region that `call`, a node of `parent`, runs."""
 
     module: fx.GraphModule
     parent: Scope | None = None
@@ -127,15 +134,22 @@ def _plain_name(target: str) -> str:
     return name
 
 
-def source_line(node: fx.Node) -> str:
-    """'file.py:12' for the innermost frame of the stack trace that Dynamo kept for `node`."""
+def source_line(node: fx.Node, outside: str = "") -> str:
+    """'file.py:12' for the innermost frame of the stack trace that Dynamo kept for `node`.
+
+    outside: a folder; frames of files in it are passed over, if there are others.
+    """
     trace = node.meta.get("stack_trace") or ""
+    first = ""
     for line in reversed(trace.splitlines()):
         line = line.strip()
         if line.startswith('File "') and '", line ' in line:
             name, rest = line[6:].split('", line ', 1)
-            return f"{name.rsplit('/', 1)[-1]}:{rest.split(',', 1)[0].strip()}"
-    return ""
+            found = f"{name.rsplit('/', 1)[-1]}:{rest.split(',', 1)[0].strip()}"
+            if not outside or not name.startswith(outside):
+                return found
+            first = first or found
+    return first
 
 
 def value_of(node: fx.Node) -> Any:
@@ -174,28 +188,25 @@ def capture(gm: fx.GraphModule) -> View:
     fake_mode = _compat.detect_fake_mode([x.values() if _is_jagged(x) else x for x in examples])
     if fake_mode is None:
         raise CaptureError("the graph has no tensor input")
-    recorder = _Recorder(fake_mode)
+    recorder = Recorder(fake_mode)
     # a trace does not look into nested tensors: what is made of them is not known
-    plain = [x for x in examples if not _is_nested(x)]
+    plain = [x for x in examples if not is_nested(x)]
     if _writes_beside_nested(gm):
         raise CaptureError("something is written in place beside nested tensors, whose memory is not followed")
 
     def run(*args: Any) -> Any:
         given = iter(args)
-        return recorder.run_main(gm, [UNKNOWN if _is_nested(x) else next(given) for x in examples])
+        return recorder.run_main(gm, [UNKNOWN if is_nested(x) else next(given) for x in examples])
 
-    with _compat.keep_global_state():
-        module = _compat.trace(run, plain, fake_mode)
     trains = any(isinstance(x, torch.Tensor) and x.requires_grad for x in examples)
-    view = View(module.graph, recorder.scopes, recorder.origin, recorder.grad, fake_mode, trains)
-    _rename_written(view)
-    view.order = {n: i for i, n in enumerate(view.graph.nodes)}
-    _mark_live(view)
-    return view
+    return recorder.view(run, plain, trains)
 
 
-class _Recorder:
+class Recorder:
     """Runs a Dynamo graph node by node while it is traced, noting which ATen nodes each one makes."""
+
+    #: Whether tensors under torch.vmap are viewed with the mapped dims, or not known where they cannot be.
+    maps_dims = True
 
     def __init__(self, fake_mode: _compat.FakeTensorMode) -> None:
         self.fake_mode = fake_mode
@@ -204,6 +215,19 @@ class _Recorder:
         self.grad: dict[fx.Node, bool] = {}
         self._seen = 0
         self._last: fx.Node | None = None
+        self._dual_levels = 0
+
+    def view(self, run: Callable[..., Any], args: list[Any], trains: bool) -> View:
+        """What run(*args), which is to run graphs by this recorder, is seen to do."""
+        with _compat.keep_global_state():
+            module = _compat.trace(run, args, self.fake_mode)
+        # sizes that nothing needs are gone by now
+        origin = {n: self.origin[n] for n in module.graph.nodes if n in self.origin}
+        view = View(module.graph, self.scopes, origin, self.grad, self.fake_mode, trains)
+        _rename_written(view)
+        view.order = {n: i for i, n in enumerate(view.graph.nodes)}
+        _mark_live(view)
+        return view
 
     def run_main(self, gm: fx.GraphModule, args: Sequence[Any]) -> Any:
         # only tensors may leave a trace; the rest (symbolic numbers, unknowns) is not needed
@@ -235,10 +259,15 @@ class _Recorder:
         if is_assertion(node):
             # it is no use of the value; the emitter drops it with the node that it is about
             return None
-        region = _region(node, args)
+        region = region_of(node, args)
         if region is not None:
             with region.mode:
                 return self.run(Scope(region.body, scope, node), region.operands)
+        if is_choice(node):
+            # either branch may run: nothing is known of the result
+            which, *bodies, operands = args
+            results = [self.run(Scope(body, scope, node), operands) for body in bodies]
+            return self._opaque(node, (which, results), {})
         if node.target is _compat.enter_autocast:
             # a trace before dispatch notes this call without making it, and the dtypes after it would be wrong
             mode = torch.autocast(*args, **kwargs)
@@ -247,16 +276,18 @@ class _Recorder:
         if node.target is _compat.exit_autocast:
             return args[0].__exit__(None, None, None)
         leaves = pytree.tree_leaves((args, kwargs))
-        if batched.may_write(node.target, kwargs) and (_is_mapped(node) or any(isinstance(x, Batched) for x in leaves)):
-            raise CaptureError("a write to a tensor inside of torch.vmap")
-        if batched.takes_part(node.target, leaves) and not any(x is UNKNOWN for x in leaves):
-            return self._run_batched(node, args, kwargs)
+        if self.maps_dims:
+            mapped = _is_mapped(node) or any(isinstance(x, Batched) for x in leaves)
+            if mapped and batched.may_write(node.target, kwargs):
+                raise CaptureError("a write to a tensor inside of torch.vmap")
+            if batched.takes_part(node.target, leaves) and not any(x is UNKNOWN for x in leaves):
+                return self._run_batched(node, args, kwargs)
         if self._must_stay_opaque(node, args, kwargs):
             return self._opaque(node, args, kwargs)
         try:
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return FORMULAS.get(node.target, node.target)(*args, **kwargs)  # type: ignore[operator]
         except Exception:
             # Whatever cannot be run on fake tensors is not attention; what Dynamo knows of its value is enough.
             return self._opaque(node, args, kwargs)
@@ -277,6 +308,10 @@ class _Recorder:
         leaves = pytree.tree_leaves((args, kwargs))
         if any(x is UNKNOWN or isinstance(x, fx.GraphModule) for x in leaves):
             return True
+        name = getattr(node.target, "__name__", "")
+        self._dual_levels += (name == ENTERS_DUAL_LEVEL) - (name == EXITS_DUAL_LEVEL)
+        if name in _DUAL or self._is_transformed(node):
+            return True
         if node.op == "call_module":
             return True
         if node.op == "call_method":
@@ -286,10 +321,14 @@ class _Recorder:
         if "functorch" in str(getattr(node.target, "__module__", "")):
             return True
         example = node.meta.get("example_value")
-        if any(map(_is_nested, pytree.tree_leaves(example))):
+        if any(map(is_nested, pytree.tree_leaves(example))):
             return True
         known = set().union(*(_unbacked(x) for x in leaves)) if leaves else set()
         return any(_unbacked(x) - known for x in pytree.tree_leaves(example))
+
+    def _is_transformed(self, node: fx.Node) -> bool:
+        """Whether a transform has wrapped the value, or may have given it a tangent, which a plain tensor would hide."""
+        return self.maps_dims and (_is_mapped(node) or self._dual_levels > 0)
 
     def _opaque(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         example = node.meta.get("example_value")
@@ -298,11 +337,11 @@ class _Recorder:
         inputs = [x for x in inputs if not _compat.is_functorch_tensor(x) and _compat.traced_node(x) is not None]
         proxies = tuple(_proxy(x) for x in inputs)
         leaves, tree = pytree.tree_flatten(example)
-        if _is_mapped(node) or any(map(_is_nested, leaves)):
+        if self._is_transformed(node) or any(map(is_nested, leaves)):
             _compat.record_opaque(opaque, proxies, None)
             return UNKNOWN
         with _compat.no_proxies():
-            fresh = [_fresh(x) if isinstance(x, torch.Tensor) else x for x in leaves]
+            fresh = [fresh_like(x) if isinstance(x, torch.Tensor) else x for x in leaves]
         value = pytree.tree_unflatten(fresh, tree)
         if not any(isinstance(x, torch.Tensor) for x in leaves):
             _compat.record_opaque(opaque, proxies, None)
@@ -351,16 +390,16 @@ def _attribute(module: fx.GraphModule, target: str) -> Any:
 def _writes_beside_nested(gm: fx.GraphModule) -> bool:
     modules = [m for m in gm.modules() if isinstance(m, fx.GraphModule)]
     nodes = [n for m in modules for n in m.graph.nodes]
-    if not any(_is_nested(x) for n in nodes for x in pytree.tree_leaves(n.meta.get("example_value"))):
+    if not any(is_nested(x) for n in nodes for x in pytree.tree_leaves(n.meta.get("example_value"))):
         return False
     return any(n.op in ("call_function", "call_method") and batched.may_write(n.target, n.kwargs) for n in nodes)
 
 
 def _is_jagged(x: Any) -> bool:
-    return _is_nested(x) and x.layout == torch.jagged
+    return is_nested(x) and x.layout == torch.jagged
 
 
-def _is_nested(x: Any) -> bool:
+def is_nested(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.is_nested
 
 
@@ -377,11 +416,14 @@ class _Region:
     mode: contextlib.AbstractContextManager[Any]
 
 
-def _region(node: fx.Node, args: Any) -> _Region | None:
-    """What the node runs, if it is a call of that kind: checkpointing, or a mode that torch.export made a region of."""
+def region_of(node: fx.Node, args: Any) -> _Region | None:
+    """What the node runs, if it is a call of that kind: checkpointing, a region that is compiled by itself, or a mode that
+    torch.export made a region of."""
     name = node.target.name() if isinstance(node.target, HigherOrderOperator) else ""
     if name == "tag_activation_checkpoint":
         return _Region(args[0], args[1:], contextlib.nullcontext())
+    if name == "invoke_subgraph":
+        return _Region(args[0], args[2:], contextlib.nullcontext())
     if name == "wrap_with_set_grad_enabled":
         return _Region(args[1], args[2:], torch.enable_grad() if args[0] else torch.no_grad())
     if name == "wrap_with_autocast":
@@ -390,13 +432,18 @@ def _region(node: fx.Node, args: Any) -> _Region | None:
     return None
 
 
+def is_choice(node: fx.Node) -> bool:
+    """Whether it is torch.cond(which, branch, other branch, operands)."""
+    return isinstance(node.target, HigherOrderOperator) and node.target.name() == "cond"
+
+
 def _unbacked(value: Any) -> set[Any]:
     if isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
         return set() if _compat.is_functorch_tensor(value) else set(_compat.free_unbacked_symbols(value))
     return set()
 
 
-def _fresh(example: torch.Tensor) -> torch.Tensor:
+def fresh_like(example: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(
         example.shape, example.stride(), dtype=example.dtype, device=example.device, requires_grad=False
     )

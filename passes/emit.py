@@ -15,10 +15,21 @@ from attnfuse.expr import Algebra, Apply, Const, Expr, Index, Linear
 from attnfuse.kernels.dropout import SEED_LIMIT
 from attnfuse.kernels.statistics import log_sum_exp
 from attnfuse.passes.aten import functional, name_of, shape_of
-from attnfuse.passes.capture import Scope, View, is_assertion, is_mutating, is_stale, opaque, value_of, written
+from attnfuse.passes.capture import (
+    Scope,
+    View,
+    is_assertion,
+    is_choice,
+    is_mutating,
+    is_stale,
+    opaque,
+    value_of,
+    written,
+)
 from attnfuse.passes.labels import Atom, Dim, Distances, Labels, is_one, known_equal
 from attnfuse.passes.read import stride_hint
-from attnfuse.passes.site import Leaf, Site
+from attnfuse.passes.repeated import calls_of, partners
+from attnfuse.passes.site import Leaf, Refusal, Site
 from attnfuse.passes.terms import Axis, Call, Symbol, Tensor, depends
 from attnfuse.passes.transaction import undone_on_error
 from attnfuse.spec import Attention, Operand, dtype_of
@@ -41,16 +52,29 @@ class Emitter:
         self.touched: set[Scope] = set()
         #: the calls of the op, one for each site that was emitted
         self.calls: list[fx.Node] = []
+        #: sites of the view, among which those of a region's other calls are looked for
+        self.sites: Sequence[Site] = ()
+        # sites that the rewrite of another call of their region has done, with the call of the op
+        self.done: dict[Site, fx.Node] = {}
 
     def emit(self, site: Site, kernel: str) -> None:
         """Replace the site's result, inside of `attempt`. Raises EmitError."""
         origin = self.view.origin[site.final]
         scope, owner = origin.scope, origin.node
-        if sum(s.module is scope.module for s in self.view.scopes) > 1:
-            raise EmitError("the attention lies in a region that is called more than once")
+        if site in self.done:
+            self.calls.append(self.done[site])
+            return
+        if self._trains_a_branch(site, scope):
+            raise EmitError(
+                "the attention is trained in a branch of torch.cond, where PyTorch wants the gradients of both branches to lie "
+                "in memory alike; without gradients it would be fused"
+            )
+        others = partners(self.view, site, self.sites)
+        if isinstance(others, Refusal):
+            raise EmitError(others.reason)
         writer = Writer(self, scope, owner, value_of(site.q.node).device)
         with scope.module.graph.inserting_before(owner):
-            call, result = self._insert(site, kernel, writer)
+            call, result = self._insert(site, kernel, writer, any(map(self.may_be_written, (site, *others))))
             found, users = self._log_sum_exp(site, scope, owner, call, writer)
             self.redirect(site.final, scope, owner, result, writer)
         if site.lse is not None:
@@ -59,25 +83,37 @@ class Emitter:
             self.replaced[scope, site.lse] = found
         self.touched.add(scope)
         self.calls.append(call)
+        self.done.update(dict.fromkeys(others, call))
 
     @contextlib.contextmanager
     def attempt(self, final: fx.Node) -> Iterator[None]:
         """What is written inside, in the graph of `final` and in those around it, is undone if anything is raised."""
-        replaced, touched, calls = dict(self.replaced), set(self.touched), list(self.calls)
+        kept = dict(self.replaced), set(self.touched), list(self.calls), dict(self.done)
         graphs: list[fx.Graph] = []
         scope: Scope | None = self.view.origin[final].scope
         while scope is not None:
-            graphs.append(scope.module.graph)
+            # an input that a branch of torch.cond gets is given to the other one too
+            beside = [s for s in self.view.scopes if s is scope or (s.call is not None and s.call is scope.call)]
+            graphs += [s.module.graph for s in beside if s.module.graph not in graphs]
             scope = scope.parent
         with undone_on_error(graphs):
             try:
                 yield
             except BaseException:
-                self.replaced, self.touched, self.calls = replaced, touched, calls
+                self.replaced, self.touched, self.calls, self.done = kept
                 raise
 
-    def _insert(self, site: Site, kernel: str, writer: Writer) -> tuple[fx.Node, fx.Node]:
-        """The call of the op, and its result as the site's is."""
+    def _trains_a_branch(self, site: Site, scope: Scope) -> bool:
+        """Whether a branch of a torch.cond has the site and gradients: a kernel's need not have the strides of eager's."""
+        if not (self.view.trains and self.view.grad.get(site.final, True)):
+            return False
+        at: Scope | None = scope
+        while at is not None and not (at.call is not None and is_choice(at.call)):
+            at = at.parent
+        return at is not None
+
+    def _insert(self, site: Site, kernel: str, writer: Writer, own: bool) -> tuple[fx.Node, fx.Node]:
+        """The call of the op, and its result as the site's is; own: as a copy."""
         q = writer.canonical(site.q, site.batch, site.q_dim, site.d_dim)
         k = writer.canonical(site.k, site.batch, site.k_dim, site.d_dim)
         v = writer.canonical(site.v, site.batch, site.k_dim, site.e_dim)
@@ -86,7 +122,7 @@ class Emitter:
         out = writer.getitem(pair, 0)
         dims = (*((a,) for a in site.batch), site.q_dim, site.e_dim)
         result = writer.shaped(out, dims, site.out_labels, value_of(site.final))
-        if self.may_be_written(site):
+        if own:
             result = writer.call(torch.ops.attnfuse.own.default, (result,))
         return pair, result
 
@@ -331,6 +367,8 @@ class Writer:
         """A value of the graph around a checkpointed region, as one more input of the region."""
         parent, call = self.scope.parent, self.scope.call
         assert parent is not None and call is not None
+        if len(calls_of(self.emitter.view, self.scope)) > 1:
+            raise EmitError("a value the attention needs is made outside of its region, which is called more than once")
         outer = Writer(self.emitter, parent, call, self.device)
         with parent.module.graph.inserting_before(call):
             node = outer.node_for(made)
@@ -339,9 +377,26 @@ class Writer:
         with self.graph.inserting_after(last):
             given = self.graph.placeholder(f"attnfuse_{made.name}")
         given.meta.update(node.meta)
-        call.args = (*call.args, node)
+        self._pass(call, node, made, given)
         self.made[made] = self.emitter.replaced[self.scope, made] = given
         return given
+
+    def _pass(self, call: fx.Node, node: fx.Node, made: fx.Node, given: fx.Node) -> None:
+        """Let `call` give `node`, the value `made`, to its region as a further argument: the placeholder `given`."""
+        others = [s for s in self.emitter.view.scopes if s.call is call and s is not self.scope]
+        if not others:
+            call.args = (*call.args, node)
+            return
+        # the branches of a torch.cond take the same arguments
+        *rest, operands = call.args
+        call.args = (*rest, (*operands, node))  # type: ignore[misc]
+        for scope in others:
+            last = next(n for n in reversed(scope.module.graph.nodes) if n.op == "placeholder")
+            with scope.module.graph.inserting_after(last):
+                other = scope.module.graph.placeholder(str(given.target))
+            other.meta.update(given.meta)
+            self.emitter.replaced[scope, made] = other
+            self.emitter.touched.add(scope)
 
     def _comes_first(self, node: fx.Node) -> bool:
         return node.op == "placeholder" or (not node._erased and node < self.owner)

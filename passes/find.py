@@ -180,6 +180,10 @@ def _normalised(node: fx.Node, top: object, bottom: object, inside: frozenset[fx
         return None
     dim = dims[0]
     between = inside | passed | {total, e}
+    if is_tensor(top) and name_of(top) == "exp" and top.args[0] is e.args[0]:  # type: ignore[arg-type, attr-defined]
+        # the same exponentials, computed once more
+        between |= {top}  # type: ignore[arg-type]
+        top = e
     raised = True
     scores, softmax, more = _unshifted(e.args[0], dim, raised=whole is not total)
     if whole is not total:
@@ -191,10 +195,13 @@ def _normalised(node: fx.Node, top: object, bottom: object, inside: frozenset[fx
         sink, more = found[0], more | found[1]
         raised = any(_raises(n) for n in more)
     if top is e:
-        # the sum may get its dim back by a view
-        viewed = _without_views(bottom, e, dim) if _has_lines(bottom, e, dim, kept=True) else None  # type: ignore[arg-type]
+        # the sum may get its dim back by a view, or be expanded
+        line: fx.Node = bottom.args[0] if name_of(bottom) == "expand" else bottom  # type: ignore[assignment, attr-defined, arg-type]
+        viewed = _without_views(line, e, dim) if _has_lines(line, e, dim, kept=True) else None  # type: ignore[arg-type]
         if viewed is None or viewed[0] is not whole:
-            return None
+            return Anchor(
+                scores, dim, node, between | more, problem="cannot read what divides the exponentials of the scores"
+            )
         return Anchor(scores, dim, node, between | more, softmax=softmax, sink=sink, by_own_maximum=not raised)
     if _reaches_product_of(top, e):  # type: ignore[arg-type]
         return Anchor(
@@ -338,19 +345,32 @@ def looks_like_attention(view: View, anchor: Anchor) -> bool:
     return _meets_product(anchor.scores, back=True) and _meets_product(anchor.weights, back=False)
 
 
-_BARRIERS = ("layer_norm", "rms_norm", "group_norm", "embedding", "topk", "sort", "linear", "convolution", "conv2d")
+BARRIERS = ("layer_norm", "rms_norm", "group_norm", "embedding", "topk", "sort", "linear", "convolution", "conv2d")
 
 
 def _meets_product(start: fx.Node, back: bool) -> bool:
     queue, seen = deque([(start, 0)]), {start}
     while queue:
         node, depth = queue.popleft()
-        if (back or node is not start) and name_of(node) in contraction.NAMES:
+        if (back or node is not start) and (name_of(node) in contraction.NAMES or _sums_products(node)):
             return True
-        if depth > 24 or name_of(node) in _BARRIERS:
+        if depth > 24 or name_of(node) in BARRIERS:
             continue
         for other in node.all_input_nodes if back else node.users:
             if other not in seen:
                 seen.add(other)
                 queue.append((other, depth + 1))
     return False
+
+
+def _sums_products(node: fx.Node) -> bool:
+    """(a[..., :, None, :] * b[..., None, :, :]).sum(dim): a product of matrices, written out."""
+    source = node.args[0] if name_of(node) == "sum" and node.args else None
+    if not is_tensor(source) or name_of(source) != "mul":  # type: ignore[arg-type]
+        return False
+    shape = shape_of(source)  # type: ignore[arg-type]
+    factors = [shape_of(x) for x in source.args if is_tensor(x)]  # type: ignore[union-attr, arg-type]
+    # neither has the whole shape: both are repeated
+    return len(factors) == 2 and all(
+        len(own) == len(shape) and not all(map(known_equal, own, shape)) for own in factors
+    )

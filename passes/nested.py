@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import fx
 
+from attnfuse._compat import SCALED_DOT_PRODUCT_ATTENTION
 from attnfuse.nested import Call, is_jagged, refusal, run, spec_of
 from attnfuse.passes.site import Refusal
 from attnfuse.passes.transaction import undone_on_error
@@ -24,7 +24,7 @@ def calls(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Call]]:
         if not isinstance(module, fx.GraphModule):
             continue
         for node in list(module.graph.nodes):
-            if node.op != "call_function" or node.target is not torch.nn.functional.scaled_dot_product_attention:
+            if node.op != "call_function" or node.target is not SCALED_DOT_PRODUCT_ATTENTION:
                 continue
             if any("example_value" not in n.meta for n in node.all_input_nodes):
                 continue

@@ -495,6 +495,9 @@ def build_site(
         if len(set(found)) != len(found) or not set(found) <= {*batch, *dims}:
             return Refusal("an operand runs over an index that the scores do not have", leaf.node)
     fixed = [replace(leaf, labels=axes.resolve(leaf.labels)) for leaf in leaves]
+    for leaf, other, what in zip(fixed, (k_dim, q_dim, q_dim), ("queries", "keys", "values")):
+        if any(a in other for dim in leaf.labels for a in dim):
+            return Refusal(f"the {what} are other ones for each {'key' if what == 'queries' else 'query'}", leaf.node)
     names = batch_names(axes, batch, fixed[1])
     labels_out = axes.resolve(out_labels)
     if {a for dim in labels_out for a in dim} != set(batch) | set(q_dim) | set(e_dim):

@@ -152,8 +152,9 @@ def test_attnfuse_does_not_get_what_inductor_compiled_wrongly(dim: int, source: 
     assert found.error < 1e-5
     assert found.fused == 0
     assert_missed(found)
-    # should this fail, Inductor has been mended, and the test shows nothing any more
-    assert wrong.error > 1e-2
     again = run(tmp_path, source, dim=dim, grad=False)
     assert again.hits("autograd") == 1
     assert again.error < 1e-5
+    if wrong.error < 1e-5:
+        pytest.skip(f"this torch's Inductor computes softmax over dim {dim} right: there is nothing wrong to be given")
+    assert wrong.error > 1e-2

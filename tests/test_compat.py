@@ -289,3 +289,50 @@ def test_symbolic_range_knows_what_dynamo_guards_on_and_no_more():
     assert seen[size] == (2, 2**60)
     assert seen["negative"] == (-(2**60), -2) and seen["difference"] == (-38, 2**60 - 40)
     assert seen["L_n_"] == (-(2**63), 2**63 - 1)
+
+
+def test_ops_of_whole_layers_are_what_modules_call():
+    """What Dynamo's graph has for nn.TransformerEncoderLayer in eval mode, and what its parts are."""
+    assert torch._transformer_encoder_layer_fwd in _compat.ENCODER_LAYER
+    assert torch.ops.aten._transformer_encoder_layer_fwd.default in _compat.ENCODER_LAYER
+    assert torch.ops.aten._native_multi_head_attention.default in _compat.NATIVE_MULTI_HEAD_ATTENTION
+    bias, a, b = torch.randn(5), torch.randn(3, 4), torch.randn(4, 5)
+    for use_gelu, function in ((True, torch.nn.functional.gelu), (False, torch.relu)):
+        torch.testing.assert_close(_compat.addmm_activation(bias, a, b, use_gelu), function(a @ b + bias))
+
+
+def test_fake_mode_is_found_behind_tensors_that_hold_others():
+    class Holder(torch.Tensor):
+        @staticmethod
+        def __new__(cls, held):
+            return torch.Tensor._make_wrapper_subclass(cls, held.shape)
+
+        def __init__(self, held):
+            self.held = held
+
+        def __tensor_flatten__(self):
+            return ["held"], None
+
+        @staticmethod
+        def __tensor_unflatten__(parts, context, size, stride):
+            return Holder(parts["held"])
+
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            raise AssertionError("nothing is computed here")
+
+    x = fake(2)
+    assert _compat.fake_mode_behind([1, x]) is x.fake_mode
+    assert _compat.fake_mode_behind([torch.ones(1), Holder(x)]) is x.fake_mode
+    assert isinstance(_compat.fake_mode_behind([]), _compat.FakeTensorMode)
+
+
+def test_scaled_dot_product_attention_is_what_a_graph_calls():
+    seen = []
+
+    def probe(gm, example_inputs):
+        seen.extend(n.target for n in gm.graph.nodes if n.op == "call_function")
+        return gm.forward
+
+    torch.compile(torch.nn.functional.scaled_dot_product_attention, backend=probe)(*torch.ones(3, 1, 2, 3, 4))
+    assert seen == [_compat.SCALED_DOT_PRODUCT_ATTENTION]

@@ -83,7 +83,7 @@ WORDS = {
     "none": "causal{}",
     "right": "causal{} & key padding from attention_mask",
     "left": "causal{} & key padding from attention_mask",
-    "packed": "causal by position_ids{} & documents from position_ids",
+    "packed": "causal{} & documents from position_ids",
 }
 
 
@@ -93,8 +93,10 @@ WORDS = {
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_decoders_masks_are_read_and_no_square_tensor_is_left(name: str, attention: str, kind: str) -> None:
     model, inputs = decoder(name, attention), batch(kind)
-    window = "" if name == "llama" else " & window 8" + (" by position_ids" if kind == "packed" else "")
+    window = "" if name == "llama" else " & window 8"
     (said,) = reads(model, **inputs)
+    # of packed rows some versions of transformers compare the positions, others the indices, which is the same in a document
+    said = said.replace(" by position_ids", "")
     assert said.startswith(WORDS[kind].format(window)), said
     with torch.no_grad():
         assert not square_tensors(rewritten(model, **inputs), {LENGTH})
@@ -395,8 +397,9 @@ def test_a_write_under_vmap_leaves_the_graph_alone() -> None:
 
     args = (*_inputs(), _keep())
     report = attnfuse.explain(write, *args)
-    assert not report.sites
-    assert "torch.vmap" in str(report)
+    assert [(s.status, s.reason) for s in report.sites] == [
+        ("refused", "the graph could not be viewed: a write to a tensor inside of torch.vmap")
+    ]
     attnfuse.verify(write, *args, options=FAST | {"strict": False}).raise_if_failed()
 
 

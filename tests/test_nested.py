@@ -309,6 +309,15 @@ def test_sequences_are_independent_bit_for_bit():
         assert same == (i != 3)
 
 
+def test_a_function_in_the_place_of_pytorchs_changes_nothing(monkeypatch):
+    own = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kwargs: own(*args, **kwargs))
+    x = jagged([p.detach() for p in parts()])
+    wanted = torch.cat([row(p, p, p) for p in x.unbind()])
+    torch.testing.assert_close(compiled(attention)(x, x, x).values().double(), wanted, rtol=1e-4, atol=1e-5)
+    assert [s.status for report in attnfuse.reports() for s in report.sites] == ["fused"]
+
+
 # --- what is not taken ------------------------------------------------------------------------------------------------
 
 
@@ -323,8 +332,10 @@ def test_eager_and_other_backends_do_as_they_did():
     before = attention(q, q, q)
     compiled(attention)(q, q, q)
     assert torch.equal(attention(q, q, q).values(), before.values())
-    with pytest.raises(RuntimeError, match="No viable backend"):
+    # what it says depends on how PyTorch was built; it is PyTorch that says it
+    with pytest.raises(RuntimeError) as error:
         attention(q, q, q, is_causal=True)
+    assert "attnfuse" not in str(error.value) and "torch" in Path(error.traceback[-1].path).parts
     torch._dynamo.reset()
     with pytest.raises(Exception, match=r"local_scalar_dense|viable|data-dependent|item|nested_tensor_from"):
         torch.compile(attention, backend="aot_eager", fullgraph=True)(q, q, q)

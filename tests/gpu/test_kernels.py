@@ -16,6 +16,9 @@ for _name, _value in list(vars(shared).items()):
     if _name.startswith("test_"):
         globals()[_name] = _value
 
+# the fixture of tests that tests/sink_cases.py shares
+kernel = shared.kernel
+
 #: Run in low precision too, within the minutes that `make gpu-check` has; the others are marked slow there.
 QUICK = {
     "test_head_sizes",

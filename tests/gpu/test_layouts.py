@@ -8,8 +8,9 @@ import pytest
 import torch
 from interpreted import test_decode, test_packed
 from interpreted.test_decode import launched
+from interpreted.test_packed import kernel
 
-__all__ = ["launched"]
+__all__ = ["kernel", "launched"]
 
 pytestmark = pytest.mark.gpu
 

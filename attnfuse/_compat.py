@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -42,6 +43,7 @@ __all__ = [
     "aot_eager",
     "arguments_of",
     "aten_attention",
+    "autocast_devices",
     "compile_fx",
     "detect_fake_mode",
     "enter_autocast",
@@ -61,6 +63,7 @@ __all__ = [
     "trace",
     "traced_graph",
     "traced_node",
+    "undisturbed",
     "unsupported_torch",
     "without_sdpa_patterns",
     "writes",
@@ -155,23 +158,111 @@ def alias_key(tensor: torch.Tensor) -> int:
     return key
 
 
+def _restorers() -> list[Callable[[], Any]]:
+    """For each piece of the state that a graph's nodes, or a failure half-way, may leave changed: what puts it back."""
+    autograd = torch._C._autograd
+    grad, forward_grad = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+    threads = torch._C._is_multithreading_enabled()
+    hooks = autograd._saved_tensors_hooks_get_disabled_error_message()
+    anomaly, check_nan = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    dtype, random = torch.get_default_dtype(), torch.random.get_rng_state()
+    return [
+        lambda: torch._C._set_grad_enabled(grad),
+        lambda: torch._C._set_fwd_grad_enabled(forward_grad),
+        lambda: torch._C._set_multithreading_enabled(threads),
+        lambda: (
+            autograd._saved_tensors_hooks_enable() if hooks is None else autograd._saved_tensors_hooks_disable(hooks)
+        ),
+        lambda: torch.autograd.set_detect_anomaly(anomaly, check_nan),
+        lambda: torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1]),
+        lambda: torch.set_default_dtype(dtype),
+        lambda: torch.random.set_rng_state(random),
+        *_autocast_restorers(),
+        *_sdpa_restorers(),
+        *_device_random_restorers(),
+    ]
+
+
+def autocast_devices() -> list[str]:
+    """The types of devices whose autocast may be on here."""
+    accelerator = torch.accelerator.current_accelerator()
+    more = accelerator is not None and torch.amp.is_autocast_available(accelerator.type)
+    return sorted({"cpu", "cuda"} | ({accelerator.type} if accelerator is not None and more else set()))
+
+
+def _autocast_restorers() -> list[Callable[[], Any]]:
+    found: list[Callable[[], Any]] = []
+    for device in autocast_devices():
+        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        found.append(functools.partial(torch.set_autocast_enabled, device, enabled))
+        found.append(functools.partial(torch.set_autocast_dtype, device, dtype))
+    found.append(functools.partial(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled()))
+    # casts of fake parameters must not outlive the trace
+    return [*found, torch.clear_autocast_cache]
+
+
+def _sdpa_restorers() -> list[Callable[[], Any]]:
+    from torch.nn import attention
+
+    enabled, order = attention._cur_sdpa_kernel_backends(), torch._C._get_sdp_priority_order()
+    return [lambda: attention._sdpa_kernel(enabled), lambda: torch._C._set_sdp_priority_order(order)]
+
+
+def _device_random_restorers() -> list[Callable[[], Any]]:
+    devices = [d for d in (torch.cuda, torch.xpu) if d.is_initialized()]
+    return [functools.partial(d.set_rng_state, d.get_rng_state()) for d in devices]
+
+
 @contextlib.contextmanager
 def keep_global_state() -> Iterator[None]:
-    """Restore grad mode, autocast and inference state, whatever the traced graph did to them."""
-    grad = torch.is_grad_enabled()
-    devices = ("cpu", "cuda")
-    autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
-    cache = torch.is_autocast_cache_enabled()
+    """Restore what nodes of a graph can change when they are run: autograd's modes, autocast, random numbers and flags."""
+    inference = torch.is_inference_mode_enabled()
+    restorers = _restorers()
     try:
-        yield
+        # leaves autograd's state and the dispatch keys as they were, whatever was entered inside and not left
+        with torch.inference_mode(inference):
+            restorers[0]()
+            yield
     finally:
-        torch._C._set_grad_enabled(grad)
-        for device, enabled, dtype in autocast:
-            torch.set_autocast_enabled(device, enabled)
-            torch.set_autocast_dtype(device, dtype)
-        torch.set_autocast_cache_enabled(cache)
-        # casts of fake parameters must not outlive the trace
-        torch.clear_autocast_cache()
+        for restore in restorers:
+            restore()
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Compiling in here leaves the state around it as it was, and is not seen by the caller's hooks and modes.
+
+    Hooks on saved tensors are not called (those of checkpointing count what is saved), no mode for torch functions or
+    for dispatch is active, autograd keeps no stack traces, and warnings that are not attnfuse's are dropped: the ops of the
+    graph warn again when they run. Grad mode, autocast and the default dtype stay: a graph is compiled for them.
+    """
+    autograd = torch._C._autograd
+    with contextlib.ExitStack() as stack:
+        # the first, so that a mode does not see the state being put back either
+        stack.enter_context(_without_modes())
+        stack.enter_context(keep_global_state())
+        tracing = autograd._saved_tensors_hooks_set_tracing(True)
+        stack.callback(autograd._saved_tensors_hooks_set_tracing, tracing)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="(?!attnfuse: )")
+        torch.autograd.set_detect_anomaly(False)
+        yield
+
+
+@contextlib.contextmanager
+def _without_modes() -> Iterator[None]:
+    from torch.overrides import _pop_mode, _push_mode
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    # the innermost first
+    popped = [_pop_mode() for _ in range(torch._C._len_torch_function_stack())]
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        for mode in reversed(popped):
+            _push_mode(mode)
 
 
 def inductor_options() -> list[str]:

@@ -58,7 +58,8 @@ def backend(
 
 def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Settings, patches: dict[str, Any]) -> Compiled:
     original = copied(gm)
-    work = rewrite(gm, chosen)
+    with _compat.undisturbed():
+        work = rewrite(gm, chosen)
     report = work.report
     try:
         compiled = _inner(original if work.spoiled else gm, example_inputs, chosen, patches)

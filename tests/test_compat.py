@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -268,3 +269,40 @@ def test_private_names_are_used_in_the_compat_module_alone():
                 assert "._" not in node.module, f"{path.name} imports {node.module}"
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
                 assert not node.attr.startswith("_") or node.attr in allowed, f"{path.name}: torch.{node.attr}"
+
+
+def test_undisturbed_hides_the_callers_modes_and_gives_them_back():
+    from torch.overrides import TorchFunctionMode
+
+    seen = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    def pack(x):
+        seen.append("saved")
+        return x
+
+    x = torch.ones(2, requires_grad=True)
+    with (
+        Watch(),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+        warnings.catch_warnings(record=True) as w,
+    ):
+        warnings.simplefilter("always")
+        with _compat.undisturbed():
+            x * x
+            torch.set_default_dtype(torch.float64)
+            warnings.warn("of an op", UserWarning, stacklevel=1)
+            warnings.warn("attnfuse: of attnfuse", RuntimeWarning, stacklevel=1)
+        assert not seen
+        assert [str(x.message) for x in w] == ["attnfuse: of attnfuse"]
+        assert x.mul(x).dtype == torch.get_default_dtype() == torch.float32
+    assert "saved" in seen and torch.Tensor.mul in seen
+
+
+def test_autocast_devices_can_be_asked_for_their_autocast():
+    assert "cpu" in _compat.autocast_devices()
+    assert not any(torch.is_autocast_enabled(device) for device in _compat.autocast_devices())

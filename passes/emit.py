@@ -258,12 +258,15 @@ class Writer:
         kernel: str,
         strict: bool,
     ) -> fx.Node:
-        """A call of the op."""
+        """A call of the op. Raises EmitError for nodes that are not what the spec says."""
         seed = None
         if spec.dropout > 0.0:
             seed = self.call(torch.randint, (0, SEED_LIMIT, (1,)), {"dtype": torch.int64, "device": self.device})
         op = torch.ops.attnfuse.attention.default
-        return self.call(op, (q, k, v, list(operands), seed, *bounds, spec.text, kernel, strict))
+        try:
+            return self.call(op, (q, k, v, list(operands), seed, *bounds, spec.text, kernel, strict))
+        except ValueError as error:
+            raise EmitError(f"the op does not take it ({error})") from error
 
     def getitem(self, node: fx.Node, index: int) -> fx.Node:
         return self.call(operator.getitem, (node, index))

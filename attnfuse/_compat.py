@@ -49,6 +49,7 @@ __all__ = [
     "enter_autocast",
     "exit_autocast",
     "free_unbacked_symbols",
+    "has_tangent",
     "hooks_of",
     "inductor_mode_options",
     "inductor_options",
@@ -414,6 +415,19 @@ def aten_attention(name: str) -> tuple[OpOverload, OpOverload] | None:
     forward = getattr(torch.ops.aten, found, None)
     backward = getattr(torch.ops.aten, f"{found}_backward", None)
     return None if forward is None or backward is None else (forward.default, backward.default)
+
+
+def has_tangent(values: Sequence[Any]) -> bool:
+    """Whether forward-mode AD is on and one of the values is a dual tensor. May be asked inside of an op too."""
+    from torch.autograd import forward_ad
+
+    if forward_ad._current_level < 0:
+        return False
+    # inside of an op the keys are excluded by which a tensor would be taken apart
+    nothing = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), nothing):
+        tensors = [x for x in values if isinstance(x, torch.Tensor) and not x.is_nested]
+        return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def ragged_dim(x: torch.Tensor) -> int:

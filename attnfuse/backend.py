@@ -71,7 +71,9 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Setting
         compiled = _inner(original, example_inputs, chosen, patches)
         report = undone(report, message)
     reporting.record(report)
-    return _verifying(compiled, original, chosen) if chosen.verify and report.fused else compiled
+    if not report.fused:
+        return compiled
+    return _in_forward_mode(_verifying(compiled, original, chosen) if chosen.verify else compiled, original)
 
 
 def undone(report: reporting.Report, message: str) -> reporting.Report:
@@ -384,6 +386,19 @@ def _graph_copy(graph: fx.Graph) -> fx.Graph:
 def readable(gm: fx.GraphModule) -> str:
     """The graph as code, with the bodies of checkpointed regions."""
     return str(gm.print_readable(print_output=False))
+
+
+def _in_forward_mode(compiled: Compiled, original: fx.GraphModule) -> Compiled:
+    """The compiled graph, but the original one for dual tensors: kernels have no forward-mode derivative."""
+
+    @functools.wraps(compiled)
+    def called(*args: Any) -> Any:
+        if not _compat.has_tangent(args):
+            return compiled(*args)
+        with nested.active():
+            return original(*args)
+
+    return called
 
 
 def _verifying(compiled: Compiled, original: fx.GraphModule, chosen: Settings) -> Compiled:

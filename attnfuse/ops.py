@@ -26,6 +26,8 @@ from typing import Any
 
 import torch
 
+from attnfuse import second
+from attnfuse._compat import has_tangent
 from attnfuse.kernels import REFERENCE, Kernel, kernel_named, successor
 from attnfuse.kernels.arguments import check_arguments, check_results
 from attnfuse.kernels.layout import Bounds, allocate, batch_shape
@@ -98,6 +100,14 @@ def _run(which: str, kernel: str, strict: bool, spec: Attention, tensors: Sequen
         kernel = successor(kernel, spec, device).name
 
 
+def _no_tangents(tensors: Sequence[torch.Tensor]) -> None:
+    if has_tangent(tensors):
+        raise NotImplementedError(
+            "attnfuse::attention has no forward-mode derivative. A function compiled with backend='attnfuse' takes dual "
+            "tensors (its graph then runs as it was written); an exported program must be differentiated before it is rewritten"
+        )
+
+
 def _check_once(spec: Attention, inputs: tuple[Any, ...]) -> None:
     """check_arguments, which takes as long as a small attention, for each kind of arguments once."""
     q, k, v, operands, seed, bounds = inputs
@@ -158,6 +168,7 @@ def _forward(
     kernel: str,
     strict: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    _no_tangents((q, k, v, *(operands or ())))
     parsed, operands = Attention.parse(spec), operands or ()
     inputs = (q, k, v, operands, seed, Bounds(q_bounds, k_bounds))
     _check_once(parsed, inputs)
@@ -184,6 +195,7 @@ def _backward(
     needs: Sequence[bool],
 ) -> list[torch.Tensor]:
     parsed = Attention.parse(spec)
+    _no_tangents((dout, q, k, v, *operands))
     bounds = Bounds(q_bounds, k_bounds)
     _check_once(parsed, (q, k, v, operands, seed, bounds))
     check_results(out, stats, dout, dlse, needs, 3 + len(operands))
@@ -269,6 +281,29 @@ def _differentiate(ctx: Any, dout: torch.Tensor | None, dstats: torch.Tensor | N
 
 
 torch.library.register_autograd("attnfuse::attention", _differentiate, setup_context=_setup_context, lib=_LIBRARY)
+
+
+def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    dout, dlse, q, k, v, operands, seed, q_bounds, k_bounds, _, _, spec, _, _, needs = inputs
+    ctx.set_materialize_grads(False)
+    ctx.spec, ctx.needs, ctx.count = spec, needs, len(operands)
+    extra = (dlse, seed, q_bounds, k_bounds)
+    ctx.given = [x is not None for x in extra]
+    ctx.save_for_backward(dout, q, k, v, *operands, *(x for x in extra if x is not None))
+
+
+def _differentiate_again(ctx: Any, grads: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
+    dout, *rest = ctx.saved_tensors
+    inputs, rest = rest[: 3 + ctx.count], rest[3 + ctx.count :]
+    dlse, seed, q_bounds, k_bounds = [rest.pop(0) if given else None for given in ctx.given]
+    bounds = Bounds(q_bounds, k_bounds)
+    found = second.differentiate(Attention.parse(ctx.spec), grads, ctx.needs, dout, dlse, inputs, seed, bounds)
+    return (*found[:5], found[5:], *[None] * 9)
+
+
+torch.library.register_autograd(
+    "attnfuse::attention_backward", _differentiate_again, setup_context=_setup_second, lib=_LIBRARY
+)
 
 
 def log_sum_exp(stats: torch.Tensor) -> torch.Tensor:

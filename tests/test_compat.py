@@ -306,3 +306,25 @@ def test_undisturbed_hides_the_callers_modes_and_gives_them_back():
 def test_autocast_devices_can_be_asked_for_their_autocast():
     assert "cpu" in _compat.autocast_devices()
     assert not any(torch.is_autocast_enabled(device) for device in _compat.autocast_devices())
+
+
+def test_a_tangent_is_seen_from_outside_and_inside_of_an_op():
+    from torch.autograd import forward_ad
+
+    x = torch.ones(3)
+    seen = []
+    with torch.library._scoped_library("attnfuse_test_compat", "DEF") as library:
+        library.define("look(Tensor x) -> Tensor")
+
+        def look(x):
+            seen.append(_compat.has_tangent([1, x]))
+            return x.clone()
+
+        library.impl("look", look, "CompositeExplicitAutograd")
+        assert not _compat.has_tangent([x])
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, x)
+            for y in (x, dual):
+                torch.ops.attnfuse_test_compat.look(y)
+                seen.append(_compat.has_tangent([y]))
+    assert seen == [False, False, True, True]

@@ -91,8 +91,8 @@ def test_gradients_of_gradients_are_eagers(function: Callable[..., Any]) -> None
     found = []
     call = compiled(function)
     call(*given)
-    for call in (call, in_plain_ops(function)):
-        first = torch.autograd.grad(call(*given).pow(3).sum(), given, create_graph=True)
+    for run in (call, in_plain_ops(function)):
+        first = torch.autograd.grad(run(*given).pow(3).sum(), given, create_graph=True)
         loss = sum(g.pow(2).sum() for g in first)
         second = torch.autograd.grad(loss, given, create_graph=True)
         third = torch.autograd.grad(sum(g.sin().sum() for g in second), given)

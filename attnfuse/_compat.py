@@ -60,6 +60,8 @@ __all__ = [
     "original",
     "pytree",
     "record_opaque",
+    "save_for_backward",
+    "some_memory",
     "statically_known_true",
     "trace",
     "traced_graph",
@@ -428,6 +430,26 @@ def has_tangent(values: Sequence[Any]) -> bool:
     with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), nothing):
         tensors = [x for x in values if isinstance(x, torch.Tensor) and not x.is_nested]
         return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def save_for_backward(node: fx.Node) -> None:
+    """Let AOTAutograd keep the node's value for backward rather than compute it again, as it may for want of memory.
+
+    It takes care not to draw random numbers twice, but knows the ops of dropout alone. See `some_memory` too.
+    """
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def some_memory() -> contextlib.AbstractContextManager[Any]:
+    """In here a memory budget of 0 is one of hardly anything: with 0, AOTAutograd computes even what must be saved again."""
+    from torch._functorch import config
+
+    if getattr(config, "activation_memory_budget", 1.0) != 0:
+        return contextlib.nullcontext()
+    patched: contextlib.AbstractContextManager[Any] = config.patch(activation_memory_budget=1e-9)
+    return patched
 
 
 def ragged_dim(x: torch.Tensor) -> int:

@@ -272,14 +272,14 @@ def _treat_nested(
     spec = replace(spec, nan_policy=chosen.nan_policy)
     if _less_fuel(chosen, before).fuel == 0:
         # PyTorch has no compiled form of it to leave it to
-        nested_calls.emit(node, REFERENCE.name, chosen)
+        nested_calls.emit(node, call, REFERENCE.name, chosen)
         return report("left", f"fuel: {chosen.fuel} rewrites are done", REFERENCE.name, spec)
     choice = choose(spec, call.query.device, chosen.kernel)
     problem = _problem(choice, chosen)
     if problem is not None:
         return report("refused", problem, None, spec)
     assert choice.kernel is not None
-    nested_calls.emit(node, choice.kernel.name, chosen)
+    nested_calls.emit(node, call, choice.kernel.name, chosen)
     return report("fused", None, choice.kernel.name, spec)
 
 
@@ -327,9 +327,11 @@ def _problem(choice: Choice, chosen: Settings) -> str | None:
 def _inner(gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Settings, patches: dict[str, Any]) -> Compiled:
     if chosen.inner == "eager":
         return gm.forward
-    if chosen.inner == "aot_eager":
-        return _compat.aot_eager(gm, example_inputs)
-    return _compat.compile_fx(gm, example_inputs, _compat.without_sdpa_patterns(patches, identity(chosen)))
+    # seeds are to be kept for backward
+    with _compat.some_memory():
+        if chosen.inner == "aot_eager":
+            return _compat.aot_eager(gm, example_inputs)
+        return _compat.compile_fx(gm, example_inputs, _compat.without_sdpa_patterns(patches, identity(chosen)))
 
 
 def identity(chosen: Settings) -> str:

@@ -200,8 +200,17 @@ def _mask(call: Call) -> torch.Tensor:
     return mask
 
 
-def attend(call: Call, kernel: str, strict: bool = False, nan_policy: NanPolicy = "skip") -> torch.Tensor:
-    """The attention, nested like the query, or dense [B, *heads, Q, E] like it."""
+def attend(
+    call: Call,
+    kernel: str,
+    strict: bool = False,
+    nan_policy: NanPolicy = "skip",
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The attention, nested like the query, or dense [B, *heads, Q, E] like it.
+
+    seed: int64 [1], for dropout; drawn here where it is not given.
+    """
     spec = replace(spec_of(call), nan_policy=nan_policy)
     q, k = call.query, call.key
     grouped = _grouped(call)
@@ -212,8 +221,7 @@ def attend(call: Call, kernel: str, strict: bool = False, nan_policy: NanPolicy 
     q_bounds = _bounds(q, strict) if is_jagged(q) else None
     k_bounds = _bounds(k, strict) if is_jagged(k) else None
     operands = [] if call.attn_mask is None else [_mask(call)]
-    seed = None
-    if spec.dropout:
+    if spec.dropout and seed is None:
         seed = torch.randint(0, SEED_LIMIT, (1,), dtype=torch.int64, device=q_rows.device)
     out, _ = torch.ops.attnfuse.attention(
         q_rows, k_rows, v_rows, operands, seed, q_bounds, k_bounds, spec.text, kernel, strict
@@ -300,10 +308,11 @@ def run(
     kernel: str,
     strict: bool = False,
     nan_policy: NanPolicy = "skip",
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What a compiled graph calls in the place of scaled_dot_product_attention."""
     call = Call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    return attend(_cast(call), kernel, strict, nan_policy)
+    return attend(_cast(call), kernel, strict, nan_policy, seed)
 
 
 def install() -> None:

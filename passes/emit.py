@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnfuse._compat import FakeTensorMode, OpOverload, alias_key, is_functorch_tensor, pytree
+from attnfuse._compat import FakeTensorMode, OpOverload, alias_key, is_functorch_tensor, pytree, save_for_backward
 from attnfuse.expr import Apply, Const, Expr, Index, Linear
 from attnfuse.kernels.dropout import SEED_LIMIT
 from attnfuse.passes.aten import name_of, shape_of
@@ -262,6 +262,7 @@ class Writer:
         seed = None
         if spec.dropout > 0.0:
             seed = self.call(torch.randint, (0, SEED_LIMIT, (1,)), {"dtype": torch.int64, "device": self.device})
+            save_for_backward(seed)
         op = torch.ops.attnfuse.attention.default
         try:
             return self.call(op, (q, k, v, list(operands), seed, *bounds, spec.text, kernel, strict))

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnfuse import _compat
+from attnfuse.kernels.dropout import SEED_LIMIT
 from attnfuse.nested import Call, is_jagged, refusal, run, spec_of
 from attnfuse.passes.site import Refusal
 from attnfuse.settings import Settings
@@ -38,12 +40,27 @@ def read(node: fx.Node, call: Call) -> Attention | Refusal:
     return spec_of(call) if reason is None else Refusal(reason, node)
 
 
-def emit(node: fx.Node, kernel: str, chosen: Settings) -> None:
+def emit(node: fx.Node, call: Call, kernel: str, chosen: Settings) -> None:
     """Put the call of the kernel where the node is."""
     graph = node.graph
+    own: dict[str, Any] = {"kernel": kernel, "strict": chosen.strict, "nan_policy": chosen.nan_policy}
     with graph.inserting_before(node):
-        own: dict[str, Any] = {"kernel": kernel, "strict": chosen.strict, "nan_policy": chosen.nan_policy}
+        if call.dropout_p:
+            own["seed"] = _seed(node, call)
         made = graph.call_function(run, node.args, {**node.kwargs, **own})
     made.meta.update(node.meta)
     node.replace_all_uses_with(made)
     graph.erase_node(node)
+
+
+def _seed(node: fx.Node, call: Call) -> fx.Node:
+    """A node of its own, so that it can be told to be kept for backward."""
+    args: Any = ((0, SEED_LIMIT, (1,)), {"dtype": torch.int64, "device": call.query.device})
+    made = node.graph.call_function(torch.randint, *args)
+    made.meta.update({key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta})
+    mode = _compat.detect_fake_mode([x.values() if is_jagged(x) else x for x in call.qkv])
+    if mode is not None:
+        with mode:
+            made.meta["example_value"] = torch.randint(*args[0], **args[1])
+    _compat.save_for_backward(made)
+    return made

@@ -328,3 +328,28 @@ def test_a_tangent_is_seen_from_outside_and_inside_of_an_op():
                 torch.ops.attnfuse_test_compat.look(y)
                 seen.append(_compat.has_tangent([y]))
     assert seen == [False, False, True, True]
+
+
+def test_a_value_that_is_saved_for_backward_is_not_computed_again():
+    """Under a memory budget that leaves room for nothing, random numbers that are drawn by randint are drawn twice."""
+    drawn = []
+
+    def run(x):
+        return x.sin() * torch.randint(0, 2**40, (4,)).double()
+
+    def tagging(gm, example_inputs):
+        for node in gm.graph.nodes:
+            if node.target is torch.randint and tagging.on:
+                _compat.save_for_backward(node)
+        return _compat.aot_eager(gm, example_inputs)
+
+    for on in (True, False):
+        torch.compiler.reset()
+        tagging.on = on
+        x = torch.ones(4, dtype=torch.float64, requires_grad=True)
+        with torch._functorch.config.patch(activation_memory_budget=0.0), _compat.some_memory():
+            assert 0 < torch._functorch.config.activation_memory_budget < 1e-6
+            out = torch.compile(run, backend=tagging)(x)
+            (gradient,) = torch.autograd.grad(out.sum(), x)
+        drawn.append(torch.allclose(gradient, out.detach() / x.detach().sin() * x.detach().cos()))
+    assert drawn == [True, False]

@@ -13,10 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import fx
 
-from attnfuse import _compat, nested, ops, reporting, settings, tuning
+from attnfuse import _compat, checking, nested, ops, reporting, settings, tuning
 from attnfuse.kernels import REFERENCE, Choice, Unsupported, choose, prepare
 from attnfuse.passes import nested as nested_calls
 from attnfuse.passes import unpad
@@ -57,23 +56,54 @@ def backend(
 
 
 def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Settings, patches: dict[str, Any]) -> Compiled:
-    original = copied(gm)
-    with _compat.undisturbed():
-        work = rewrite(gm, chosen)
+    original, work = _rewritten(gm, chosen)
     report = work.report
     try:
         compiled = _inner(original if work.spoiled else gm, example_inputs, chosen, patches)
+        if report.fused:
+            compiled = _in_forward_mode(_checked(compiled, original, chosen, report), original)
     except Exception as error:
-        if chosen.strict or not work.fused or _compat.is_restart(error):
+        if chosen.strict or not report.fused or _compat.is_restart(error):
             raise
         message = f"the rewritten graph did not compile ({type(error).__name__}: {error}); the original is used"
         warn(message)
         compiled = _inner(original, example_inputs, chosen, patches)
         report = undone(report, message)
-    reporting.record(report)
-    if not report.fused:
+    try:
+        reporting.record(report)
+    except Exception as error:
+        if chosen.strict:
+            raise
+        warn(f"the report of a graph could not be kept: {type(error).__name__}: {error}")
+    return compiled
+
+
+def _rewritten(gm: fx.GraphModule, chosen: Settings) -> tuple[fx.GraphModule, Work]:
+    """A copy of the graph as it was, and what was done to it; where nothing can be done, the graph itself."""
+    original = gm
+    try:
+        original = copied(gm)
+        with _compat.undisturbed():
+            return original, rewrite(gm, chosen)
+    except Exception as error:
+        if chosen.strict or _compat.is_restart(error):
+            raise
+        message = f"a graph is left as it was: {type(error).__name__}: {error}"
+        warn(message)
+        log.debug("while rewriting", exc_info=True)
+        return original, Work(reporting.Report((), "", "", "graph", (message,)), spoiled=True)
+
+
+def _checked(compiled: Compiled, original: fx.GraphModule, chosen: Settings, report: reporting.Report) -> Compiled:
+    if not chosen.verify:
         return compiled
-    return _in_forward_mode(_verifying(compiled, original, chosen) if chosen.verify else compiled, original)
+
+    def say(message: str) -> None:
+        reporting.add_warning(report, message)
+        if message != checking.RANDOM:
+            warn(message)
+
+    return checking.checking(compiled, original, chosen.verify, chosen.strict, say)
 
 
 def undone(report: reporting.Report, message: str) -> reporting.Report:
@@ -401,45 +431,6 @@ def _in_forward_mode(compiled: Compiled, original: fx.GraphModule) -> Compiled:
             return original(*args)
 
     return called
-
-
-def _verifying(compiled: Compiled, original: fx.GraphModule, chosen: Settings) -> Compiled:
-    """Compare the first calls with the original graph, on copies of the inputs."""
-    left = chosen.verify
-
-    @functools.wraps(compiled)
-    def checked(*args: Any) -> Any:
-        nonlocal left
-        if left <= 0:
-            return compiled(*args)
-        left -= 1
-        copies = [
-            a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args
-        ]
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), nested.active():
-            expected = original(*copies)
-        found = compiled(*args)
-        _compare(found, expected, chosen)
-        return found
-
-    return checked
-
-
-def _compare(found: Any, expected: Any, chosen: Settings) -> None:
-    for index, (a, b) in enumerate(zip(_compat.pytree.tree_leaves(found), _compat.pytree.tree_leaves(expected))):
-        if not isinstance(a, torch.Tensor):
-            continue
-        same = torch.equal(a.isnan(), b.isnan()) if a.is_floating_point() else torch.equal(a, b)
-        if a.is_floating_point() and same and a.numel():
-            eps = torch.finfo(a.dtype).eps
-            error = float((a.detach().double() - b.detach().double()).nan_to_num().abs().max())
-            scale = float(b.detach().double().nan_to_num().abs().max())
-            same = error <= 32 * eps * max(scale, 1.0) + 1e-5
-        if not same:
-            message = f"output {index} of a compiled graph differs from eager"
-            if chosen.strict:
-                raise RuntimeError(f"attnfuse: {message}")
-            warn(message)
 
 
 def warn(message: str) -> None:

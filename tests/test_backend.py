@@ -280,6 +280,57 @@ def test_verify_does_not_mutate_the_inputs_twice() -> None:
     assert calls.item() == 1
 
 
+def test_verify_keeps_memory_that_inputs_share() -> None:
+    """A view of another input is written through it in the copies as in the inputs."""
+
+    def writing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        row.mul_(3.0)
+        return attend(q, k, v)
+
+    q, k, v = qkv()
+    for part in (q[:, :, 3], k.view(-1)[5:40], v.transpose(-1, -2)[0, 1]):
+        expected_inputs = [x.clone() for x in (q, k, v)]
+        compiled(writing, verify=1, strict=True)(q, k, v, part)
+        assert not all(map(torch.equal, (q, k, v), expected_inputs))
+    assert set(statuses()) <= {"fused", "refused"}
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_verify_says_why_it_compares_nothing_where_random_numbers_are_drawn(inner: str) -> None:
+    def dropping(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout((q @ k.mT * 0.25).softmax(-1), 0.5) @ v
+
+    given = qkv()
+    plain, checked = (compiled(dropping, inner=inner, strict=True, verify=n) for n in (0, 2))
+    results = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        for call in (plain, checked):
+            torch.manual_seed(5)
+            results.append(call(*given))
+    # the check draws nothing of its own
+    assert torch.equal(*results)
+    assert statuses() == ["fused", "fused"]
+    assert any("draws random numbers" in w for w in attnfuse.reports()[-1].warnings)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_verify_that_breaks_off_leaves_the_result_standing(strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> Any:
+        raise MemoryError("no room for copies")
+
+    monkeypatch.setattr(backend_module.checking, "copied", broken)
+    q, k, v = qkv()
+    call = compiled(attend, verify=1, strict=strict)
+    if strict:
+        with pytest.raises(MemoryError, match="no room"):
+            call(q, k, v)
+        return
+    with pytest.warns(RuntimeWarning, match="verify compares nothing: MemoryError: no room for copies"):
+        found = call(q, k, v)
+    torch.testing.assert_close(found, attend(q, k, v), rtol=1e-5, atol=1e-5)
+
+
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 
@@ -351,6 +402,96 @@ def test_pass_that_raises_raises_in_strict_mode(stage: str, monkeypatch: pytest.
     monkeypatch.setattr(backend_module, stage, broken)
     with pytest.raises(Exception, match=f"{stage} is broken"):
         compiled(attend, strict=True)(*qkv())
+
+
+def _called_while_compiling() -> dict[str, tuple[Any, str]]:
+    """Every function, class or method of another module that the backend's own module calls in one compile."""
+    import sys
+
+    found: dict[str, tuple[Any, str]] = {}
+    homes = [backend_module, backend_module.reporting, backend_module.nested_calls, backend_module.unpad]
+    homes += [backend_module.checking, backend_module.nested]
+    owners = {
+        value.__code__: (home, name)
+        for home in reversed(homes)
+        for name, value in vars(home).items()
+        # all context managers have one code object
+        if getattr(getattr(value, "__code__", None), "co_name", "") == name
+    }
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        caller = frame.f_back.f_code.co_filename if frame.f_back is not None else ""
+        if event == "call" and frame.f_code in owners and caller == backend_module.__file__:
+            home, name = owners[frame.f_code]
+            found[f"{home.__name__}.{name}"] = (home, name)
+
+    gm, inputs = _captured(attend)
+    sys.setprofile(note)
+    try:
+        backend_module.backend(gm, inputs, options={**FAST, "verify": 1})
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+class _FailsOnce:
+    def __init__(self, original: Callable[..., Any], name: str) -> None:
+        self.original, self.name, self.calls = original, name, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        if self.calls == 1:
+            raise RuntimeError(f"{self.name} is broken")
+        return self.original(*args, **kwargs)
+
+
+def _captured(function: Callable[..., Any]) -> tuple[torch.fx.GraphModule, list[Any]]:
+    seen: list[Any] = []
+
+    def note(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        seen.append((gm, list(inputs)))
+        return gm.forward
+
+    torch.compile(function, backend=note)(*qkv())
+    return seen[0]  # type: ignore[no-any-return]
+
+
+def test_whatever_fails_while_compiling_costs_one_warning_and_raises_in_strict_mode() -> None:
+    """Each function that the backend calls fails once, at its first call."""
+    functions = _called_while_compiling()
+    # before the options are known, what the others are inside of, and the warning itself
+    for name in ("backend._compiled", "backend._rewritten", "backend.warn"):
+        functions.pop(f"attnfuse.{name}", None)
+    assert {
+        "attnfuse.backend.copied",
+        "attnfuse.backend.readable",
+        "attnfuse.backend.rewrite",
+        "attnfuse.backend._inner",
+        "attnfuse.backend._in_forward_mode",
+        "attnfuse.backend._checked",
+        "attnfuse.reporting.record",
+        "attnfuse.passes.unpad.find",
+    } <= functions.keys()
+    given = qkv()
+    expected = attend(*given)
+    for home, name in functions.values():
+        broken = _FailsOnce(getattr(home, name), name)
+        for strict in (False, True):
+            broken.calls = 0
+            torch.compiler.reset()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(home, name, broken)
+                call = compiled(attend, strict=strict, verify=1)
+                if strict:
+                    with pytest.raises(Exception, match=f"{name} is broken"):
+                        call(*given)
+                else:
+                    with pytest.warns(RuntimeWarning, match=f"{name} is broken") as caught:
+                        found = call(*given)
+                    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+                    ours = [w for w in caught if str(w.message).startswith("attnfuse: ")]
+                    assert len(ours) == 1, (name, [str(w.message) for w in ours])
+            assert broken.calls, name
 
 
 @pytest.mark.parametrize("half", ["emit", "finish"])

@@ -495,7 +495,7 @@ def wrap_jagged_functions(wrap: Callable[[Callable[..., Any]], Callable[..., Any
 
 
 def compiling_backend_is(package: str) -> bool:
-    """Whether Dynamo is tracing for a backend that is defined in `package` or a module of it."""
+    """Whether Dynamo is tracing for a backend that is defined in `package` or a module of it, or for one that calls it."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
@@ -503,16 +503,67 @@ def compiling_backend_is(package: str) -> bool:
     except AttributeError:
         # it is not tracing
         return False
-    for _ in range(8):
-        module = getattr(found, "__module__", "") or ""
-        if isinstance(found, functools.partial):
-            found = found.func
-        elif module == package or module.startswith(f"{package}."):
+    waiting: list[Any] = [found]
+    seen: list[Any] = []
+    while waiting and len(seen) < _MOST_WRAPPERS:
+        at = waiting.pop(0)
+        if any(at is x for x in seen):
+            continue
+        seen.append(at)
+        if _is_of(package, at):
             return True
-        else:
-            inner = getattr(found, "_torchdynamo_orig_backend", None)
-            found = getattr(found, "compiler_fn", None) if inner is None or inner is found else inner
+        waiting += _called_by(at, package)
     return False
+
+
+#: How many functions and objects are looked at for a backend that others call.
+_MOST_WRAPPERS = 200
+#: Where PyTorch's own wrappers, that of DistributedDataParallel's optimizer among them, keep the backend that they call.
+_WRAPPED = (
+    "_torchdynamo_orig_backend",
+    "_torchdynamo_orig_callable",
+    "compiler_fn",
+    "backend_compile_fn",
+    "__wrapped__",
+)
+
+
+def _is_of(package: str, found: Any) -> bool:
+    name = found.__name__ if inspect.ismodule(found) else getattr(found, "__module__", "")
+    return isinstance(name, str) and (name == package or name.startswith(f"{package}."))
+
+
+def _called_by(found: Any, package: str) -> list[Any]:
+    """What a backend may call: what it wraps, holds, closes over, or names as a global."""
+    if isinstance(found, functools.partial):
+        return [x for x in (found.func, *found.args, *found.keywords.values()) if callable(x)]
+    if inspect.ismethod(found):
+        return [found.__self__, found.__func__]
+    inner = [getattr(found, name, None) for name in _WRAPPED]
+    inner = [x for x in inner if x is not None and x is not found]
+    if _is_of("torch", found if callable(found) else type(found)) or inspect.ismodule(found):
+        return inner
+    if inspect.isfunction(found):
+        return inner + _named_in(found, package)
+    return inner + [x for x in [*getattr(found, "__dict__", {}).values(), type(found).__call__] if callable(x)]
+
+
+def _named_in(function: Any, package: str) -> list[Any]:
+    """Functions and objects in the closure of a function and among the globals that it names, inner functions included."""
+    found = []
+    for cell in function.__closure__ or ():
+        # a cell may be empty still
+        with contextlib.suppress(ValueError):
+            found.append(cell.cell_contents)
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        codes += [c for c in code.co_consts if inspect.iscode(c)]
+        # imported inside, or looked up by its name as a backend
+        if package in code.co_consts or any(n == package or n.startswith(f"{package}.") for n in code.co_names):
+            found.append(importlib.import_module(package))
+        found += [function.__globals__[n] for n in code.co_names if n in function.__globals__]
+    return [x for x in found if callable(x) or (inspect.ismodule(x) and _is_of(package, x))]
 
 
 def without_subclass_functions() -> contextlib.AbstractContextManager[Any]:

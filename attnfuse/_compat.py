@@ -571,6 +571,31 @@ def without_subclass_functions() -> contextlib.AbstractContextManager[Any]:
     return torch._C.DisableTorchFunctionSubclass()
 
 
+class _Registry(dict[str, Any]):
+    """Dynamo's backends by name, in which `again` may be registered any number of times."""
+
+    def __init__(self, known: dict[str, Any], again: str) -> None:
+        super().__init__(known)
+        self.again = again
+
+    def __contains__(self, name: object) -> bool:
+        # this is how Dynamo asks whether to load the entry point, and then whether the name is taken
+        return name != self.again and super().__contains__(name)
+
+
+def allow_registering_again(name: str) -> None:
+    """Let Dynamo register the backend of that name any number of times, with the same function.
+
+    Threads that compile at the same time all load its entry point, and all but the first would raise 'duplicate name'. They
+    wait for the import that calls this, so that they find it done.
+    """
+    from torch._dynamo.backends import registry
+
+    known = registry._COMPILER_FNS
+    if not isinstance(known, _Registry):
+        registry._COMPILER_FNS = _Registry(known, name)
+
+
 def is_restart(error: BaseException) -> bool:
     """Whether it is how Dynamo begins anew rather than a failure."""
     from torch._dynamo.exc import RestartAnalysis, SkipFrame

@@ -239,7 +239,7 @@ def test_the_callers_hooks_see_the_same_in_the_first_call_as_in_later_ones() -> 
     assert counts[0] == counts[1] == counts[2]
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("attends", [True, False])
 def test_a_compiled_block_is_checkpointed_from_its_first_step_on(inner: str, attends: bool) -> None:
     model: nn.Module = Block() if attends else nn.Sequential(nn.Linear(16, 16), nn.Softmax(-1))

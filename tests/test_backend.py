@@ -583,6 +583,57 @@ def run_python(code: str, environment: dict[str, str]) -> str:
     return done.stdout
 
 
+# --- many threads -----------------------------------------------------------------------------------------------------
+
+_THREADS = """
+import threading
+import torch
+{first}
+
+def attend(q):
+    return (q @ q.mT * 0.3).softmax(-1) @ q
+
+def start(number):
+    # Dynamo compiles each code object for itself
+    own = type(attend)(attend.__code__.replace(co_name=f"attend_{{number}}"), globals())
+    q = torch.randn(1, 2, 8, 4)
+    barrier.wait()
+    try:
+        found = torch.compile(own, backend="attnfuse", options={{"inner": "eager"}})(q)
+        torch.testing.assert_close(found, attend(q))
+    except BaseException as error:
+        failed.append(repr(error))
+
+barrier, failed = threading.Barrier({threads}), []
+threads = [threading.Thread(target=start, args=(n,)) for n in range({threads})]
+for t in threads:
+    t.start()
+for t in threads:
+    t.join()
+import attnfuse
+print(failed, sum(r.fused for r in attnfuse.reports()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("threads", "first"),
+    [
+        (16, ""),
+        *(
+            pytest.param(n, first, marks=pytest.mark.slow)
+            for n in (8, 16)
+            for first in ("", "import attnfuse", "import attnfuse.backend")
+            for _ in range(3)
+        ),
+    ],
+)
+def test_threads_that_compile_first_at_the_same_time_all_find_the_backend(threads: int, first: str) -> None:
+    import os
+
+    printed = run_python(_THREADS.format(threads=threads, first=first), dict(os.environ))
+    assert printed.strip().splitlines()[-1] == f"[] {threads}"
+
+
 # --- a kernel that cannot serve ---------------------------------------------------------------------------------------
 
 

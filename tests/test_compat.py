@@ -353,3 +353,17 @@ def test_a_value_that_is_saved_for_backward_is_not_computed_again():
             (gradient,) = torch.autograd.grad(out.sum(), x)
         drawn.append(torch.allclose(gradient, out.detach() / x.detach().sin() * x.detach().cos()))
     assert drawn == [True, False]
+
+
+def test_a_backend_can_be_registered_again_under_its_name():
+    from torch._dynamo.backends import registry
+
+    import attnfuse.backend
+
+    _compat.allow_registering_again("attnfuse")
+    for _ in range(2):
+        registry.register_backend(attnfuse.backend.backend, name="attnfuse")
+        assert torch._dynamo.lookup_backend("attnfuse") is attnfuse.backend.backend
+    with pytest.raises(AssertionError, match="duplicate name"):
+        registry.register_backend(attnfuse.backend.backend, name="eager")
+    assert "attnfuse" in torch._dynamo.list_backends()

@@ -137,7 +137,7 @@ def test_gradients_of_gradients_replay_the_dropout_mask() -> None:
     torch.testing.assert_close(exact, measured.detach(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("trains", [False, True])
 def test_forward_mode_derivatives_are_eagers(inner: str, trains: bool) -> None:
     given = [x.requires_grad_(trains) for x in (y.detach() for y in inputs(attend))]

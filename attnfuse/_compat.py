@@ -34,6 +34,7 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "SDPA",
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
@@ -150,6 +151,8 @@ def _batch_dim_ops(name: str) -> tuple[Any, ...]:
     return tuple(getattr(home, name) for home in homes if hasattr(home, name))
 
 
+#: What graphs call, whatever a user has put in the place of torch.nn.functional.scaled_dot_product_attention.
+SDPA = torch._C._nn.scaled_dot_product_attention
 #: What Dynamo's graph calls at the beginning and at the end of torch.vmap, for each tensor.
 ADD_BATCH_DIM = _batch_dim_ops("_add_batch_dim")
 REMOVE_BATCH_DIM = _batch_dim_ops("_remove_batch_dim")

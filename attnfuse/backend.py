@@ -51,7 +51,7 @@ def backend(
         chosen, patches = settings.parse(options, mode)
     except ValueError as error:
         raise _compat.options_error()(str(error)) from None
-    with nested.active():
+    with nested.active(chosen):
         return _compiled(gm, example_inputs, chosen, patches)
 
 
@@ -61,7 +61,7 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Setting
     try:
         compiled = _inner(original if work.spoiled else gm, example_inputs, chosen, patches)
         if report.fused:
-            compiled = _in_forward_mode(_checked(compiled, original, chosen, report), original)
+            compiled = _in_forward_mode(_checked(compiled, original, chosen, report), original, chosen)
     except Exception as error:
         if chosen.strict or not report.fused or _compat.is_restart(error):
             raise
@@ -103,7 +103,7 @@ def _checked(compiled: Compiled, original: fx.GraphModule, chosen: Settings, rep
         if message != checking.RANDOM:
             warn(message)
 
-    return checking.checking(compiled, original, chosen.verify, chosen.strict, say)
+    return checking.checking(compiled, original, chosen, say)
 
 
 def undone(report: reporting.Report, message: str) -> reporting.Report:
@@ -420,14 +420,14 @@ def readable(gm: fx.GraphModule) -> str:
     return str(gm.print_readable(print_output=False))
 
 
-def _in_forward_mode(compiled: Compiled, original: fx.GraphModule) -> Compiled:
+def _in_forward_mode(compiled: Compiled, original: fx.GraphModule, chosen: Settings) -> Compiled:
     """The compiled graph, but the original one for dual tensors: kernels have no forward-mode derivative."""
 
     @functools.wraps(compiled)
     def called(*args: Any) -> Any:
         if not _compat.has_tangent(args):
             return compiled(*args)
-        with nested.active():
+        with nested.active(chosen):
             return original(*args)
 
     return called

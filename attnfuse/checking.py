@@ -12,21 +12,20 @@ import torch
 from torch import fx
 
 from attnfuse import _compat, nested
+from attnfuse.settings import Settings
 
 Compiled = Callable[..., Any]
 
 RANDOM = "verify compares nothing: the graph draws random numbers (dropout), and eager draws others"
 
 
-def checking(
-    compiled: Compiled, original: fx.GraphModule, calls: int, strict: bool, say: Callable[[str], None]
-) -> Compiled:
-    """`compiled`, whose first `calls` calls are compared with `original` on copies of the inputs.
+def checking(compiled: Compiled, original: fx.GraphModule, chosen: Settings, say: Callable[[str], None]) -> Compiled:
+    """`compiled`, whose first `chosen.verify` calls are compared with `original` on copies of the inputs.
 
-    say: called with what differs, or why nothing was compared. Where strict is set, a difference raises RuntimeError, and so
+    say: called with what differs, or why nothing was compared. Where chosen.strict is set, a difference raises RuntimeError, and so
     does an error of `original`; else `say` has it, and the result of `compiled` stands.
     """
-    left = calls
+    left, strict = chosen.verify, chosen.strict
 
     @functools.wraps(compiled)
     def checked(*args: Any) -> Any:
@@ -35,7 +34,7 @@ def checking(
             return compiled(*args)
         left -= 1
         try:
-            expected, drew = _run(original, args)
+            expected, drew = _run(original, args, chosen)
         except Exception as error:
             if strict:
                 raise
@@ -56,9 +55,9 @@ def checking(
     return checked
 
 
-def _run(original: fx.GraphModule, args: Sequence[Any]) -> tuple[Any, bool]:
+def _run(original: fx.GraphModule, args: Sequence[Any], chosen: Settings) -> tuple[Any, bool]:
     """What the graph gives for copies of the arguments, and whether it drew random numbers; none are used up."""
-    with torch.no_grad(), _random_kept() as drew, nested.active():
+    with torch.no_grad(), _random_kept() as drew, nested.active(chosen):
         expected = original(*copied(args))
         return expected, drew()
 

@@ -13,26 +13,29 @@ from torch import fx
 
 from attnfuse import _compat
 from attnfuse.kernels.dropout import SEED_LIMIT
-from attnfuse.nested import Call, is_jagged, refusal, run, spec_of
+from attnfuse.nested import Call, cast, is_jagged, refusal, run, spec_of
 from attnfuse.passes.site import Refusal
 from attnfuse.settings import Settings
 from attnfuse.spec import Attention
 
 
 def calls(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Call]]:
-    """The attentions with a jagged argument, in the bodies of regions too, each with its fake arguments."""
+    """The attentions with a jagged argument, in the bodies of regions too, each with its fake arguments.
+
+    They are in the dtype of the result, to which an autocast that is on at the node casts them.
+    """
     for module in gm.modules():
         if not isinstance(module, fx.GraphModule):
             continue
         for node in list(module.graph.nodes):
-            if node.op != "call_function" or node.target is not torch.nn.functional.scaled_dot_product_attention:
+            if node.op != "call_function" or node.target is not _compat.SDPA:
                 continue
             if any("example_value" not in n.meta for n in node.all_input_nodes):
                 continue
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
             call = Call(*args, **kwargs)
             if any(map(is_jagged, call.qkv)):
-                yield node, call
+                yield node, cast(call, node.meta["example_value"].dtype) if "example_value" in node.meta else call
 
 
 def read(node: fx.Node, call: Call) -> Attention | Refusal:
@@ -43,7 +46,12 @@ def read(node: fx.Node, call: Call) -> Attention | Refusal:
 def emit(node: fx.Node, call: Call, kernel: str, chosen: Settings) -> None:
     """Put the call of the kernel where the node is."""
     graph = node.graph
-    own: dict[str, Any] = {"kernel": kernel, "strict": chosen.strict, "nan_policy": chosen.nan_policy}
+    own: dict[str, Any] = {
+        "kernel": kernel,
+        "strict": chosen.strict,
+        "nan_policy": chosen.nan_policy,
+        "dtype": call.query.dtype,
+    }
     with graph.inserting_before(node):
         if call.dropout_p:
             own["seed"] = _seed(node, call)

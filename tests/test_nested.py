@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -22,7 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import attnfuse
-from attnfuse import _compat
+from attnfuse import _compat, ops
 from attnfuse.backend import backend as attnfuse_backend
 from attnfuse.nested import Call, refusal
 
@@ -639,3 +640,47 @@ def test_another_backend_is_no_caller(other):
     finally:
         ops.jagged_torch_function = before
     assert seen and not any(seen)
+
+
+# --- autocast, options and other names --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("dtypes", list(itertools.product([torch.float32, torch.bfloat16], repeat=3))[:4])
+def test_autocast_of_mixed_dtypes_is_reported_as_it_runs_with_the_users_options(dtypes, inside, inner):
+    x = jagged([p.detach() for p in parts()])
+    given = [alike(x, [p.detach() for p in parts()]).to(d) for d in dtypes]
+
+    def attend(*qkv):
+        with torch.autocast("cpu", torch.bfloat16) if inside else contextlib.nullcontext():
+            return attention(*qkv)
+
+    seen = []
+    options = {"inner": inner, "kernel": "reference", "nan_policy": "eager", "strict": True}
+    call = torch.compile(attend, backend="attnfuse", fullgraph=True, options=options)
+    ops.observers.append(lambda spec, *_: seen.append(spec))
+    try:
+        with contextlib.nullcontext() if inside else torch.autocast("cpu", torch.bfloat16):
+            found = call(*given)
+    finally:
+        ops.observers.clear()
+    assert found.dtype == torch.bfloat16
+    (site,) = attnfuse.reports()[0].sites
+    assert (site.status, site.kernel) == ("fused", "reference")
+    assert seen == [site.spec]
+    assert site.spec.qk_dtype == site.spec.v_dtype == "bfloat16" and site.spec.nan_policy == "eager"
+    for n, (q, k, v) in enumerate(zip(*(y.bfloat16().unbind() for y in given))):
+        torch.testing.assert_close(found[n].double(), row(q, k, v), rtol=2e-2, atol=2e-2)
+
+
+def test_sdpa_that_user_code_has_put_another_function_around_is_found(monkeypatch):
+    original = F.scaled_dot_product_attention
+
+    def counted(*args, **kwargs):
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    q = jagged([p.detach() for p in parts()])
+    compiled(attention)(q, q, q)
+    assert [s.status for s in attnfuse.reports()[0].sites] == ["fused"]

@@ -280,13 +280,20 @@ def _product(original: Callable[..., Any], function: Callable[..., Any], *args: 
             with _compat.without_subclass_functions():
                 return function(*args, **kwargs)
     except RuntimeError as error:
-        if not all(is_jagged(x) for x in args[:2]):
+        # a jagged dim that is summed over, as in the gradient of a weight, is another matter: Dynamo knows what to do then
+        if not _would_have_two_jagged_dims(*args[:2]):
             raise
         raise RuntimeError(
             f"{error}: the scores of nested tensors would have two jagged dims. Write "
             "torch.nn.functional.scaled_dot_product_attention(q, k, v, ...) on nested q, k and v [B, heads, j, D], which "
             "attnfuse compiles, in the place of matmul, softmax and matmul"
         ) from error
+
+
+def _would_have_two_jagged_dims(a: Any, b: Any = None, *_: Any) -> bool:
+    if not (is_jagged(a) and is_jagged(b)):
+        return False
+    return bool(_compat.ragged_dim(a) == a.dim() - 2 and _compat.ragged_dim(b) == b.dim() - 1)
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:

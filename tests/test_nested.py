@@ -684,3 +684,24 @@ def test_sdpa_that_user_code_has_put_another_function_around_is_found(monkeypatc
     q = jagged([p.detach() for p in parts()])
     compiled(attention)(q, q, q)
     assert [s.status for s in attnfuse.reports()[0].sites] == ["fused"]
+
+
+@pytest.mark.filterwarnings("ignore:Error detected in")
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trains", ["rows", "weight", "both", "none"])
+def test_a_projection_of_nested_rows_that_is_no_layer_trains(trains, inner):
+    """PyTorch reads lengths on the host for a weight's gradient: Dynamo breaks the graph there, as without attnfuse."""
+    rows = torch.randn(9, 16, requires_grad=trains in ("rows", "both"))
+    weight = torch.randn(16, 8, requires_grad=trains in ("weight", "both"))
+    offsets = torch.tensor([0, 4, 9])
+
+    def project(rows, offsets, weight):
+        return (torch.nested.nested_tensor_from_jagged(rows, offsets) @ weight).values()
+
+    found = torch.compile(project, backend="attnfuse", options={"inner": inner})(rows, offsets, weight)
+    torch.testing.assert_close(found, rows @ weight, rtol=1e-4, atol=1e-5)
+    wanted = [x for x in (rows, weight) if x.requires_grad]
+    if wanted:
+        pairs = [torch.autograd.grad(y.pow(2).sum(), wanted) for y in (found, rows @ weight)]
+        for a, b in zip(*pairs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

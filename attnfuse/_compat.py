@@ -445,6 +445,44 @@ def save_for_backward(node: fx.Node) -> None:
     node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
+def save_attention_too(gm: fx.GraphModule, before: fx.GraphModule) -> None:
+    """Let selective checkpoints that save ATen's attention ops save attnfuse's, in the bodies of regions that held SDPA.
+
+    before: the same module before attention was rewritten. A region that has no such context stays as it is.
+    """
+    attention = torch.ops.attnfuse.attention.default
+    earlier = dict(before.named_modules())
+    for name, body in gm.named_modules():
+        if not isinstance(body, fx.GraphModule) or "_checkpoint_context_fn" not in body.meta:
+            continue
+        twin = earlier.get(name)
+        held = isinstance(twin, fx.GraphModule) and any(n.target is SDPA for n in twin.graph.nodes)
+        if held and any(n.target is attention for n in body.graph.nodes):
+            body.meta["_checkpoint_context_fn"] = functools.partial(_contexts, body.meta["_checkpoint_context_fn"])
+
+
+def _contexts(original: Callable[[], Any]) -> Any:
+    contexts = original()
+    for mode in contexts:
+        if hasattr(mode, "policy_fn"):
+            mode.policy_fn = functools.partial(_attention_policy, mode.policy_fn)
+    return contexts
+
+
+def _attention_policy(original: Callable[..., Any], context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+    """What the user's policy says; of attnfuse's op, what it says of any of those that stand for it without attnfuse."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    found = original(context, op, *args, **kwargs)
+    # True is an older spelling of the first
+    saves = (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE, True)
+    if op is not torch.ops.attnfuse.attention.default or found in saves:
+        return found
+    ops = [pair[0] for pair in map(aten_attention, _ATEN_ATTENTIONS) if pair is not None]
+    others = (original(context, other, *args, **kwargs) for other in ops)
+    return next((said for said in others if said in saves), found)
+
+
 def some_memory() -> contextlib.AbstractContextManager[Any]:
     """In here a memory budget of 0 is one of hardly anything: with 0, AOTAutograd computes even what must be saved again."""
     from torch._functorch import config

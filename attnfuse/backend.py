@@ -84,7 +84,10 @@ def _rewritten(gm: fx.GraphModule, chosen: Settings) -> tuple[fx.GraphModule, Wo
     try:
         original = copied(gm)
         with _compat.undisturbed():
-            return original, rewrite(gm, chosen)
+            work = rewrite(gm, chosen)
+        if work.fused and not work.spoiled:
+            _compat.save_attention_too(gm, original)
+        return original, work
     except Exception as error:
         if chosen.strict or _compat.is_restart(error):
             raise

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 import attnfuse
-from attnfuse import _compat
+from attnfuse import _compat, ops
 
 
 def fake(*shape, mode=None):
@@ -377,3 +378,16 @@ def test_a_backend_can_be_registered_again_under_its_name():
 
 def test_sdpa_is_what_dynamos_graphs_call():
     assert _compat.SDPA is torch.nn.functional.scaled_dot_product_attention
+
+
+@pytest.mark.parametrize("said", [True, CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE])
+def test_a_policy_that_saves_atens_attention_saves_attnfuses(said):
+    assert ops.__doc__, "registers the op"
+    ours, theirs = torch.ops.attnfuse.attention.default, _compat.aten_attention("flash_cpu")[0]
+
+    def policy(context, op, *args, **kwargs):
+        return said if op is theirs else CheckpointPolicy.MUST_RECOMPUTE
+
+    modes = _compat._contexts(partial(create_selective_checkpoint_contexts, policy))
+    assert modes[0].policy_fn(None, ours) is said
+    assert modes[0].policy_fn(None, torch.ops.aten.mm.default) is CheckpointPolicy.MUST_RECOMPUTE

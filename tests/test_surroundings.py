@@ -124,6 +124,41 @@ def test_selective_checkpointing_recomputes_what_its_policy_says(saved: set[Any]
         assert_same(expected, copy.deepcopy(block)(x))
 
 
+_SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def _sines(x: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(x.sin(), x.cos(), x).sin()
+
+
+def _by_hand(x: torch.Tensor) -> torch.Tensor:
+    return ((x.sin() @ x.cos().mT * 0.5).softmax(-1) @ x).sin()
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("given", [[_SDPA], functools.partial(_policy, {_SDPA})], ids=["list", "policy"])
+@pytest.mark.parametrize(("block", "runs"), [(_sines, 1), (_by_hand, 2)])
+def test_a_policy_that_saves_sdpas_op_saves_the_one_in_its_place(
+    block: Callable[..., torch.Tensor], runs: int, given: Any, inner: str
+) -> None:
+    """Eager keeps the result of SDPA; what is written out by hand it computes again."""
+    contexts = functools.partial(create_selective_checkpoint_contexts, given)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+
+    seen: list[Attention] = []
+    x = torch.randn(2, 2, 8, 4, requires_grad=True)
+    ops.observers.append(lambda spec, *_: seen.append(spec))
+    try:
+        call = torch.compile(step, backend="attnfuse", options={**FAST, "inner": inner})
+        (found,) = torch.autograd.grad(call(x).sum(), x)
+    finally:
+        ops.observers.clear()
+    assert fused() == 1 and len(seen) == runs
+    assert_same(found, torch.autograd.grad(block(x).sum(), x)[0])
+
+
 # --- memory budgets ---------------------------------------------------------------------------------------------------
 
 

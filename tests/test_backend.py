@@ -456,7 +456,8 @@ def _captured(function: Callable[..., Any]) -> tuple[torch.fx.GraphModule, list[
     return seen[0]  # type: ignore[no-any-return]
 
 
-def test_whatever_fails_while_compiling_costs_one_warning_and_raises_in_strict_mode() -> None:
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_whatever_fails_while_compiling_costs_one_warning_and_raises_in_strict_mode(strict: bool) -> None:
     """Each function that the backend calls fails once, at its first call."""
     functions = _called_while_compiling()
     # before the options are known, what the others are inside of, and the warning itself
@@ -476,22 +477,20 @@ def test_whatever_fails_while_compiling_costs_one_warning_and_raises_in_strict_m
     expected = attend(*given)
     for home, name in functions.values():
         broken = _FailsOnce(getattr(home, name), name)
-        for strict in (False, True):
-            broken.calls = 0
-            torch.compiler.reset()
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(home, name, broken)
-                call = compiled(attend, strict=strict, verify=1)
-                if strict:
-                    with pytest.raises(Exception, match=f"{name} is broken"):
-                        call(*given)
-                else:
-                    with pytest.warns(RuntimeWarning, match=f"{name} is broken") as caught:
-                        found = call(*given)
-                    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-                    ours = [w for w in caught if str(w.message).startswith("attnfuse: ")]
-                    assert len(ours) == 1, (name, [str(w.message) for w in ours])
-            assert broken.calls, name
+        torch.compiler.reset()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(home, name, broken)
+            call = compiled(attend, strict=strict, verify=1)
+            if strict:
+                with pytest.raises(Exception, match=f"{name} is broken"):
+                    call(*given)
+            else:
+                with pytest.warns(RuntimeWarning, match=f"{name} is broken") as caught:
+                    found = call(*given)
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+                ours = [w for w in caught if str(w.message).startswith("attnfuse: ")]
+                assert len(ours) == 1, (name, [str(w.message) for w in ours])
+        assert broken.calls, name
 
 
 @pytest.mark.parametrize("half", ["emit", "finish"])

@@ -593,7 +593,7 @@ CALLERS = {
 }
 
 
-QUICK = {("name", True), ("object", True), ("closure", True), ("look-up", False), ("method", False), ("import", False)}
+QUICK = {("name", True), ("closure", True), ("method", False)}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -47,12 +48,14 @@ __all__ = [
     "aot_eager",
     "arguments_of",
     "aten_attention",
+    "autocast_devices",
     "compile_fx",
     "detect_fake_mode",
     "enter_autocast",
     "exit_autocast",
     "fake_mode_behind",
     "free_unbacked_symbols",
+    "has_tangent",
     "hooks_of",
     "inductor_mode_options",
     "inductor_options",
@@ -63,11 +66,14 @@ __all__ = [
     "original",
     "pytree",
     "record_opaque",
+    "save_for_backward",
+    "some_memory",
     "statically_known_true",
     "symbolic_range",
     "trace",
     "traced_graph",
     "traced_node",
+    "undisturbed",
     "unsupported_torch",
     "without_sdpa_patterns",
     "writes",
@@ -219,23 +225,111 @@ def alias_key(tensor: torch.Tensor) -> int:
     return key
 
 
+def _restorers() -> list[Callable[[], Any]]:
+    """For each piece of the state that a graph's nodes, or a failure half-way, may leave changed: what puts it back."""
+    autograd = torch._C._autograd
+    grad, forward_grad = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+    threads = torch._C._is_multithreading_enabled()
+    hooks = autograd._saved_tensors_hooks_get_disabled_error_message()
+    anomaly, check_nan = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    dtype, random = torch.get_default_dtype(), torch.random.get_rng_state()
+    return [
+        lambda: torch._C._set_grad_enabled(grad),
+        lambda: torch._C._set_fwd_grad_enabled(forward_grad),
+        lambda: torch._C._set_multithreading_enabled(threads),
+        lambda: (
+            autograd._saved_tensors_hooks_enable() if hooks is None else autograd._saved_tensors_hooks_disable(hooks)
+        ),
+        lambda: torch.autograd.set_detect_anomaly(anomaly, check_nan),
+        lambda: torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1]),
+        lambda: torch.set_default_dtype(dtype),
+        lambda: torch.random.set_rng_state(random),
+        *_autocast_restorers(),
+        *_sdpa_restorers(),
+        *_device_random_restorers(),
+    ]
+
+
+def autocast_devices() -> list[str]:
+    """The types of devices whose autocast may be on here."""
+    accelerator = torch.accelerator.current_accelerator()
+    more = accelerator is not None and torch.amp.is_autocast_available(accelerator.type)
+    return sorted({"cpu", "cuda"} | ({accelerator.type} if accelerator is not None and more else set()))
+
+
+def _autocast_restorers() -> list[Callable[[], Any]]:
+    found: list[Callable[[], Any]] = []
+    for device in autocast_devices():
+        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        found.append(functools.partial(torch.set_autocast_enabled, device, enabled))
+        found.append(functools.partial(torch.set_autocast_dtype, device, dtype))
+    found.append(functools.partial(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled()))
+    # casts of fake parameters must not outlive the trace
+    return [*found, torch.clear_autocast_cache]
+
+
+def _sdpa_restorers() -> list[Callable[[], Any]]:
+    from torch.nn import attention
+
+    enabled, order = attention._cur_sdpa_kernel_backends(), torch._C._get_sdp_priority_order()
+    return [lambda: attention._sdpa_kernel(enabled), lambda: torch._C._set_sdp_priority_order(order)]
+
+
+def _device_random_restorers() -> list[Callable[[], Any]]:
+    devices = [d for d in (torch.cuda, torch.xpu) if d.is_initialized()]
+    return [functools.partial(d.set_rng_state, d.get_rng_state()) for d in devices]
+
+
 @contextlib.contextmanager
 def keep_global_state() -> Iterator[None]:
-    """Restore grad mode, autocast and inference state, whatever the traced graph did to them."""
-    grad = torch.is_grad_enabled()
-    devices = ("cpu", "cuda")
-    autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
-    cache = torch.is_autocast_cache_enabled()
+    """Restore what nodes of a graph can change when they are run: autograd's modes, autocast, random numbers and flags."""
+    inference = torch.is_inference_mode_enabled()
+    restorers = _restorers()
     try:
-        yield
+        # leaves autograd's state and the dispatch keys as they were, whatever was entered inside and not left
+        with torch.inference_mode(inference):
+            restorers[0]()
+            yield
     finally:
-        torch._C._set_grad_enabled(grad)
-        for device, enabled, dtype in autocast:
-            torch.set_autocast_enabled(device, enabled)
-            torch.set_autocast_dtype(device, dtype)
-        torch.set_autocast_cache_enabled(cache)
-        # casts of fake parameters must not outlive the trace
-        torch.clear_autocast_cache()
+        for restore in restorers:
+            restore()
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Compiling in here leaves the state around it as it was, and is not seen by the caller's hooks and modes.
+
+    Hooks on saved tensors are not called (those of checkpointing count what is saved), no mode for torch functions or
+    for dispatch is active, autograd keeps no stack traces, and warnings that are not attnfuse's are dropped: the ops of the
+    graph warn again when they run. Grad mode, autocast and the default dtype stay: a graph is compiled for them.
+    """
+    autograd = torch._C._autograd
+    with contextlib.ExitStack() as stack:
+        # the first, so that a mode does not see the state being put back either
+        stack.enter_context(_without_modes())
+        stack.enter_context(keep_global_state())
+        tracing = autograd._saved_tensors_hooks_set_tracing(True)
+        stack.callback(autograd._saved_tensors_hooks_set_tracing, tracing)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="(?!attnfuse: )")
+        torch.autograd.set_detect_anomaly(False)
+        yield
+
+
+@contextlib.contextmanager
+def _without_modes() -> Iterator[None]:
+    from torch.overrides import _pop_mode, _push_mode
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    # the innermost first
+    popped = [_pop_mode() for _ in range(torch._C._len_torch_function_stack())]
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        for mode in reversed(popped):
+            _push_mode(mode)
 
 
 def inductor_options() -> list[str]:
@@ -389,6 +483,79 @@ def aten_attention(name: str) -> tuple[OpOverload, OpOverload] | None:
     return None if forward is None or backward is None else (forward.default, backward.default)
 
 
+def has_tangent(values: Sequence[Any]) -> bool:
+    """Whether forward-mode AD is on and one of the values is a dual tensor. May be asked inside of an op too."""
+    from torch.autograd import forward_ad
+
+    if forward_ad._current_level < 0:
+        return False
+    # inside of an op the keys are excluded by which a tensor would be taken apart
+    nothing = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), nothing):
+        tensors = [x for x in values if isinstance(x, torch.Tensor) and not x.is_nested]
+        return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def save_for_backward(node: fx.Node) -> None:
+    """Let AOTAutograd keep the node's value for backward rather than compute it again, as it may for want of memory.
+
+    It takes care not to draw random numbers twice, but knows the ops of dropout alone. See `some_memory` too.
+    """
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def save_attention_too(gm: fx.GraphModule, before: fx.GraphModule) -> None:
+    """Let selective checkpoints that save ATen's attention ops save attnfuse's, in the bodies of regions that held SDPA.
+
+    before: the same module before attention was rewritten. A region that has no such context stays as it is.
+    """
+    attention = torch.ops.attnfuse.attention.default
+    earlier = dict(before.named_modules())
+    for name, body in gm.named_modules():
+        if not isinstance(body, fx.GraphModule) or "_checkpoint_context_fn" not in body.meta:
+            continue
+        twin = earlier.get(name)
+        held = isinstance(twin, fx.GraphModule) and any(
+            n.target is SCALED_DOT_PRODUCT_ATTENTION for n in twin.graph.nodes
+        )
+        if held and any(n.target is attention for n in body.graph.nodes):
+            body.meta["_checkpoint_context_fn"] = functools.partial(_contexts, body.meta["_checkpoint_context_fn"])
+
+
+def _contexts(original: Callable[[], Any]) -> Any:
+    contexts = original()
+    for mode in contexts:
+        if hasattr(mode, "policy_fn"):
+            mode.policy_fn = functools.partial(_attention_policy, mode.policy_fn)
+    return contexts
+
+
+def _attention_policy(original: Callable[..., Any], context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+    """What the user's policy says; of attnfuse's op, what it says of any of those that stand for it without attnfuse."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    found = original(context, op, *args, **kwargs)
+    # True is an older spelling of the first
+    saves = (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE, True)
+    if op is not torch.ops.attnfuse.attention.default or found in saves:
+        return found
+    ops = [pair[0] for pair in map(aten_attention, _ATEN_ATTENTIONS) if pair is not None]
+    others = (original(context, other, *args, **kwargs) for other in ops)
+    return next((said for said in others if said in saves), found)
+
+
+def some_memory() -> contextlib.AbstractContextManager[Any]:
+    """In here a memory budget of 0 is one of hardly anything: with 0, AOTAutograd computes even what must be saved again."""
+    from torch._functorch import config
+
+    if getattr(config, "activation_memory_budget", 1.0) != 0:
+        return contextlib.nullcontext()
+    patched: contextlib.AbstractContextManager[Any] = config.patch(activation_memory_budget=1e-9)
+    return patched
+
+
 def ragged_dim(x: torch.Tensor) -> int:
     """Which dim of a jagged nested tensor is the jagged one."""
     return int(x._ragged_idx)  # type: ignore[attr-defined]
@@ -432,7 +599,7 @@ def wrap_jagged_functions(wrap: Callable[[Callable[..., Any]], Callable[..., Any
 
 
 def compiling_backend_is(package: str) -> bool:
-    """Whether Dynamo is tracing for a backend that is defined in `package` or a module of it."""
+    """Whether Dynamo is tracing for a backend that is defined in `package` or a module of it, or for one that calls it."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
@@ -440,21 +607,97 @@ def compiling_backend_is(package: str) -> bool:
     except AttributeError:
         # it is not tracing
         return False
-    for _ in range(8):
-        module = getattr(found, "__module__", "") or ""
-        if isinstance(found, functools.partial):
-            found = found.func
-        elif module == package or module.startswith(f"{package}."):
+    waiting: list[Any] = [found]
+    seen: list[Any] = []
+    while waiting and len(seen) < _MOST_WRAPPERS:
+        at = waiting.pop(0)
+        if any(at is x for x in seen):
+            continue
+        seen.append(at)
+        if _is_of(package, at):
             return True
-        else:
-            inner = getattr(found, "_torchdynamo_orig_backend", None)
-            found = getattr(found, "compiler_fn", None) if inner is None or inner is found else inner
+        waiting += _called_by(at, package)
     return False
+
+
+#: How many functions and objects are looked at for a backend that others call.
+_MOST_WRAPPERS = 200
+#: Where PyTorch's own wrappers, that of DistributedDataParallel's optimizer among them, keep the backend that they call.
+_WRAPPED = (
+    "_torchdynamo_orig_backend",
+    "_torchdynamo_orig_callable",
+    "compiler_fn",
+    "backend_compile_fn",
+    "__wrapped__",
+)
+
+
+def _is_of(package: str, found: Any) -> bool:
+    name = found.__name__ if inspect.ismodule(found) else getattr(found, "__module__", "")
+    return isinstance(name, str) and (name == package or name.startswith(f"{package}."))
+
+
+def _called_by(found: Any, package: str) -> list[Any]:
+    """What a backend may call: what it wraps, holds, closes over, or names as a global."""
+    if isinstance(found, functools.partial):
+        return [x for x in (found.func, *found.args, *found.keywords.values()) if callable(x)]
+    if inspect.ismethod(found):
+        return [found.__self__, found.__func__]
+    inner = [getattr(found, name, None) for name in _WRAPPED]
+    inner = [x for x in inner if x is not None and x is not found]
+    if _is_of("torch", found if callable(found) else type(found)) or inspect.ismodule(found):
+        return inner
+    if inspect.isfunction(found):
+        return inner + _named_in(found, package)
+    return inner + [x for x in [*getattr(found, "__dict__", {}).values(), type(found).__call__] if callable(x)]
+
+
+def _named_in(function: Any, package: str) -> list[Any]:
+    """Functions and objects in the closure of a function and among the globals that it names, inner functions included."""
+    found = []
+    for cell in function.__closure__ or ():
+        # a cell may be empty still
+        with contextlib.suppress(ValueError):
+            found.append(cell.cell_contents)
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        codes += [c for c in code.co_consts if inspect.iscode(c)]
+        # imported inside, or looked up by its name as a backend
+        if package in code.co_consts or any(n == package or n.startswith(f"{package}.") for n in code.co_names):
+            found.append(importlib.import_module(package))
+        found += [function.__globals__[n] for n in code.co_names if n in function.__globals__]
+    return [x for x in found if callable(x) or (inspect.ismodule(x) and _is_of(package, x))]
 
 
 def without_subclass_functions() -> contextlib.AbstractContextManager[Any]:
     """In here functions of subclasses of Tensor are not asked before an op is called."""
     return torch._C.DisableTorchFunctionSubclass()
+
+
+class _Registry(dict[str, Any]):
+    """Dynamo's backends by name, in which `again` may be registered any number of times."""
+
+    def __init__(self, known: dict[str, Any], again: str) -> None:
+        super().__init__(known)
+        self.again = again
+
+    def __contains__(self, name: object) -> bool:
+        # this is how Dynamo asks whether to load the entry point, and then whether the name is taken
+        return name != self.again and super().__contains__(name)
+
+
+def allow_registering_again(name: str) -> None:
+    """Let Dynamo register the backend of that name any number of times, with the same function.
+
+    Threads that compile at the same time all load its entry point, and all but the first would raise 'duplicate name'. They
+    wait for the import that calls this, so that they find it done.
+    """
+    from torch._dynamo.backends import registry
+
+    known = registry._COMPILER_FNS
+    if not isinstance(known, _Registry):
+        registry._COMPILER_FNS = _Registry(known, name)
 
 
 def is_restart(error: BaseException) -> bool:

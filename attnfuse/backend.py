@@ -13,10 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import fx
 
-from attnfuse import _compat, nested, ops, reporting, settings, tuning
+from attnfuse import _compat, checking, nested, ops, reporting, settings, tuning
 from attnfuse.kernels import REFERENCE, Choice, Unsupported, choose, prepare
 from attnfuse.passes import nested as nested_calls
 from attnfuse.passes import unpad
@@ -53,25 +52,62 @@ def backend(
         chosen, patches = settings.parse(options, mode)
     except ValueError as error:
         raise _compat.options_error()(str(error)) from None
-    with nested.active():
+    with nested.active(chosen):
         return _compiled(gm, example_inputs, chosen, patches)
 
 
 def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Settings, patches: dict[str, Any]) -> Compiled:
-    original = copied(gm)
-    work = rewrite(gm, chosen)
+    original, work = _rewritten(gm, chosen)
     report = work.report
     try:
         compiled = _inner(original if work.spoiled else gm, example_inputs, chosen, patches)
+        if report.fused:
+            compiled = _in_forward_mode(_checked(compiled, original, chosen, report), original, chosen)
     except Exception as error:
-        if chosen.strict or not work.fused or _compat.is_restart(error):
+        if chosen.strict or not report.fused or _compat.is_restart(error):
             raise
         message = f"the rewritten graph did not compile ({type(error).__name__}: {error}); the original is used"
         warn(message)
         compiled = _inner(original, example_inputs, chosen, patches)
         report = undone(report, message)
-    reporting.record(report)
-    return _verifying(compiled, original, chosen) if chosen.verify and report.fused else compiled
+    try:
+        reporting.record(report)
+    except Exception as error:
+        if chosen.strict:
+            raise
+        warn(f"the report of a graph could not be kept: {type(error).__name__}: {error}")
+    return compiled
+
+
+def _rewritten(gm: fx.GraphModule, chosen: Settings) -> tuple[fx.GraphModule, Work]:
+    """A copy of the graph as it was, and what was done to it; where nothing can be done, the graph itself."""
+    original = gm
+    try:
+        original = copied(gm)
+        with _compat.undisturbed():
+            work = rewrite(gm, chosen)
+        if work.fused and not work.spoiled:
+            _compat.save_attention_too(gm, original)
+        return original, work
+    except Exception as error:
+        if chosen.strict or _compat.is_restart(error):
+            raise
+        message = f"a graph is left as it was: {type(error).__name__}: {error}"
+        warn(message)
+        log.debug("while rewriting", exc_info=True)
+        return original, Work(reporting.Report((), "", "", "graph", (message,)), spoiled=True)
+
+
+def _checked(compiled: Compiled, original: fx.GraphModule, chosen: Settings, report: reporting.Report) -> Compiled:
+    if not chosen.verify:
+        return compiled
+
+    def say(message: str) -> None:
+        reporting.add_warning(report, message)
+        if message != checking.RANDOM:
+            warn(message)
+
+    return checking.checking(compiled, original, chosen, say)
 
 
 def undone(report: reporting.Report, message: str) -> reporting.Report:
@@ -356,14 +392,14 @@ def _nested_report(
     spec = replace(spec, nan_policy=chosen.nan_policy)
     if _less_fuel(chosen, before).fuel == 0:
         # PyTorch has no compiled form of it to leave it to
-        nested_calls.emit(node, REFERENCE.name, chosen)
+        nested_calls.emit(node, call, REFERENCE.name, chosen)
         return report("left", f"fuel: {chosen.fuel} rewrites are done", REFERENCE.name, spec)
     choice = choose(spec, call.query.device, chosen.kernel)
     problem = _problem(choice, chosen)
     if problem is not None:
         return report("refused", problem, None, spec)
     assert choice.kernel is not None
-    nested_calls.emit(node, choice.kernel.name, chosen)
+    nested_calls.emit(node, call, choice.kernel.name, chosen)
     return report("fused", None, choice.kernel.name, spec)
 
 
@@ -419,9 +455,11 @@ def _problem(choice: Choice, chosen: Settings) -> str | None:
 def _inner(gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Settings, patches: dict[str, Any]) -> Compiled:
     if chosen.inner == "eager":
         return gm.forward
-    if chosen.inner == "aot_eager":
-        return _compat.aot_eager(gm, example_inputs)
-    return _compat.compile_fx(gm, example_inputs, _compat.without_sdpa_patterns(patches, identity(chosen)))
+    # seeds are to be kept for backward
+    with _compat.some_memory():
+        if chosen.inner == "aot_eager":
+            return _compat.aot_eager(gm, example_inputs)
+        return _compat.compile_fx(gm, example_inputs, _compat.without_sdpa_patterns(patches, identity(chosen)))
 
 
 def identity(chosen: Settings) -> str:
@@ -480,43 +518,17 @@ def readable(gm: fx.GraphModule) -> str:
     return str(gm.print_readable(print_output=False))
 
 
-def _verifying(compiled: Compiled, original: fx.GraphModule, chosen: Settings) -> Compiled:
-    """Compare the first calls with the original graph, on copies of the inputs."""
-    left = chosen.verify
+def _in_forward_mode(compiled: Compiled, original: fx.GraphModule, chosen: Settings) -> Compiled:
+    """The compiled graph, but the original one for dual tensors: kernels have no forward-mode derivative."""
 
     @functools.wraps(compiled)
-    def checked(*args: Any) -> Any:
-        nonlocal left
-        if left <= 0:
+    def called(*args: Any) -> Any:
+        if not _compat.has_tangent(args):
             return compiled(*args)
-        left -= 1
-        copies = [
-            a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args
-        ]
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), nested.active():
-            expected = original(*copies)
-        found = compiled(*args)
-        _compare(found, expected, chosen)
-        return found
+        with nested.active(chosen):
+            return original(*args)
 
-    return checked
-
-
-def _compare(found: Any, expected: Any, chosen: Settings) -> None:
-    for index, (a, b) in enumerate(zip(_compat.pytree.tree_leaves(found), _compat.pytree.tree_leaves(expected))):
-        if not isinstance(a, torch.Tensor):
-            continue
-        same = torch.equal(a.isnan(), b.isnan()) if a.is_floating_point() else torch.equal(a, b)
-        if a.is_floating_point() and same and a.numel():
-            eps = torch.finfo(a.dtype).eps
-            error = float((a.detach().double() - b.detach().double()).nan_to_num().abs().max())
-            scale = float(b.detach().double().nan_to_num().abs().max())
-            same = error <= 32 * eps * max(scale, 1.0) + 1e-5
-        if not same:
-            message = f"output {index} of a compiled graph differs from eager"
-            if chosen.strict:
-                raise RuntimeError(f"attnfuse: {message}")
-            warn(message)
+    return called
 
 
 def warn(message: str) -> None:
@@ -537,4 +549,5 @@ class _timed:
 
 
 nested.install()
+_compat.allow_registering_again("attnfuse")
 assert ops.__doc__, "importing attnfuse.ops registers the ops that rewritten graphs call"

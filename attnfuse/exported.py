@@ -51,7 +51,11 @@ def rewrite(program: ExportedProgram, *, options: Mapping[str, Any] | None = Non
             "torch.export.export(model, args); a model that is not exported takes torch.compile(backend='attnfuse')"
         )
     chosen = _settings(options)
-    made, report = _attempt(program, chosen)
+    # the program says itself where autograd is off and where autocast is on
+    with _compat.undisturbed(), torch.inference_mode(False), torch.enable_grad():
+        for device in _compat.autocast_devices():
+            torch.set_autocast_enabled(device, False)
+        made, report = _attempt(program, chosen)
     reporting.record(replace(report, name=_class_name(program) or report.name))
     return made
 

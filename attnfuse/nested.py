@@ -22,20 +22,23 @@ import torch
 
 from attnfuse import _compat
 from attnfuse.expr import causal, dense
-from attnfuse.kernels import choose
+from attnfuse.kernels import REFERENCE, Unsupported, choose
 from attnfuse.kernels.dropout import SEED_LIMIT
+from attnfuse.settings import Settings
 from attnfuse.spec import Attention, Bias, Layout, Operand, ReplaceFill, Scale, Step, dtype_name
 
-_active: ContextVar[bool] = ContextVar("attnfuse compiles", default=False)
 _PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__", "bmm"})
 _TAKEN = _PRODUCTS | {"scaled_dot_product_attention"}
 NanPolicy = Literal["skip", "eager"]
 
 
+_active: ContextVar[Settings | None] = ContextVar("attnfuse compiles", default=None)
+
+
 @contextlib.contextmanager
-def active() -> Iterator[None]:
+def active(options: Settings) -> Iterator[None]:
     """Nested attentions in here are attnfuse's."""
-    token = _active.set(True)
+    token = _active.set(options)
     try:
         yield
     finally:
@@ -200,8 +203,17 @@ def _mask(call: Call) -> torch.Tensor:
     return mask
 
 
-def attend(call: Call, kernel: str, strict: bool = False, nan_policy: NanPolicy = "skip") -> torch.Tensor:
-    """The attention, nested like the query, or dense [B, *heads, Q, E] like it."""
+def attend(
+    call: Call,
+    kernel: str,
+    strict: bool = False,
+    nan_policy: NanPolicy = "skip",
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The attention, nested like the query, or dense [B, *heads, Q, E] like it.
+
+    seed: int64 [1], for dropout; drawn here where it is not given.
+    """
     spec = replace(spec_of(call), nan_policy=nan_policy)
     q, k = call.query, call.key
     grouped = _grouped(call)
@@ -212,8 +224,7 @@ def attend(call: Call, kernel: str, strict: bool = False, nan_policy: NanPolicy 
     q_bounds = _bounds(q, strict) if is_jagged(q) else None
     k_bounds = _bounds(k, strict) if is_jagged(k) else None
     operands = [] if call.attn_mask is None else [_mask(call)]
-    seed = None
-    if spec.dropout:
+    if spec.dropout and seed is None:
         seed = torch.randint(0, SEED_LIMIT, (1,), dtype=torch.int64, device=q_rows.device)
     out, _ = torch.ops.attnfuse.attention(
         q_rows, k_rows, v_rows, operands, seed, q_bounds, k_bounds, spec.text, kernel, strict
@@ -235,17 +246,24 @@ def _bounds(x: torch.Tensor, strict: bool) -> torch.Tensor:
 def _handled(original: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What stands in the place of PyTorch's handling."""
     name = getattr(function, "__name__", "")
-    if name not in _TAKEN or not (_active.get() or _compat.compiling_backend_is(__package__)):
+    options = _active.get()
+    if name not in _TAKEN or (options is None and not _compat.compiling_backend_is(__package__)):
         return original(function, *args, **kwargs)
     if name in _PRODUCTS:
         return _product(original, function, *args, **kwargs)
-    call = _cast(Call(*args, **kwargs))
+    call = cast(Call(*args, **kwargs), autocast_dtype(args[0] if args else kwargs["query"]))
     reason = refusal(call)
     if reason is None:
-        choice = choose(spec_of(call), call.query.device)
+        if options is None:
+            # Dynamo asks for the result's dtype and sizes alone
+            options = Settings()
+        spec = replace(spec_of(call), nan_policy=options.nan_policy)
+        choice = choose(spec, call.query.device, REFERENCE.name if options.fuel == 0 else options.kernel)
         if choice.kernel is not None:
-            return attend(call, choice.kernel.name)
+            return attend(call, choice.kernel.name, options.strict, options.nan_policy)
         reason = "; ".join(choice.reasons)
+    if _active.get() is not None and options is not None and options.strict:
+        raise Unsupported(f"an attention on nested tensors: {reason}")
     warnings.warn(
         f"attnfuse: an attention on nested tensors is left to PyTorch: {reason}", RuntimeWarning, stacklevel=2
     )
@@ -262,7 +280,8 @@ def _product(original: Callable[..., Any], function: Callable[..., Any], *args: 
             with _compat.without_subclass_functions():
                 return function(*args, **kwargs)
     except RuntimeError as error:
-        if not all(is_jagged(x) for x in args[:2]):
+        # a jagged dim that is summed over, as in the gradient of a weight, is another matter: Dynamo knows what to do then
+        if not _would_have_two_jagged_dims(*args[:2]):
             raise
         raise RuntimeError(
             f"{error}: the scores of nested tensors would have two jagged dims. Write "
@@ -271,20 +290,29 @@ def _product(original: Callable[..., Any], function: Callable[..., Any], *args: 
         ) from error
 
 
-def _cast(call: Call) -> Call:
-    """The call in the dtype of an active autocast, as the one on dense tensors is."""
-    device = call.query.device.type
-    if not torch.is_autocast_enabled(device):
+def _would_have_two_jagged_dims(a: Any, b: Any = None, *_: Any) -> bool:
+    if not (is_jagged(a) and is_jagged(b)):
+        return False
+    return bool(_compat.ragged_dim(a) == a.dim() - 2 and _compat.ragged_dim(b) == b.dim() - 1)
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """What an active autocast casts tensors on the device of x to; None where there is none."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def cast(call: Call, dtype: torch.dtype | None) -> Call:
+    """The call in the dtype of an autocast, as the one on dense tensors is."""
+    if dtype is None:
         return call
-    dtype = torch.get_autocast_dtype(device)
 
-    def cast(x: torch.Tensor | None) -> torch.Tensor | None:
-        low = x is not None and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        return x.to(dtype) if low and x is not None else x
+    def to(x: torch.Tensor) -> torch.Tensor:
+        low = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        return x.to(dtype) if low and x.dtype != dtype else x
 
-    q, k, v = map(cast, call.qkv)
-    assert q is not None and k is not None and v is not None
-    return replace(call, query=q, key=k, value=v, attn_mask=cast(call.attn_mask))
+    mask = None if call.attn_mask is None else to(call.attn_mask)
+    return replace(call, query=to(call.query), key=to(call.key), value=to(call.value), attn_mask=mask)
 
 
 def run(
@@ -300,10 +328,12 @@ def run(
     kernel: str,
     strict: bool = False,
     nan_policy: NanPolicy = "skip",
+    seed: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """What a compiled graph calls in the place of scaled_dot_product_attention."""
+    """What a compiled graph calls in the place of scaled_dot_product_attention; dtype: that of its autocast."""
     call = Call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    return attend(_cast(call), kernel, strict, nan_policy)
+    return attend(cast(call, dtype), kernel, strict, nan_policy, seed)
 
 
 def install() -> None:

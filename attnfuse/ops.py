@@ -8,7 +8,8 @@
 
 Shapes as in attnfuse.spec; operands a list, or None for none (AOTInductor's runtime makes None of an empty list); seed
 int64 [1] or None; q_bounds and k_bounds as in kernels/layout.py, None where the layout is dense; spec is `Attention.text`;
-kernel the name of one; strict whether a failing kernel raises instead of giving way to the next one. stats float32
+kernel the name of one; strict whether a failing kernel raises instead of giving way to the next one. Both raise ValueError for
+arguments that are not those of the spec, before a kernel sees them. stats float32
 [2, *batch, Q] holds each row's maximum and its sum of exp(s - maximum). They are kept apart since a finite fill such as
 finfo.min swallows the logarithm of the sum. Whoever differentiates stats makes the log-sum-exp of both and sends its gradient
 to the maximum alone (see log_sum_exp): attention_backward takes it as dlse [*batch, Q], or None.
@@ -17,14 +18,19 @@ to the maximum alone (see log_sum_exp): attention_backward takes it as dlse [*ba
 from __future__ import annotations
 
 import itertools
+import math
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from attnfuse.kernels import REFERENCE, kernel_named, statistics, successor
-from attnfuse.kernels.layout import Bounds, allocate
+from attnfuse import second
+from attnfuse._compat import has_tangent
+from attnfuse.kernels import REFERENCE, Kernel, kernel_named, statistics, successor
+from attnfuse.kernels.arguments import check_arguments, check_results
+from attnfuse.kernels.layout import Bounds, allocate, batch_shape
 from attnfuse.spec import Attention
 
 _LIBRARY = torch.library.Library("attnfuse", "DEF")
@@ -40,10 +46,14 @@ _LIBRARY.define(
 _LIBRARY.define("own(Tensor x) -> Tensor")
 _LIBRARY.define("checked_offsets(Tensor offsets, Tensor? lengths, SymInt rows) -> Tensor")
 
-#: The (kernel, spec) pairs that failed in this process, with the error: they are not tried again.
-failed: dict[tuple[str, str], str] = {}
+#: The (kernel, spec, type of device) that failed in this process, with the error: they are not tried again.
+failed: dict[tuple[str, str, str], str] = {}
 #: Called with (spec, q, k, operands) before each attention.
 observers: list[Callable[[Attention, torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], None]] = []
+#: Kinds of arguments that fit their spec.
+_fitting: set[Any] = set()
+#: Kernels of whose failures there was a warning.
+_warned: set[str] = set()
 _loaded: dict[str, Any] = {}
 
 
@@ -54,36 +64,96 @@ def _module(name: str) -> Any:
     return found
 
 
-def _run(which: str, kernel: str, strict: bool, spec: Attention, device: torch.device, arguments: Sequence[Any]) -> Any:
-    """A kernel's forward or backward; where it fails, that of the next one that can, at last the reference's.
+def forget() -> None:
+    """Try kernels again that failed."""
+    failed.clear()
+    _warned.clear()
 
-    There is one warning for each kernel. In strict mode the error is raised.
+
+def _run(which: str, kernel: str, strict: bool, spec: Attention, tensors: Sequence[torch.Tensor], given: Any) -> Any:
+    """A kernel's forward or backward of `given`; where it fails, that of the next one that can, at last the reference's.
+
+    There is one warning for each kernel. A failure is remembered once another kernel has run in its place: a call that none
+    can run says nothing against any of them. Nor does a ValueError, which is of the tensors of this call, and running out of
+    memory. Then the next kernel runs this call alone, but the reference only where its scores take no more memory than
+    `tensors`, q, k, v and more; else the error is raised, as eager would raise it. In strict mode every error is.
     """
+    device = tensors[0].device
+    broken: list[tuple[str, Exception]] = []
+    kernel = kernel_named(kernel).name
     while True:
-        if strict or (kernel, spec.text) not in failed:
+        if strict or (kernel, spec.text, device.type) not in failed:
             try:
-                return getattr(_module(kernel), which)(*arguments)
+                result = getattr(_module(kernel), which)(*given)
             except Exception as error:
                 if strict or kernel == REFERENCE.name:
                     raise
-                failure = error
-            after = successor(kernel, spec, device).name
-            _note(kernel, spec, after, f"{type(failure).__name__}: {failure}")
-        else:
-            after = successor(kernel, spec, device).name
-        kernel = after
+                if _is_out_of_memory(error) and _takes_more(successor(kernel, spec, device), spec, tensors):
+                    raise
+                # its frames hold what the kernel had allocated
+                traceback.clear_frames(error.__traceback__)
+                broken.append((kernel, error.with_traceback(None)))
+            else:
+                for name, failure in broken:
+                    _note(name, spec, device, kernel, failure)
+                return result
+        kernel = successor(kernel, spec, device).name
 
 
-def _note(kernel: str, spec: Attention, after: str, message: str) -> None:
+def _no_tangents(tensors: Sequence[torch.Tensor]) -> None:
+    if has_tangent(tensors):
+        raise NotImplementedError(
+            "attnfuse::attention has no forward-mode derivative. A function compiled with backend='attnfuse' takes dual "
+            "tensors (its graph then runs as it was written); an exported program must be differentiated before it is rewritten"
+        )
+
+
+def _check_once(spec: Attention, inputs: tuple[Any, ...]) -> None:
+    """check_arguments, which takes as long as a small attention, for each kind of arguments once."""
+    q, k, v, operands, seed, bounds = inputs
+    kind: tuple[Any, ...] = (spec.text, *((x.shape, x.dtype, x.device) for x in (q, k, v, *operands)))
+    if seed is not None or bounds.q is not None or bounds.k is not None:
+        kind += tuple(None if x is None else (x.shape, x.dtype, x.device) for x in (seed, *bounds))
+    if kind in _fitting:
+        return
+    check_arguments(spec, *inputs)
+    if len(_fitting) >= 4096:
+        # decoding has another length at each step
+        _fitting.clear()
+    _fitting.add(kind)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # the CPU's allocator, and those of some devices, raise a plain RuntimeError
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        said in text for said in ("out of memory", "can't allocate memory", "not enough memory")
+    )
+
+
+def _takes_more(kernel: Kernel, spec: Attention, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether the kernel is the reference, and its scores are more than all of the tensors."""
+    if kernel is not REFERENCE:
+        return False
+    q, k = tensors[:2]
+    elements = math.prod(batch_shape(tensors)) * q.shape[-2] * k.shape[-2]
+    return elements * 4 > sum(x.nbytes for x in tensors)
+
+
+def _note(kernel: str, spec: Attention, device: torch.device, after: str, error: Exception) -> None:
     from attnfuse import reporting
 
-    known = any(name == kernel for name, _ in failed)
-    failed[kernel, spec.text] = message
-    if known:
+    message = f"{type(error).__name__}: {error}"
+    if not isinstance(error, ValueError) and not _is_out_of_memory(error):
+        failed[kernel, spec.text, device.type] = message
+    if kernel in _warned:
         return
+    _warned.add(kernel)
     text = f"kernel {kernel!r} failed and kernel {after!r} runs instead: {message}"
-    warnings.warn(f"attnfuse: {text}", RuntimeWarning, stacklevel=4)
     reporting.note_failure(kernel, text)
+    warnings.warn(f"attnfuse: {text}", RuntimeWarning, stacklevel=4)
 
 
 def _forward(
@@ -98,11 +168,13 @@ def _forward(
     kernel: str,
     strict: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    _no_tangents((q, k, v, *(operands or ())))
     parsed, operands = Attention.parse(spec), operands or ()
+    inputs = (q, k, v, operands, seed, Bounds(q_bounds, k_bounds))
+    _check_once(parsed, inputs)
     for observe in observers:
         observe(parsed, q, k, operands)
-    arguments = (parsed, q, k, v, operands, seed, Bounds(q_bounds, k_bounds))
-    return _run("forward", kernel, strict, parsed, q.device, arguments)  # type: ignore[no-any-return]
+    return _run("forward", kernel, strict, parsed, (q, k, v, *operands), (parsed, *inputs))  # type: ignore[no-any-return]
 
 
 def _backward(
@@ -123,8 +195,12 @@ def _backward(
     needs: Sequence[bool],
 ) -> list[torch.Tensor]:
     parsed = Attention.parse(spec)
-    arguments = (parsed, dout, q, k, v, operands, seed, out, stats, needs, Bounds(q_bounds, k_bounds), dlse)
-    grads = _run("backward", kernel, strict, parsed, q.device, arguments)
+    _no_tangents((dout, q, k, v, *operands))
+    bounds = Bounds(q_bounds, k_bounds)
+    _check_once(parsed, (q, k, v, operands, seed, bounds))
+    check_results(out, stats, dout, dlse, needs, 3 + len(operands))
+    given = (parsed, dout, q, k, v, operands, seed, out, stats, needs, bounds, dlse)
+    grads = _run("backward", kernel, strict, parsed, (q, k, v, *operands), given)
     return [g for g in grads if g is not None]
 
 
@@ -145,7 +221,9 @@ def _(
     kernel: str,
     strict: bool,
 ) -> Any:
-    return allocate(Attention.parse(spec), q, k, v, operands or (), Bounds(q_bounds, k_bounds))
+    parsed, bounds = Attention.parse(spec), Bounds(q_bounds, k_bounds)
+    check_arguments(parsed, q, k, v, operands or (), seed, bounds)
+    return allocate(parsed, q, k, v, operands or (), bounds)
 
 
 @torch.library.register_fake("attnfuse::attention_backward", lib=_LIBRARY)
@@ -203,6 +281,29 @@ def _differentiate(ctx: Any, dout: torch.Tensor | None, dstats: torch.Tensor | N
 
 
 torch.library.register_autograd("attnfuse::attention", _differentiate, setup_context=_setup_context, lib=_LIBRARY)
+
+
+def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    dout, dlse, q, k, v, operands, seed, q_bounds, k_bounds, _, _, spec, _, _, needs = inputs
+    ctx.set_materialize_grads(False)
+    ctx.spec, ctx.needs, ctx.count = spec, needs, len(operands)
+    extra = (dlse, seed, q_bounds, k_bounds)
+    ctx.given = [x is not None for x in extra]
+    ctx.save_for_backward(dout, q, k, v, *operands, *(x for x in extra if x is not None))
+
+
+def _differentiate_again(ctx: Any, grads: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
+    dout, *rest = ctx.saved_tensors
+    inputs, rest = rest[: 3 + ctx.count], rest[3 + ctx.count :]
+    dlse, seed, q_bounds, k_bounds = [rest.pop(0) if given else None for given in ctx.given]
+    bounds = Bounds(q_bounds, k_bounds)
+    found = second.differentiate(Attention.parse(ctx.spec), grads, ctx.needs, dout, dlse, inputs, seed, bounds)
+    return (*found[:5], found[5:], *[None] * 9)
+
+
+torch.library.register_autograd(
+    "attnfuse::attention_backward", _differentiate_again, setup_context=_setup_second, lib=_LIBRARY
+)
 
 
 def log_sum_exp(stats: torch.Tensor) -> torch.Tensor:

@@ -408,6 +408,15 @@ def name_of(model_or_function: Callable[..., Any]) -> str:
     return name or type(target).__name__
 
 
+def add_warning(report: Report, text: str) -> None:
+    """Add a warning to the recorded report of the same graph, and log it."""
+    logger.info("%s: %s", report.name, text)
+    with _lock:
+        for index, recorded in enumerate(_recorded):
+            if recorded.sites == report.sites and recorded.name == report.name and text not in recorded.warnings:
+                _recorded[index] = replace(recorded, warnings=(*recorded.warnings, text))
+
+
 def note_failure(kernel: str, text: str) -> None:
     """Add a warning to every recorded report that has a site on `kernel`."""
     with _lock:

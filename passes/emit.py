@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnfuse._compat import FakeTensorMode, OpOverload, alias_key, is_functorch_tensor, pytree
+from attnfuse._compat import FakeTensorMode, OpOverload, alias_key, is_functorch_tensor, pytree, save_for_backward
 from attnfuse.expr import Algebra, Apply, Const, Expr, Index, Linear
 from attnfuse.kernels.dropout import SEED_LIMIT
 from attnfuse.kernels.statistics import log_sum_exp
@@ -287,12 +287,16 @@ class Writer:
         kernel: str,
         strict: bool,
     ) -> fx.Node:
-        """A call of the op."""
+        """A call of the op. Raises EmitError for nodes that are not what the spec says."""
         seed = None
         if spec.dropout > 0.0:
             seed = self.call(torch.randint, (0, SEED_LIMIT, (1,)), {"dtype": torch.int64, "device": self.device})
+            save_for_backward(seed)
         op = torch.ops.attnfuse.attention.default
-        return self.call(op, (q, k, v, list(operands), seed, *bounds, spec.text, kernel, strict))
+        try:
+            return self.call(op, (q, k, v, list(operands), seed, *bounds, spec.text, kernel, strict))
+        except ValueError as error:
+            raise EmitError(f"the op does not take it ({error})") from error
 
     def inline(self, function: Callable[..., Any], *args: fx.Node) -> fx.Node:
         """The calls that `function`, of tensors to a tensor and without branches, makes of these nodes."""

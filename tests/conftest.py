@@ -99,9 +99,9 @@ def fresh_state() -> Iterator[None]:
     torch.manual_seed(0)
     torch.compiler.reset()
     attnfuse.reset()
-    ops.failed.clear()
+    ops.forget()
     yield
-    ops.failed.clear()
+    ops.forget()
 
 
 @pytest.fixture

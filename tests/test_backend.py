@@ -280,6 +280,57 @@ def test_verify_does_not_mutate_the_inputs_twice() -> None:
     assert calls.item() == 1
 
 
+def test_verify_keeps_memory_that_inputs_share() -> None:
+    """A view of another input is written through it in the copies as in the inputs."""
+
+    def writing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        row.mul_(3.0)
+        return attend(q, k, v)
+
+    q, k, v = qkv()
+    for part in (q[:, :, 3], k.view(-1)[5:40], v.transpose(-1, -2)[0, 1]):
+        expected_inputs = [x.clone() for x in (q, k, v)]
+        compiled(writing, verify=1, strict=True)(q, k, v, part)
+        assert not all(map(torch.equal, (q, k, v), expected_inputs))
+    assert set(statuses()) <= {"fused", "refused"}
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_verify_says_why_it_compares_nothing_where_random_numbers_are_drawn(inner: str) -> None:
+    def dropping(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout((q @ k.mT * 0.25).softmax(-1), 0.5) @ v
+
+    given = qkv()
+    plain, checked = (compiled(dropping, inner=inner, strict=True, verify=n) for n in (0, 2))
+    results = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        for call in (plain, checked):
+            torch.manual_seed(5)
+            results.append(call(*given))
+    # the check draws nothing of its own
+    assert torch.equal(*results)
+    assert statuses() == ["fused", "fused"]
+    assert any("draws random numbers" in w for w in attnfuse.reports()[-1].warnings)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_verify_that_breaks_off_leaves_the_result_standing(strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> Any:
+        raise MemoryError("no room for copies")
+
+    monkeypatch.setattr(backend_module.checking, "copied", broken)
+    q, k, v = qkv()
+    call = compiled(attend, verify=1, strict=strict)
+    if strict:
+        with pytest.raises(MemoryError, match="no room"):
+            call(q, k, v)
+        return
+    with pytest.warns(RuntimeWarning, match="verify compares nothing: MemoryError: no room for copies"):
+        found = call(q, k, v)
+    torch.testing.assert_close(found, attend(q, k, v), rtol=1e-5, atol=1e-5)
+
+
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 
@@ -351,6 +402,95 @@ def test_pass_that_raises_raises_in_strict_mode(stage: str, monkeypatch: pytest.
     monkeypatch.setattr(backend_module, stage, broken)
     with pytest.raises(Exception, match=f"{stage} is broken"):
         compiled(attend, strict=True)(*qkv())
+
+
+def _called_while_compiling() -> dict[str, tuple[Any, str]]:
+    """Every function, class or method of another module that the backend's own module calls in one compile."""
+    import sys
+
+    found: dict[str, tuple[Any, str]] = {}
+    homes = [backend_module, backend_module.reporting, backend_module.nested_calls, backend_module.unpad]
+    homes += [backend_module.checking, backend_module.nested]
+    owners = {
+        value.__code__: (home, name)
+        for home in reversed(homes)
+        for name, value in vars(home).items()
+        # all context managers have one code object
+        if getattr(getattr(value, "__code__", None), "co_name", "") == name
+    }
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        caller = frame.f_back.f_code.co_filename if frame.f_back is not None else ""
+        if event == "call" and frame.f_code in owners and caller == backend_module.__file__:
+            home, name = owners[frame.f_code]
+            found[f"{home.__name__}.{name}"] = (home, name)
+
+    gm, inputs = _captured(attend)
+    sys.setprofile(note)
+    try:
+        backend_module.backend(gm, inputs, options={**FAST, "verify": 1})
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+class _FailsOnce:
+    def __init__(self, original: Callable[..., Any], name: str) -> None:
+        self.original, self.name, self.calls = original, name, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        if self.calls == 1:
+            raise RuntimeError(f"{self.name} is broken")
+        return self.original(*args, **kwargs)
+
+
+def _captured(function: Callable[..., Any]) -> tuple[torch.fx.GraphModule, list[Any]]:
+    seen: list[Any] = []
+
+    def note(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        seen.append((gm, list(inputs)))
+        return gm.forward
+
+    torch.compile(function, backend=note)(*qkv())
+    return seen[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_whatever_fails_while_compiling_costs_one_warning_and_raises_in_strict_mode(strict: bool) -> None:
+    """Each function that the backend calls fails once, at its first call."""
+    functions = _called_while_compiling()
+    # before the options are known, what the others are inside of, and the warning itself
+    for name in ("backend._compiled", "backend._rewritten", "backend.warn"):
+        functions.pop(f"attnfuse.{name}", None)
+    assert {
+        "attnfuse.backend.copied",
+        "attnfuse.backend.readable",
+        "attnfuse.backend.rewrite",
+        "attnfuse.backend._inner",
+        "attnfuse.backend._in_forward_mode",
+        "attnfuse.backend._checked",
+        "attnfuse.reporting.record",
+        "attnfuse.passes.unpad.find",
+    } <= functions.keys()
+    given = qkv()
+    expected = attend(*given)
+    for home, name in functions.values():
+        broken = _FailsOnce(getattr(home, name), name)
+        torch.compiler.reset()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(home, name, broken)
+            call = compiled(attend, strict=strict, verify=1)
+            if strict:
+                with pytest.raises(Exception, match=f"{name} is broken"):
+                    call(*given)
+            else:
+                with pytest.warns(RuntimeWarning, match=f"{name} is broken") as caught:
+                    found = call(*given)
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+                ours = [w for w in caught if str(w.message).startswith("attnfuse: ")]
+                assert len(ours) == 1, (name, [str(w.message) for w in ours])
+        assert broken.calls, name
 
 
 def test_emitter_that_breaks_off_at_the_end_leaves_the_graph_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,6 +595,57 @@ def run_python(code: str, environment: dict[str, str]) -> str:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+# --- many threads -----------------------------------------------------------------------------------------------------
+
+_THREADS = """
+import threading
+import torch
+{first}
+
+def attend(q):
+    return (q @ q.mT * 0.3).softmax(-1) @ q
+
+def start(number):
+    # Dynamo compiles each code object for itself
+    own = type(attend)(attend.__code__.replace(co_name=f"attend_{{number}}"), globals())
+    q = torch.randn(1, 2, 8, 4)
+    barrier.wait()
+    try:
+        found = torch.compile(own, backend="attnfuse", options={{"inner": "eager"}})(q)
+        torch.testing.assert_close(found, attend(q))
+    except BaseException as error:
+        failed.append(repr(error))
+
+barrier, failed = threading.Barrier({threads}), []
+threads = [threading.Thread(target=start, args=(n,)) for n in range({threads})]
+for t in threads:
+    t.start()
+for t in threads:
+    t.join()
+import attnfuse
+print(failed, sum(r.fused for r in attnfuse.reports()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("threads", "first"),
+    [
+        (16, ""),
+        *(
+            pytest.param(n, first, marks=pytest.mark.slow)
+            for n in (8, 16)
+            for first in ("", "import attnfuse", "import attnfuse.backend")
+            for _ in range(3)
+        ),
+    ],
+)
+def test_threads_that_compile_first_at_the_same_time_all_find_the_backend(threads: int, first: str) -> None:
+    import os
+
+    printed = run_python(_THREADS.format(threads=threads, first=first), dict(os.environ))
+    assert printed.strip().splitlines()[-1] == f"[] {threads}"
 
 
 # --- a kernel that cannot serve ---------------------------------------------------------------------------------------

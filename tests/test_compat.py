@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ast
+import warnings
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 import attnfuse
-from attnfuse import _compat
+from attnfuse import _compat, ops
 
 
 def fake(*shape, mode=None):
@@ -336,3 +338,120 @@ def test_scaled_dot_product_attention_is_what_a_graph_calls():
 
     torch.compile(torch.nn.functional.scaled_dot_product_attention, backend=probe)(*torch.ones(3, 1, 2, 3, 4))
     assert seen == [_compat.SCALED_DOT_PRODUCT_ATTENTION]
+
+
+def test_undisturbed_hides_the_callers_modes_and_gives_them_back():
+    from torch.overrides import TorchFunctionMode
+
+    seen = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    def pack(x):
+        seen.append("saved")
+        return x
+
+    x = torch.ones(2, requires_grad=True)
+    with (
+        Watch(),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+        warnings.catch_warnings(record=True) as w,
+    ):
+        warnings.simplefilter("always")
+        with _compat.undisturbed():
+            x * x
+            torch.set_default_dtype(torch.float64)
+            warnings.warn("of an op", UserWarning, stacklevel=1)
+            warnings.warn("attnfuse: of attnfuse", RuntimeWarning, stacklevel=1)
+        assert not seen
+        assert [str(x.message) for x in w] == ["attnfuse: of attnfuse"]
+        assert x.mul(x).dtype == torch.get_default_dtype() == torch.float32
+    assert "saved" in seen and torch.Tensor.mul in seen
+
+
+def test_autocast_devices_can_be_asked_for_their_autocast():
+    assert "cpu" in _compat.autocast_devices()
+    assert not any(torch.is_autocast_enabled(device) for device in _compat.autocast_devices())
+
+
+def test_a_tangent_is_seen_from_outside_and_inside_of_an_op():
+    from torch.autograd import forward_ad
+
+    x = torch.ones(3)
+    seen = []
+    with torch.library._scoped_library("attnfuse_test_compat", "DEF") as library:
+        library.define("look(Tensor x) -> Tensor")
+
+        def look(x):
+            seen.append(_compat.has_tangent([1, x]))
+            return x.clone()
+
+        library.impl("look", look, "CompositeExplicitAutograd")
+        assert not _compat.has_tangent([x])
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, x)
+            for y in (x, dual):
+                torch.ops.attnfuse_test_compat.look(y)
+                seen.append(_compat.has_tangent([y]))
+    assert seen == [False, False, True, True]
+
+
+def test_a_value_that_is_saved_for_backward_is_not_computed_again():
+    """Under a memory budget that leaves room for nothing, random numbers that are drawn by randint are drawn twice."""
+    drawn = []
+
+    def run(x):
+        return x.sin() * torch.randint(0, 2**40, (4,)).double()
+
+    def tagging(gm, example_inputs):
+        for node in gm.graph.nodes:
+            if node.target is torch.randint and tagging.on:
+                _compat.save_for_backward(node)
+        return _compat.aot_eager(gm, example_inputs)
+
+    for on in (True, False):
+        torch.compiler.reset()
+        tagging.on = on
+        x = torch.ones(4, dtype=torch.float64, requires_grad=True)
+        with torch._functorch.config.patch(activation_memory_budget=0.0), _compat.some_memory():
+            assert 0 < torch._functorch.config.activation_memory_budget < 1e-6
+            out = torch.compile(run, backend=tagging)(x)
+            (gradient,) = torch.autograd.grad(out.sum(), x)
+        drawn.append(torch.allclose(gradient, out.detach() / x.detach().sin() * x.detach().cos()))
+    assert drawn == [True, False]
+
+
+def test_a_backend_can_be_registered_again_under_its_name():
+    from torch._dynamo.backends import registry
+
+    import attnfuse.backend
+
+    _compat.allow_registering_again("attnfuse")
+    for _ in range(2):
+        registry.register_backend(attnfuse.backend.backend, name="attnfuse")
+        assert torch._dynamo.lookup_backend("attnfuse") is attnfuse.backend.backend
+    assert "attnfuse" in torch._dynamo.list_backends()
+    other = "attnfuse_test_compat"
+    try:
+        registry.register_backend(lambda gm, inputs: gm.forward, name=other)
+        with pytest.raises(AssertionError, match="duplicate name"):
+            registry.register_backend(lambda gm, inputs: gm.forward, name=other)
+    finally:
+        registry._COMPILER_FNS.pop(other)
+        registry._BACKENDS.pop(other)
+
+
+@pytest.mark.parametrize("said", [True, CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE])
+def test_a_policy_that_saves_atens_attention_saves_attnfuses(said):
+    assert ops.__doc__, "registers the op"
+    ours, theirs = torch.ops.attnfuse.attention.default, _compat.aten_attention("flash_cpu")[0]
+
+    def policy(context, op, *args, **kwargs):
+        return said if op is theirs else CheckpointPolicy.MUST_RECOMPUTE
+
+    modes = _compat._contexts(partial(create_selective_checkpoint_contexts, policy))
+    assert modes[0].policy_fn(None, ours) is said
+    assert modes[0].policy_fn(None, torch.ops.aten.mm.default) is CheckpointPolicy.MUST_RECOMPUTE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -10,16 +11,20 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import attnfuse
-from attnfuse import _compat
+from attnfuse import _compat, ops
+from attnfuse.backend import backend as attnfuse_backend
 from attnfuse.nested import Call, refusal
 
 FAST = {"inner": "aot_eager", "strict": True}
@@ -531,3 +536,183 @@ def test_tuning_a_graph_with_a_nested_and_a_dense_attention():
         found = torch.compile(run, backend="attnfuse", fullgraph=True, options=options)(x, y)
         torch.testing.assert_close(found[1], (y @ y.mT).softmax(-1) @ y, rtol=1e-5, atol=1e-5)
     assert [(s.status, s.kernel) for r in attnfuse.reports() for s in r.sites] == [("fused", "cpu")] * 2
+
+
+# --- whoever calls the backend ----------------------------------------------------------------------------------------
+
+
+class Projected(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(16, 48)
+
+    def forward(self, rows, offsets):
+        x = torch.nested.nested_tensor_from_jagged(rows, offsets)
+        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.project(x).chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).values()
+
+
+class Wrapping:
+    """An object that holds the backend."""
+
+    def __init__(self):
+        self.inner = partial(attnfuse_backend, options=FAST)
+
+    def __call__(self, gm, inputs):
+        return self.inner(gm, inputs)
+
+    def method(self, gm, inputs):
+        return attnfuse_backend(gm, inputs, options=FAST)
+
+
+def helper(gm, inputs):
+    return attnfuse_backend(gm, inputs, options=FAST)
+
+
+def through_a_helper(gm, inputs):
+    return helper(gm, inputs)
+
+
+def imported_inside(gm, inputs):
+    from attnfuse.backend import backend
+
+    return backend(gm, inputs, options=FAST)
+
+
+def looked_up(gm, inputs):
+    return torch._dynamo.lookup_backend("attnfuse")(gm, inputs, options=FAST)
+
+
+def closing_over(inner):
+    def backend(gm, inputs):
+        return inner(gm, inputs)
+
+    return backend
+
+
+CALLERS = {
+    "name": {"backend": "attnfuse", "options": FAST},
+    "function": {"backend": attnfuse_backend},
+    "partial": {"backend": partial(attnfuse_backend, options=FAST)},
+    "object": {"backend": Wrapping()},
+    "method": {"backend": Wrapping().method},
+    "lambda": {"backend": lambda gm, inputs: attnfuse_backend(gm, inputs, options=FAST)},
+    "helper": {"backend": through_a_helper},
+    "import": {"backend": imported_inside},
+    "look-up": {"backend": looked_up},
+    "closure": {"backend": closing_over(helper)},
+}
+
+
+QUICK = {("name", True), ("closure", True), ("method", False)}
+
+
+@pytest.mark.parametrize(
+    ("caller", "distributed"),
+    [pytest.param(c, d, marks=[] if (c, d) in QUICK else [pytest.mark.slow]) for c in CALLERS for d in (False, True)],
+)
+def test_nested_attention_trains_whoever_calls_the_backend(caller, distributed):
+    rows, offsets = torch.randn(9, 16), torch.tensor([0, 4, 9])
+    model = Projected()
+    if distributed:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        call = torch.compile(DistributedDataParallel(model) if distributed else model, **CALLERS[caller])
+        found = call(rows, offsets)
+        found.sum().backward()
+    finally:
+        if distributed:
+            dist.destroy_process_group()
+    q, k, v = (t.unflatten(-1, (2, 8)) for t in model.project(rows).chunk(3, -1))
+    expected = [row(*(t[a:b] for t in (q, k, v)), is_causal=True) for a, b in ((0, 4), (4, 9))]
+    torch.testing.assert_close(found.double(), torch.cat(expected), rtol=1e-4, atol=1e-5)
+    assert model.project.weight.grad.abs().max() > 0
+    assert sum(report.fused for report in attnfuse.reports()) == 1
+
+
+@pytest.mark.parametrize("other", ["eager", "aot_eager", closing_over(lambda gm, inputs: gm.forward)], ids=str)
+def test_another_backend_is_no_caller(other):
+    seen = []
+
+    def look(original):
+        def looking(function, *args, **kwargs):
+            seen.append(_compat.compiling_backend_is("attnfuse"))
+            return original(function, *args, **kwargs)
+
+        return torch.compiler.disable(looking)
+
+    from torch.nested._internal import ops
+
+    before = ops.jagged_torch_function
+    ops.jagged_torch_function = look(before)
+    try:
+        x = jagged([p.detach() for p in parts()])
+        torch.compile(lambda x: x.sin() + 1, backend=other)(x)
+    finally:
+        ops.jagged_torch_function = before
+    assert seen and not any(seen)
+
+
+# --- autocast, options and other names --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("dtypes", list(itertools.product([torch.float32, torch.bfloat16], repeat=3))[:4])
+def test_autocast_of_mixed_dtypes_is_reported_as_it_runs_with_the_users_options(dtypes, inside, inner):
+    x = jagged([p.detach() for p in parts()])
+    given = [alike(x, [p.detach() for p in parts()]).to(d) for d in dtypes]
+
+    def attend(*qkv):
+        with torch.autocast("cpu", torch.bfloat16) if inside else contextlib.nullcontext():
+            return attention(*qkv)
+
+    seen = []
+    options = {"inner": inner, "kernel": "reference", "nan_policy": "eager", "strict": True}
+    call = torch.compile(attend, backend="attnfuse", fullgraph=True, options=options)
+    ops.observers.append(lambda spec, *_: seen.append(spec))
+    try:
+        with contextlib.nullcontext() if inside else torch.autocast("cpu", torch.bfloat16):
+            found = call(*given)
+    finally:
+        ops.observers.clear()
+    assert found.dtype == torch.bfloat16
+    (site,) = attnfuse.reports()[0].sites
+    assert (site.status, site.kernel) == ("fused", "reference")
+    assert seen == [site.spec]
+    assert site.spec.qk_dtype == site.spec.v_dtype == "bfloat16" and site.spec.nan_policy == "eager"
+    for n, (q, k, v) in enumerate(zip(*(y.bfloat16().unbind() for y in given))):
+        torch.testing.assert_close(found[n].double(), row(q, k, v), rtol=2e-2, atol=2e-2)
+
+
+def test_sdpa_that_user_code_has_put_another_function_around_is_found(monkeypatch):
+    original = F.scaled_dot_product_attention
+
+    def counted(*args, **kwargs):
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    q = jagged([p.detach() for p in parts()])
+    compiled(attention)(q, q, q)
+    assert [s.status for s in attnfuse.reports()[0].sites] == ["fused"]
+
+
+@pytest.mark.filterwarnings("ignore:Error detected in")
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trains", ["rows", "weight", "both", "none"])
+def test_a_projection_of_nested_rows_that_is_no_layer_trains(trains, inner):
+    """PyTorch reads lengths on the host for a weight's gradient: Dynamo breaks the graph there, as without attnfuse."""
+    rows = torch.randn(9, 16, requires_grad=trains in ("rows", "both"))
+    weight = torch.randn(16, 8, requires_grad=trains in ("weight", "both"))
+    offsets = torch.tensor([0, 4, 9])
+
+    def project(rows, offsets, weight):
+        return (torch.nested.nested_tensor_from_jagged(rows, offsets) @ weight).values()
+
+    found = torch.compile(project, backend="attnfuse", options={"inner": inner})(rows, offsets, weight)
+    torch.testing.assert_close(found, rows @ weight, rtol=1e-4, atol=1e-5)
+    wanted = [x for x in (rows, weight) if x.requires_grad]
+    if wanted:
+        pairs = [torch.autograd.grad(y.pow(2).sum(), wanted) for y in (found, rows @ weight)]
+        for a, b in zip(*pairs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from model_zoo import LENGTH, NanoAttention, NanoGPT, build, padding, tokens
 from test_conditions import FAST, Counting, assert_same, assert_same_gradients, compiled, fused, models
 from torch import nn
@@ -121,6 +122,78 @@ def test_selective_checkpointing_recomputes_what_its_policy_says(saved: set[Any]
     assert_same_gradients(block, twin)
     if not dropout:
         assert_same(expected, copy.deepcopy(block)(x))
+
+
+_SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def _sines(x: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(x.sin(), x.cos(), x).sin()
+
+
+def _by_hand(x: torch.Tensor) -> torch.Tensor:
+    return ((x.sin() @ x.cos().mT * 0.5).softmax(-1) @ x).sin()
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("given", [[_SDPA], functools.partial(_policy, {_SDPA})], ids=["list", "policy"])
+@pytest.mark.parametrize(("block", "runs"), [(_sines, 1), (_by_hand, 2)])
+def test_a_policy_that_saves_sdpas_op_saves_the_one_in_its_place(
+    block: Callable[..., torch.Tensor], runs: int, given: Any, inner: str
+) -> None:
+    """Eager keeps the result of SDPA; what is written out by hand it computes again."""
+    contexts = functools.partial(create_selective_checkpoint_contexts, given)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+
+    seen: list[Attention] = []
+    x = torch.randn(2, 2, 8, 4, requires_grad=True)
+    ops.observers.append(lambda spec, *_: seen.append(spec))
+    try:
+        call = torch.compile(step, backend="attnfuse", options={**FAST, "inner": inner})
+        (found,) = torch.autograd.grad(call(x).sum(), x)
+    finally:
+        ops.observers.clear()
+    assert fused() == 1 and len(seen) == runs
+    assert_same(found, torch.autograd.grad(block(x).sum(), x)[0])
+
+
+# --- memory budgets ---------------------------------------------------------------------------------------------------
+
+
+def _weights_dropped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.dropout((q @ k.mT * 0.3).softmax(-1), 0.5) @ v
+
+
+def _through_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q.sin(), k.exp(), v, dropout_p=0.5)
+
+
+def _in_a_checkpoint(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return checkpoint(_weights_dropped, q.sin(), k, v, use_reentrant=False)
+
+
+def _on_packed_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    offsets = torch.tensor([0, 5, 24])
+    rows = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    nested = [torch.nested.nested_tensor_from_jagged(x, offsets).transpose(1, 2) for x in rows]
+    return F.scaled_dot_product_attention(*nested, dropout_p=0.5).transpose(1, 2).values()
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.5, *(pytest.param(b, marks=pytest.mark.slow) for b in (0.1, 0.9, 1.0))])
+@pytest.mark.parametrize("attend", [_weights_dropped, _through_sdpa, _in_a_checkpoint, _on_packed_rows])
+def test_backward_drops_what_forward_dropped_whatever_is_computed_again(
+    attend: Callable[..., torch.Tensor], budget: float
+) -> None:
+    """The result is linear in v: its product with any cotangent is that of v with v's gradient, under one mask."""
+    q, k, v = (torch.randn(2, 2, 12, 8, requires_grad=True) for _ in range(3))
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        out = compiled(attend)(q, k, v)
+        cotangent = torch.randn_like(out)
+        (gradient,) = torch.autograd.grad((out * cotangent).sum(), v)
+    torch.testing.assert_close((out * cotangent).sum(), (gradient * v).sum(), rtol=1e-4, atol=1e-4)
+    assert fused() == 1
 
 
 # --- modes ------------------------------------------------------------------------------------------------------------

@@ -121,18 +121,66 @@ def test_infinities_must_be_of_the_same_kind(kinds):
     [
         (torch.float32, 0.2, 0.0, True),
         (torch.float32, 0.201, 0.0, False),
-        (torch.float32, 0.0, 0.0099, True),
-        (torch.float32, 0.0, 0.0101, False),
         (torch.float16, 0.1, 0.00005, True),
-        (torch.float16, 0.0, 0.0012, False),
     ],
 )
-def test_outputs_are_held_to_twice_eagers_maximum_and_to_its_mean(dtype, largest, everywhere, holds):
+def test_outputs_are_held_to_twice_eagers_maximum(dtype, largest, everywhere, holds):
     exact = torch.zeros(100, dtype=torch.float64)
     eager, compiled = torch.zeros(100, dtype=dtype), torch.full((100,), everywhere, dtype=dtype)
     eager[0] = 0.1
     compiled[0] = max(largest, everywhere)
     assert compare("t", exact, eager, compiled).holds is holds
+
+
+@pytest.mark.parametrize(
+    ("dtype", "everywhere", "holds"),
+    [
+        (torch.float32, 0.0100, True),
+        (torch.float32, 0.02, False),
+        (torch.float16, 0.00109, True),
+        (torch.float16, 0.00115, False),
+    ],
+)
+def test_outputs_are_held_to_eagers_mean(dtype, everywhere, holds):
+    """Errors that are alike everywhere leave nothing to chance."""
+    exact = torch.zeros(100, dtype=torch.float64)
+    eager = torch.full((100,), 0.001, dtype=dtype)
+    # the maximum, which is another criterion, is eager's
+    eager[0] = 0.01
+    compiled = torch.full((100,), everywhere, dtype=dtype)
+    compiled[0] = 0.01
+    check = compare("t", exact, eager, compiled)
+    assert check.holds is holds
+    assert holds or "mean error" in check.reason
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (1, 2, 6, 16), (40,), (2, 4, 12, 16)])
+def test_two_right_computations_of_a_small_tensor_pass_whatever_the_draw(shape):
+    """Errors of one distribution, those of a row with a part in common; the mean of few rows differs by more than a tenth."""
+    exact = torch.zeros(shape, dtype=torch.float64)
+    over = failed = 0
+    for seed in range(300):
+        torch.manual_seed(seed)
+        eager, compiled = (
+            torch.randn(shape) * (torch.randn(*shape[:-1], 1).exp() if len(shape) > 1 else 1) for _ in "ab"
+        )
+        check = compare("t", exact, eager.bfloat16(), compiled.bfloat16())
+        over += check.compiled_mean > check.bar_mean
+        failed += "mean" in (check.reason or "")
+    assert over > 30 and failed <= 3
+
+
+def test_a_mean_error_of_half_more_fails_where_there_are_rows_enough():
+    exact = torch.zeros(8, 64, 32, dtype=torch.float64)
+    eager, compiled = torch.randn(8, 64, 32), 1.5 * torch.randn(8, 64, 32)
+    assert "mean error" in compare("t", exact, eager.bfloat16(), compiled.bfloat16()).reason
+
+
+def test_one_rounding_of_a_scalar_is_no_error_however_lucky_eager_was():
+    exact = torch.tensor(5.0155, dtype=torch.float64)
+    eager, compiled = torch.tensor(5.03125).bfloat16(), torch.tensor(5.0).bfloat16()
+    assert compare("loss", exact, eager, compiled).holds
+    assert not compare("loss", exact, eager, torch.tensor(5.125).bfloat16()).holds
 
 
 def test_an_exact_eager_leaves_room_for_one_rounding_only():

@@ -262,12 +262,13 @@ struct Masks {
     f.rest = x.lo > 0 ? KEEPS_ALL : (x.hi <= 0 ? KEEPS_NONE : MIXED);
   }
 
-  // Narrows [lo, hi) to what the comparisons keep for a query.
+  // Narrows [lo, hi) to what the comparisons keep for a query. It stays within what it was, empty or not.
   void edges(const Fill& f, i64 query, i64& lo, i64& hi) const {
     i64 a = plus(f.from_q, query), b = plus(f.below_q, query);
     a = (a > f.from ? a : f.from) < k0 ? 0 : (a > f.from ? a : f.from) - k0;
     b = b < f.below ? b : f.below;
     b = b < k0 ? 0 : b - k0;
+    a = a > hi ? hi : a;
     lo = a > lo ? a : lo;
     hi = b < hi ? b : hi;
     if (hi < lo) hi = lo;

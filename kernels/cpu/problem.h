@@ -61,6 +61,15 @@ struct Plan {
   Instr instrs[MAX_INSTRS];
 };
 
+// Why no load or store leaves its memory.
+// Tensors: plan.py checks shapes, dtypes and devices before anything here runs. q, k, v, out and dout are read at [0, Q),
+// [0, K), [0, D) and [0, E); operands at the query's own row and the key's own column only where their shape has them, or
+// has 1, which is stride 0. Batch indices stay below the batch's sizes, which every tensor has or has 1 of.
+// Indices that are data (those of tables, loads in masks, bounds of packed layouts): clamped into [0, size) where they are
+// used, by Masks::clamped, Place::inside, and Bounds.clipped in layout.py. No table is empty.
+// Rows of a tile: [0, QT) queries of pitch LD, [lo, hi) within [0, keys) for every row (Limits, Masks::edges). Whole vectors
+// and whole blocks of MR rows reach up to round_up(keys, NR) <= KT <= LD and round_up(n, MR) <= QT.
+// Panels: [ceil(cols / NR)][rows][NR] with rows up to a multiple of MR, as carve lays them out.
 struct Ref {
   char* data = nullptr;
   const i64* stride = nullptr;  // [BATCH + 2] in elements, 0 where broadcast

@@ -88,10 +88,12 @@ struct Rows {
   }
 
   // Where an added table is read on a row of the tile: at rows and columns of their own for each key where these are not
-  // null, else at `row`, and at columns from `first` on, or at the single one `only`.
+  // null, else at `row`, and at columns from `first` on, or at the single one `only`. Indices that may lie outside of the
+  // table are clamped key by key; `inside`: those from `first` on need not be.
   struct Place {
     i64 row, first, only;
     const i64 *rows, *cols;
+    bool inside;
   };
   const i64* vector_of(const Span& s, i64& number) const {
     const i64 last = s.end - 1;
@@ -101,7 +103,8 @@ struct Rows {
   }
   Place place(const Step& step, i64 query) {
     const Operand& r = p.operand[step.operand];
-    Place x{query, k0, -1, nullptr, nullptr};
+    // the query's own row, and the tile's own keys, are inside by the shapes that plan.py checks
+    Place x{query, k0, -1, nullptr, nullptr, true};
     if (step.row.begin < step.row.end) {
       masks.row_vectors(step.row, query);
       x.rows = vector_of(step.row, x.row);
@@ -110,8 +113,9 @@ struct Rows {
     if (step.col.begin == step.col.end) return x;
     if (step.slides) {
       x.first = masks.value_at(step.col, query, k0);
-      // never past the table, whatever it is told
-      x.first = x.first < 0 ? 0 : (x.first + n > r.cols ? r.cols - n : x.first);
+      x.inside = x.first >= 0 && x.first <= r.cols - n;
+      // far outside, one place is as good as another, and adding to it cannot overflow
+      x.first = x.first < -n ? -n : (x.first > r.cols ? r.cols : x.first);
       return x;
     }
     masks.row_vectors(step.col, query);
@@ -122,7 +126,8 @@ struct Rows {
   // The element of the table for key j of the tile, as an offset in elements.
   INLINE i64 offset_of(const Place& x, const Operand& r, i64 j, i64 rs, i64 cs) const {
     const i64 row = x.rows ? masks.clamped(x.rows[j], r.rows) : x.row;
-    const i64 col = x.cols ? masks.clamped(x.cols[j], r.cols) : (x.only >= 0 ? x.only : x.first + j);
+    if (x.cols) return row * rs + masks.clamped(x.cols[j], r.cols) * cs;
+    const i64 col = x.only >= 0 ? x.only : (x.inside ? x.first + j : masks.clamped(x.first + j, r.cols));
     return row * rs + col * cs;
   }
   // What a step adds on this row of the tile.
@@ -133,7 +138,7 @@ struct Rows {
     const Place x = place(step, query);
     const i64 width = size_of(r.dtype);
     number_of[i] = -1;
-    if (step.slides) {
+    if (step.slides && x.inside) {
       const char* at = masks.element(i, x.row, x.first);
       if (r.dtype == F32 && r.col() == 1) return reinterpret_cast<const float*>(at);
       convert(r.dtype, at, r.col(), number[i], n);

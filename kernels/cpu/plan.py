@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from attnfuse import expr
+from attnfuse import expr, rounding
 from attnfuse.expr import Expr
 from attnfuse.kernels import dropout, layout
 from attnfuse.kernels.bounds import cut
@@ -120,7 +120,12 @@ class Plan:
         spec = self.spec
         programs = Programs()
         uniform = frozenset(i for i, o in enumerate(spec.operands) if o.dims[-2:] == ("1", "1"))
-        steps = [_words(s, programs, uniform) for s in spec.steps if not (isinstance(s, Cast) and s.dtype != "float16")]
+        joined = {end: end - first for first, end in rounding.joined(spec.steps).items()}
+        steps = [
+            _words(s, programs, uniform, joined.get(i, 0))
+            for i, s in enumerate(spec.steps)
+            if rounding.rounds(s) or not isinstance(s, Cast)
+        ]
         weights = [_words(s, programs, uniform) for s in spec.weight_steps if not isinstance(s, Cast)]
         if max(len(steps), len(weights)) > MAX_STEPS:
             raise ValueError(f"at most {MAX_STEPS} steps; got {len(steps)} and {len(weights)} on the weights")
@@ -442,7 +447,8 @@ _OPS = (
 )
 
 
-def _words(step: Step, programs: Programs, uniform: frozenset[int]) -> bytes:
+def _words(step: Step, programs: Programs, uniform: frozenset[int], joined: int = 0) -> bytes:
+    """joined: how many of the steps before a cast are summed on their own."""
     spans = dict.fromkeys(("keep", "below_q", "from_q", "below", "from", "row", "col"), (0, 0))
     mask = getattr(step, "keep", None)
     if mask is not None:
@@ -468,7 +474,8 @@ def _words(step: Step, programs: Programs, uniform: frozenset[int]) -> bytes:
     elif isinstance(step, (ReplaceFill, AddFill)):
         kind, value = 6 if isinstance(step, ReplaceFill) else 7, step.value
     elif isinstance(step, Cast):
-        kind = 8
+        kind, operand = 8 if step.dtype == "float16" else 9, joined
+        value = rounding.COARSE[dtype_of(step.dtype)]
     else:
         raise ValueError(f"the CPU kernel does not know the step {step!r}")
     return _STEP.pack(kind, operand, *itertools.chain.from_iterable(spans.values()), slides, value, high)

@@ -13,7 +13,7 @@ constexpr int MAX_OPERANDS = 16, MAX_STEPS = 32, MAX_INSTRS = 192, BATCH = 6;
 constexpr i64 QT = 96, KT = ATTNFUSE_VL == 16 ? 288 : 240, LD = KT + 8;
 static_assert(QT % MR == 0 && KT % MR == 0 && KT % NR == 0, "tiles are whole blocks");
 
-enum Kind : i64 { SCALE, BIAS, SHIFT, SOFTCAP, TANH, CLAMP, REPLACE, ADD, HALF };
+enum Kind : i64 { SCALE, BIAS, SHIFT, SOFTCAP, TANH, CLAMP, REPLACE, ADD, HALF, BRAIN };
 enum Hidden : i64 { HIDDEN_NAN, HIDDEN_ZERO, HIDDEN_NAN_TO_ZERO };
 
 // One operation of a mask's program. a, b and c name earlier ones (-1: none, or the tile's own query or key for a load).
@@ -35,7 +35,8 @@ struct Span {
 };
 
 struct Step {
-  i64 kind, operand;  // operand -1: a number
+  // operand -1: a number. Of HALF and BRAIN (casts to float16 and bfloat16): how many steps before it are summed on their own
+  i64 kind, operand;
   // fills, and added operands with a mask: the keys kept are k < q + below_q, k >= q + from_q, k < below, k >= from, and `keep` on top of these
   Span keep, below_q, from_q, below, from;
   // an added table's own indices; slides: its column is k + something that does not depend on k
@@ -109,6 +110,10 @@ struct Problem {
   // the scale folded into q, and the first step left to do
   float fold;
   int first;
+  // where terms begin that are summed before they are added to the scores: the cast that they end in, else 0
+  int joined[MAX_STEPS];
+  // whether a cast to float16 or bfloat16 comes next
+  bool held[MAX_STEPS];
   // which score steps hide keys for good, so that these may be skipped; skips: any of them
   bool skips, hides[MAX_STEPS];
   // a row whose maximum is not above this may see skipped keys after all; -INF where fills are -inf
@@ -173,7 +178,7 @@ inline void find_skips(Problem& p) {
       else if (later.kind == REPLACE) value = later.value > value ? later.value : value;
       else if (later.kind == ADD) stays = later.value <= 0, known = false;
       else if (later.kind == BIAS || later.kind == SHIFT) known = false;
-      else stays = later.kind == HALF;
+      else stays = later.kind == HALF || later.kind == BRAIN;
     }
     const bool low = value <= HIDDEN_BELOW;
     if (!stays || !(low || (known && value <= -2 * VANISHES))) continue;
@@ -233,6 +238,13 @@ inline void finish(Problem& p) {
   p.first = 0;
   while (p.first < plan.n_steps && plan.steps[p.first].kind == SCALE && plan.steps[p.first].operand < 0)
     p.fold *= static_cast<float>(plan.steps[p.first++].value);
+  for (int i = 0; i < MAX_STEPS; ++i) p.joined[i] = 0, p.held[i] = false;
+  for (int i = 0; i < plan.n_steps; ++i) {
+    const Step& step = plan.steps[i];
+    if (step.kind != HALF && step.kind != BRAIN) continue;
+    if (step.operand > 0) p.joined[i - step.operand] = i;
+    if (i > 0) p.held[i - 1] = true;
+  }
   p.fills_weights = p.nonlinear_weights = false;
   for (int i = 0; i < plan.n_weights; ++i) {
     p.fills_weights |= plan.weights[i].kind == REPLACE;

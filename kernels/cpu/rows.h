@@ -3,6 +3,10 @@
 
 #include "masks.h"
 
+INLINE void fill(float* s, i64 from, i64 to, float x) {
+  for (i64 j = from; j < to; ++j) s[j] = x;
+}
+
 // Where a batch element's operands begin, and one row of each as the steps want it.
 struct Rows {
   const Problem& p;
@@ -13,11 +17,15 @@ struct Rows {
   float* saved = nullptr;         // [n_steps + n_weights][LD], for gradients
   float* kept = nullptr;          // [LD] dropout factors
   float* gated = nullptr;         // [LD] an added operand, 0 where its mask leaves it out
+  float* summed = nullptr;        // [LD] terms that are summed before they are added
+  // the bits of the largest magnitude on the row, where the step before a cast has measured it
+  uint32_t most = 0;
+  bool measured = false;
 
   explicit Rows(const Problem& problem) : p(problem), masks(problem) {}
 
   static i64 bytes(const Plan& plan, bool gradients) {
-    i64 n = plan.n_operands * LD * 4 + 2 * LD * 4;
+    i64 n = plan.n_operands * LD * 4 + 3 * LD * 4;
     if (gradients) n += (plan.n_steps + plan.n_weights) * LD * 4;
     return round_up(n, 64) + 64;
   }
@@ -34,6 +42,8 @@ struct Rows {
     kept = reinterpret_cast<float*>(at);
     at += LD * 4;
     gated = reinterpret_cast<float*>(at);
+    at += LD * 4;
+    summed = reinterpret_cast<float*>(at);
     at += LD * 4;
     if (gradients) saved = reinterpret_cast<float*>(at);
   }
@@ -200,7 +210,9 @@ struct Rows {
           replace(step, gated, query, lo, hi, 0.0f);
           x = gated;
         }
-        if (value == 1.0f) for (i64 j = lo; j < hi; ++j) s[j] += x[j];
+        measured = p.held[masks.index_of(step)];
+        if (measured) most = add_measured(s, x, value, lo, hi);
+        else if (value == 1.0f) for (i64 j = lo; j < hi; ++j) s[j] += x[j];
         else for (i64 j = lo; j < hi; ++j) s[j] += value * x[j];
         return;
       }
@@ -224,10 +236,46 @@ struct Rows {
         return;
       case REPLACE: return replace(step, s, query, lo, hi, value);
       case ADD: return add(step, s, query, lo, hi, value);
-      case HALF:
-        for (i64 j = lo; j < hi; ++j) s[j] = s[j] >= 65520.0f ? INF : (s[j] <= -65520.0f ? -INF : s[j]);
-        return;
+      case HALF: return cast<F16>(s, lo, hi, value);
+      case BRAIN: return cast<BF16>(s, lo, hi, value);
     }
+  }
+
+  // s += factor * x; returns the bits of the largest magnitude, which those of NaN exceed.
+  static INLINE uint32_t add_measured(float* __restrict s, const float* __restrict x, float factor, i64 lo, i64 hi) {
+    uint32_t most = 0;
+    for (i64 j = lo; j < hi; ++j) {
+      s[j] += factor * x[j];
+      const uint32_t size = bits<uint32_t>(s[j]) & 0x7FFFFFFFu;
+      most = size > most ? size : most;
+    }
+    return most;
+  }
+
+  // Rounds scores from `coarse` on to float16 or bfloat16, and to infinity where that overflows: a sum there swallows the score
+  // that is in it (attnfuse/rounding.py). Whole vectors: the row's padding is overwritten later.
+  template <i64 DT>
+  __attribute__((noinline)) static void hold(float* __restrict s, i64 lo, i64 hi, float coarse) {
+    const vu magnitude = splatu(0x7FFFFFFFu);
+    for (i64 j = lo / VL * VL; j < hi; j += VL) {
+      const vf x = loadf(s + j), size = bits<vf>(bits<vu>(x) & magnitude);
+      // NaN is left
+      store(s + j, select(size >= splat(coarse), rounded<DT>(x), x));
+    }
+  }
+  template <i64 DT>
+  void cast(float* s, i64 lo, i64 hi, float coarse) {
+    if (!measured) {
+      const vu magnitude = splatu(0x7FFFFFFFu);
+      vf top = splat(0.0f);
+      for (i64 j = lo / VL * VL; j < hi; j += VL) {
+        const vf size = bits<vf>(bits<vu>(loadf(s + j)) & magnitude);
+        top = size > top ? size : top;
+      }
+      most = bits<uint32_t>(max_of(top));
+    }
+    measured = false;
+    if (most >= bits<uint32_t>(coarse)) hold<DT>(s, lo, hi, coarse);
   }
 
   // g becomes the gradient of the step's input; that of an operand is added to its target, unless in a dry run.
@@ -308,7 +356,25 @@ struct Rows {
 
   void scores(float* s, i64 query, i64 lo, i64 hi, bool save) {
     const Plan& plan = *p.plan;
-    for (int i = p.first; i < plan.n_steps; ++i) apply(plan.steps[i], s, query, lo, hi, save ? saved + i * LD : nullptr);
+    float* to = s;
+    int end = 0;
+    for (int i = p.first; i < plan.n_steps;) {
+      if (!end && p.joined[i]) {
+        end = p.joined[i];
+        to = summed;
+        fill(to, lo, hi, 0.0f);
+      }
+      apply(plan.steps[i], to, query, lo, hi, save ? saved + i * LD : nullptr);
+      if (end != i || !end) {
+        ++i;
+        continue;
+      }
+      // the cast holds the terms' sum, and then its sum with the scores
+      most = add_measured(s, summed, 1.0f, lo, hi);
+      measured = true;
+      to = s;
+      end = 0;
+    }
   }
   void weights(float* w, i64 query, i64 lo, i64 hi, bool save) {
     const Plan& plan = *p.plan;

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from attnfuse import expr
+from attnfuse import expr, rounding
 from attnfuse.kernels import dropout
 from attnfuse.kernels.layout import DENSE, Bounds, check_bounds, check_sequences
 from attnfuse.spec import (
@@ -44,7 +44,7 @@ def attend(
 
     A sink is one of the scores here. Differentiable in q, k, v and in floating operands; stats only through log_sum_exp, of
     a spec with lse. Fill values are taken as they are, however `compute` rounds; a
-    float16 `Cast` still overflows to inf, as kernels do.
+    `Cast` does what it does in kernels.
     """
     check_bounds(spec, bounds)
     if spec.layout == "dense":
@@ -122,8 +122,7 @@ def _attend(
     """rows: int64 [*batch, Q], the numbers that dropout draws by; counted from 0 on by default."""
     batch = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2], *(o.shape[:-2] for o in operands))
     s = torch.matmul(q.to(compute), k.to(compute).transpose(-1, -2)).expand(*batch, q.shape[-2], k.shape[-2])
-    for step in spec.steps:
-        s = _apply(step, s, operands)
+    s = _stepped(spec.steps, s, operands)
     sink = s.new_full((), -torch.inf) if spec.sink is None else s.new_full((), spec.sink.value)
     if spec.sink is not None and spec.sink.operand is not None:
         sink = operands[spec.sink.operand].to(compute)
@@ -183,6 +182,24 @@ def _added(step: Bias, s: torch.Tensor, operands: Sequence[torch.Tensor]) -> tor
     return expr.load(read, operands, *_indices(s))
 
 
+def _stepped(steps: Sequence[Step], s: torch.Tensor, operands: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The scores after the steps."""
+    joined = rounding.joined(steps)
+    at = 0
+    while at < len(steps):
+        end = joined.get(at)
+        if end is None:
+            s = _apply(steps[at], s, operands)
+            at += 1
+            continue
+        term = torch.zeros_like(s)
+        # the cast holds the terms' sum, and then its sum with the scores
+        for step in steps[at : end + 1]:
+            term = _apply(step, term, operands)
+        s, at = s + term, end
+    return s
+
+
 def _apply(step: Step, s: torch.Tensor, operands: Sequence[torch.Tensor]) -> torch.Tensor:
     if isinstance(step, Scale):
         return s * (step.value if step.operand is None else operands[step.operand].to(s.dtype))
@@ -202,9 +219,5 @@ def _apply(step: Step, s: torch.Tensor, operands: Sequence[torch.Tensor]) -> tor
     if isinstance(step, AddFill):
         return s + torch.where(keep_of(step.keep, s, operands), 0.0, step.value).to(s.dtype)
     if isinstance(step, Cast):
-        if dtype_of(step.dtype) == torch.float16:
-            # 65520 is the first value that rounds to inf in float16
-            s = torch.where(s >= 65520.0, torch.inf, s)
-            s = torch.where(s <= -65520.0, -torch.inf, s)
-        return s
+        return rounding.held(s, dtype_of(step.dtype)) if rounding.rounds(step) else s
     raise TypeError(f"unknown step {step!r}")

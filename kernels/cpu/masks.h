@@ -159,12 +159,9 @@ struct Masks {
 
   explicit Masks(const Problem& problem) : p(problem) {}
 
-  static i64 bytes(const Problem& p) { return p.n_kept * QT * LD + p.n_vectors * LD * 8 + 64; }
   void carve(Carver& c) {
-    char* at = c.bytes(bytes(p));
-    if (!c.base) return;
-    vectors = reinterpret_cast<i64*>(at);
-    kept = reinterpret_cast<uint8_t*>(at + p.n_vectors * LD * 8);
+    vectors = reinterpret_cast<i64*>(c.bytes(p.n_vectors * LD * 8));
+    kept = reinterpret_cast<uint8_t*>(c.bytes(p.n_kept * QT * LD));
   }
   const Step& step(int i) const { return i < p.plan->n_steps ? p.plan->steps[i] : p.plan->weights[i - p.plan->n_steps]; }
   int steps() const { return static_cast<int>(p.plan->n_steps + p.plan->n_weights); }

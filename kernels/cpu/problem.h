@@ -8,6 +8,18 @@
 
 #include "gemm.h"
 
+// With AddressSanitizer, what lies behind each part of an allocation may not be touched.
+#if defined(__SANITIZE_ADDRESS__)
+#define GUARDED 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define GUARDED 1
+#endif
+#endif
+#if defined(GUARDED)
+#include <sanitizer/asan_interface.h>
+#endif
+
 constexpr int MAX_OPERANDS = 16, MAX_STEPS = 32, MAX_INSTRS = 192, BATCH = 6;
 // A tile holds QT queries and KT keys; LD is the row pitch of a score tile, off any power of two.
 constexpr i64 QT = 96, KT = ATTNFUSE_VL == 16 ? 288 : 240, LD = KT + 8;
@@ -259,26 +271,30 @@ inline void finish(Problem& p) {
 // Memory a thread keeps between calls, up to a limit.
 class Arena {
  public:
-  ~Arena() { std::free(data_); }
+  ~Arena() { release(); }
   // At least n bytes, aligned to a cache line; null when there are none. What it held is lost.
   void* take(i64 n) {
     if (n > size_) {
-      std::free(data_);
+      release();
       n = round_up(n, 4096);
-      data_ = nullptr;
       if (posix_memalign(&data_, 64, n) != 0) data_ = nullptr;
       size_ = data_ ? n : 0;
     }
     return data_;
   }
   void trim(i64 limit) {
-    if (size_ <= limit) return;
+    if (size_ > limit) release();
+  }
+
+ private:
+  void release() {
+#if defined(GUARDED)
+    if (data_) ASAN_UNPOISON_MEMORY_REGION(data_, size_);
+#endif
     std::free(data_);
     data_ = nullptr;
     size_ = 0;
   }
-
- private:
   void* data_ = nullptr;
   i64 size_ = 0;
 };
@@ -291,8 +307,17 @@ struct Carver {
   i64 used = 0;
   float* floats(i64 n) { return reinterpret_cast<float*>(bytes(n * 4)); }
   char* bytes(i64 n) {
-    char* p = base + used;
-    used += round_up(n, 64);
+    char* p = base ? base + used : nullptr;
+#if defined(GUARDED)
+    const i64 whole = round_up(n, 64) + 64;
+    if (base) {
+      ASAN_UNPOISON_MEMORY_REGION(p, n);
+      ASAN_POISON_MEMORY_REGION(p + n, whole - n);
+    }
+#else
+    const i64 whole = round_up(n, 64);
+#endif
+    used += whole;
     return p;
   }
 };

@@ -24,28 +24,14 @@ struct Rows {
 
   explicit Rows(const Problem& problem) : p(problem), masks(problem) {}
 
-  static i64 bytes(const Plan& plan, bool gradients) {
-    i64 n = plan.n_operands * LD * 4 + 3 * LD * 4;
-    if (gradients) n += (plan.n_steps + plan.n_weights) * LD * 4;
-    return round_up(n, 64) + 64;
-  }
-
   void carve(Carver& c, bool gradients) {
     const Plan& plan = *p.plan;
-    char* at = c.bytes(bytes(plan, gradients));
+    for (int i = 0; i < plan.n_operands; ++i) number[i] = c.floats(LD);
+    kept = c.floats(LD);
+    gated = c.floats(LD);
+    summed = c.floats(LD);
+    if (gradients) saved = c.floats((plan.n_steps + plan.n_weights) * LD);
     masks.carve(c);
-    if (!c.base) return;
-    for (int i = 0; i < plan.n_operands; ++i) {
-      number[i] = reinterpret_cast<float*>(at);
-      at += LD * 4;
-    }
-    kept = reinterpret_cast<float*>(at);
-    at += LD * 4;
-    gated = reinterpret_cast<float*>(at);
-    at += LD * 4;
-    summed = reinterpret_cast<float*>(at);
-    at += LD * 4;
-    if (gradients) saved = reinterpret_cast<float*>(at);
   }
 
   void enter_element(i64 e, const i64* index) {

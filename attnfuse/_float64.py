@@ -23,7 +23,7 @@ _SUMS = frozenset(
 )
 _SUMS_OF_PRODUCTS = frozenset({"baddbmm", "addbmm", "addmm"})
 #: Parts of the names of what makes values of another kind out of its arguments: sums before it are none of scores.
-_BARRIERS = ("mm", "matmul", "einsum", "linear", "conv", "norm", "embedding", "attention", "softmax", "dropout", "exp")
+_BARRIERS = ("mm", "matmul", "einsum", "linear", "conv", "norm", "embedding", "attention", "softmax", "dropout")
 #: Higher-order ops that run Python code of their own; the others dispatch, and know no mode like `Widening`.
 _TRANSPARENT = frozenset({"autograd_function_apply"})
 
@@ -150,7 +150,7 @@ def _sums(graph: fx.Graph) -> dict[fx.Node, torch.dtype]:
     seen = set(stack)
     while stack:
         node = stack.pop()
-        if not any(part in _name(node) for part in _BARRIERS):
+        if not _is_barrier(node):
             more = set(node.all_input_nodes) - seen
             seen |= more
             stack += more
@@ -160,13 +160,18 @@ def _sums(graph: fx.Graph) -> dict[fx.Node, torch.dtype]:
     for node in graph.nodes:
         name, dtype = _name(node), _narrow(node)
         is_sum = name in _SUMS or name in _SUMS_OF_PRODUCTS
-        through = not any(part in name for part in _BARRIERS) and not within.isdisjoint(node.all_input_nodes)
+        through = not _is_barrier(node) and not within.isdisjoint(node.all_input_nodes)
         if is_sum or through:
             within.add(node)
         cast = node.target in _CASTS and through and dtype != _narrow(node.args[0])
         if node in seen and dtype is not None and (is_sum or cast):
             found[node] = dtype
     return found
+
+
+def _is_barrier(n: fx.Node) -> bool:
+    name = _name(n)
+    return name == "exp" or any(part in name for part in _BARRIERS)
 
 
 def _narrow(n: Any) -> torch.dtype | None:

@@ -58,6 +58,10 @@ def _gpt2(s, x, value):
     return s * keep + value * (1 - keep)
 
 
+def _expanded(s, x, value):
+    return s + ((1.0 - x["keep"].to(s.dtype)) * value + x["mask"]).expand(B, H, L, L)
+
+
 def _two(s, x, value):
     return s + x["mask"] + (1.0 - x["keep"].to(s.dtype)) * value
 
@@ -82,6 +86,7 @@ ADDED = (
     *(_dense, _in_place, _subtracted, _padding, _constant, _expression, _gpt2, _two, _summed_first, _bias_after),
     _scaled_after,
     _narrowed_after,
+    _expanded,
 )
 
 

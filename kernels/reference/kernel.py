@@ -13,7 +13,6 @@ from attnfuse.kernels.layout import DENSE, Bounds, allocate
 from attnfuse.kernels.reference import attend
 from attnfuse.spec import Attention, ReplaceFill
 
-
 #: How far the weights of all keys of a row may be from 1 in sum.
 _WHOLE = 1e-6
 

@@ -9,12 +9,21 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnfuse import rounding
 from attnfuse._compat import HigherOrderOperator, OpOverload, TorchDispatchMode, arguments_of, writes
 
 _WIDE = {torch.complex32: torch.complex128, torch.complex64: torch.complex128, torch.complex128: torch.complex128}
 #: Methods that change a tensor's dtype and return the tensor itself where it has that dtype already.
 _CASTS = frozenset({"to", "float", "half", "bfloat16", "double", "type", "type_as"})
 _AUTOCAST = frozenset({"_enter_autocast", "_exit_autocast"})
+#: What sums are looked for before, by the name of the function, method or op.
+_EXPONENTIALS = frozenset({"softmax", "log_softmax", "_softmax", "_log_softmax", "_safe_softmax", "logsumexp", "exp"})
+_SUMS = frozenset(
+    {"add", "sub", "rsub", "iadd", "isub", "__add__", "__radd__", "__iadd__", "__sub__", "__rsub__", "__isub__"}
+)
+_SUMS_OF_PRODUCTS = frozenset({"baddbmm", "addbmm", "addmm"})
+#: Parts of the names of what makes values of another kind out of its arguments: sums before it are none of scores.
+_BARRIERS = ("mm", "matmul", "einsum", "linear", "conv", "norm", "embedding", "attention", "softmax", "dropout")
 #: Higher-order ops that run Python code of their own; the others dispatch, and know no mode like `Widening`.
 _TRANSPARENT = frozenset({"autograd_function_apply"})
 
@@ -91,7 +100,11 @@ class Widening(TorchDispatchMode):
 
 
 class Interpreter(fx.Interpreter):
-    """Runs a Dynamo graph, given float64 inputs, in float64."""
+    """Runs a Dynamo graph, given float64 inputs, in float64.
+
+    Sums that become scores are rounded where the graph's dtype swallows a score (attnfuse/rounding.py): what is left of it in
+    float64 is no part of what the graph computes.
+    """
 
     def __init__(
         self, module: fx.GraphModule, mode: Widening, constant: Callable[[torch.Tensor], torch.Tensor]
@@ -99,6 +112,7 @@ class Interpreter(fx.Interpreter):
         super().__init__(module)
         self._mode = mode
         self._constant = constant
+        self._sums = _sums(module.graph)
 
     def fetch_attr(self, target: str) -> Any:
         value = super().fetch_attr(target)
@@ -115,7 +129,10 @@ class Interpreter(fx.Interpreter):
         if _is_attention(n.target):
             return _attend(*args, **kwargs)
         with self._mode:
-            return super().run_node(n)
+            result = super().run_node(n)
+        if n in self._sums:
+            _round(result, self._sums[n])
+        return result
 
     def _higher_order(self, op: HigherOrderOperator, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         name = op.name()
@@ -124,6 +141,63 @@ class Interpreter(fx.Interpreter):
             return Interpreter(args[0], self._mode, self._constant).run(*args[1:])
         with self._mode if name in _TRANSPARENT else contextlib.nullcontext():
             return op(*args, **kwargs)
+
+
+def _sums(graph: fx.Graph) -> dict[fx.Node, torch.dtype]:
+    """The sums that an exponential is taken of, or that are added to such, with the dtypes that they have in the graph, and
+    casts of them to a narrower dtype."""
+    stack = [a for n in graph.nodes if _name(n) in _EXPONENTIALS for a in n.all_input_nodes]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if not _is_barrier(node):
+            more = set(node.all_input_nodes) - seen
+            seen |= more
+            stack += more
+    found: dict[fx.Node, torch.dtype] = {}
+    # what a sum is part of
+    within: set[fx.Node] = set()
+    for node in graph.nodes:
+        name, dtype = _name(node), _narrow(node)
+        is_sum = name in _SUMS or name in _SUMS_OF_PRODUCTS
+        through = not _is_barrier(node) and not within.isdisjoint(node.all_input_nodes)
+        if is_sum or through:
+            within.add(node)
+        cast = node.target in _CASTS and through and dtype != _narrow(node.args[0])
+        if node in seen and dtype is not None and (is_sum or cast):
+            found[node] = dtype
+    return found
+
+
+def _is_barrier(n: fx.Node) -> bool:
+    name = _name(n)
+    return name == "exp" or any(part in name for part in _BARRIERS)
+
+
+def _narrow(n: Any) -> torch.dtype | None:
+    """The floating dtype that a node has in the graph, where it is narrower than float64."""
+    value = n.meta.get("example_value", n.meta.get("val")) if isinstance(n, fx.Node) else None
+    return value.dtype if isinstance(value, torch.Tensor) and value.dtype in rounding.COARSE else None
+
+
+def _name(n: fx.Node) -> str:
+    """'add' for operator.add, torch.add, Tensor.add_ and aten.add.Tensor."""
+    if n.op == "call_method":
+        return str(n.target).rstrip("_")
+    if n.op != "call_function":
+        return ""
+    packet = n.target.overloadpacket if isinstance(n.target, OpOverload) else n.target
+    name = str(getattr(packet, "__name__", packet))
+    return name if name.startswith("__") else name.rstrip("_")
+
+
+def _round(value: Any, dtype: torch.dtype) -> None:
+    """Round a sum in place to what `dtype` leaves of it, so that whoever holds it sees that; gradients pass."""
+    if not is_tensor(value) or value.dtype != torch.float64:
+        return
+    change = rounding.lost(value, dtype)
+    if bool(change.any()):
+        value.add_(change)
 
 
 def _was_alias(n: fx.Node) -> bool:

@@ -63,15 +63,23 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> tuple[Settings
         _check(key, value)
     if own.get("kernel") is None and os.environ.get(KERNEL_VARIABLE):
         own["kernel"] = os.environ[KERNEL_VARIABLE]
-        _check("kernel", own["kernel"])
+        try:
+            _check("kernel", own["kernel"])
+        except ValueError as error:
+            raise ValueError(f"${KERNEL_VARIABLE}: {error}") from None
     if own.get("fuel") is None and os.environ.get(FUEL_VARIABLE):
-        text = os.environ[FUEL_VARIABLE]
-        if not text.isdigit():
-            raise ValueError(f"${FUEL_VARIABLE} must be a whole number, got {text!r}")
-        own["fuel"] = int(text)
+        own["fuel"] = _whole_number(FUEL_VARIABLE)
     patches = _compat.inductor_mode_options(mode) if mode else {}
     own.setdefault("tune", mode in _TUNING_MODES)
     return Settings(**own), {**patches, **rest}
+
+
+def _whole_number(variable: str) -> int:
+    text = os.environ[variable]
+    # digits of other scripts, and more of them than Python converts, are no numbers here
+    if not (text.isascii() and text.isdigit() and len(text) <= 18):
+        raise ValueError(f"${variable} must be a whole number from 0 up, got {text[:80]!r}")
+    return int(text)
 
 
 def _check(key: str, value: Any) -> None:

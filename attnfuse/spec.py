@@ -31,7 +31,7 @@ from attnfuse import expr
 from attnfuse.expr import Expr
 
 #: Part of every spec's text, so that a compiled graph cached under an older meaning of a spec is never reused.
-OP_VERSION = 5
+OP_VERSION = 6
 
 #: What a row whose scores are all -inf gives: NaN as softmax does, 0 as scaled_dot_product_attention does, or 0 for every
 #: row that is NaN for whatever reason (softmax followed by nan_to_num).
@@ -153,7 +153,9 @@ class AddFill:
 class Cast:
     """Scores are held in `dtype` from here on.
 
-    Kernels compute in float32 and do not round; they only reproduce what a reader can see, a float16 overflow to inf.
+    Kernels compute in float32 and do not round, but for what a reader can see: where `dtype` is narrower, a sum too large for
+    it is inf, and one so large that it swallows what was added to it is rounded (attnfuse/rounding.py). Terms added one after
+    the other right before such a cast are summed first, and their sum is added to the scores.
     """
 
     kind: ClassVar[str] = "cast"

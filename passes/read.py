@@ -329,6 +329,7 @@ def _read_product(reader: Reader, node: fx.Node, product: contraction.Contractio
         from attnfuse.passes.idioms.bias import added_steps
 
         scores.steps += added_steps(reader, product.added, labels, product.beta)
+        scores.steps.append(Cast(dtype_name(dtype_of(node))))
     return scores
 
 

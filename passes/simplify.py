@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from attnfuse.rounding import visible
 from attnfuse.spec import Attention, Cast, Clamp, Scale, Shift, Softcap, Step, Tanh
 
 #: Steps that change no score; -0.0 becomes 0.0 under Shift(0.0), which no softmax sees.
@@ -14,13 +15,8 @@ _IDENTITIES = (Scale(1.0), Shift(0.0), Clamp())
 def simplify(spec: Attention) -> Attention:
     """Drop casts that cannot be seen, join constant factors, name softcaps. Idempotent."""
     exact = spec.nan_policy == "eager"
-    steps = _joined(_visible(spec.steps), exact)
+    steps = _joined(visible(spec.steps), exact)
     return replace(spec, steps=steps, weight_steps=_joined(spec.weight_steps, exact))
-
-
-def _visible(steps: tuple[Step, ...]) -> tuple[Step, ...]:
-    """Without casts, except those to float16: only they can turn a finite score into inf."""
-    return tuple(s for s in steps if not isinstance(s, Cast) or s.dtype == "float16")
 
 
 def _joined(steps: tuple[Step, ...], exact: bool) -> tuple[Step, ...]:

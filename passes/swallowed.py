@@ -1,15 +1,23 @@
-"""Sites whose spelling gives something else than a softmax in rows that are hidden whole: these are left alone."""
+"""Sites that give something else than a kernel's softmax in rows that are hidden whole: these are left alone."""
 
 from __future__ import annotations
 
 import math
 
+import torch
+
 from attnfuse.expr import Apply, Const, Expr, K, Q, sum_of
+from attnfuse.passes.aten import name_of
+from attnfuse.passes.capture import value_of
 from attnfuse.passes.site import Refusal, Site
-from attnfuse.spec import AddFill, Bias, ReplaceFill, Step
+from attnfuse.rounding import SWALLOWS
+from attnfuse.spec import AddFill, Bias, ReplaceFill, Shift, Step
 
 #: log K is exact to five digits beside scores of this size.
 _SMALL = 100.0
+#: Beside what is added of this size, float32 has lost digits of a score that float64 keeps.
+_LARGE = 2.0**10
+_SUMS = ("add", "sub", "rsub", "baddbmm", "addbmm", "addmm")
 
 
 def swallowed(site: Site) -> Refusal | None:
@@ -20,6 +28,10 @@ def swallowed(site: Site) -> Refusal | None:
     """
     if site.by_own_maximum and any(_may_hide_all(s) for s in site.spec.steps):
         return Refusal("a sink relative to the scores' own maximum is NaN in rows that are hidden whole", site.anchor)
+    if _in_float64(site):
+        return Refusal(
+            "a mask is added in float64, which keeps scores that a kernel's float32 loses beside it", site.anchor
+        )
     if not site.by_log_sum_exp:
         return None
     for step in site.spec.steps:
@@ -30,6 +42,21 @@ def swallowed(site: Site) -> Refusal | None:
         if lost:
             return Refusal("exp(s - logsumexp(s)) is no softmax in rows that a finite fill hides whole", site.anchor)
     return None
+
+
+def _in_float64(site: Site) -> bool:
+    """Whether scores of fewer digits are added to in float64, and something that may hide a row whole is added."""
+    if site.spec.qk_dtype == "float64":
+        return False
+    if not any(name_of(n) in _SUMS and getattr(value_of(n), "dtype", None) == torch.float64 for n in site.inside):
+        return False
+    for step in site.spec.steps:
+        if isinstance(step, Bias):
+            return True
+        lost = isinstance(step, (AddFill, Shift)) and _LARGE <= abs(step.value) < SWALLOWS
+        if lost and not (isinstance(step, AddFill) and _keeps_a_key(step.keep)):
+            return True
+    return False
 
 
 def _may_hide_all(step: Step) -> bool:

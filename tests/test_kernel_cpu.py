@@ -1,13 +1,9 @@
-"""The CPU kernel against the oracle, by the error bars of the reliability notes, and the rules of its build cache."""
+"""The CPU kernel against the oracle, by the error bars of the reliability notes."""
 
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import kernel_cases
 import pytest
@@ -18,7 +14,6 @@ from sink_cases import *  # noqa: F403
 from attnfuse import expr
 from attnfuse.expr import Algebra, Const, causal, dense, documents, window
 from attnfuse.kernels import cpu, dropout, layout, reference
-from attnfuse.kernels.cpu import build
 from attnfuse.spec import (
     AddFill,
     Bias,
@@ -511,86 +506,6 @@ def test_tensors_that_do_not_fit_the_spec_are_refused():
     with pytest.raises(ValueError, match="shapes"):
         bias = randn(1, 1, 33, 7)
         cpu.forward(make_spec(q, k, v, [bias], steps=(Bias(0),)), q, k, v, [bias], None)
-
-
-@pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """A build module that has loaded nothing, with its own cache and a 'compiler' that copies the real library."""
-    library = Path(build.load()._name)
-    counter, fake = tmp_path / "calls", tmp_path / "fake-cxx"
-    fake.write_text(f'#!/bin/sh\necho x >> {counter}\nfor last; do :; done\nsleep 0.2\ncp {library} "$last"\n')
-    fake.chmod(0o755)
-    monkeypatch.setenv("ATTNFUSE_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("CXX", str(fake))
-    state = build._loaded, build._failure, build._warming
-    build.reset()
-    yield tmp_path
-    build._loaded, build._failure, build._warming = state
-
-
-def test_the_cache_directory_is_private_and_used_again(fresh):
-    cpu.warm_up()
-    cpu.warm_up()
-    assert cpu.available() is None
-    assert (fresh / "cache").stat().st_mode & 0o777 == 0o700
-    build.reset()
-    assert cpu.available() is None
-    assert (fresh / "calls").read_text().count("x") == 1
-    assert not [p for p in (fresh / "cache").iterdir() if p.name.startswith("tmp")]
-
-
-@pytest.mark.parametrize("kind", ["symlink", "group-writable", "foreign"])
-def test_an_unsafe_cache_directory_is_refused(fresh, kind, monkeypatch):
-    cache = fresh / "cache"
-    if kind == "symlink":
-        (fresh / "elsewhere").mkdir(mode=0o700)
-        cache.symlink_to(fresh / "elsewhere")
-    else:
-        cache.mkdir(mode=0o700)
-        if kind == "group-writable":
-            cache.chmod(0o770)
-        else:
-            monkeypatch.setattr(os, "getuid", lambda: cache.stat().st_uid + 1)
-    reason = cpu.available()
-    assert reason is not None and "cache directory" in reason
-    with pytest.raises(cpu.BuildError):
-        build.load()
-
-
-def test_a_damaged_library_is_built_again(fresh):
-    library = build.cache_dir() / f"attention-{build._key([*build.compiler(), *build._FLAGS])}.so"
-    library.write_bytes(b"not a library")
-    library.chmod(0o700)
-    assert cpu.available() is None
-    assert (fresh / "calls").read_text().count("x") == 1
-
-
-def test_an_unwritable_cache_falls_back_to_a_private_directory(fresh, monkeypatch):
-    (fresh / "file").write_text("")
-    monkeypatch.setenv("ATTNFUSE_CACHE_DIR", str(fresh / "file" / "cache"))
-    assert cpu.available() is None
-    assert Path(build.load()._name).parent.stat().st_mode & 0o777 == 0o700
-
-
-def test_a_missing_or_failing_compiler_gives_the_reason(fresh, monkeypatch):
-    bad = fresh / "bad-cxx"
-    bad.write_text("#!/bin/sh\necho 'error: no such thing' >&2\nexit 1\n")
-    bad.chmod(0o755)
-    monkeypatch.setenv("CXX", str(bad))
-    assert "no such thing" in str(cpu.available())
-    build.reset()
-    monkeypatch.delenv("CXX")
-    monkeypatch.setenv("PATH", str(fresh))
-    assert cpu.available() == "no C++ compiler found (looked for $CXX, g++, clang++)"
-
-
-def test_processes_starting_together_compile_once(fresh):
-    code = "from attnfuse.kernels import cpu; assert cpu.available() is None"
-    root = str(Path(__file__).parents[1])
-    env = {**os.environ, "PYTHONPATH": root}
-    started = [subprocess.Popen([sys.executable, "-c", code], env=env, cwd=root) for _ in range(3)]
-    assert [p.wait() for p in started] == [0, 0, 0]
-    assert (fresh / "calls").read_text().count("x") == 1
 
 
 def test_allocate_works_on_fake_tensors_of_symbolic_size():

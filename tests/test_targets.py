@@ -11,7 +11,7 @@ from kernel_cases import FLOAT_MIN, INF, bounds_of, make_spec, qkv, randn
 
 from attnfuse.expr import Algebra, Const, K, Q, causal, dense, documents, window
 from attnfuse.kernels.layout import DENSE, Bounds
-from attnfuse.spec import AddFill, Bias, ReplaceFill, Scale, Sink, Softcap
+from attnfuse.spec import AddFill, Bias, Cast, ReplaceFill, Scale, Sink, Softcap
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -59,6 +59,25 @@ def test_sinks_compile():
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_sinks_compile_for_every_target(capability, dtype):
     sunk(capability, dtype, 64)
+
+
+def rounded(capability, dtype, D) -> None:
+    q, k, v = qkv(1, 2, 256, 256, D, dtype=FLOATS[dtype])
+    operands = [randn(1, 2, 256, 256, dtype=FLOATS[dtype]), randn(1, 1, 1, 256, dtype=FLOATS[dtype])]
+    cast = Cast({"fp16": "float16", "bf16": "bfloat16"}[dtype])
+    check(capability, make_spec(q, k, v, operands, steps=(HALF, Bias(0), Bias(1), cast)), q, k, v, operands)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(80, "fp16"), (90, "bf16")])
+def test_sums_that_are_rounded_compile(capability, dtype):
+    rounded(capability, dtype, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_sums_that_are_rounded_compile_for_every_target(capability, dtype):
+    rounded(capability, dtype, 64)
 
 
 def decoded(capability, dtype, D, queries=1) -> None:

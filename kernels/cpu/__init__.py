@@ -39,6 +39,7 @@ def forward(
     """
     library = load()
     plan = plan_of(spec)
+    _on_cpu(q, k, v, *operands)
     key: tuple[object, ...] = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype)
     for o in operands:
         key += (o.shape, o.stride(), o.dtype)
@@ -95,7 +96,15 @@ def backward(
     tensors = (q, k, v, *operands)
     if dout.dtype != plan.out:
         dout = dout.to(plan.out)
-    key: tuple[object, ...] = (threads, *needs, dout.stride(), out.stride())
+    _on_cpu(dout, out, stats, *tensors)
+    lines = (2, *out.shape[:-1])
+    if dout.shape != out.shape or out.dtype != plan.out or stats.shape != lines or stats.dtype != torch.float32:
+        raise ValueError(
+            f"dout {list(dout.shape)}, out {out.dtype} {list(out.shape)} and stats {stats.dtype} {list(stats.shape)} are not "
+            f"those of one forward, which has {plan.out} and float32 {list(lines)}"
+        )
+    stats = stats.contiguous()
+    key: tuple[object, ...] = (threads, *needs, dout.stride(), out.stride(), out.shape)
     for x in tensors:
         key += (x.shape, x.stride(), x.dtype)
     at = _Packed.of(spec, q, k, operands, bounds)
@@ -103,8 +112,9 @@ def backward(
     made = plan.backward.get(key)
     if made is None:
         tile = library.attnfuse_key_tile()
-        made = plan.lay_out_reverse(key, tensors, needs, threads, tile, at.sequences, at.longest)
+        made = plan.lay_out_reverse(key, tensors, tuple(out.shape), needs, threads, tile, at.sequences, at.longest)
     if dlse is not None:
+        _on_cpu(dlse)
         dlse = dlse.to(torch.float32).expand(stats.shape[1:]).contiguous()
     if made.empty:
         zeros = [torch.zeros_like(x) if needed else None for x, needed in zip(tensors, needs, strict=True)]
@@ -147,6 +157,13 @@ def backward(
     return _with_sink(spec, operands, sums, dout, out, stats, dlse)
 
 
+def _on_cpu(*tensors: torch.Tensor) -> None:
+    """Raises ValueError for a tensor whose address is not one of this process."""
+    for x in tensors:
+        if not x.is_cpu or x.layout is not torch.strided:
+            raise ValueError(f"strided tensors of the CPU are needed; got {x.layout} on {x.device}")
+
+
 class _Packed(NamedTuple):
     """What the kernels need to know of bounds: as they take them, how many sequences, and the most queries and keys of one."""
 
@@ -161,6 +178,7 @@ class _Packed(NamedTuple):
         check_bounds(spec, bounds)
         if spec.layout == "dense":
             return _DENSE
+        _on_cpu(*(x for x in bounds if x is not None))
         sides = bounds.clipped((q.shape[-2], k.shape[-2]))
         inside = Bounds(*(None if x is None else x.to(torch.int64).contiguous() for x in sides))
         for x in inside:
@@ -216,6 +234,7 @@ def _seed(spec: Attention, seed: torch.Tensor | None) -> int:
         if spec.dropout > 0.0:
             raise ValueError("a spec with dropout needs a seed")
         return 0
+    _on_cpu(seed)
     if seed.dtype != torch.int64 or seed.numel() != 1:
         raise ValueError(f"the seed must be one int64; got {seed.dtype} {tuple(seed.shape)}")
     return seed.data_ptr()

@@ -1,7 +1,13 @@
 """Compiles the C++ source once per machine and loads it.
 
 The library is kept in a directory only its owner can write ($ATTNFUSE_CACHE_DIR, else the user's cache directory) under
-a name made from the source, the compiler, the flags and the processor. Nothing there is unpickled.
+a name made from the source, the compiler, the flags and the processor, with its SHA-256 digest beside it: a file that was
+cut short would end the process once it is mapped. Nothing there is unpickled.
+
+Whatever is wrong with the compiler, the cache or the library is a BuildError that says so, and other kernels run instead.
+
+$ATTNFUSE_SANITIZE compiles the kernels with sanitizers: 'address', 'undefined' or both with a comma between. AddressSanitizer's
+runtime must be the first library of the process (see tests/test_kernel_cpu_sanitized.py).
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ from pathlib import Path
 import filelock
 import torch
 
-from attnfuse.kernels.cache import BuildError, cache_dir, refuse_unsafe
+from attnfuse.kernels.cache import BuildError, cache_dir, refuse_unsafe, write_text
 
 _SOURCES = (
     "attention.cpp",
@@ -44,6 +50,9 @@ _FLAGS = (
 # Tuned for AMD, g++ splits the multiply-adds of a sum, and what should cancel exactly no longer does. Compilers that
 # know neither flag get the second choice.
 _TARGETS = (("-march=native", "-mtune=generic"), ())
+#: Added to the flags, for what $ATTNFUSE_SANITIZE names. The first finding ends the process.
+_SANITIZED = ("-O2", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
+_SANITIZERS = ("address", "undefined")
 _HERE = Path(__file__).parent
 _LOCK_SECONDS = 300.0
 
@@ -68,6 +77,10 @@ def load() -> ctypes.CDLL:
             except BuildError as error:
                 _failure = error
                 raise
+            except Exception as error:
+                # whatever it is, it costs these kernels and not the process or the thread that builds them
+                _failure = BuildError(f"the CPU kernels cannot be built: {type(error).__name__}: {error}")
+                raise _failure from error
         return _loaded
 
 
@@ -98,7 +111,11 @@ def reset() -> None:
 
 def compiler() -> list[str]:
     """The command of the C++ compiler. Raises BuildError naming what was looked for."""
-    named = shlex.split(os.environ.get("CXX", ""))
+    given = os.environ.get("CXX", "")
+    try:
+        named = shlex.split(given)
+    except ValueError as error:
+        raise BuildError(f"$CXX = {given!r} is no command: {error}") from error
     for command in ([named] if named else []) + [["g++"], ["clang++"]]:
         found = shutil.which(command[0])
         if found is not None:
@@ -107,14 +124,29 @@ def compiler() -> list[str]:
     raise BuildError(f"no C++ compiler found (looked for {tried}, g++, clang++)")
 
 
+def sanitizers() -> list[str]:
+    """What $ATTNFUSE_SANITIZE names. Raises BuildError for anything else than sanitizers that are known."""
+    given = os.environ.get("ATTNFUSE_SANITIZE", "")
+    named = [name.strip() for name in given.split(",") if name.strip()]
+    if not set(named) <= set(_SANITIZERS):
+        raise BuildError(f"$ATTNFUSE_SANITIZE takes {' and '.join(_SANITIZERS)} with a comma between; got {given!r}")
+    return [name for name in _SANITIZERS if name in named]
+
+
+def _command() -> list[str]:
+    """The compiler with its flags, but for the target."""
+    chosen = sanitizers()
+    return [*compiler(), *_FLAGS, *([f"-fsanitize={','.join(chosen)}", *_SANITIZED] if chosen else [])]
+
+
 def _load() -> ctypes.CDLL:
-    command = [*compiler(), *_FLAGS]
+    command = _command()
     name = f"attention-{_key(command)}.so"
     try:
         path = cache_dir() / name
-        if not path.exists():
+        if not _whole(path):
             with filelock.FileLock(f"{path}.lock", timeout=_LOCK_SECONDS):
-                if not path.exists():
+                if not _whole(path):
                     _compile(command, path)
     except (OSError, filelock.Timeout):
         # read-only, full, or locked by a process that hangs
@@ -128,13 +160,28 @@ def _load() -> ctypes.CDLL:
     refuse_unsafe(path, stat.S_ISREG, "file")
     try:
         return _open(path)
-    except OSError:
-        # a damaged file: build it again, once
+    except (OSError, AttributeError):
+        # written whole, but not what it should be: build it again, once
         try:
             _compile(command, path)
             return _open(path)
-        except OSError as error:
-            raise BuildError(f"cannot load {path}: {error}") from error
+        except (OSError, AttributeError) as error:
+            raise BuildError(f"cannot load {path}, which {command[0]} made: {error}") from error
+
+
+def _digest_of(path: Path) -> Path:
+    """The file beside a library that holds its digest."""
+    return path.with_suffix(".sha256")
+
+
+def _whole(path: Path) -> bool:
+    """Whether the library is there as it was written. Raises BuildError for one that somebody else could have written."""
+    digest = _digest_of(path)
+    for file in (path, digest):
+        if not file.exists() and not file.is_symlink():
+            return False
+        refuse_unsafe(file, stat.S_ISREG, "file")
+    return digest.read_bytes().strip() == hashlib.sha256(path.read_bytes()).hexdigest().encode()
 
 
 def _compile(command: list[str], path: Path) -> None:
@@ -149,6 +196,7 @@ def _compile(command: list[str], path: Path) -> None:
                     [*command, *extra, str(_HERE / "attention.cpp"), "-o", temporary],
                     capture_output=True,
                     text=True,
+                    errors="replace",
                     check=False,
                 )
             except OSError as error:
@@ -157,7 +205,10 @@ def _compile(command: list[str], path: Path) -> None:
                 os.chmod(temporary, 0o700)
                 with open(temporary, "rb") as written:
                     os.fsync(written.fileno())
+                    digest = hashlib.sha256(written.read()).hexdigest()
+                # a reader between the two finds a digest that does not fit, and waits for the lock
                 os.replace(temporary, path)
+                write_text(_digest_of(path), digest + "\n")
                 return
             tail = "\n".join(done.stderr.strip().splitlines()[-15:])
             if "No space left" in tail:
@@ -169,10 +220,13 @@ def _compile(command: list[str], path: Path) -> None:
 
 def _key(command: list[str]) -> str:
     digest = hashlib.sha256()
-    for source in _SOURCES:
-        digest.update((_HERE / source).read_bytes())
     binary = os.path.realpath(command[0])
-    info = os.stat(binary)
+    try:
+        for source in _SOURCES:
+            digest.update((_HERE / source).read_bytes())
+        info = os.stat(binary)
+    except OSError as error:
+        raise BuildError(f"cannot read the sources of the kernels or their compiler: {error}") from error
     # size and time stand for the compiler's version, without starting it
     digest.update(
         repr((command, _TARGETS, binary, info.st_size, info.st_mtime_ns, platform.machine(), _processor())).encode()

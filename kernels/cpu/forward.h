@@ -75,10 +75,6 @@ INLINE float row_exp(float* s, i64 lo, i64 hi, float shift) {
   return sum_of(sum);
 }
 
-INLINE void fill(float* s, i64 from, i64 to, float x) {
-  for (i64 j = from; j < to; ++j) s[j] = x;
-}
-
 // One online softmax step on a row whose scores are in s[lo, hi): s becomes exp(s - m), m and l are brought up to date.
 // Returns the factor for what was summed before.
 INLINE float online(float* s, i64 lo, i64 hi, float& m, float& l) {

@@ -169,12 +169,9 @@ struct Masks {
 
   explicit Masks(const Problem& problem) : p(problem) {}
 
-  static i64 bytes(const Problem& p) { return p.n_kept * QT * LD + p.n_vectors * LD * 8 + 64; }
   void carve(Carver& c) {
-    char* at = c.bytes(bytes(p));
-    if (!c.base) return;
-    vectors = reinterpret_cast<i64*>(at);
-    kept = reinterpret_cast<uint8_t*>(at + p.n_vectors * LD * 8);
+    vectors = reinterpret_cast<i64*>(c.bytes(p.n_vectors * LD * 8));
+    kept = reinterpret_cast<uint8_t*>(c.bytes(p.n_kept * QT * LD));
   }
   const Step& step(int i) const { return i < p.plan->n_steps ? p.plan->steps[i] : p.plan->weights[i - p.plan->n_steps]; }
   int steps() const { return static_cast<int>(p.plan->n_steps + p.plan->n_weights); }
@@ -272,12 +269,13 @@ struct Masks {
     f.rest = x.lo > 0 ? KEEPS_ALL : (x.hi <= 0 ? KEEPS_NONE : MIXED);
   }
 
-  // Narrows [lo, hi) to what the comparisons keep for a query.
+  // Narrows [lo, hi) to what the comparisons keep for a query. It stays within what it was, empty or not.
   void edges(const Fill& f, i64 query, i64& lo, i64& hi) const {
     i64 a = plus(f.from_q, query), b = plus(f.below_q, query);
     a = (a > f.from ? a : f.from) < k0 ? 0 : (a > f.from ? a : f.from) - k0;
     b = b < f.below ? b : f.below;
     b = b < k0 ? 0 : b - k0;
+    a = a > hi ? hi : a;
     lo = a > lo ? a : lo;
     hi = b < hi ? b : hi;
     if (hi < lo) hi = lo;

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from attnfuse import expr
+from attnfuse import expr, rounding
 from attnfuse.expr import Expr
 from attnfuse.kernels import dropout, layout
 from attnfuse.kernels.bounds import cut
@@ -103,6 +103,12 @@ class Plan:
         self.out = _kernel_float(spec.out_dtype, "out")
         self.operands = tuple(_known(dtype_of(o.dtype)) for o in spec.operands)
         self.tables = spec.tables
+        # operands that are read at the query's own row, and at the key's own column
+        reads: list[Bias | expr.Load] = [*spec.loads, *(s for s in spec.steps if isinstance(s, Bias))]
+        whole = {s.operand for s in spec.steps + spec.weight_steps if isinstance(s, Scale) and s.operand is not None}
+        sinks = {spec.sink.operand} if spec.sink is not None and spec.sink.operand is not None else set()
+        self._by_query = frozenset(x.operand for x in reads if x.row is None) | whole | sinks
+        self._by_key = frozenset(x.operand for x in reads if x.col is None) | whole
         if len(spec.batch) > BATCH or len(self.operands) > MAX_OPERANDS:
             given = f"{len(spec.batch)} and {len(self.operands)}"
             raise ValueError(f"at most {BATCH} batch dims and {MAX_OPERANDS} operands; got {given}")
@@ -114,7 +120,12 @@ class Plan:
         spec = self.spec
         programs = Programs()
         uniform = frozenset(i for i, o in enumerate(spec.operands) if o.dims[-2:] == ("1", "1"))
-        steps = [_words(s, programs, uniform) for s in spec.steps if not (isinstance(s, Cast) and s.dtype != "float16")]
+        joined = {end: end - first for first, end in rounding.joined(spec.steps).items()}
+        steps = [
+            _words(s, programs, uniform, joined.get(i, 0))
+            for i, s in enumerate(spec.steps)
+            if rounding.rounds(s) or not isinstance(s, Cast)
+        ]
         weights = [_words(s, programs, uniform) for s in spec.weight_steps if not isinstance(s, Cast)]
         if max(len(steps), len(weights)) > MAX_STEPS:
             raise ValueError(f"at most {MAX_STEPS} steps; got {len(steps)} and {len(weights)} on the weights")
@@ -164,21 +175,24 @@ class Plan:
             raise ValueError(f"dtypes {given} where the spec has {wanted}")
         rank = len(self.spec.batch) + 2
         tensors = (q, k, v, *operands)
-        if any(t.dim() != rank or t.device.type != "cpu" for t in tensors):
-            raise ValueError(
-                f"CPU tensors of {rank} dims are needed; got {[(t.device.type, t.dim()) for t in tensors]}"
-            )
+        if any(t.dim() != rank for t in tensors):
+            raise ValueError(f"tensors of {rank} dims are needed; got {[t.dim() for t in tensors]}")
         batch = self.batch(tensors, sequences)
         fits = all(t.shape[d] in (1, batch[d]) for t in tensors for d in range(rank - 2))
         fits = fits and q.shape[-1] == k.shape[-1] and k.shape[-2] == v.shape[-2]
         packed = [(q, self.spec.packed_queries), (k, self.spec.packed_keys), (v, self.spec.packed_keys)]
         fits = fits and all(x.shape[0] == 1 for x, side in packed if side)
+        lengths = (q.shape[-2], k.shape[-2])
         for i, o in enumerate(operands):
             if i not in self.tables and longest is None:
-                fits = fits and o.shape[-2] in (1, q.shape[-2]) and o.shape[-1] in (1, k.shape[-2])
-            elif i not in self.tables and longest is not None:
-                # one for all sequences is as long as the longest; what it has beyond is not read
-                fits = fits and all(n == 1 or n >= least for n, least in zip(o.shape[-2:], longest))
+                fits = fits and o.shape[-2] in (1, lengths[0]) and o.shape[-1] in (1, lengths[1])
+                continue
+            # one for all sequences is as long as the longest; what it has beyond is not read
+            least = lengths if longest is None else longest
+            own = (i not in self.tables or i in self._by_query, i not in self.tables or i in self._by_key)
+            fits = fits and all(n == 1 or n >= m for n, m, need in zip(o.shape[-2:], least, own) if need)
+            # an index is clamped to the table's last element, which must be there
+            fits = fits and (0 in least or min(o.shape[-2:]) > 0)
         if not fits:
             raise ValueError(
                 f"shapes do not fit as [*batch, Q, D], [*batch, K, D], [*batch, K, E] and operands [*batch, Q, K]: "
@@ -229,6 +243,7 @@ class Plan:
         self,
         key: object,
         tensors: Sequence[torch.Tensor],
+        out_shape: tuple[int, ...],
         needs: Sequence[bool],
         threads: int,
         key_tile: int,
@@ -240,6 +255,9 @@ class Plan:
         self.check(q, k, v, operands, sequences, longest)
         batch = self.batch(tensors, sequences)
         Q, K = q.shape[-2], k.shape[-2]
+        rows = ((1, *batch[1:]) if self.spec.packed_queries else batch) + (Q,)
+        if out_shape != (*rows, v.shape[-1]):
+            raise ValueError(f"out is {list(out_shape)} where forward gives {[*rows, v.shape[-1]]}")
         packed = (self.spec.packed_queries, self.spec.packed_keys, self.spec.packed_keys)
         used = self.spec.used_operands
         targets = []
@@ -397,6 +415,8 @@ class Programs:
         assert isinstance(e, expr.Apply)
         if e.op in ("floordiv", "mod"):
             assert isinstance(e.args[1], expr.Const)
+            if e.args[1].value <= 0:
+                raise ValueError(f"{e.op} by {e.args[1].value}, where a positive number is needed")
             return self._put(e.op, self._run(e.args[0], known), value=int(e.args[1].value))
         args = [self._run(x, known) for x in e.args]
         if e.op in ("and", "or"):
@@ -427,7 +447,8 @@ _OPS = (
 )
 
 
-def _words(step: Step, programs: Programs, uniform: frozenset[int]) -> bytes:
+def _words(step: Step, programs: Programs, uniform: frozenset[int], joined: int = 0) -> bytes:
+    """joined: how many of the steps before a cast are summed on their own."""
     spans = dict.fromkeys(("keep", "below_q", "from_q", "below", "from", "row", "col"), (0, 0))
     mask = getattr(step, "keep", None)
     if mask is not None:
@@ -453,7 +474,8 @@ def _words(step: Step, programs: Programs, uniform: frozenset[int]) -> bytes:
     elif isinstance(step, (ReplaceFill, AddFill)):
         kind, value = 6 if isinstance(step, ReplaceFill) else 7, step.value
     elif isinstance(step, Cast):
-        kind = 8
+        kind, operand = 8 if step.dtype == "float16" else 9, joined
+        value = rounding.COARSE[dtype_of(step.dtype)]
     else:
         raise ValueError(f"the CPU kernel does not know the step {step!r}")
     return _STEP.pack(kind, operand, *itertools.chain.from_iterable(spans.values()), slides, value, high)

@@ -8,12 +8,24 @@
 
 #include "gemm.h"
 
+// With AddressSanitizer, what lies behind each part of an allocation may not be touched.
+#if defined(__SANITIZE_ADDRESS__)
+#define GUARDED 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define GUARDED 1
+#endif
+#endif
+#if defined(GUARDED)
+#include <sanitizer/asan_interface.h>
+#endif
+
 constexpr int MAX_OPERANDS = 16, MAX_STEPS = 32, MAX_INSTRS = 192, BATCH = 6;
 // A tile holds QT queries and KT keys; LD is the row pitch of a score tile, off any power of two.
 constexpr i64 QT = 96, KT = ATTNFUSE_VL == 16 ? 288 : 240, LD = KT + 8;
 static_assert(QT % MR == 0 && KT % MR == 0 && KT % NR == 0, "tiles are whole blocks");
 
-enum Kind : i64 { SCALE, BIAS, SHIFT, SOFTCAP, TANH, CLAMP, REPLACE, ADD, HALF };
+enum Kind : i64 { SCALE, BIAS, SHIFT, SOFTCAP, TANH, CLAMP, REPLACE, ADD, HALF, BRAIN };
 enum Hidden : i64 { HIDDEN_NAN, HIDDEN_ZERO, HIDDEN_NAN_TO_ZERO };
 
 // One operation of a mask's program. a, b and c name earlier ones (-1: none, or the tile's own query or key for a load).
@@ -35,7 +47,8 @@ struct Span {
 };
 
 struct Step {
-  i64 kind, operand;  // operand -1: a number
+  // operand -1: a number. Of HALF and BRAIN (casts to float16 and bfloat16): how many steps before it are summed on their own
+  i64 kind, operand;
   // fills, and added operands with a mask: the keys kept are k < q + below_q, k >= q + from_q, k < below, k >= from, and `keep` on top of these
   Span keep, below_q, from_q, below, from;
   // an added table's own indices; slides: its column is k + something that does not depend on k
@@ -61,6 +74,15 @@ struct Plan {
   Instr instrs[MAX_INSTRS];
 };
 
+// Why no load or store leaves its memory.
+// Tensors: plan.py checks shapes, dtypes and devices before anything here runs. q, k, v, out and dout are read at [0, Q),
+// [0, K), [0, D) and [0, E); operands at the query's own row and the key's own column only where their shape has them, or
+// has 1, which is stride 0. Batch indices stay below the batch's sizes, which every tensor has or has 1 of.
+// Indices that are data (those of tables, loads in masks, bounds of packed layouts): clamped into [0, size) where they are
+// used, by Masks::clamped, Place::inside, and Bounds.clipped in layout.py. No table is empty.
+// Rows of a tile: [0, QT) queries of pitch LD, [lo, hi) within [0, keys) for every row (Limits, Masks::edges). Whole vectors
+// and whole blocks of MR rows reach up to round_up(keys, NR) <= KT <= LD and round_up(n, MR) <= QT.
+// Panels: [ceil(cols / NR)][rows][NR] with rows up to a multiple of MR, as carve lays them out.
 struct Ref {
   char* data = nullptr;
   const i64* stride = nullptr;  // [BATCH + 2] in elements, 0 where broadcast
@@ -100,6 +122,10 @@ struct Problem {
   // the scale folded into q, and the first step left to do
   float fold;
   int first;
+  // where terms begin that are summed before they are added to the scores: the cast that they end in, else 0
+  int joined[MAX_STEPS];
+  // whether a cast to float16 or bfloat16 comes next
+  bool held[MAX_STEPS];
   // which score steps hide keys for good, so that these may be skipped; skips: any of them
   bool skips, hides[MAX_STEPS];
   // a row whose maximum is not above this may see skipped keys after all; -INF where fills are -inf
@@ -164,7 +190,7 @@ inline void find_skips(Problem& p) {
       else if (later.kind == REPLACE) value = later.value > value ? later.value : value;
       else if (later.kind == ADD) stays = later.value <= 0, known = false;
       else if (later.kind == BIAS || later.kind == SHIFT) known = false;
-      else stays = later.kind == HALF;
+      else stays = later.kind == HALF || later.kind == BRAIN;
     }
     const bool low = value <= HIDDEN_BELOW;
     if (!stays || !(low || (known && value <= -2 * VANISHES))) continue;
@@ -224,6 +250,13 @@ inline void finish(Problem& p) {
   p.first = 0;
   while (p.first < plan.n_steps && plan.steps[p.first].kind == SCALE && plan.steps[p.first].operand < 0)
     p.fold *= static_cast<float>(plan.steps[p.first++].value);
+  for (int i = 0; i < MAX_STEPS; ++i) p.joined[i] = 0, p.held[i] = false;
+  for (int i = 0; i < plan.n_steps; ++i) {
+    const Step& step = plan.steps[i];
+    if (step.kind != HALF && step.kind != BRAIN) continue;
+    if (step.operand > 0) p.joined[i - step.operand] = i;
+    if (i > 0) p.held[i - 1] = true;
+  }
   p.fills_weights = p.nonlinear_weights = false;
   for (int i = 0; i < plan.n_weights; ++i) {
     p.fills_weights |= plan.weights[i].kind == REPLACE;
@@ -238,26 +271,30 @@ inline void finish(Problem& p) {
 // Memory a thread keeps between calls, up to a limit.
 class Arena {
  public:
-  ~Arena() { std::free(data_); }
+  ~Arena() { release(); }
   // At least n bytes, aligned to a cache line; null when there are none. What it held is lost.
   void* take(i64 n) {
     if (n > size_) {
-      std::free(data_);
+      release();
       n = round_up(n, 4096);
-      data_ = nullptr;
       if (posix_memalign(&data_, 64, n) != 0) data_ = nullptr;
       size_ = data_ ? n : 0;
     }
     return data_;
   }
   void trim(i64 limit) {
-    if (size_ <= limit) return;
+    if (size_ > limit) release();
+  }
+
+ private:
+  void release() {
+#if defined(GUARDED)
+    if (data_) ASAN_UNPOISON_MEMORY_REGION(data_, size_);
+#endif
     std::free(data_);
     data_ = nullptr;
     size_ = 0;
   }
-
- private:
   void* data_ = nullptr;
   i64 size_ = 0;
 };
@@ -270,8 +307,17 @@ struct Carver {
   i64 used = 0;
   float* floats(i64 n) { return reinterpret_cast<float*>(bytes(n * 4)); }
   char* bytes(i64 n) {
-    char* p = base + used;
-    used += round_up(n, 64);
+    char* p = base ? base + used : nullptr;
+#if defined(GUARDED)
+    const i64 whole = round_up(n, 64) + 64;
+    if (base) {
+      ASAN_UNPOISON_MEMORY_REGION(p, n);
+      ASAN_POISON_MEMORY_REGION(p + n, whole - n);
+    }
+#else
+    const i64 whole = round_up(n, 64);
+#endif
+    used += whole;
     return p;
   }
 };

@@ -3,6 +3,10 @@
 
 #include "masks.h"
 
+INLINE void fill(float* s, i64 from, i64 to, float x) {
+  for (i64 j = from; j < to; ++j) s[j] = x;
+}
+
 // Where a batch element's operands begin, and one row of each as the steps want it.
 struct Rows {
   const Problem& p;
@@ -13,29 +17,21 @@ struct Rows {
   float* saved = nullptr;         // [n_steps + n_weights][LD], for gradients
   float* kept = nullptr;          // [LD] dropout factors
   float* gated = nullptr;         // [LD] an added operand, 0 where its mask leaves it out
+  float* summed = nullptr;        // [LD] terms that are summed before they are added
+  // the bits of the largest magnitude on the row, where the step before a cast has measured it
+  uint32_t most = 0;
+  bool measured = false;
 
   explicit Rows(const Problem& problem) : p(problem), masks(problem) {}
 
-  static i64 bytes(const Plan& plan, bool gradients) {
-    i64 n = plan.n_operands * LD * 4 + 2 * LD * 4;
-    if (gradients) n += (plan.n_steps + plan.n_weights) * LD * 4;
-    return round_up(n, 64) + 64;
-  }
-
   void carve(Carver& c, bool gradients) {
     const Plan& plan = *p.plan;
-    char* at = c.bytes(bytes(plan, gradients));
+    for (int i = 0; i < plan.n_operands; ++i) number[i] = c.floats(LD);
+    kept = c.floats(LD);
+    gated = c.floats(LD);
+    summed = c.floats(LD);
+    if (gradients) saved = c.floats((plan.n_steps + plan.n_weights) * LD);
     masks.carve(c);
-    if (!c.base) return;
-    for (int i = 0; i < plan.n_operands; ++i) {
-      number[i] = reinterpret_cast<float*>(at);
-      at += LD * 4;
-    }
-    kept = reinterpret_cast<float*>(at);
-    at += LD * 4;
-    gated = reinterpret_cast<float*>(at);
-    at += LD * 4;
-    if (gradients) saved = reinterpret_cast<float*>(at);
   }
 
   void enter_element(i64 e, const i64* index) {
@@ -88,10 +84,12 @@ struct Rows {
   }
 
   // Where an added table is read on a row of the tile: at rows and columns of their own for each key where these are not
-  // null, else at `row`, and at columns from `first` on, or at the single one `only`.
+  // null, else at `row`, and at columns from `first` on, or at the single one `only`. Indices that may lie outside of the
+  // table are clamped key by key; `inside`: those from `first` on need not be.
   struct Place {
     i64 row, first, only;
     const i64 *rows, *cols;
+    bool inside;
   };
   const i64* vector_of(const Span& s, i64& number) const {
     const i64 last = s.end - 1;
@@ -101,7 +99,8 @@ struct Rows {
   }
   Place place(const Step& step, i64 query) {
     const Operand& r = p.operand[step.operand];
-    Place x{query, k0, -1, nullptr, nullptr};
+    // the query's own row, and the tile's own keys, are inside by the shapes that plan.py checks
+    Place x{query, k0, -1, nullptr, nullptr, true};
     if (step.row.begin < step.row.end) {
       masks.row_vectors(step.row, query);
       x.rows = vector_of(step.row, x.row);
@@ -110,8 +109,9 @@ struct Rows {
     if (step.col.begin == step.col.end) return x;
     if (step.slides) {
       x.first = masks.value_at(step.col, query, k0);
-      // never past the table, whatever it is told
-      x.first = x.first < 0 ? 0 : (x.first + n > r.cols ? r.cols - n : x.first);
+      x.inside = x.first >= 0 && x.first <= r.cols - n;
+      // far outside, one place is as good as another, and adding to it cannot overflow
+      x.first = x.first < -n ? -n : (x.first > r.cols ? r.cols : x.first);
       return x;
     }
     masks.row_vectors(step.col, query);
@@ -122,7 +122,8 @@ struct Rows {
   // The element of the table for key j of the tile, as an offset in elements.
   INLINE i64 offset_of(const Place& x, const Operand& r, i64 j, i64 rs, i64 cs) const {
     const i64 row = x.rows ? masks.clamped(x.rows[j], r.rows) : x.row;
-    const i64 col = x.cols ? masks.clamped(x.cols[j], r.cols) : (x.only >= 0 ? x.only : x.first + j);
+    if (x.cols) return row * rs + masks.clamped(x.cols[j], r.cols) * cs;
+    const i64 col = x.only >= 0 ? x.only : (x.inside ? x.first + j : masks.clamped(x.first + j, r.cols));
     return row * rs + col * cs;
   }
   // What a step adds on this row of the tile.
@@ -133,7 +134,7 @@ struct Rows {
     const Place x = place(step, query);
     const i64 width = size_of(r.dtype);
     number_of[i] = -1;
-    if (step.slides) {
+    if (step.slides && x.inside) {
       const char* at = masks.element(i, x.row, x.first);
       if (r.dtype == F32 && r.col() == 1) return reinterpret_cast<const float*>(at);
       convert(r.dtype, at, r.col(), number[i], n);
@@ -195,7 +196,9 @@ struct Rows {
           replace(step, gated, query, lo, hi, 0.0f);
           x = gated;
         }
-        if (value == 1.0f) for (i64 j = lo; j < hi; ++j) s[j] += x[j];
+        measured = p.held[masks.index_of(step)];
+        if (measured) most = add_measured(s, x, value, lo, hi);
+        else if (value == 1.0f) for (i64 j = lo; j < hi; ++j) s[j] += x[j];
         else for (i64 j = lo; j < hi; ++j) s[j] += value * x[j];
         return;
       }
@@ -219,10 +222,46 @@ struct Rows {
         return;
       case REPLACE: return replace(step, s, query, lo, hi, value);
       case ADD: return add(step, s, query, lo, hi, value);
-      case HALF:
-        for (i64 j = lo; j < hi; ++j) s[j] = s[j] >= 65520.0f ? INF : (s[j] <= -65520.0f ? -INF : s[j]);
-        return;
+      case HALF: return cast<F16>(s, lo, hi, value);
+      case BRAIN: return cast<BF16>(s, lo, hi, value);
     }
+  }
+
+  // s += factor * x; returns the bits of the largest magnitude, which those of NaN exceed.
+  static INLINE uint32_t add_measured(float* __restrict s, const float* __restrict x, float factor, i64 lo, i64 hi) {
+    uint32_t most = 0;
+    for (i64 j = lo; j < hi; ++j) {
+      s[j] += factor * x[j];
+      const uint32_t size = bits<uint32_t>(s[j]) & 0x7FFFFFFFu;
+      most = size > most ? size : most;
+    }
+    return most;
+  }
+
+  // Rounds scores from `coarse` on to float16 or bfloat16, and to infinity where that overflows: a sum there swallows the score
+  // that is in it (attnfuse/rounding.py). Whole vectors: the row's padding is overwritten later.
+  template <i64 DT>
+  __attribute__((noinline)) static void hold(float* __restrict s, i64 lo, i64 hi, float coarse) {
+    const vu magnitude = splatu(0x7FFFFFFFu);
+    for (i64 j = lo / VL * VL; j < hi; j += VL) {
+      const vf x = loadf(s + j), size = bits<vf>(bits<vu>(x) & magnitude);
+      // NaN is left
+      store(s + j, select(size >= splat(coarse), rounded<DT>(x), x));
+    }
+  }
+  template <i64 DT>
+  void cast(float* s, i64 lo, i64 hi, float coarse) {
+    if (!measured) {
+      const vu magnitude = splatu(0x7FFFFFFFu);
+      vf top = splat(0.0f);
+      for (i64 j = lo / VL * VL; j < hi; j += VL) {
+        const vf size = bits<vf>(bits<vu>(loadf(s + j)) & magnitude);
+        top = size > top ? size : top;
+      }
+      most = bits<uint32_t>(max_of(top));
+    }
+    measured = false;
+    if (most >= bits<uint32_t>(coarse)) hold<DT>(s, lo, hi, coarse);
   }
 
   // g becomes the gradient of the step's input; that of an operand is added to its target, unless in a dry run.
@@ -303,7 +342,25 @@ struct Rows {
 
   void scores(float* s, i64 query, i64 lo, i64 hi, bool save) {
     const Plan& plan = *p.plan;
-    for (int i = p.first; i < plan.n_steps; ++i) apply(plan.steps[i], s, query, lo, hi, save ? saved + i * LD : nullptr);
+    float* to = s;
+    int end = 0;
+    for (int i = p.first; i < plan.n_steps;) {
+      if (!end && p.joined[i]) {
+        end = p.joined[i];
+        to = summed;
+        fill(to, lo, hi, 0.0f);
+      }
+      apply(plan.steps[i], to, query, lo, hi, save ? saved + i * LD : nullptr);
+      if (end != i || !end) {
+        ++i;
+        continue;
+      }
+      // the cast holds the terms' sum, and then its sum with the scores
+      most = add_measured(s, summed, 1.0f, lo, hi);
+      measured = true;
+      to = s;
+      end = 0;
+    }
   }
   void weights(float* w, i64 query, i64 lo, i64 hi, bool save) {
     const Plan& plan = *p.plan;

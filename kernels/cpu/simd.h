@@ -282,9 +282,28 @@ INLINE void storev(char* p, vf x) {
     const vu r = (bits<vu>(nan) & ((u >> 16) | splatu(0x40))) | (~bits<vu>(nan) & even);
     store(p, __builtin_convertvector(r, vh));
   } else {
+#if defined(__F16C__) && ATTNFUSE_VL == 8
+    store(p, _mm256_cvtps_ph(bits<__m256>(x), 0));
+#elif defined(__AVX512F__) && ATTNFUSE_VL == 16
+    store(p, _mm512_cvtps_ph(bits<__m512>(x), 0));
+#else
     uint16_t h[VL];
     for (int i = 0; i < VL; ++i) h[i] = to_f16(x[i]);
     __builtin_memcpy(p, h, sizeof h);
+#endif
+  }
+}
+
+// x as float16 or bfloat16 has it, infinite where that overflows. NaN may become infinite.
+template <i64 DT>
+INLINE vf rounded(vf x) {
+  if constexpr (DT == BF16) {
+    const vu u = bits<vu>(x);
+    return bits<vf>((u + splatu(0x7FFF) + ((u >> 16) & splatu(1))) & splatu(0xFFFF0000u));
+  } else {
+    char held[VL * 2];
+    storev<DT>(held, x);
+    return loadv<DT>(held);
   }
 }
 

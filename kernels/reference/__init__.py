@@ -7,11 +7,12 @@ kernel falls back to.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
-from attnfuse import expr
+from attnfuse import expr, rounding
 from attnfuse.kernels import dropout, statistics
 from attnfuse.kernels.layout import DENSE, Bounds, check_bounds, check_sequences
 from attnfuse.spec import (
@@ -44,13 +45,68 @@ def attend(
 
     A sink is one of the scores here. Differentiable in q, k, v and in floating operands; stats only through log_sum_exp, of
     a spec with lse. Fill values are taken as they are, however `compute` rounds; a
-    float16 `Cast` still overflows to inf, as kernels do.
+    `Cast` does what it does in kernels.
     """
     check_bounds(spec, bounds)
     if spec.layout == "dense":
         return _attend(spec, q, k, v, operands, seed, compute)
     check_sequences(spec, q, k, v, operands, bounds)
     return _packed(spec, q, k, v, operands, seed, compute, bounds)
+
+
+class Part(NamedTuple):
+    """One sequence of a packed layout, or all of a dense one: views of the tensors, and where the rest is.
+
+    rows: int64 [*batch, Q], the numbers that dropout draws by, or None where they are counted from 0 on. sequence, span:
+    which element of the first dim, or which rows, of the results are its own; None for all.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    operands: Sequence[torch.Tensor]
+    rows: torch.Tensor | None = None
+    sequence: int | None = None
+    span: tuple[int, int] | None = None
+
+    def of(self, lines: torch.Tensor, dim: int) -> torch.Tensor:
+        """What belongs to it of a tensor whose batch begins at dim 0 and whose queries are dim `dim`."""
+        if self.sequence is not None:
+            return lines[self.sequence : self.sequence + 1]
+        return lines if self.span is None else lines.narrow(dim, self.span[0], self.span[1] - self.span[0])
+
+
+def parts(
+    spec: Attention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    bounds: Bounds = DENSE,
+) -> Iterator[Part]:
+    """The attentions that a layout holds, which are computed one after the other."""
+    if spec.layout == "dense":
+        yield Part(q, k, v, operands)
+        return
+    rest = torch.broadcast_shapes(*(x.shape[1:-2] for x in (q, k, v, *operands)))
+    heads, total = math.prod(rest), q.shape[-2]
+    q_ends, k_ends = (None if b is None else b.T.tolist() for b in bounds.clipped((total, k.shape[-2])))
+    for s in range(bounds.sequences):
+        q0, q1 = (0, total) if q_ends is None else q_ends[s]
+        k0, k1 = (0, k.shape[-2]) if k_ends is None else k_ends[s]
+        own = [_of_sequence(o, s, i not in spec.tables, q1 - q0, k1 - k0) for i, o in enumerate(operands)]
+        # a row's number is its place in the tensor that holds the result
+        first = q0 if spec.packed_queries else s * heads * total
+        numbers = torch.arange(heads, device=q.device)[:, None] * total + torch.arange(q1 - q0, device=q.device)
+        yield Part(
+            (q if spec.packed_queries or q.shape[0] == 1 else q[s : s + 1])[..., q0:q1, :],
+            (k if spec.packed_keys or k.shape[0] == 1 else k[s : s + 1])[..., k0:k1, :],
+            (v if spec.packed_keys or v.shape[0] == 1 else v[s : s + 1])[..., k0:k1, :],
+            own,
+            (numbers + first).reshape(1, *rest, q1 - q0),
+            None if spec.packed_queries else s,
+            (q0, q1) if spec.packed_queries else None,
+        )
 
 
 def _packed(
@@ -65,38 +121,22 @@ def _packed(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One sequence after the other."""
     rest = torch.broadcast_shapes(*(x.shape[1:-2] for x in (q, k, v, *operands)))
-    heads, rows = math.prod(rest), q.shape[-2]
-    q_ends, k_ends = (None if b is None else b.T.tolist() for b in bounds.clipped((rows, k.shape[-2])))
-    outs, stats = [], []
-    for s in range(bounds.sequences):
-        q0, q1 = (0, rows) if q_ends is None else q_ends[s]
-        k0, k1 = (0, k.shape[-2]) if k_ends is None else k_ends[s]
-        own = [_of_sequence(o, s, i not in spec.tables, q1 - q0, k1 - k0) for i, o in enumerate(operands)]
-        # a row's number is its place in the tensor that holds the result
-        first = q0 if spec.packed_queries else s * heads * rows
-        numbers = torch.arange(heads, device=q.device)[:, None] * rows + torch.arange(q1 - q0, device=q.device)
-        out, found = _attend(
-            spec,
-            (q if spec.packed_queries or q.shape[0] == 1 else q[s : s + 1])[..., q0:q1, :],
-            (k if spec.packed_keys or k.shape[0] == 1 else k[s : s + 1])[..., k0:k1, :],
-            (v if spec.packed_keys or v.shape[0] == 1 else v[s : s + 1])[..., k0:k1, :],
-            own,
-            seed,
-            compute,
-            (numbers + first).reshape(1, *rest, q1 - q0),
-        )
+    outs, stats, places = [], [], []
+    for part in parts(spec, q, k, v, operands, bounds):
+        out, found = _attend(spec, part.q, part.k, part.v, part.operands, seed, compute, part.rows)
         # tensors without a rest of their own still give every head
         outs.append(out.expand(1, *rest, *out.shape[-2:]))
-        stats.append(found.expand(2, 1, *rest, q1 - q0))
+        stats.append(found.expand(2, 1, *rest, found.shape[-1]))
+        places.append(part.span)
     if not spec.packed_queries:
         return torch.cat(outs), torch.cat(stats, 1)
-    whole = q.new_zeros((1, *rest, rows, v.shape[-1]), dtype=compute)
-    lines = q.new_zeros((2, 1, *rest, rows), dtype=compute)
+    whole = q.new_zeros((1, *rest, q.shape[-2], v.shape[-1]), dtype=compute)
+    lines = q.new_zeros((2, 1, *rest, q.shape[-2]), dtype=compute)
     lines[0] = -torch.inf
-    for s, (q0, q1) in enumerate(q_ends or ()):
-        places = torch.arange(q0, q1, device=q.device)
-        whole = whole.index_copy(-2, places, outs[s])
-        lines = lines.index_copy(-1, places, stats[s])
+    for place, out, found in zip(places, outs, stats):
+        index = torch.arange(*place, device=q.device)  # type: ignore[misc]
+        whole = whole.index_copy(-2, index, out)
+        lines = lines.index_copy(-1, index, found)
     return whole, lines
 
 
@@ -119,11 +159,8 @@ def _attend(
     compute: torch.dtype,
     rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """rows: int64 [*batch, Q], the numbers that dropout draws by; counted from 0 on by default."""
-    batch = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2], *(o.shape[:-2] for o in operands))
-    s = torch.matmul(q.to(compute), k.to(compute).transpose(-1, -2)).expand(*batch, q.shape[-2], k.shape[-2])
-    for step in spec.steps:
-        s = _apply(step, s, operands)
+    """rows: as in `Part`."""
+    s = scores(spec, q, k, v, operands, compute)
     sink = s.new_full((), -torch.inf) if spec.sink is None else s.new_full((), spec.sink.value)
     if spec.sink is not None and spec.sink.operand is not None:
         sink = operands[spec.sink.operand].to(compute)
@@ -143,16 +180,7 @@ def _attend(
     elif spec.hidden == "nan_to_zero":
         # rows whose weights are NaN, whatever made them so
         p = torch.where(total.isnan() | p.isnan().any(-1, keepdim=True), 0.0, p)
-    for step in spec.weight_steps:
-        p = _apply(step, p, operands)
-    if spec.dropout > 0.0:
-        if seed is None:
-            raise ValueError("a spec with dropout needs a seed")
-        if rows is None:
-            rows = torch.arange(math.prod(s.shape[:-1]), device=s.device).reshape(s.shape[:-1])
-        kept = dropout.keep(seed, rows, s.shape[-1], spec.dropout)
-        # dropout of 1 multiplies by 0 / 0 nowhere: torch gives zeros
-        p = p * kept * (1.0 / (1.0 - spec.dropout) if spec.dropout < 1.0 else 0.0)
+    p = weigh(spec, p, operands, seed, rows)
     held, held_sink = (s, sink) if spec.lse else (s.detach(), sink.detach())
     # rows without a finite score have no sum that could be differentiated
     hidden = spec.lse & (top == -torch.inf)
@@ -161,6 +189,41 @@ def _attend(
         sums = sums + torch.exp(torch.where(hidden, -torch.inf, held_sink - top)).squeeze(-1)
     stats = torch.stack([top.squeeze(-1), sums])
     return torch.matmul(p, v.to(compute)), stats
+
+
+def scores(
+    spec: Attention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    compute: torch.dtype,
+) -> torch.Tensor:
+    """[*batch, Q, K] after all steps; v gives its part of the batch."""
+    batch = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2], *(o.shape[:-2] for o in operands))
+    s = torch.matmul(q.to(compute), k.to(compute).transpose(-1, -2)).expand(*batch, q.shape[-2], k.shape[-2])
+    return _stepped(spec.steps, s, operands)
+
+
+def weigh(
+    spec: Attention,
+    p: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    seed: torch.Tensor | None,
+    rows: torch.Tensor | None,
+) -> torch.Tensor:
+    """What multiplies v, from the softmax p [*batch, Q, K]; rows as in `Part`."""
+    for step in spec.weight_steps:
+        p = _apply(step, p, operands)
+    if spec.dropout == 0.0:
+        return p
+    if seed is None:
+        raise ValueError("a spec with dropout needs a seed")
+    if rows is None:
+        rows = torch.arange(math.prod(p.shape[:-1]), device=p.device).reshape(p.shape[:-1])
+    kept = dropout.keep(seed, rows, p.shape[-1], spec.dropout)
+    # dropout of 1 multiplies by 0 / 0 nowhere: torch gives zeros
+    return p * kept * (1.0 / (1.0 - spec.dropout) if spec.dropout < 1.0 else 0.0)
 
 
 def log_sum_exp(stats: torch.Tensor) -> torch.Tensor:
@@ -182,6 +245,24 @@ def _added(step: Bias, s: torch.Tensor, operands: Sequence[torch.Tensor]) -> tor
     return expr.load(read, operands, *_indices(s))
 
 
+def _stepped(steps: Sequence[Step], s: torch.Tensor, operands: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The scores after the steps."""
+    joined = rounding.joined(steps)
+    at = 0
+    while at < len(steps):
+        end = joined.get(at)
+        if end is None:
+            s = _apply(steps[at], s, operands)
+            at += 1
+            continue
+        term = torch.zeros_like(s)
+        # the cast holds the terms' sum, and then its sum with the scores
+        for step in steps[at : end + 1]:
+            term = _apply(step, term, operands)
+        s, at = s + term, end
+    return s
+
+
 def _apply(step: Step, s: torch.Tensor, operands: Sequence[torch.Tensor]) -> torch.Tensor:
     if isinstance(step, Scale):
         return s * (step.value if step.operand is None else operands[step.operand].to(s.dtype))
@@ -201,9 +282,5 @@ def _apply(step: Step, s: torch.Tensor, operands: Sequence[torch.Tensor]) -> tor
     if isinstance(step, AddFill):
         return s + torch.where(keep_of(step.keep, s, operands), 0.0, step.value).to(s.dtype)
     if isinstance(step, Cast):
-        if dtype_of(step.dtype) == torch.float16:
-            # 65520 is the first value that rounds to inf in float16
-            s = torch.where(s >= 65520.0, torch.inf, s)
-            s = torch.where(s <= -65520.0, -torch.inf, s)
-        return s
+        return rounding.held(s, dtype_of(step.dtype)) if rounding.rounds(step) else s
     raise TypeError(f"unknown step {step!r}")

@@ -8,9 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from attnfuse.kernels import reference, sink
 from attnfuse.kernels.layout import DENSE, Bounds, allocate
-from attnfuse.kernels.reference import attend, log_sum_exp
-from attnfuse.spec import Attention
+from attnfuse.kernels.reference import attend
+from attnfuse.spec import Attention, ReplaceFill
+
+#: How far the weights of all keys of a row may be from 1 in sum.
+_WHOLE = 1e-6
 
 
 def forward(
@@ -47,36 +51,78 @@ def backward(
 ) -> list[torch.Tensor | None]:
     """Gradients for those of (q, k, v, *operands) that `needs` names, in their shapes and dtypes.
 
+    out and stats are what a forward gave, this kernel's or another's: the weights are made of the row maxima and sums in stats,
+    and delta, which the gradient of every weight is less by, is sum(out * dout). So the keys may be some of those that the
+    rows have seen (a step of a ring): the gradients of all of them add up. Where weights are filled with another number than 0,
+    out does not tell delta, and the keys must be all.
     dlse [*batch, Q]: the gradient of the log-sum-exp, where that was used.
     """
+    compute = _precision(spec)
     inputs = [q, k, v, *operands]
+    delta = (dout.to(compute) * out.to(compute)).sum(-1)
+    shift, inverse = sink.inverse_sums(spec, stats.to(compute))
     # another thread has a stream of its own, which does not wait for this one's, and which no CUDA graph records
     stream = torch.cuda.current_stream(q.device) if q.is_cuda else None
 
-    def differentiate() -> tuple[torch.Tensor | None, ...]:
+    def differentiate() -> list[torch.Tensor | None]:
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
             leaves = [x.detach().requires_grad_() if need else x.detach() for x, need in zip(inputs, needs)]
-            values, lines = attend(spec, leaves[0], leaves[1], leaves[2], leaves[3:], seed, _precision(spec), bounds)
-            wanted = [x for x, need in zip(leaves, needs) if need]
-            pairs = [(values, dout)]
-            if dlse is not None:
-                pairs.append((log_sum_exp(lines), dlse))
-            # without a key nothing depends on the inputs
-            pairs = [(result, given) for result, given in pairs if result.requires_grad]
-            if not pairs:
-                return (None,) * len(wanted)
-            results, given = zip(*((result, given.to(result.dtype)) for result, given in pairs))
-            return torch.autograd.grad(results, wanted, given, allow_unused=True)
+            rows = (shift, inverse, delta, None if dlse is None else dlse.to(compute).expand(delta.shape))
+            return _gradients(spec, dout.to(compute), leaves, seed, rows, bounds, compute)
 
     # inside of an op autograd is off for its thread, whatever enable_grad says
     with ThreadPoolExecutor(1) as aside:
-        found = aside.submit(differentiate).result()
-    grads = iter(found)
+        found = iter(aside.submit(differentiate).result())
     result: list[torch.Tensor | None] = []
     for x, need in zip(inputs, needs):
-        grad = next(grads) if need else None
+        grad = next(found) if need else None
         result.append(None if not need else torch.zeros_like(x) if grad is None else torch.empty_like(x).copy_(grad))
+    sink.add_gradient(spec, operands, result, shift, inverse, delta if dlse is None else delta - dlse)
     return result
+
+
+def _gradients(
+    spec: Attention,
+    dout: torch.Tensor,
+    leaves: Sequence[torch.Tensor],
+    seed: torch.Tensor | None,
+    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
+    bounds: Bounds,
+    compute: torch.dtype,
+) -> list[torch.Tensor | None]:
+    """Gradients of those leaves that require them, without that of a sink. rows: shift, inverse, delta (in place replaced by the
+    keys' own sum where they are all there), and the gradient of the log-sum-exp, all [*batch, Q]."""
+    filled = any(isinstance(s, ReplaceFill) and s.value != 0.0 for s in spec.weight_steps)
+    shift, inverse, delta, dlse = rows
+    scores, weights, results, given = [], [], [], []
+    held = list(reference.parts(spec, leaves[0], leaves[1], leaves[2], leaves[3:], bounds))
+    held = [part for part in held if part.k.shape[-2] > 0 and part.q.shape[-2] > 0]
+    for part in held:
+        s = reference.scores(spec, part.q, part.k, part.v, part.operands, compute)
+        less, factor = (part.of(x, -1).unsqueeze(-1) for x in (shift, inverse))
+        p = torch.where(factor == 0.0, 0.0, torch.exp(s.detach() - less) * factor).requires_grad_()
+        scores.append(s)
+        weights.append(p)
+        results.append(reference.weigh(spec, p, part.operands, seed, part.rows) @ part.v.to(compute))
+        given.append(part.of(dout, -2))
+    wanted = [x for x in leaves if x.requires_grad]
+    if not held:
+        return [None] * len(wanted)
+    found = torch.autograd.grad(results, [*weights, *wanted], given, allow_unused=True)
+    grads: list[torch.Tensor | None] = list(found[len(held) :])
+    pairs = []
+    for part, s, p, dp in zip(held, scores, weights, found):
+        dp = torch.zeros_like(p) if dp is None else dp
+        # with all keys at hand their own sum serves, in which a row of a single key cancels exactly
+        whole = filled | ((p.detach().sum(-1) - 1.0).abs() <= _WHOLE)
+        part.of(delta, -1).copy_(torch.where(whole, (p.detach() * dp).sum(-1), part.of(delta, -1)))
+        less = part.of(delta if dlse is None else delta - dlse, -1).unsqueeze(-1)
+        if s.requires_grad:
+            pairs.append((s, p.detach() * (dp - less)))
+    if pairs:
+        others = torch.autograd.grad([s for s, _ in pairs], wanted, [ds for _, ds in pairs], allow_unused=True)
+        grads = [b if a is None else a if b is None else a + b for a, b in zip(grads, others)]
+    return grads
 
 
 def _precision(spec: Attention) -> torch.dtype:

@@ -24,11 +24,27 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from attnfuse import expr
+import torch
+
+from attnfuse import expr, rounding
 from attnfuse.expr import Algebra, Apply, Const, Expr, Index, Linear, Load
 from attnfuse.kernels.bounds import Cut, cut
 from attnfuse.kernels.hiding import Hiding, hiding
-from attnfuse.spec import AddFill, Attention, Bias, Cast, Clamp, ReplaceFill, Scale, Shift, Sink, Softcap, Step, Tanh
+from attnfuse.spec import (
+    AddFill,
+    Attention,
+    Bias,
+    Cast,
+    Clamp,
+    ReplaceFill,
+    Scale,
+    Shift,
+    Sink,
+    Softcap,
+    Step,
+    Tanh,
+    dtype_of,
+)
 
 #: No query or key index is larger: sums with constants below it fit 32 bits.
 LONGEST = 2**29
@@ -46,6 +62,16 @@ def tanh(x):
     near = x * (1.0 + x2 * (-0.3333333333 + x2 * (0.1333333333 + x2 * (-0.0539682540 + x2 * 0.0218694885))))
     far = 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
     return tl.where(x2 < 0.0625, near, far)
+
+
+@triton.jit
+def held(s, CUT: tl.constexpr, COARSE: tl.constexpr, GREATEST: tl.constexpr):
+    # from COARSE on rounded to a dtype with CUT bits less, and beyond its greatest number infinite; NaN is left
+    size = s.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
+    near = (size + ((1 << (CUT - 1)) - 1) + ((size >> CUT) & 1)) >> CUT << CUT
+    whole = near.to(tl.float32, bitcast=True)
+    whole = tl.where(whole > GREATEST, float("inf"), whole)
+    return tl.where(tl.abs(s) >= COARSE, tl.where(s < 0.0, -whole, whole), s)
 
 
 @triton.jit
@@ -271,9 +297,16 @@ class _Module:
     def _score(self) -> str:
         body = _Body(self)
         saved = []
+        joined, end = rounding.joined(self.spec.steps), 0
         for i, step in enumerate(self.spec.steps):
+            if i in joined:
+                end = joined[i]
+                body.lines += ["scores = s", "s = tl.zeros_like(s)"]
             kept = self._step(body, i, step)
             saved += [kept] if kept else []
+            if end and i == end:
+                body.lines.append("s = scores + s")
+                self._step(body, i, step)
         return self._define(
             "score",
             f"s, q, k, FULL: tl.constexpr, {_CONTEXT}",
@@ -310,8 +343,10 @@ class _Module:
         elif isinstance(step, (ReplaceFill, AddFill)):
             self._fill(body, self.cuts[i], step)
         elif isinstance(step, Cast):
-            if step.dtype == "float16":
-                put("s = tl.where(s >= 65520.0, float('inf'), tl.where(s <= -65520.0, float('-inf'), s))")
+            if rounding.rounds(step):
+                dtype = dtype_of(step.dtype)
+                cut = 13 if step.dtype == "float16" else 16
+                put(f"s = held(s, {cut}, {_number(rounding.COARSE[dtype])}, {_number(torch.finfo(dtype).max)})")
         else:
             raise ValueError(f"the Triton kernels do not know the step {step!r}")
         return ""

@@ -670,7 +670,7 @@ class Values:
             divided = operator.floordiv if e.op == "floordiv" else operator.mod
             return w.call(divided, (self._whole(e.args[0], False), args[1]))
         floats = [known(x).dtype for x, a in zip(args, e.args) if a.type == "float" and _is_tensor(x)]
-        float_ = floats[0] if floats else torch.float32
+        float_ = floats[0] if floats else torch.float64
         kinds = [torch.bool if a.type == "bool" else torch.int64 if a.type == "int" else float_ for a in e.args]
         return w.call(_FUNCTIONS[e.op], tuple(self._cast(self.as_tensor(x, k), k) for x, k in zip(args, kinds)))
 

@@ -28,6 +28,9 @@ COMPILED = 1_000 if LONG else 30
 RESULTS = 4
 
 
+_WIDEST = {"bool": torch.bool, "int": torch.int64, "float": torch.float64}
+
+
 class Graph:
     """Fake inputs as Dynamo makes them, with symbolic sizes or plain ones."""
 
@@ -78,7 +81,7 @@ class Values:
 
     def of(self, e: Expr) -> torch.Tensor:
         if isinstance(e, Const):
-            return torch.tensor(bool(e.value) if e.type == "bool" else e.value)
+            return torch.tensor(e.value, dtype=_WIDEST[e.type])
         if isinstance(e, Index):
             return torch.arange(drawn.Q)[:, None] if e == Q else torch.arange(drawn.K)[None]
         if isinstance(e, Symbol):

@@ -630,7 +630,9 @@ def test_nested_attention_trains_whoever_calls_the_backend(caller, distributed):
     assert sum(report.fused for report in attnfuse.reports()) == 1
 
 
-@pytest.mark.parametrize("other", ["eager", "aot_eager", closing_over(lambda gm, inputs: gm.forward)], ids=str)
+@pytest.mark.parametrize(
+    "other", ["eager", "aot_eager", closing_over(lambda gm, inputs: gm.forward)], ids=["eager", "aot_eager", "closure"]
+)
 def test_another_backend_is_no_caller(other):
     seen = []
 

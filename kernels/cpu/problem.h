@@ -248,7 +248,8 @@ inline void finish(Problem& p) {
   p.lines = p.elements * p.Q;
   p.fold = 1.0f;
   p.first = 0;
-  while (p.first < plan.n_steps && plan.steps[p.first].kind == SCALE && plan.steps[p.first].operand < 0)
+  // a scaled query may overflow where scaled scores do not, and the other way round
+  while (!plan.eager_nan && p.first < plan.n_steps && plan.steps[p.first].kind == SCALE && plan.steps[p.first].operand < 0)
     p.fold *= static_cast<float>(plan.steps[p.first++].value);
   for (int i = 0; i < MAX_STEPS; ++i) p.joined[i] = 0, p.held[i] = false;
   for (int i = 0; i < plan.n_steps; ++i) {

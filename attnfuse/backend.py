@@ -267,7 +267,9 @@ def _unseen(
         if chosen.strict:
             raise
         log.debug("while looking for what is not viewed", exc_info=True)
-        notes.append(f"what the view does not show was not searched for attentions: {type(error).__name__}: {error}")
+        note = f"what the view does not show was not searched for attentions: {type(error).__name__}: {error}"
+        warn(note)
+        notes.append(note)
         return []
     return [reporting.SiteReport("refused", x.reason, None, None, x.where, x.name) for x in others]
 

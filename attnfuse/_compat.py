@@ -183,7 +183,11 @@ def symbolic_range(value: torch.SymInt) -> tuple[int, int]:
 
     An int that a caller gave or a tensor held may be anything; a size is at least 0, or what Dynamo guards on.
     """
-    env, own = value.node.shape_env, value.node.expr
+    least, most = -(2**63), 2**63 - 1
+    env, own = getattr(value.node, "shape_env", None), getattr(value.node, "expr", None)
+    if env is None or own is None:
+        # the ragged size of a nested tensor
+        return least, most
     ranges: dict[Any, Any] = {}
     for symbol in own.free_symbols:
         found = env.var_to_range.get(symbol, ValueRanges.unknown_int())
@@ -192,7 +196,6 @@ def symbolic_range(value: torch.SymInt) -> tuple[int, int]:
             found = found & ValueRanges(0, _LONGEST_DIM)
         ranges[symbol] = found
     bounds = bound_sympy(own, ranges)
-    least, most = -(2**63), 2**63 - 1
     low = least if bounds.lower <= least else int(bounds.lower)
     high = most if bounds.upper >= most else int(bounds.upper)
     return low, high

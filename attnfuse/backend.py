@@ -337,7 +337,9 @@ def _treat(
         return reporting.SiteReport("refused", result.reason, None, None, result.where, name)
     assert isinstance(result, Site)
     try:
-        if chosen.fuel is not None and len(fused) >= chosen.fuel and result not in emitter.done:
+        # the rewrite of another call of its region may have done it, as it is or with its mask as a tensor
+        done = result in emitter.done or result.unread in emitter.done
+        if chosen.fuel is not None and len(fused) >= chosen.fuel and not done:
             spec = replace(result.spec, nan_policy=chosen.nan_policy)
             reason = f"fuel: {chosen.fuel} rewrites are done"
             return _report(result, spec, emitter)(status="left", reason=reason, kernel=None)

@@ -9,9 +9,10 @@
 Shapes as in attnfuse.spec; operands a list, or None for none (AOTInductor's runtime makes None of an empty list); seed
 int64 [1] or None; q_bounds and k_bounds as in kernels/layout.py, None where the layout is dense; spec is `Attention.text`;
 kernel the name of one; strict whether a failing kernel raises instead of giving way to the next one. Both raise ValueError for
-arguments that are not those of the spec, before a kernel sees them. stats float32
-[2, *batch, Q] holds each row's maximum and its sum of exp(s - maximum). They are kept apart since a finite fill such as
-finfo.min swallows the logarithm of the sum. Whoever differentiates stats makes the log-sum-exp of both and sends its gradient
+arguments that are not those of the spec, before a kernel sees them. stats
+[2, *batch, Q], float32 (float64 where q, k or v are), holds each row's maximum and its sum of exp(s - maximum). They are
+kept apart since a finite fill such as finfo.min swallows the logarithm of the sum. Whoever differentiates stats
+makes the log-sum-exp of both and sends its gradient
 to the maximum alone (see log_sum_exp): attention_backward takes it as dlse [*batch, Q], or None.
 """
 
@@ -307,7 +308,7 @@ torch.library.register_autograd(
 
 
 def log_sum_exp(stats: torch.Tensor) -> torch.Tensor:
-    """[*batch, Q] float32 from the second result of `attention`; -inf in rows without a score above that."""
+    """[*batch, Q] from the second result of `attention`; -inf in rows without a score above that."""
     top, total = stats.unbind()
     return statistics.log_sum_exp(top, total.detach())
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from attnfuse.kernels import reference
-from attnfuse.kernels.layout import Bounds
+from attnfuse.kernels.layout import Bounds, precision
 from attnfuse.spec import Attention
 
 Grads = Sequence[torch.Tensor | None]
@@ -39,7 +39,7 @@ def differentiate(
         dlse = None if dlse is None else dlse.view_as(dlse)
         roots = [x if x.requires_grad or not need else x.requires_grad_() for x, need in zip(own, needs, strict=True)]
         q, k, v, *operands = roots
-        values, lines = reference.attend(spec, q, k, v, operands, seed, _precision(spec), bounds)
+        values, lines = reference.attend(spec, q, k, v, operands, seed, precision(spec), bounds)
         results = [(values, dout)] if dlse is None else [(values, dout), (reference.log_sum_exp(lines), dlse)]
         wanted = [x for x, need in zip(roots, needs, strict=True) if need]
         first = _grad([(result, grad.to(result.dtype)) for result, grad in results], wanted, create=True)
@@ -58,7 +58,3 @@ def _grad(
         return [None] * len(inputs)
     values, grads = zip(*known, strict=True)
     return torch.autograd.grad(values, inputs, grads, create_graph=create, allow_unused=True)
-
-
-def _precision(spec: Attention) -> torch.dtype:
-    return torch.float64 if "float64" in (spec.qk_dtype, spec.v_dtype) else torch.float32

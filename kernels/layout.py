@@ -97,6 +97,11 @@ def spread(
     return found if spec.layout == "dense" else (bounds.sequences, *found[1:])
 
 
+def precision(spec: Attention) -> torch.dtype:
+    """What scores and statistics are computed in: float32, or float64 where q, k or v are that."""
+    return torch.float64 if "float64" in (spec.qk_dtype, spec.v_dtype) else torch.float32
+
+
 def allocate(
     spec: Attention,
     q: torch.Tensor,
@@ -105,7 +110,7 @@ def allocate(
     operands: Sequence[torch.Tensor],
     bounds: Bounds = DENSE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Uninitialised out [*batch, Q, E], of spec.out_dtype and in spec.out_order, and stats float32 [2, *batch, Q].
+    """Uninitialised out [*batch, Q, E], of spec.out_dtype and in spec.out_order, and stats [2, *batch, Q] in `precision`.
 
     With packed queries they are [1, *rest, rows of q, ...]. Raises as check_sequences does.
     """
@@ -116,7 +121,7 @@ def allocate(
     shape = (*batch, q.shape[-2], v.shape[-1])
     out = q.new_empty([shape[d] for d in spec.out_order], dtype=dtype_of(spec.out_dtype))
     inverse = [spec.out_order.index(d) for d in range(len(shape))]
-    return out.permute(inverse), q.new_empty([2, *shape[:-1]], dtype=torch.float32)
+    return out.permute(inverse), q.new_empty([2, *shape[:-1]], dtype=precision(spec))
 
 
 def _full(sizes: Sequence[int]) -> int:

@@ -49,8 +49,8 @@ def add_gradient(
 ) -> None:
     """Add the sink's gradient to that of its operand in grads (those of q, k, v and the operands), if one is there.
 
-    shift, inverse as inverse_sums gives them; delta: sum(dout * out) less the gradient of the log-sum-exp. All are float32
-    [*batch, Q]. The sink's value is 0, so that its weight has the gradient -delta.
+    shift, inverse as inverse_sums gives them; delta: sum(dout * out) less the gradient of the log-sum-exp. All are [*batch, Q].
+    The sink's value is 0, so that its weight has the gradient -delta.
     """
     if spec.sink is None or spec.sink.operand is None:
         return

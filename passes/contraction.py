@@ -1,14 +1,16 @@
-"""Matrix products in any spelling, as letters: matmul, bmm, mm, baddbmm, addmm and einsum."""
+"""Matrix products in any spelling, as letters: matmul, bmm, mm, baddbmm, addmm, einsum, tensordot and inner."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
 from attnfuse.passes.aten import arguments, constant, is_tensor, name_of, shape_of
+from attnfuse.passes.labels import known_equal
 
-NAMES = frozenset({"matmul", "bmm", "mm", "baddbmm", "addmm", "einsum"})
+NAMES = frozenset({"matmul", "bmm", "mm", "baddbmm", "addmm", "einsum", "tensordot", "inner"})
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ def parse(node: fx.Node) -> Contraction | str | None:
     if name == "einsum":
         return _einsum(node)
     args = arguments(node)
+    if name == "tensordot":
+        return _over_dims(args["self"], args["other"], args["dims_self"], args["dims_other"])
+    if name == "inner":
+        return _over_dims(args["self"], args["other"], [-1], [-1])
     if name in ("baddbmm", "addmm"):
         a, b = (args["batch1"], args["batch2"]) if name == "baddbmm" else (args["mat1"], args["mat2"])
         alpha, beta = constant(args["alpha"]), constant(args["beta"])
@@ -82,3 +88,19 @@ def _einsum(node: fx.Node) -> Contraction | str:
     if any(c not in out and c not in both for c in dims[0] + dims[1]):
         return f"einsum {equation!r} sums over one tensor alone"
     return Contraction(operands[0], dims[0], operands[1], dims[1], out)
+
+
+def _over_dims(a: fx.Node, b: fx.Node, dims_a: Sequence[int], dims_b: Sequence[int]) -> Contraction | str:
+    """Summed over pairs of dims; the result has the other dims of a, then those of b."""
+    rank_a, rank_b = len(shape_of(a)), len(shape_of(b))
+    if rank_a < 2 or rank_b < 2:
+        return "a product with a vector"
+    letters = [chr(ord("a") + i) for i in range(rank_a + rank_b)]
+    of_a, of_b = letters[:rank_a], letters[rank_a:]
+    for i, j in zip(dims_a, dims_b, strict=True):
+        if not known_equal(shape_of(a)[i], shape_of(b)[j]):
+            # one of size 1 is repeated
+            return "a product over dims that may differ in size"
+        of_b[j] = of_a[i]
+    both = set(of_a) & set(of_b)
+    return Contraction(a, "".join(of_a), b, "".join(of_b), "".join(c for c in of_a + of_b if c not in both))

@@ -181,7 +181,7 @@ class Emitter:
         # its gradient goes to the maximum alone, as attnfuse.ops says
         found = writer.inline(log_sum_exp, top, writer.method("detach", total))
         like = value_of(lse)
-        if like.dtype != torch.float32:
+        if like.dtype != known(found).dtype:
             found = writer.method("to", found, like.dtype)
         return writer.shaped(found, (*((a,) for a in site.batch), site.q_dim), site.lse_labels, like), later
 

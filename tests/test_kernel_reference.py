@@ -127,6 +127,35 @@ def test_it_goes_on_where_another_kernels_forward_left_off(dtype):
     torch.testing.assert_close(half[2].float(), found[2].float() / 2, rtol=2e-2, atol=8 * torch.finfo(dtype).eps)
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    large=st.sampled_from((0.0, 1.0, 1e4, 1e39, -1e39, 1e300, -1e300, torch.finfo(torch.float64).min)),
+    scale=st.sampled_from((0.3, 30.0, 1e5)),
+    sink=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_float64_keeps_its_digits_and_its_range_in_backward(large, scale, sink, seed):
+    """The statistics too: in float32 a maximum loses digits, or is infinite."""
+    torch.manual_seed(seed)
+    q, k, v = (x.double() for x in qkv(1, 2, 5, 6, 4))
+    # whole rows, and some keys of the others
+    some = (torch.rand(1, 1, 5, 6) < 0.2) | (torch.arange(5) == 3)[:, None]
+    bias = torch.zeros(1, 1, 5, 6, dtype=torch.float64).masked_fill(some, large)
+    fields = {"sink": Sink(value=1.0)} if sink else {}
+    spec = make_spec(q, k, v, [bias], steps=(Scale(scale), Bias(0)), **fields)
+    out, stats = reference_kernel.forward(spec, q, k, v, [bias], None)
+    assert stats.dtype == torch.float64
+    dout = torch.randn_like(out)
+    found = reference_kernel.backward(spec, dout, q, k, v, [bias], None, out, stats, [True] * 4)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, bias)]
+    scores = leaves[0] * scale @ leaves[1].mT + leaves[3]
+    if sink:
+        scores = torch.cat([scores, torch.ones_like(scores[..., :1])], -1)
+    wanted = torch.autograd.grad(scores.softmax(-1)[..., :6] @ leaves[2], leaves, dout)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max() + 1.0))
+
+
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_weight_steps(kernel, name):
     check(

@@ -90,8 +90,7 @@ def failing(owner: Any, name: str, at: int) -> Iterator[list[int]]:
 
 
 def rewritten(gm: fx.GraphModule, **settings: Any) -> tuple[fx.GraphModule, backend.Work, list[str]]:
-    copy = backend.copied(gm)
-    chosen = Settings(**{"kernel": "reference", **settings})
+    copy, chosen = backend.copied(gm), Settings(**{"kernel": "reference", **settings})
     with warnings.catch_warnings(record=True) as told, nested.active(chosen):
         warnings.simplefilter("always")
         work = backend.rewrite(copy, chosen)
@@ -251,7 +250,7 @@ def test_a_failure_of_a_nested_attention_leaves_the_dense_one() -> None:
         return y.values(), (values @ values.mT).softmax(-1) @ values
 
     values, offsets = torch.randn(9, 2, 4), torch.tensor([0, 4, 9])
-    with nested.active(Settings(kernel="reference")):
+    with nested.active(Settings()):
         gm = captured_for_attnfuse(run, values, offsets)
     from attnfuse.passes import nested as calls
 

@@ -214,6 +214,23 @@ def test_fuel_is_spent_on_a_region_once_it_is_lit() -> None:
     assert [s.status for s in sites()] == ["fused"] * 3
 
 
+def test_fuel_is_spent_once_on_a_region_whose_mask_is_a_tensor_in_one_call() -> None:
+    @torch.compiler.nested_compile_region
+    def region(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return (q @ k.transpose(-1, -2) + mask).softmax(-1) @ v
+
+    def run(q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+        at = torch.arange(9)
+        return region(region(q, k, v, given), k, v, torch.where(at <= at[:, None], 0.0, -1e9))
+
+    inputs = [*qkv(), torch.randn(9, 9)]
+    attnfuse.reset()
+    torch.compiler.reset()
+    found = torch.compile(run, backend="attnfuse", options={**FAST, "fuel": 1})(*inputs)
+    assert [s.status for s in sites()] == ["fused", "fused"]
+    torch.testing.assert_close(found, run(*inputs), rtol=1e-4, atol=1e-5)
+
+
 def test_nan_policy_reaches_every_call() -> None:
     assert_holds_the_bar(stacked(region), *qkv(), nan_policy="eager")
     assert [s.spec.nan_policy for s in sites()] == ["eager"] * 3 and reads()

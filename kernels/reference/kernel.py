@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from attnfuse.kernels import reference, sink
-from attnfuse.kernels.layout import DENSE, Bounds, allocate
+from attnfuse.kernels.layout import DENSE, Bounds, allocate, precision
 from attnfuse.kernels.reference import attend
 from attnfuse.spec import Attention, ReplaceFill
 
@@ -26,10 +26,10 @@ def forward(
     seed: torch.Tensor | None,
     bounds: Bounds = DENSE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [*batch, Q, E] in spec.out_dtype and stats float32 [2, *batch, Q]."""
+    """out [*batch, Q, E] in spec.out_dtype and stats [2, *batch, Q], float32 or float64 as computed."""
     out, stats = allocate(spec, q, k, v, operands, bounds)
     with torch.no_grad():
-        values, rows = attend(spec, q, k, v, operands, seed, _precision(spec), bounds)
+        values, rows = attend(spec, q, k, v, operands, seed, precision(spec), bounds)
     out.copy_(values)
     stats.copy_(rows)
     return out, stats
@@ -57,7 +57,7 @@ def backward(
     out does not tell delta, and the keys must be all.
     dlse [*batch, Q]: the gradient of the log-sum-exp, where that was used.
     """
-    compute = _precision(spec)
+    compute = precision(spec)
     inputs = [q, k, v, *operands]
     delta = (dout.to(compute) * out.to(compute)).sum(-1)
     shift, inverse = sink.inverse_sums(spec, stats.to(compute))
@@ -126,7 +126,3 @@ def _gradients(
         others = torch.autograd.grad([s for s, _ in pairs], wanted, [ds for _, ds in pairs], allow_unused=True)
         grads = [b if a is None else a if b is None else a + b for a, b in zip(grads, others)]
     return grads
-
-
-def _precision(spec: Attention) -> torch.dtype:
-    return torch.float64 if "float64" in (spec.qk_dtype, spec.v_dtype) else torch.float32

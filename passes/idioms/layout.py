@@ -1,4 +1,4 @@
-"""Layouts and spellings of the two products: einsum, bmm over merged heads, [B, Q, H, D], channel-first, transposed scores.
+"""Layouts and spellings of the two products: einsum, tensordot, bmm over merged heads, [B, Q, H, D], channel-first and more.
 
 There is no rule of its own: `passes.contraction` reads the products as letters, `passes.views` carries the dims.
 """
@@ -40,9 +40,19 @@ EXAMPLES = (
         ),
         "GQA 4:1",
     ),
+    # [B, H, Q, D] and [K, D] give [B, H, Q, K]
+    Example(lambda q, k1, v1: torch.tensordot(torch.tensordot(q, k1[0], ([3], [1])).softmax(-1), v1[0], 1), "GQA 4:1"),
+    Example(lambda k1, v1: torch.tensordot(v1[0], torch.inner(k1[0], k1[1]).softmax(0), ([0], [0])).mT, "plain"),
 )
 NEAR_MISSES = (
     NearMiss(lambda q, k, v: (q @ k.mT).softmax(-2) @ v, "not summed over the keys"),
     NearMiss(lambda q, k, v: (q @ k.mT).softmax(1) @ v, "batch dim"),
     NearMiss(lambda q, k, v: (q @ k.mT).flatten(2).softmax(-1).view(2, 4, 16, 16) @ v, "splits the keys"),
+    NearMiss(
+        lambda q, k1, v1: torch.tensordot((q @ k1[0].mT).softmax(-1), v1[0], ([2], [0])), "not summed over the keys"
+    ),
+    NearMiss(
+        lambda q, k1, v1: torch.tensordot((q @ k1[0].mT).softmax(-1), v1[0, :1], ([3], [0])), "may differ in size"
+    ),
+    NearMiss(lambda k1, v1: torch.inner((k1[0] @ k1[1, 0]).softmax(0), v1[0, :, 0]), "a product with a vector"),
 )

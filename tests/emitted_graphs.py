@@ -32,7 +32,7 @@ class Emitted:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         given = {node for graph in _graphs(gm) for node in graph.nodes}
-        with nested.active():
+        with nested.active(Settings()):
             work = backend.rewrite(gm, self.settings)
         assert not work.spoiled, work.report.warnings
         for graph in _graphs(gm):

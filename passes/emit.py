@@ -69,6 +69,8 @@ class Emitter:
                 "the attention is trained in a branch of torch.cond, where PyTorch wants the gradients of both branches to lie "
                 "in memory alike; without gradients it would be fused"
             )
+        if any(self._is_overwritten(leaf, site) for leaf in (site.q, site.k, site.v, *site.operands)):
+            raise EmitError("a tensor that the attention keeps for backward is written to after it")
         others = partners(self.view, site, self.sites)
         if isinstance(others, Refusal):
             raise EmitError(others.reason)
@@ -125,6 +127,21 @@ class Emitter:
         if own:
             result = writer.call(torch.ops.attnfuse.own.default, (result,))
         return pair, result
+
+    def _is_overwritten(self, leaf: Leaf, site: Site) -> bool:
+        """Whether memory that goes into the op is written to after it, though it is kept for backward.
+
+        A copy would not do: Inductor takes the memory itself for the copy that backward gets.
+        """
+        if not (self.view.trains and self.view.grad.get(site.final, True)):
+            return False
+        if leaf.made is not None and not isinstance(leaf.made, Tensor):
+            return False
+        value = value_of(leaf.node if leaf.made is None else leaf.made.node)
+        if not isinstance(value, torch.Tensor):
+            return False
+        after = self.view.order[site.final]
+        return any(self.view.order[w] > after for w in self.view.writes.get(alias_key(value), ()))
 
     def may_be_written(self, site: Site) -> bool:
         """Whether somebody may write to the result: the op keeps it for backward, so that they must have a copy."""

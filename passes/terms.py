@@ -404,7 +404,14 @@ class Terms:
         if call.type == "bool":
             return self.algebra.truth(e)
         whole = self._as_int(e)
-        return whole if expr.within(self.algebra.bounds(whole), range_of(dtype)) else call
+        return self._narrowed(whole, range_of(dtype))
+
+    def _narrowed(self, e: Expr, limits: Bounds) -> Expr:
+        """An integer as a narrower dtype has it. Written as arithmetic: Inductor drops a cast that is widened again."""
+        if expr.within(self.algebra.bounds(e), limits):
+            return e
+        low, count = Const(int(limits[0])), Const(int(limits[1] - limits[0] + 1))
+        return self.algebra.add(self.algebra.mod(self.algebra.sub(e, low), count), low)
 
     def _folded(self, call: Call, args: Sequence[Any]) -> Expr:
         """The op run on numbers, in the dtypes they have in the graph."""

@@ -108,6 +108,22 @@ def mask_written_after_use(q, k, v):
     return s.softmax(-1) @ v + m.sum() * 0
 
 
+def bias_written_after_the_result(q, k, v):
+    m = torch.arange(L).float() / L
+    m = m * q[0, 0, 0, 0].detach()
+    out = (q @ k.mT + m).softmax(-1) @ v
+    m += 1
+    return out + m
+
+
+def lengths_written_after_the_result(q, k, v):
+    n = (q.detach()[:, 0, 0, 0] > 0).long() * 4 + 5
+    keep = torch.arange(L) < n[:, None, None, None]
+    out = (q @ k.mT).masked_fill(~keep, -1e9).softmax(-1) @ v
+    n += 1
+    return out * n[:, None, None, None]
+
+
 def result_written_in_place(q, k, v):
     out = (q @ k.mT).softmax(-1) @ v
     out.mul_(2)
@@ -174,6 +190,9 @@ CASES = {
     causal_mask_made_in_place: 1,
     inverted_mask_whose_source_is_written_later: 0,
     mask_written_after_use: 1,
+    # the op would keep the bias for backward; a mask of its own is kept in place of the lengths
+    bias_written_after_the_result: 0,
+    lengths_written_after_the_result: 1,
     result_written_in_place: 1,
     view_of_the_result_written_in_place: 1,
     scores_used_twice: 0,
@@ -209,6 +228,34 @@ def test_result_and_gradients_are_those_of_eager(function, inner):
         if b is not None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
     assert sum(r.fused for r in reporting.reports()) == CASES[function]
+
+
+def bias_given_and_written(q, k, v, m, n):
+    out = (q @ k.mT + m).softmax(-1) @ v
+    m += torch.arange(L)
+    return out
+
+
+def lengths_given_and_written(q, k, v, m, n):
+    keep = torch.arange(L) < n[:, None, None, None]
+    out = (q @ k.mT + 0 * m).masked_fill(~keep, -1e9).softmax(-1) @ v
+    n += 1
+    return out
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("function", [bias_given_and_written, lengths_given_and_written], ids=lambda f: f.__name__)
+def test_inputs_that_are_written_after_the_attention_have_not_changed_in_its_backward(function, inner):
+    torch.compiler.reset()
+    compiled = torch.compile(function, backend="attnfuse", options={"inner": inner, "strict": True})
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(B, H, L, D, requires_grad=True) for _ in range(3))
+    found = []
+    for f in (function, compiled):
+        out = f(q, k, v, torch.linspace(-1, 1, L * L).view(L, L), torch.tensor([5, 9]))
+        grads = torch.autograd.grad(out, (q, k, v), torch.linspace(-1, 1, out.numel()).view(out.shape))
+        found.append((out.detach(), *grads))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("when", ["before", "between", "after"])

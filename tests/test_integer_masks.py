@@ -65,6 +65,21 @@ def test_masks_of_integers_are_what_eager_makes_of_them(name: str, dynamic: bool
     _check(attended, dynamic, torch.randn(2, 2, QUERIES, 8), *torch.randn(2, 2, 2, KEYS, 8))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32], ids=str)
+def test_a_distance_cast_to_a_narrower_dtype_is_what_eager_makes_of_it(dtype: torch.dtype) -> None:
+    """With the default inner compiler, which drops a cast that is followed by one to a wider dtype."""
+    times = torch.iinfo(dtype).max // 6
+
+    def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        keep = ((A(KEYS) - A(QUERIES)[:, None]) * times).to(dtype) <= 8
+        return (q @ k.mT).masked_fill(~keep, -1e9).softmax(-1) @ v
+
+    torch.compiler.reset()
+    q, k, v = torch.randn(3, 2, 2, KEYS, 8)
+    found = torch.compile(attended, backend="attnfuse", options={"strict": True})(q, k, v)
+    torch.testing.assert_close(found, attended(q, k, v), rtol=1e-4, atol=1e-5)
+
+
 #: Factors on the scores, and numbers added to them.
 NUMBERS = {
     "a fraction as int64": lambda: torch.full((), 3.7).long(),

@@ -32,6 +32,10 @@ def bounded(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled | 
             yield "the scores are clamped to something that is not a constant"
             return
         bounds.append(float(number))
+    if not bounds[0] <= bounds[1]:
+        # every score is then the greatest one allowed (or NaN), without a gradient
+        yield "the scores are clamped between bounds that are not in order"
+        return
     yield Peeled(source, labels, lambda: (Clamp(*bounds),))  # type: ignore[arg-type]
 
 
@@ -46,5 +50,6 @@ EXAMPLES = (
 NEAR_MISSES = (
     NearMiss(lambda q, k, v: (q @ k.mT).sigmoid().softmax(-1) @ v, "sigmoid on the scores is not read"),
     NearMiss(lambda q, k, v: (q @ k.mT).relu().softmax(-1) @ v, "relu on the scores is not read"),
+    NearMiss(lambda q, k, v: (q @ k.mT).clamp(2, -1).softmax(-1) @ v, "bounds that are not in order"),
     NearMiss(lambda q, k, v: (q @ k.mT).pow(2).softmax(-1) @ v, "pow on the scores is not read"),
 )

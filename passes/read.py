@@ -492,7 +492,7 @@ def build_site(
     for leaf, dims in zip(leaves, own, strict=True):
         found = [a for dim in axes.resolve(leaf.labels) for a in dim]
         if leaf is v and set(found) & set(q_dim):
-            return Refusal("v differs from query to query", leaf.node)
+            return Refusal("the values differ from query to query", leaf.node)
         if len(set(found)) != len(found) or not set(found) <= {*batch, *dims}:
             return Refusal("an operand runs over an index that the scores do not have", leaf.node)
     fixed = [replace(leaf, labels=axes.resolve(leaf.labels)) for leaf in leaves]

@@ -100,10 +100,7 @@ def _gradients(
     for part in held:
         s = reference.scores(spec, part.q, part.k, part.v, part.operands, compute)
         less, factor = (part.of(x, -1).unsqueeze(-1) for x in (shift, inverse))
-        p = torch.where(factor == 0.0, 0.0, torch.exp(s.detach() - less) * factor)
-        # with all keys at hand their own sum serves, since statistics are float32 whatever the inputs are
-        total = p.sum(-1, keepdim=True)
-        p = torch.where((total - 1.0).abs() <= _WHOLE, p / total, p).requires_grad_()
+        p = torch.where(factor == 0.0, 0.0, torch.exp(s.detach() - less) * factor).requires_grad_()
         scores.append(s)
         weights.append(p)
         results.append(reference.weigh(spec, p, part.operands, seed, part.rows) @ part.v.to(compute))
@@ -116,7 +113,7 @@ def _gradients(
     pairs = []
     for part, s, p, dp in zip(held, scores, weights, found):
         dp = torch.zeros_like(p) if dp is None else dp
-        # likewise, so that a row of a single key cancels exactly
+        # with all keys at hand their own sum serves, in which a row of a single key cancels exactly
         whole = filled | ((p.detach().sum(-1) - 1.0).abs() <= _WHOLE)
         part.of(delta, -1).copy_(torch.where(whole, (p.detach() * dp).sum(-1), part.of(delta, -1)))
         less = part.of(delta if dlse is None else delta - dlse, -1).unsqueeze(-1)

@@ -52,6 +52,7 @@ __all__ = [
     "compile_fx",
     "detect_fake_mode",
     "enter_autocast",
+    "equal_by_guard",
     "exit_autocast",
     "fake_mode_behind",
     "free_unbacked_symbols",
@@ -220,6 +221,15 @@ def addmm_activation(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, use_g
     """relu(a @ b + bias), or gelu of it, which on some devices is its approximation by tanh."""
     found: torch.Tensor = torch.ops.aten._addmm_activation.default(bias, a, b, use_gelu=use_gelu)
     return found
+
+
+def equal_by_guard(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal; of symbolic ones that are now, the graph is then only used where they are."""
+    if a is b or statically_known_true(a == b):
+        return True
+    if any(isinstance(x, torch.SymInt) and free_unbacked_symbols(x) for x in (a, b)):
+        return False
+    return bool(a == b)
 
 
 def alias_key(tensor: torch.Tensor) -> int:

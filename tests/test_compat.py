@@ -455,3 +455,22 @@ def test_a_policy_that_saves_atens_attention_saves_attnfuses(said):
     modes = _compat._contexts(partial(create_selective_checkpoint_contexts, policy))
     assert modes[0].policy_fn(None, ours) is said
     assert modes[0].policy_fn(None, torch.ops.aten.mm.default) is CheckpointPolicy.MUST_RECOMPUTE
+
+
+def test_sizes_that_are_taken_for_equal_are_guarded_on():
+    seen = []
+
+    def look(gm, inputs):
+        values = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
+        a, b = [x.shape[0] for x in values if isinstance(x, torch.Tensor)]
+        seen.append((_compat.statically_known_true(a == b), _compat.equal_by_guard(a, b)))
+        return gm.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x, y: (x * 2, y * 2), backend=look)
+    for n, m in ((5, 5), (6, 6), (6, 7)):
+        x, y = torch.ones(n), torch.ones(m)
+        for t in (x, y):
+            torch._dynamo.mark_dynamic(t, 0)
+        compiled(x, y)
+    assert seen == [(False, True), (False, False)]

@@ -523,3 +523,19 @@ def test_right_padding_does_not_reach_what_is_kept() -> None:
 def _padded_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     scores = q @ k.mT * 0.25 + (1.0 - keep[:, None, None, :].to(q.dtype)) * torch.finfo(q.dtype).min
     return scores.softmax(-1) @ v
+
+
+def test_keys_and_values_of_symbolic_lengths_need_not_be_known_to_have_one():
+    def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    torch.compiler.reset()
+    attnfuse.reset()
+    compiled = torch.compile(attended, backend="attnfuse", options={"inner": "eager", "strict": True})
+    for length in (24, 31):
+        q, k, v = torch.randn(3, 2, 16, 8), *torch.randn(2, 3, 2, length, 8)
+        for x in (q, k, v):
+            torch._dynamo.mark_dynamic(x, 2)
+        torch.testing.assert_close(compiled(q, k, v), attended(q, k, v))
+    (report,) = attnfuse.reports()
+    assert report.fused == 1

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import fx
 
+from attnfuse._compat import equal_by_guard
 from attnfuse.expr import causal
 from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, shape_of
 from attnfuse.passes.capture import value_of
@@ -34,6 +35,9 @@ def read(reader: Reader) -> Site | Refusal:
     d_dim, e_dim = axes.fresh(shape_of(q)[-1]), axes.fresh(shape_of(v)[-1])
     if not k_dim:
         return Refusal("softmax over a single key", node)
+    # PyTorch's own check comes when the call runs
+    if not equal_by_guard(shape_of(k)[-2], shape_of(v)[-2]):
+        return Refusal("k and v have different numbers of keys", node)
     reader.q_dim, reader.k_dim = q_dim, k_dim
     reader.protected += [q_dim, k_dim, d_dim, e_dim]
     batch, key_batch, value_batch = labels
@@ -76,7 +80,7 @@ def _fits(mask: object, labels: Labels) -> bool:
     shape = shape_of(mask)  # type: ignore[arg-type]
     own = labels[len(labels) - len(shape) :]
     sizes = [dim[0].size if dim else 1 for dim in own]
-    return len(own) == len(shape) and all(is_one(n) or known_equal(n, size) for n, size in zip(shape, sizes))
+    return len(own) == len(shape) and all(is_one(n) or equal_by_guard(n, size) for n, size in zip(shape, sizes))
 
 
 def _mask_steps(reader: Reader, mask: object, labels: Labels) -> list[Step]:

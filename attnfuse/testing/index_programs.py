@@ -100,7 +100,8 @@ _LEAVES: dict[str, tuple[str, ...]] = {
             "torch.arange(K)",
             "torch.arange(size)",
             "torch.arange(-size, 0)",
-            "torch.arange({n}, {n} + K)",
+            "torch.arange(5, 5 + K)",
+            "torch.arange(2**31, 2**31 + K)",
         ),
         *(
             "torch.arange(K, dtype=torch.{dtype})",

@@ -322,6 +322,8 @@ class Terms:
             low, high = symbolic_range(value)
             if any(not isinstance(own, int) and known_equal(own, value) for own in self.sizes.values()):
                 low, high = max(low, 0), min(high, LONGEST)
+            if low > high:
+                raise NotExpressible("a number that int64 does not hold")
             return Symbol(str(value), value, (low, high))
         raise NotExpressible("a symbolic number that is not a size")
 

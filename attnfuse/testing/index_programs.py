@@ -68,7 +68,7 @@ _WITH_NUMBER = (
         "x * size",
         "x + size",
         "x < size",
-        "x >= size - {n}",
+        "x >= size - {m}",
     ),
     *(
         "x + n",
@@ -86,7 +86,7 @@ _JOINT = ("x.tril({s})", "x.triu({s})", "x.tril(n)", "x.mT.mT")
 
 _LEAVES: dict[str, tuple[str, ...]] = {
     "": (
-        *("torch.full((), {n})", "torch.full((), size - {n})", "torch.full((), {f}, dtype=torch.{dtype})", "ids[3]"),
+        *("torch.full((), {n})", "torch.full((), size - {m})", "torch.full((), {f}, dtype=torch.{dtype})", "ids[3]"),
         *(
             "torch.full((), n)",
             "torch.arange(K)[-1]",

@@ -662,6 +662,9 @@ def evaluate(e: Expr, operands: Sequence[torch.Tensor], q: torch.Tensor, k: torc
 def load(e: Load, operands: Sequence[torch.Tensor], q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """The elements of the operand that e names, [*batch, Q, K] or what broadcasts to it."""
     x = operands[e.operand]
+    if not (x.is_floating_point() or x.dtype == torch.bool):
+        # a number without dims takes the dtype of the tensor beside it: uint8 % 300 would be uint8 % 44
+        x = x.to(torch.int64)
     if e.row is None and e.col is None:
         return x
     # an index of its own may be anything: taken once per row and column, in the operand's batch dims

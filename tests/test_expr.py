@@ -216,6 +216,17 @@ def test_a_load_of_another_dtype_than_its_operand_is_an_error() -> None:
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("op", ["min", "max", "floordiv", "mod", "le", "eq", "ne"])
+def test_narrow_operands_are_computed_with_as_int64(op: str, dtype: torch.dtype) -> None:
+    operand = torch.tensor([[0, 1, 44, 100, 127, 3]]).to(dtype)
+    q, k = torch.arange(5)[:, None], torch.arange(6)[None]
+    for number in (300, -3, 70_000, 44, -213):
+        e = Apply(op, (Load(0, str(dtype).removeprefix("torch.")), Const(number)), "bool" if op in _COMPARE else "int")
+        expected = expr._RUN[op](operand.long(), torch.full((1, 6), number))
+        assert torch.equal(expr.evaluate(e, [operand], q, k), expected)
+
+
 def test_products_of_indices_have_no_expression() -> None:
     with pytest.raises(expr.NotExpressible):
         g.mul(Q, K)

@@ -101,7 +101,7 @@ class Values:
             return total
         if isinstance(e, Tensor):
             index = torch.broadcast_tensors(*(self.of(i) for i in e.index)) if e.index else ()
-            return self.env[e.node][tuple(index)]
+            return self.env[e.node][tuple(index)].to(_WIDEST[e.type])
         if isinstance(e, Call):
             return self._call(e)
         assert isinstance(e, Apply) and not isinstance(e, Axis)

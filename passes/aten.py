@@ -11,66 +11,12 @@ from torch import fx
 
 from attnfuse._compat import OpOverload
 from attnfuse.passes.capture import is_stale, value_of
-
-_ALIASES = {
-    "multiply": "mul",
-    "divide": "div",
-    "true_divide": "div",
-    "subtract": "sub",
-    "clip": "clamp",
-    "swapaxes": "transpose",
-    "swapdims": "transpose",
-    "special_softmax": "softmax",
-    "_softmax": "softmax",
-    "special_log_softmax": "log_softmax",
-    "_log_softmax": "log_softmax",
-    "special_logsumexp": "logsumexp",
-    "_to_copy": "to",
-    "type_as": "to",
-    "_unsafe_view": "view",
-    "reshape": "view",
-    "flatten": "view",
-    "unflatten": "view",
-    "view_as": "view",
-    "reshape_as": "view",
-    "squeeze": "view",
-    "unsqueeze": "view",
-    "moveaxis": "permute",
-    "movedim": "permute",
-    "transpose": "permute",
-    "t": "permute",
-    "mT": "permute",
-    "numpy_T": "permute",
-    "adjoint": "permute",
-    "broadcast_to": "expand",
-    "expand_as": "expand",
-    "negative": "neg",
-}
-
+from attnfuse.passes.vocabulary import COPIES, kind
 
 def name_of(node: fx.Node) -> str:
-    """The op's name without overload, trailing underscore or alias: 'add' for add_.Tensor, 'view' for every reshape."""
+    """What the node's op does, as `vocabulary.kind` names it; '' if it is no op of ATen."""
     target = node.target
-    if node.op != "call_function" or not isinstance(target, OpOverload):
-        return ""
-    if target.namespace != "aten":
-        return ""
-    name = target._schema.name.split("::")[-1]
-    if target is torch.ops.aten.view.dtype:
-        return "view_dtype"
-    if name.endswith("_") and not name.endswith("__"):
-        name = name[:-1]
-    name = _ALIASES.get(name, name)
-    return _ALIASES.get(name, name)
-
-
-def functional(target: OpOverload) -> OpOverload | None:
-    """The op itself, or for one that writes to its first argument, that which gives a new tensor; None if there is none."""
-    if not target._schema.is_mutable:
-        return target
-    packet = getattr(torch.ops.aten, target._schema.name.split("::")[-1].removesuffix("_"), None)
-    found = getattr(packet, target._schema.overload_name or "default", None)
-    return found if isinstance(found, OpOverload) and not found._schema.is_mutable else None
+    return kind(target) if node.op == "call_function" and isinstance(target, OpOverload) else ""
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
@@ -95,7 +41,8 @@ def dtype_of(node: fx.Node) -> torch.dtype:
     return dtype
 
 
-_COPIES = ("view", "expand", "clone", "contiguous", "detach", "alias", "lift_fresh", "lift_fresh_copy")
+#: All elements of the result are elements of the argument.
+_KEEPING = COPIES | {"view", "expand", "detach"}
 #: Ops that are run on numbers as they are.
 _FOLDABLE = (*("sqrt", "rsqrt", "mul", "div", "add", "sub", "neg", "reciprocal", "pow", "exp", "log", "square"),)
 
@@ -136,7 +83,7 @@ def constant(x: Any, depth: int = 8) -> Number | None:
         return number_in(0, value.dtype)
     if name in ("ones", "ones_like", "new_ones"):
         return number_in(1, value.dtype)
-    if name in _COPIES:
+    if name in _KEEPING:
         return constant(x.args[0], depth - 1)
     if name == "to":
         source = x.args[0]

@@ -16,6 +16,7 @@ import torch
 
 from attnfuse import _compat
 from attnfuse._compat import OpOverload, pytree
+from attnfuse.passes.vocabulary import is_elementwise, kind
 
 
 class NotBatchable(Exception):
@@ -35,10 +36,6 @@ class Batched:
         return self.tensor.dim() - len(self.levels)
 
 
-#: Pointwise ops that torch does not tag as such.
-_POINTWISE = {"to", "_to_copy", "type_as", "rsub", "where", "floor_divide", "__and__", "__or__", "masked_fill"}
-_POINTWISE |= {"less", "less_equal", "greater", "greater_equal", "not_equal"}
-_LIKE = {"ones_like", "zeros_like", "full_like"}
 _NEW = {"new_ones", "new_zeros", "new_full"}
 _INDEXING = (operator.getitem, torch.ops.aten.index, torch.ops.aten.index.Tensor)
 _WRITING = {f for name, f in vars(operator).items() if name.startswith("i") and hasattr(operator, name[1:])}
@@ -130,12 +127,11 @@ def _pointwise(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
             raise NotBatchable
         return Batched(result, levels)
     op = made[0].target
-    name = op._schema.name.removeprefix("aten::") if isinstance(op, OpOverload) else ""
-    if name in _NEW:
+    if not isinstance(op, OpOverload):
+        raise NotBatchable
+    if kind(op) in _NEW:
         return result
-    tagged = isinstance(op, OpOverload) and torch.Tag.pointwise in op.tags
-    random = isinstance(op, OpOverload) and torch.Tag.nondeterministic_seeded in op.tags
-    if random or not (tagged or name in _POINTWISE | _LIKE):
+    if not is_elementwise(op):
         raise NotBatchable
     return Batched(result, levels)
 

@@ -14,7 +14,7 @@ from attnfuse._compat import FakeTensorMode, OpOverload, alias_key, is_functorch
 from attnfuse.expr import Algebra, Apply, Const, Expr, Index, Linear
 from attnfuse.kernels.dropout import SEED_LIMIT
 from attnfuse.kernels.statistics import log_sum_exp
-from attnfuse.passes.aten import functional, name_of, shape_of
+from attnfuse.passes.aten import name_of, shape_of
 from attnfuse.passes.capture import (
     Scope,
     View,
@@ -32,6 +32,7 @@ from attnfuse.passes.repeated import calls_of, partners
 from attnfuse.passes.site import Leaf, Refusal, Site
 from attnfuse.passes.terms import Axis, Call, Symbol, Tensor, depends
 from attnfuse.passes.transaction import undone_on_error
+from attnfuse.passes.vocabulary import functional
 from attnfuse.spec import Attention, Operand, dtype_of
 
 _RANDOM = {torch.Tag.nondeterministic_seeded}

@@ -379,7 +379,7 @@ def _summed(node: fx.Node) -> fx.Node | None:
         args = arguments(node)
         if list(args["pad"]) == [1, 0] and args["value"] == 0:
             inner = args["self"]
-    elif name_of(node) in ("cat", "concat", "concatenate"):
+    elif name_of(node) == "cat":
         parts = arguments(node)["tensors"]
         if len(parts) == 2 and constant(parts[0]) == 0.0 and known_equal(shape_of(parts[0])[0], 1):
             inner = parts[1]

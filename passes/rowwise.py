@@ -18,6 +18,7 @@ from attnfuse.passes import views
 from attnfuse.passes.aten import arguments, is_tensor, name_of, shape_of
 from attnfuse.passes.capture import getitem_source, value_of
 from attnfuse.passes.labels import Atom, Axes, Dim, Labels, Size, drop, insert, is_one, known_equal
+from attnfuse.passes.vocabulary import ELEMENTWISE
 
 
 class Mixed(Exception):
@@ -131,20 +132,8 @@ class Carried:
         return found
 
 
-#: Each element of the result is made of those at the same place.
-POINTWISE = frozenset(
-    (
-        *("add", "sub", "rsub", "mul", "div", "neg", "abs", "exp", "exp2", "expm1", "log", "log2", "log1p"),
-        *("sqrt", "rsqrt", "pow", "square", "reciprocal", "sin", "cos", "tanh", "sigmoid", "relu", "gelu"),
-        *("silu", "mish", "elu", "selu", "celu", "leaky_relu", "hardtanh", "hardswish", "hardsigmoid"),
-        *("softplus", "softsign", "logsigmoid", "log_sigmoid", "erf", "relu6", "threshold", "clamp"),
-        *("clamp_min", "clamp_max", "minimum", "maximum", "where", "masked_fill", "dropout", "sign", "floor"),
-        *("ceil", "round", "trunc", "eq", "ne", "lt", "le", "gt", "ge", "logical_not", "logical_and"),
-        *("logical_or", "logical_xor", "bitwise_not", "bitwise_and", "bitwise_or", "bitwise_xor", "__and__"),
-        *("__or__", "lerp", "addcmul", "addcdiv", "nan_to_num", "remainder", "floor_divide", "isnan"),
-        *("isinf", "isfinite", "detach", "zeros_like", "ones_like", "full_like"),
-    )
-)
+#: Each row of the result is made of the same row of the arguments.
+POINTWISE = ELEMENTWISE | {"dropout"}
 
 
 def _fail(what: str) -> NoReturn:
@@ -357,7 +346,7 @@ _RULES: dict[str, Callable[[Carried, fx.Node], Labels | list[Labels]]] = {
     **dict.fromkeys(("split", "chunk", "unbind", "split_with_sizes", "tensor_split"), _parts),
     "slice": _slice,
     "select": _select,
-    **dict.fromkeys(("cat", "concat", "concatenate"), _cat),
+    "cat": _cat,
     "stack": _stack,
     "embedding": _embedding,
     "glu": _glu,

@@ -46,7 +46,7 @@ def joined(node: fx.Node, dim: int) -> Joined | None:
             break
     if is_stale(node):
         return None
-    found = _concatenated(node, dim) if name_of(node) in ("cat", "concat") else _padded(node, dim)
+    found = _concatenated(node, dim) if name_of(node) == "cat" else _padded(node, dim)
     return found and replace(found, inside=frozenset(inside | found.inside))
 
 

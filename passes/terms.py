@@ -38,7 +38,6 @@ from attnfuse.passes.aten import (
     converted,
     dtype_of,
     folded,
-    functional,
     is_tensor,
     name_of,
     number_in,
@@ -47,6 +46,7 @@ from attnfuse.passes.aten import (
 )
 from attnfuse.passes.capture import View, is_stale, value_of
 from attnfuse.passes.labels import Atom, Distances, Size, is_one, known_equal
+from attnfuse.passes.vocabulary import ANDS, COMPARISONS, ELEMENTWISE, LIKE, NOTS, ORS, TERNARY, XORS, functional
 from attnfuse.spec import dtype_name
 
 
@@ -157,17 +157,8 @@ def is_joint(e: Expr) -> bool:
     return {Q, K} <= depends(e)
 
 
-#: Pointwise ops that may be computed again on fewer indices.
-_POINTWISE = (
-    *("add", "sub", "rsub", "mul", "div", "neg", "abs", "log", "log2", "exp", "sqrt", "rsqrt", "pow", "where"),
-    *("masked_fill", "minimum", "maximum", "clamp", "clamp_min", "clamp_max", "sign", "floor", "ceil", "round"),
-    *("sin", "cos", "tanh", "sigmoid", "reciprocal", "square", "remainder", "floor_divide", "eq", "ne", "lt", "le"),
-    *("gt", "ge", "logical_not", "logical_and", "logical_or", "logical_xor", "bitwise_not", "bitwise_and"),
-    *("bitwise_or", "bitwise_xor", "__and__", "__or__", "__iand__", "__ior__", "min", "max"),
-)
-_COMPARE = ("eq", "ne", "lt", "le", "gt", "ge")
-_AND = ("logical_and", "bitwise_and", "__and__", "__iand__")
-_OR = ("logical_or", "bitwise_or", "__or__", "__ior__")
+#: Ops that may be computed again on fewer indices: of at most two tensors, or a choice between them.
+_COMPUTED = ELEMENTWISE - TERNARY - LIKE - {"detach"}
 
 
 class Terms:
@@ -289,7 +280,7 @@ class Terms:
         if name == "to":
             source: fx.Node = node.args[0]  # type: ignore[assignment]
             return self.cast(self.operand(source, index, frozen), dtype_of(source), dtype_of(node))
-        if name in _POINTWISE:
+        if name in _COMPUTED:
             return self._pointwise(node, index, frozen)
         raise NotExpressible(f"{name or node.target} is not made of indices")
 
@@ -329,7 +320,7 @@ class Terms:
 
     def _pointwise(self, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
         name, target = name_of(node), functional(node.target)  # type: ignore[arg-type]
-        if target is None or (name in ("min", "max") and target._overloadname != "other"):
+        if target is None:
             raise NotExpressible(f"{node.target} is not made of indices")
         args: list[Any] = []
         own: list[torch.dtype | None] = []
@@ -510,17 +501,17 @@ class Terms:
         g = self.algebra
         args = [a for a in call.args if isinstance(a, Expr)]
         if call.type == "bool":
-            if name in _COMPARE:
+            if name in COMPARISONS:
                 return g.compare(name, *(self._as_int(a) for a in args[:2]))
-            if name in ("logical_not", "bitwise_not"):
+            if name in NOTS:
                 return g.not_(g.truth(args[0]))
             if all(a.type == "bool" for a in args) or name.startswith("logical"):
                 truths = [g.truth(a) for a in args]
-                if name in _AND or name == "mul":
+                if name in ANDS or name == "mul":
                     return g.and_(*truths)
-                if name in _OR or (name == "add" and len(args) == 2 and constant(arguments(node).get("alpha", 1)) == 1):
+                if name in ORS or (name == "add" and len(args) == 2 and constant(arguments(node).get("alpha", 1)) == 1):
                     return g.or_(*truths)
-                if name in ("logical_xor", "bitwise_xor"):
+                if name in XORS:
                     return g.where(truths[0], g.not_(truths[1]), truths[1])
             return None
         ints = [self._as_int(a) for a in args]
@@ -546,8 +537,6 @@ class Terms:
             return g.minimum(*ints[:2])
         if name in ("maximum", "clamp_min"):
             return g.maximum(*ints[:2])
-        if name in ("min", "max"):
-            return (g.minimum if name == "min" else g.maximum)(*ints[:2]) if len(ints) == 2 else None
         if name == "clamp":
             return self._clamped(node, ints[0])
         if name == "floor_divide" or (name == "div" and dict(call.kwargs).get("rounding_mode") == "floor"):
@@ -869,7 +858,6 @@ _SPECIAL: dict[str, Callable[[Terms, fx.Node, tuple[Expr, ...], bool], Expr]] = 
     "triu": _triangle,
     "full": _full,
     "cat": _cat,
-    "concat": _cat,
     "diff": _diff,
     "cumsum": _cumsum,
 }

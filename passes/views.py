@@ -11,8 +11,7 @@ from attnfuse._compat import alias_key
 from attnfuse.passes.aten import arguments, dtype_of, is_tensor, name_of, shape_of
 from attnfuse.passes.capture import is_stale, value_of
 from attnfuse.passes.labels import Axes, Labels, is_one, known_equal
-
-_COPIES = {"contiguous", "clone", "alias", "lift_fresh", "lift_fresh_copy"}
+from attnfuse.passes.vocabulary import COPIES
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ def permutation(node: fx.Node) -> list[int]:
 def is_identity(node: fx.Node) -> bool:
     """The op gives its first argument's elements in the same places: copies, full-range slices, expand to the same shape."""
     name = name_of(node)
-    if name in _COPIES:
+    if name in COPIES:
         return True
     if name == "to":
         return dtype_of(node) == dtype_of(node.args[0])  # type: ignore[arg-type]

@@ -34,7 +34,8 @@ _FRACTIONS = ("0.5", "3.7", "-2.5", "1e9", "300.0", "float('inf')")
 _UNARY = (
     *("x.to(torch.{dtype})", "x.to(torch.{dtype})", "x.to(torch.{dtype})", "x.abs()", "-x", "x.clamp(min={n})"),
     *("x.clamp(max={n})", "x.clamp({n}, {m})", "x.bool()", "x.long()", "~x", "x.logical_not()", "x.sign()", "x * x"),
-    *("x.float().floor().long()", "x.clone()", "x.square()"),
+    *("x.float().floor().long()", "x.clone()", "x.square()", "torch.absolute(x)", "torch.negative(x)", "x.trunc()"),
+    *("x.relu()", "x.clip({n}, {m})", "x.nan_to_num()", "x.isfinite()"),
 )
 _ALONG = (
     *("x.flip(-1)", "x.cumsum(-1)", "x.cumsum(-1)", "x.roll(2, -1)", "x.cummax(-1).values", "x.sort(-1).values"),
@@ -56,6 +57,14 @@ _BINARY = (
     *("x + y", "x - y", "x * y", "x < y", "x <= y", "x > y", "x >= y", "x == y", "x != y", "torch.minimum(x, y)"),
     *("torch.maximum(x, y)", "x & y", "x | y", "x ^ y", "torch.add(x, y, alpha={n})", "torch.sub(x, y, alpha={n})"),
     *("torch.where(x > {n}, x, y)", "torch.where(y.bool(), x, {n})", "x.masked_fill(y == {n}, {m})", "(x - y).abs()"),
+    *(
+        "torch.greater_equal(x, y)",
+        "torch.less(x, y)",
+        "torch.subtract(x, y)",
+        "torch.multiply(x, y)",
+        "torch.max(x, y)",
+    ),
+    *("torch.not_equal(x, y)", "torch.fmod(x, y)", "x.__and__(y)"),
     *("torch.rsub(x, y)", "x.type_as(y)", "torch.logical_xor(x, y)", "(x + {n} <= y - {m})", "((x - y) % 3 == 1)"),
 )
 _WITH_NUMBER = (

@@ -12,8 +12,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from attnfuse.explaining import explain
     from attnfuse.exported import rewrite
-    from attnfuse.reporting import Report, explain, reports, reset
+    from attnfuse.reporting import Report, reports, reset
     from attnfuse.verification import Verification, verify
 
 __version__ = "0.1.0"
@@ -21,7 +22,7 @@ __all__ = ["Report", "Verification", "__version__", "explain", "reports", "reset
 
 _HOMES = {
     "Report": "reporting",
-    "explain": "reporting",
+    "explain": "explaining",
     "reports": "reporting",
     "reset": "reporting",
     "rewrite": "exported",

@@ -12,11 +12,13 @@ from torch import fx
 from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import ExportGraphSignature, InputSpec, OutputSpec, TensorArgument
 
-from attnfuse import _compat, backend, reporting, settings
+from attnfuse import _compat, backend, pipeline, reporting, settings
 from attnfuse._compat import OpOverload, pytree
+from attnfuse.graphs import copied, readable
 from attnfuse.kernels import Unsupported
 from attnfuse.passes.capture import NAME
 from attnfuse.settings import Settings
+from attnfuse.warning import warn
 
 _SIGNATURES = (ExportGraphSignature, InputSpec, OutputSpec, ModuleCallEntry, ModuleCallSignature)
 #: Options that speak of compiling, which comes after this.
@@ -95,23 +97,23 @@ def _attempt(program: ExportedProgram, chosen: Settings) -> tuple[ExportedProgra
     report = None
     try:
         draft = _Draft(program)
-        work = backend.rewrite(draft.module, chosen)
+        work = pipeline.rewrite(draft.module, chosen)
         report = work.report
         if work.spoiled or not work.fused:
             return program, report
         made = draft.finished()
-        return made, replace(report, after=backend.readable(made.graph_module))
+        return made, replace(report, after=readable(made.graph_module))
     except Unsupported:
         raise
     except Exception as error:
         if chosen.strict:
             raise
         message = f"the program is left as it was: {type(error).__name__}: {error}"
-        backend.warn(message)
+        warn(message)
         if report is None:
-            text = backend.readable(program.graph_module)
+            text = readable(program.graph_module)
             return program, reporting.Report((), text, text, "exported program", (message,))
-        return program, backend.undone(report, message)
+        return program, pipeline.undone(report, message)
 
 
 class _Draft:
@@ -124,7 +126,7 @@ class _Draft:
 
     def __init__(self, program: ExportedProgram) -> None:
         self.program = program
-        self.module = backend.copied(program.graph_module)
+        self.module = copied(program.graph_module)
         self.graphs = [m.graph for m in self.module.modules() if isinstance(m, fx.GraphModule)]
         self.given = {node for graph in self.graphs for node in graph.nodes}
         for node in self.given:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from attnfuse.kernels import REFERENCE, Unsupported, choose
 from attnfuse.kernels.dropout import SEED_LIMIT
 from attnfuse.settings import Settings
 from attnfuse.spec import Attention, Bias, Layout, Operand, ReplaceFill, Scale, Step, dtype_name
+from attnfuse.warning import warn
 
 _PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__", "bmm"})
 _TAKEN = _PRODUCTS | {"scaled_dot_product_attention"}
@@ -264,9 +264,7 @@ def _handled(original: Callable[..., Any], function: Callable[..., Any], *args: 
         reason = "; ".join(choice.reasons)
     if _active.get() is not None and options is not None and options.strict:
         raise Unsupported(f"an attention on nested tensors: {reason}")
-    warnings.warn(
-        f"attnfuse: an attention on nested tensors is left to PyTorch: {reason}", RuntimeWarning, stacklevel=2
-    )
+    warn(f"an attention on nested tensors is left to PyTorch: {reason}")
     return original(function, *args, **kwargs)
 
 

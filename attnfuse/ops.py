@@ -21,18 +21,18 @@ from __future__ import annotations
 import itertools
 import math
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from attnfuse import second
+from attnfuse import reporting, second
 from attnfuse._compat import has_tangent
 from attnfuse.kernels import REFERENCE, Kernel, kernel_named, statistics, successor
 from attnfuse.kernels.arguments import check_arguments, check_results
 from attnfuse.kernels.layout import Bounds, allocate, batch_shape
 from attnfuse.spec import Attention
+from attnfuse.warning import warn
 
 _LIBRARY = torch.library.Library("attnfuse", "DEF")
 _LIBRARY.define(
@@ -144,8 +144,6 @@ def _takes_more(kernel: Kernel, spec: Attention, tensors: Sequence[torch.Tensor]
 
 
 def _note(kernel: str, spec: Attention, device: torch.device, after: str, error: Exception) -> None:
-    from attnfuse import reporting
-
     message = f"{type(error).__name__}: {error}"
     if not isinstance(error, ValueError) and not _is_out_of_memory(error):
         failed[kernel, spec.text, device.type] = message
@@ -154,7 +152,7 @@ def _note(kernel: str, spec: Attention, device: torch.device, after: str, error:
     _warned.add(kernel)
     text = f"kernel {kernel!r} failed and kernel {after!r} runs instead: {message}"
     reporting.note_failure(kernel, text)
-    warnings.warn(f"attnfuse: {text}", RuntimeWarning, stacklevel=4)
+    warn(text, stacklevel=4)
 
 
 def _forward(

@@ -15,7 +15,7 @@ from torch import fx
 
 from attnfuse._compat import hooks_of
 from attnfuse._float64 import Interpreter, OracleError, Widening, is_tensor, plain, wide
-from attnfuse.reporting import compile_fresh
+from attnfuse.compile_fresh import compile_fresh
 
 __all__ = ["Oracle", "OracleError", "evaluate"]
 

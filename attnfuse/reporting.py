@@ -1,10 +1,9 @@
-"""What happened at each attention site: `Report`, the list of all reports of this process, and `explain` for one call."""
+"""What happened at each attention site: `Report`, and the list of all reports of this process."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-import inspect
 import io
 import json
 import logging
@@ -12,7 +11,7 @@ import os
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     import rich.console
     import rich.table
     import torch
-    from torch.export import ExportedProgram
 
     from attnfuse.spec import Attention
 
@@ -252,160 +250,7 @@ def merge(parts: Sequence[Report], name: str) -> Report:
 
 def _placed(site: SiteReport, name: str) -> SiteReport:
     """Torch leaves its own files out of stack traces: of its own modules, `compile_fresh`'s line is all that remains."""
-    return replace(site, where=f"in {name}") if site.where.startswith(f"{os.path.basename(__file__)}:") else site
-
-
-def explain(model_or_function: Callable[..., Any] | ExportedProgram, /, *args: Any, **kwargs: Any) -> Report:
-    """Make one call, `model_or_function(*args, **kwargs)`, and say what attnfuse does to each attention in it.
-
-    The call is compiled anew with the rest of the graph run eagerly (options={'inner': 'eager'}), whatever has been
-    compiled before; code that is compiled already stays as it is and `reports()` does not list this call. The call is
-    really made: what it mutates is mutated, and grad mode, train or eval mode and autocast are taken as they are.
-
-    An exported program is rewritten instead (attnfuse.rewrite), and called only if there are arguments.
-
-    Raises TypeError for something that cannot be called.
-    """
-    from torch.export import ExportedProgram
-
-    from attnfuse.backend import backend
-
-    if isinstance(model_or_function, ExportedProgram):
-        return _explain_exported(model_or_function, args, kwargs)
-
-    def explaining(gm: Any, example_inputs: Any) -> Any:
-        return backend(gm, example_inputs, options={"inner": "eager"})
-
-    calls: list[tuple[str, torch.Tensor | None]] = []
-    with collecting() as collected, _observing(calls):
-        positional, keywords = _by_name(model_or_function, args, kwargs)
-        compile_fresh(model_or_function, explaining)(*positional, **keywords)
-    name = name_of(model_or_function)
-    notes = _strided(args, kwargs)
-    if not collected:
-        skipped = "no graph was compiled: is torch.compile disabled, or did Dynamo skip the call?"
-        return Report((), "", "", name, (skipped, *notes))
-    found = merge(collected, name)
-    return _with_masks(replace(found, warnings=(*found.warnings, *notes)), calls)
-
-
-def _strided(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
-    import torch
-
-    from attnfuse import _compat
-
-    leaves = _compat.pytree.tree_leaves((args, kwargs))
-    if not any(isinstance(x, torch.Tensor) and x.is_nested and x.layout == torch.strided for x in leaves):
-        return ()
-    return ("strided nested tensors reach no compiler: torch.nested tensors with layout=torch.jagged do",)
-
-
-def _explain_exported(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:
-    from attnfuse.exported import rewrite
-
-    calls: list[tuple[str, torch.Tensor | None]] = []
-    with collecting() as collected, _observing(calls):
-        made = rewrite(program)
-        if args or kwargs:
-            made.module()(*args, **kwargs)
-    return _with_masks(collected[0], calls)
-
-
-@contextlib.contextmanager
-def _observing(calls: list[tuple[str, torch.Tensor | None]]) -> Iterator[None]:
-    """Note the spec of every attention that runs, and the keys its masks leave."""
-    from attnfuse import ops
-    from attnfuse.drawing import kept_keys
-
-    def observe(spec: Attention, q: torch.Tensor, k: torch.Tensor, operands: Sequence[torch.Tensor]) -> None:
-        calls.append((spec.text, kept_keys(spec, q, k, operands)))
-
-    ops.observers.append(observe)
-    try:
-        yield
-    finally:
-        ops.observers.remove(observe)
-
-
-def _with_masks(report: Report, calls: list[tuple[str, torch.Tensor | None]]) -> Report:
-    """The report with the masks of the calls: those of one spec are made in the order of its sites."""
-    left: dict[str, list[torch.Tensor | None]] = {}
-    for text, kept in calls:
-        left.setdefault(text, []).append(kept)
-    sites = []
-    for site in report.sites:
-        waiting = left.get(site.spec.text, []) if site.spec is not None and site.status == "fused" else []
-        sites.append(replace(site, kept=waiting.pop(0)) if waiting else site)
-    return replace(report, sites=tuple(sites))
-
-
-def _by_name(
-    model_or_function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments by keyword where that is the same call, so that the graph's inputs have names to report."""
-    from attnfuse._compat import original
-
-    target = original(model_or_function)
-    forward = getattr(target, "forward", target)
-    if getattr(target, "_forward_pre_hooks", None):
-        # a hook may look at positional arguments
-        return args, kwargs
-    try:
-        parameters = list(inspect.signature(forward).parameters.values())
-    except (TypeError, ValueError):
-        return args, kwargs
-    taken = parameters[: len(args)]
-    if len(taken) < len(args) or any(p.kind is not p.POSITIONAL_OR_KEYWORD or p.name in kwargs for p in taken):
-        return args, kwargs
-    return (), {**{p.name: a for p, a in zip(taken, args, strict=True)}, **kwargs}
-
-
-def compile_fresh(
-    model_or_function: Callable[..., Any], backend: Callable[..., Any], **settings: Any
-) -> Callable[..., Any]:
-    """torch.compile of `model_or_function` that finds nothing in Dynamo's caches and leaves what is there as it is.
-
-    backend: called with (graph module, example inputs). settings: more keywords of torch.compile.
-    What is compiled already (a compiled module or function) is unwrapped first.
-    """
-    import torch
-
-    from attnfuse._compat import original
-
-    if not callable(model_or_function):
-        raise TypeError(
-            f"expected an nn.Module or a function, got {type(model_or_function).__name__}: "
-            "pass the callable first and its arguments after it"
-        )
-    target = original(model_or_function)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return target(*args, **kwargs)
-
-    # Dynamo keeps compiled code by code object, and compares backends: a copy of each starts empty
-    fresh = types.FunctionType(
-        call.__code__.replace(), call.__globals__, name_of(target), call.__defaults__, call.__closure__
-    )
-
-    def fresh_backend(gm: Any, example_inputs: Any) -> Any:
-        return backend(gm, example_inputs)
-
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-        # frames after a graph break are the user's own code objects: count their recompiles apart
-        settings["isolate_recompiles"] = True
-    return torch.compile(fresh, backend=fresh_backend, **settings)
-
-
-def name_of(model_or_function: Callable[..., Any]) -> str:
-    """A name to show: the function's own, or the class of a module."""
-    from attnfuse._compat import original
-
-    target = original(model_or_function)
-    name: str | None = getattr(target, "__name__", None)
-    if name == "_call_impl":
-        # a module that was compiled in place comes back as its bound call
-        name = type(target.__self__).__name__  # type: ignore[attr-defined]
-    return name or type(target).__name__
+    return replace(site, where=f"in {name}") if site.where.startswith("compile_fresh.py:") else site
 
 
 def add_warning(report: Report, text: str) -> None:

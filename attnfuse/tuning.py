@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from attnfuse.kernels.layout import DENSE, Bounds
 from attnfuse.passes.capture import Scope
 from attnfuse.passes.read import stride_hint
 from attnfuse.spec import Attention
+from attnfuse.warning import warn
 
 #: Arguments of the op.
 _BOUNDS, _SPEC, _KERNEL = slice(5, 7), 7, 8
@@ -53,7 +53,7 @@ def take_fastest(calls: Sequence[fx.Node], strict: bool) -> list[str]:
         except Exception as error:
             if strict:
                 raise
-            _warn(f"the kernels of an attention were not compared ({type(error).__name__}: {error})")
+            warn(f"the kernels of an attention were not compared ({type(error).__name__}: {error})")
             log.debug("while comparing kernels", exc_info=True)
             continue
         node.args = (*node.args[:_KERNEL], name or node.args[_KERNEL], *node.args[_KERNEL + 1 :])
@@ -85,7 +85,7 @@ def _compared(found: Sequence[Kernel], job: Job, name: str | None) -> str:
         taken, results = _measured(kernel, job)
         failed = failed or not results
         if expected and results and not _same(results, expected):
-            _warn(f"kernel {kernel.name} gives other results than kernel {own.name} and is not taken ({job.spec})")
+            warn(f"kernel {kernel.name} gives other results than kernel {own.name} and is not taken ({job.spec})")
             taken = math.inf
         times[kernel.name] = taken
     log.info("fastest of %s for %s", times, job.spec)
@@ -100,7 +100,7 @@ def _keep(name: str, entry: fastest.Fastest) -> None:
     try:
         fastest.add({name: entry})
     except kept.NOT_KEPT as error:
-        _warn(f"which kernel is fastest is not kept ({type(error).__name__}: {error})")
+        warn(f"which kernel is fastest is not kept ({type(error).__name__}: {error})")
 
 
 def _same(results: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:
@@ -163,7 +163,7 @@ def tune_all(scopes: Sequence[Scope], strict: bool) -> None:
             except Exception as error:
                 if strict:
                     raise
-                _warn(f"an attention was not tuned ({type(error).__name__}: {error})")
+                warn(f"an attention was not tuned ({type(error).__name__}: {error})")
                 log.debug("while tuning", exc_info=True)
             progress.remove_task(task)
 
@@ -202,7 +202,3 @@ def _like(x: torch.Tensor) -> torch.Tensor:
     if any(n == 0 for n in shape):
         raise ValueError(f"an input of shape {list(x.shape)}")
     return torch.empty_strided(shape, strides, dtype=x.dtype, device="meta")
-
-
-def _warn(message: str) -> None:
-    warnings.warn(f"attnfuse: {message}", RuntimeWarning, stacklevel=3)

@@ -12,8 +12,9 @@ import torch
 from attnfuse import _calls
 from attnfuse._compare import Bar, Check, Kind, compare
 from attnfuse._compat import original, pytree
+from attnfuse.compile_fresh import name_of
 from attnfuse.oracle import Oracle
-from attnfuse.reporting import Report, as_text, collecting, merge, name_of
+from attnfuse.reporting import Report, as_text, collecting, merge
 from attnfuse.spec import Bias
 
 if TYPE_CHECKING:

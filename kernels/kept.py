@@ -10,7 +10,6 @@ import hashlib
 import json
 import stat
 import threading
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ import filelock
 
 from attnfuse.kernels.cache import BuildError, cache_dir, refuse_unsafe, write_text
 from attnfuse.spec import Attention
+from attnfuse.warning import warn
 
 NAME = "tuning.json"
 #: Of the file. A file of another format is neither read nor written.
@@ -92,19 +92,19 @@ class Table(Generic[_E]):
             # nowhere to keep anything
             return {}
         except BuildError as error:
-            _warn(f"{error}; {self._otherwise}")
+            warn(f"{error}; {self._otherwise}", stacklevel=3)
             return {}
         try:
             return self._valid(_read(path), path)
         except (OSError, BuildError, OtherFormat) as error:
-            _warn(f"{error}; {self._otherwise}")
+            warn(f"{error}; {self._otherwise}", stacklevel=3)
             return {}
 
     def _valid(self, data: dict[str, Any], path: Path) -> dict[str, _E]:
         """This table's entries; what is damaged in it is left out, with one warning."""
         given = data.get(self.name, {})
         if not isinstance(given, dict):
-            _warn(f"'{self.name}' in {path} is not a table and is ignored")
+            warn(f"'{self.name}' in {path} is not a table and is ignored", stacklevel=3)
             return {}
         found, damaged = {}, []
         for name, fields in given.items():
@@ -113,7 +113,7 @@ class Table(Generic[_E]):
             except ValueError as error:
                 damaged.append(f"{name}: {error}")
         if damaged:
-            _warn(f"{len(damaged)} of {len(given)} entries of {path} are ignored ({damaged[0]})")
+            warn(f"{len(damaged)} of {len(given)} entries of {path} are ignored ({damaged[0]})", stacklevel=3)
         return found
 
 
@@ -127,7 +127,7 @@ def _read(path: Path) -> dict[str, Any]:
         if not isinstance(data, dict) or "format" not in data:
             raise ValueError("no tables of measurements")
     except (ValueError, RecursionError) as error:
-        _warn(f"{path} cannot be read and is ignored ({type(error).__name__}: {error})")
+        warn(f"{path} cannot be read and is ignored ({type(error).__name__}: {error})", stacklevel=3)
         return {}
     if data["format"] != FORMAT:
         raise OtherFormat(f"{path} has format {data['format']!r}, not {FORMAT}")
@@ -151,7 +151,3 @@ def sizes(heads: tuple[int, int], lengths: tuple[int, int, int]) -> str:
     """As keys have them. heads: D and E; lengths: queries, keys and batch elements, which count as the next power of two."""
     queries, keys, elements = (1 << (n - 1).bit_length() if n > 0 else 0 for n in lengths)
     return f"D {heads[0]}, E {heads[1]}, Q {queries}, K {keys}, batch {elements}"
-
-
-def _warn(message: str) -> None:
-    warnings.warn(f"attnfuse: {message}", RuntimeWarning, stacklevel=4)

@@ -13,6 +13,7 @@ from attnfuse._compat import OpOverload
 from attnfuse.passes.capture import is_stale, value_of
 from attnfuse.passes.vocabulary import COPIES, kind
 
+
 def name_of(node: fx.Node) -> str:
     """What the node's op does, as `vocabulary.kind` names it; '' if it is no op of ATen."""
     target = node.target

@@ -30,6 +30,10 @@ class CaptureError(Exception):
     """The graph cannot be viewed; it is left as it is."""
 
 
+class NoTensorInput(CaptureError):
+    """There is nothing to capture."""
+
+
 def opaque(*args: Any) -> Any:
     """Target of view nodes that stand for something that was not looked into."""
     raise CaptureError("an opaque node cannot be run")
@@ -187,7 +191,7 @@ def capture(gm: fx.GraphModule) -> View:
     examples = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
     fake_mode = _compat.detect_fake_mode([x.values() if _is_jagged(x) else x for x in examples])
     if fake_mode is None:
-        raise CaptureError("the graph has no tensor input")
+        raise NoTensorInput("the graph has no tensor input")
     recorder = Recorder(fake_mode)
     # a trace does not look into nested tensors: what is made of them is not known
     plain = [x for x in examples if not is_nested(x)]

@@ -7,7 +7,6 @@ be rewritten where all of these are the same attention of the same values of the
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -71,8 +70,7 @@ def _made_in(view: View, scope: Scope) -> list[fx.Node]:
 
 
 def _is_same(site: Site, other: Site, same: Matching) -> bool:
-    # the policy is set when a site is emitted
-    if replace(other.spec, nan_policy=site.spec.nan_policy) != site.spec:
+    if other.spec != site.spec:
         return False
     if same.get(site.final) is not other.final or same.get(site.anchor) is not other.anchor:
         return False

@@ -56,7 +56,7 @@ class Leaf:
         return torch.float64 if self.number or self.depth else value_of(self.node).dtype  # type: ignore[no-any-return]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Site:
     """An attention in the view.
 

@@ -44,7 +44,7 @@ _MOST_OPERANDS = 12
 
 
 def structure(view: View, site: Site) -> Site:
-    """The site with its masks read; the same site if nothing was gained."""
+    """The site with its masks read, or as it was if nothing was gained; with notes on those that stay tensors."""
     return structured_assuming(view, site, lambda e, algebra: e)[0]
 
 
@@ -57,9 +57,10 @@ def structured_assuming(
     """
     reader = _Structure(view, site, assume)
     found = reader.run()
+    plain = replace(site, notes=reader.said)
     if found is None or isinstance(isolated(view, found), Refusal):
-        found = site
-    return found, reader.fills, reader.algebra
+        return plain, reader.fills, reader.algebra
+    return replace(found, notes=reader.said, unread=plain), reader.fills, reader.algebra
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,6 @@ class _Structure:
         sink = site.spec.sink
         if sink is not None and sink.operand is not None:
             sink = replace(sink, operand=self._register(site.operands[sink.operand]))
-        notes = tuple(dict.fromkeys(self.notes))
-        site.notes = notes
         if self.leaves == list(site.operands) and steps == list(site.spec.steps):
             return None
         before, after = (
@@ -117,7 +116,12 @@ class _Structure:
             describe_operand(leaf, site.batch, site.q_dim, site.k_dim, site.spec.batch) for leaf in self.leaves
         )
         spec = replace(site.spec, steps=tuple(steps), weight_steps=tuple(weight_steps), operands=operands, sink=sink)
-        return replace(site, spec=simplify(spec), operands=tuple(self.leaves), notes=notes, unread=site)
+        return replace(site, spec=simplify(spec), operands=tuple(self.leaves))
+
+    @property
+    def said(self) -> tuple[str, ...]:
+        """Why masks stay tensors, each reason once."""
+        return tuple(dict.fromkeys(self.notes))
 
     def _all(self, operands: Sequence[Leaf] | None = None) -> list[Leaf]:
         site = self.site

@@ -100,7 +100,20 @@ _UNARY = frozenset(
     (
         *("abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "ceil", "cos", "cosh", "digamma", "erf", "erfc"),
         *("erfinv", "exp", "exp2", "expm1", "floor", "frac", "i0", "isfinite", "isinf", "isnan", "lgamma", "log"),
-        *("log10", "log1p", "log2", "logit", "nan_to_num", "neg", "reciprocal", "round", "rsqrt", "sign", "sin", "sinc"),
+        *(
+            "log10",
+            "log1p",
+            "log2",
+            "logit",
+            "nan_to_num",
+            "neg",
+            "reciprocal",
+            "round",
+            "rsqrt",
+            "sign",
+            "sin",
+            "sinc",
+        ),
         *("sinh", "sqrt", "square", "tan", "tanh", "trunc"),
     )
 )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnfuse import backend, nested, reporting
+from attnfuse import nested, pipeline, reporting
 from attnfuse._compat import HigherOrderOperator, free_unbacked_symbols, pytree
 from attnfuse.settings import Settings
 
@@ -27,13 +27,13 @@ class Emitted:
 
     def __init__(self, **settings: Any) -> None:
         self.settings = Settings(**{"strict": True, **settings})
-        self.works: list[backend.Work] = []
+        self.works: list[pipeline.Work] = []
         self.nodes = 0
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         given = {node for graph in _graphs(gm) for node in graph.nodes}
         with nested.active(self.settings):
-            work = backend.rewrite(gm, self.settings)
+            work = pipeline.rewrite(gm, self.settings)
         assert not work.spoiled, work.report.warnings
         for graph in _graphs(gm):
             graph.lint()

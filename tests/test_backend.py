@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 import attnfuse
 from attnfuse import backend as backend_module
-from attnfuse import ops, settings
+from attnfuse import ops, pipeline, settings
 from attnfuse.expr import dense
 from attnfuse.kernels import CPU, KERNELS, REFERENCE
 from attnfuse.settings import Settings
@@ -385,7 +386,7 @@ def test_pass_that_raises_leaves_the_graph_untouched_with_one_warning(
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(f"{stage} is broken")
 
-    monkeypatch.setattr(backend_module, stage, broken)
+    monkeypatch.setattr(pipeline, stage, broken)
     q, k, v = qkv()
     with pytest.warns(RuntimeWarning, match=f"{stage} is broken") as caught:
         found = compiled(twice)(q, k, v)
@@ -403,29 +404,29 @@ def test_pass_that_raises_raises_in_strict_mode(stage: str, monkeypatch: pytest.
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(f"{stage} is broken")
 
-    monkeypatch.setattr(backend_module, stage, broken)
+    monkeypatch.setattr(pipeline, stage, broken)
     with pytest.raises(Exception, match=f"{stage} is broken"):
         compiled(attend, strict=True)(*qkv())
 
 
 def _called_while_compiling() -> dict[str, tuple[Any, str]]:
-    """Every function, class or method of another module that the backend's own module calls in one compile."""
+    """Every function that the backend's own modules call in one compile, where they look it up."""
     import sys
 
     found: dict[str, tuple[Any, str]] = {}
-    homes = [backend_module, backend_module.reporting, backend_module.nested_calls, backend_module.unpad]
+    homes = [backend_module, pipeline, backend_module.reporting, pipeline.nested_calls, pipeline.unpad]
     homes += [backend_module.checking, backend_module.nested]
     owners = {
         value.__code__: (home, name)
         for home in reversed(homes)
         for name, value in vars(home).items()
         # all context managers have one code object
-        if getattr(getattr(value, "__code__", None), "co_name", "") == name
+        if getattr(getattr(value, "__code__", None), "co_name", "") == name and value.__module__.startswith("attnfuse")
     }
 
     def note(frame: Any, event: str, argument: Any) -> None:
         caller = frame.f_back.f_code.co_filename if frame.f_back is not None else ""
-        if event == "call" and frame.f_code in owners and caller == backend_module.__file__:
+        if event == "call" and frame.f_code in owners and caller in (backend_module.__file__, pipeline.__file__):
             home, name = owners[frame.f_code]
             found[f"{home.__name__}.{name}"] = (home, name)
 
@@ -469,7 +470,7 @@ def test_whatever_fails_while_compiling_costs_one_warning_and_raises_in_strict_m
         functions.pop(f"attnfuse.{name}", None)
     assert {
         "attnfuse.backend.copied",
-        "attnfuse.backend.readable",
+        "attnfuse.pipeline.readable",
         "attnfuse.backend.rewrite",
         "attnfuse.backend._inner",
         "attnfuse.backend._in_forward_mode",
@@ -477,6 +478,8 @@ def test_whatever_fails_while_compiling_costs_one_warning_and_raises_in_strict_m
         "attnfuse.reporting.record",
         "attnfuse.passes.unpad.find",
     } <= functions.keys()
+    stages = {run.__name__: (name, run) for name, run in pipeline.STAGES}
+    assert {f"attnfuse.pipeline.{name}" for name in stages} <= functions.keys()
     given = qkv()
     expected = attend(*given)
     for home, name in functions.values():
@@ -484,6 +487,9 @@ def test_whatever_fails_while_compiling_costs_one_warning_and_raises_in_strict_m
         torch.compiler.reset()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(home, name, broken)
+            if name in stages:
+                table = tuple((n, broken if run.__name__ == name else run) for n, run in pipeline.STAGES)
+                patch.setattr(pipeline, "STAGES", table)
             call = compiled(attend, strict=strict, verify=1)
             if strict:
                 with pytest.raises(Exception, match=f"{name} is broken"):
@@ -497,14 +503,24 @@ def test_whatever_fails_while_compiling_costs_one_warning_and_raises_in_strict_m
         assert broken.calls, name
 
 
+def test_the_design_lists_the_stages_in_order() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "design.md").read_text()
+    flow = text[text.index("## Data flow") : text.index("Two values travel")]
+    listed = re.findall(r"^    ([a-z]+)  ", flow, flags=re.MULTILINE)
+    assert listed == [name for name, _ in pipeline.STAGES]
+    attnfuse.reset()
+    compiled(attend)(*qkv())
+    assert list(report().seconds) == listed
+
+
 def test_emitter_that_breaks_off_at_the_end_leaves_the_graph_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = backend_module.Emitter.finish
+    original = pipeline.Emitter.finish
 
     def breaking(self: Any, *args: Any) -> None:
         original(self, *args)
         raise RuntimeError("out of ink")
 
-    monkeypatch.setattr(backend_module.Emitter, "finish", breaking)
+    monkeypatch.setattr(pipeline.Emitter, "finish", breaking)
     q, k, v = qkv()
     with pytest.warns(RuntimeWarning, match="out of ink"):
         found = compiled(twice)(q, k, v)
@@ -518,7 +534,7 @@ def test_emitter_that_breaks_off_at_the_end_leaves_the_graph_untouched(monkeypat
 def test_emitter_that_breaks_off_after_an_attention_leaves_that_one(
     which: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = backend_module.Emitter.emit
+    original = pipeline.Emitter.emit
     calls = []
 
     def breaking(self: Any, *args: Any) -> None:
@@ -527,7 +543,7 @@ def test_emitter_that_breaks_off_after_an_attention_leaves_that_one(
         if len(calls) == which:
             raise RuntimeError("out of ink")
 
-    monkeypatch.setattr(backend_module.Emitter, "emit", breaking)
+    monkeypatch.setattr(pipeline.Emitter, "emit", breaking)
     q, k, v = qkv()
     with pytest.warns(RuntimeWarning, match="out of ink"):
         found = compiled(twice)(q, k, v)

@@ -502,7 +502,7 @@ def test_kernel_that_cannot_serve_raises_in_strict_mode() -> None:
     assert attnfuse.rewrite(program, options={"kernel": "cpu"}) is program
 
 
-FAILURES = [(exported.backend, "capture"), (exported, "_detached"), (exported.backend, "copied")]
+FAILURES = [(exported.pipeline, "capture"), (exported, "_detached"), (exported, "copied")]
 
 
 @pytest.mark.parametrize(("module", "function"), FAILURES)

@@ -14,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn.attention.flex_attention import create_mask
 
 import attnfuse
-from attnfuse import backend
+from attnfuse import pipeline
 from attnfuse.settings import Settings
 
 FAST = {"inner": "aot_eager", "kernel": "cpu", "strict": True}
@@ -28,7 +28,7 @@ def rewritten(function: Callable[..., Any], *args: Any, dynamic: bool | None = N
     graphs = []
 
     def probe(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        work = backend.rewrite(gm, Settings(kernel="cpu", strict=True))
+        work = pipeline.rewrite(gm, Settings(kernel="cpu", strict=True))
         assert [s.status for s in work.report.sites] == ["fused"] * len(work.report.sites), work.report
 
         def compiler(inner: fx.GraphModule, inputs: Any) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch.utils.checkpoint import checkpoint
 
-from attnfuse import backend, nested
+from attnfuse import backend, graphs, nested, pipeline
 from attnfuse.passes import emit, unpad
 from attnfuse.passes.emit import Writer
 from attnfuse.passes.unpadder import Unpadder
@@ -51,7 +51,7 @@ def captured(run: Callable[..., Any], *args: Any) -> fx.GraphModule:
     found: list[fx.GraphModule] = []
 
     def keep(gm: fx.GraphModule, example_inputs: Any) -> Any:
-        found.append(backend.copied(gm))
+        found.append(graphs.copied(gm))
         return gm.forward
 
     torch.compile(run, backend=keep)(*args)
@@ -89,11 +89,11 @@ def failing(owner: Any, name: str, at: int) -> Iterator[list[int]]:
         yield count
 
 
-def rewritten(gm: fx.GraphModule, **settings: Any) -> tuple[fx.GraphModule, backend.Work, list[str]]:
-    copy, chosen = backend.copied(gm), Settings(**{"kernel": "reference", **settings})
+def rewritten(gm: fx.GraphModule, **settings: Any) -> tuple[fx.GraphModule, pipeline.Work, list[str]]:
+    copy, chosen = graphs.copied(gm), Settings(**{"kernel": "reference", **settings})
     with warnings.catch_warnings(record=True) as told, nested.active(chosen):
         warnings.simplefilter("always")
-        work = backend.rewrite(copy, chosen)
+        work = pipeline.rewrite(copy, chosen)
     return copy, work, [str(w.message) for w in told if "attnfuse" in str(w.message)]
 
 
@@ -156,7 +156,7 @@ def test_a_failure_at_any_node_that_is_written_costs_one_attention(graph: Any, f
 
 
 STAGES = [
-    *((backend, name) for name in ("read", "structure", "swallowed", "choose")),
+    *((pipeline, name) for name in ("read", "structure", "swallowed", "choose")),
     *((emit.Emitter, name) for name in ("emit", "redirect", "_insert", "_log_sum_exp", "may_be_written")),
     *((Writer, name) for name in ("canonical", "operand", "_made", "_imported", "shaped", "attention", "checked")),
     *((fx.Node, name) for name in ("replace_all_uses_with", "replace_input_with")),
@@ -175,7 +175,7 @@ def test_a_failure_in_any_stage_costs_one_attention(graph: Any, owner: Any, name
 def test_all_failing_leaves_every_node_as_it_was(graph: Any) -> None:
     """Also where the last thing that is done fails."""
     gm, _, _ = graph
-    untouched = backend.copied(gm)
+    untouched = graphs.copied(gm)
 
     def late(self: Any, *args: Any) -> None:
         original(self, *args)
@@ -267,10 +267,10 @@ def captured_for_attnfuse(run: Callable[..., Any], *args: Any) -> fx.GraphModule
     """As `captured`, with nested attentions as they are traced for attnfuse."""
     found: list[fx.GraphModule] = []
     with pytest.MonkeyPatch.context() as patch:
-        rewrite = backend.rewrite
+        rewrite = pipeline.rewrite
 
-        def keep(gm: fx.GraphModule, chosen: Settings) -> backend.Work:
-            found.append(backend.copied(gm))
+        def keep(gm: fx.GraphModule, chosen: Settings) -> pipeline.Work:
+            found.append(graphs.copied(gm))
             return rewrite(gm, chosen)
 
         patch.setattr(backend, "rewrite", keep)

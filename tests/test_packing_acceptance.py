@@ -21,7 +21,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn.utils.rnn import pad_sequence
 
 import attnfuse
-from attnfuse import _measure, backend
+from attnfuse import _measure, pipeline
 from attnfuse.drawing import SKIPPED, tile_map
 from attnfuse.packing import PackingCollator, sequence_ids, unpack
 from attnfuse.settings import Settings
@@ -106,7 +106,7 @@ class Graphs:
         self.reads: list[str] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        work = backend.rewrite(gm, Settings(kernel="cpu", strict=True))
+        work = pipeline.rewrite(gm, Settings(kernel="cpu", strict=True))
         assert [site.status for site in work.report.sites] == ["fused"] * 2, work.report
         self.reads += [site.reads for site in work.report.sites]
 

@@ -10,7 +10,6 @@ import contextlib
 import importlib.util
 import math
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
@@ -23,6 +22,7 @@ from attnfuse.kernels.layout import DENSE, Bounds, allocate, check_bounds, sprea
 from attnfuse.kernels.triton import descriptors, tuned
 from attnfuse.kernels.triton.configs import Config, Pass, config, padded
 from attnfuse.spec import Attention
+from attnfuse.warning import warn
 
 __all__ = ["allocate", "available", "backward", "forward"]
 
@@ -574,10 +574,10 @@ def _summed(x: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
 
 
 def _not_deterministic(what: str) -> None:
-    text = f"attnfuse: {what} has no deterministic kernel"
+    text = f"{what} has no deterministic kernel"
     if not torch.is_deterministic_algorithms_warn_only_enabled():
-        raise RuntimeError(f"{text}; torch.use_deterministic_algorithms(True, warn_only=True) would allow it")
-    warnings.warn(text, RuntimeWarning, stacklevel=4)
+        raise RuntimeError(f"attnfuse: {text}; torch.use_deterministic_algorithms(True, warn_only=True) would allow it")
+    warn(text, stacklevel=4)
 
 
 def _steps(x: torch.Tensor) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +15,7 @@ from attnfuse.kernels.triton import tuned
 from attnfuse.kernels.triton.configs import Config, Pass, candidates
 from attnfuse.kernels.triton.tuned import Entry
 from attnfuse.spec import Attention
+from attnfuse.warning import warn
 
 #: (run, device) -> milliseconds
 Timer = Callable[[Callable[[], object], torch.device], float]
@@ -244,8 +244,8 @@ def _best(measured: _Measured, timer: Timer, step: Step) -> Result:
             skipped.append(f"{made}: {type(error).__name__}: {error}")
     if wrong:
         said = ", ".join(map(str, wrong))
-        message = f"attnfuse: other results than those of {table} in {which}, and never used: {said} ({call.spec})"
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        message = f"other results than those of {table} in {which}, and never used: {said} ({call.spec})"
+        warn(message, stacklevel=3)
     best = min(times, key=lambda c: times[c])
     if times[best] > _GAIN * times[table]:
         best = table

@@ -1,0 +1,427 @@
+"""The stages that a graph goes through.
+
+Each stage is a function from a `State` to the next: what it takes on of `State.found`, it settles or hands on changed. An
+unexpected error costs the attention that it concerns; one that concerns none, or all, breaks the pipeline off.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from torch import fx
+
+from attnfuse import _compat, nested, tuning
+from attnfuse.graphs import name_of, readable
+from attnfuse.kernels import REFERENCE, Choice, Unsupported, choose, prepare
+from attnfuse.passes import nested as nested_calls
+from attnfuse.passes import unpad
+from attnfuse.passes.capture import CaptureError, NoTensorInput, View, capture, source_line, value_of
+from attnfuse.passes.emit import EmitError, Emitter
+from attnfuse.passes.find import find
+from attnfuse.passes.read import read
+from attnfuse.passes.site import Refusal, Site
+from attnfuse.passes.structure import structure
+from attnfuse.passes.swallowed import swallowed
+from attnfuse.passes.unpadder import Unpadder
+from attnfuse.passes.unseen import unseen
+from attnfuse.reporting import Report, SiteReport
+from attnfuse.settings import Settings
+from attnfuse.spec import Attention
+from attnfuse.warning import warn
+
+log = logging.getLogger("attnfuse")
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An attention that is not rewritten: the anchor it was found at, the user's line, and why."""
+
+    reason: str
+    anchor: fx.Node
+    where: str
+
+
+Found = Site | Refused
+
+
+@dataclass
+class Failures:
+    """Unexpected errors, each of which costs what it concerns; notes: what was warned of, once for each reason."""
+
+    strict: bool
+    notes: list[str] = field(default_factory=list)
+
+    def reason(self, error: Exception) -> str:
+        """The reason for leaving what the error concerns, with a warning. Raises it in strict mode."""
+        if self.strict or isinstance(error, Unsupported) or _compat.is_restart(error):
+            raise error
+        reason = f"unexpected error ({type(error).__name__}: {error})"
+        log.debug("while rewriting an attention", exc_info=error)
+        note = f"an attention is left as it was: {reason}"
+        if note not in self.notes:
+            self.notes.append(note)
+            warn(note)
+        return reason
+
+
+@dataclass(frozen=True)
+class State:
+    """What one stage hands to the next.
+
+    view      the graph as the passes see it; None where it cannot be viewed, and why in `problem`
+    found     attentions that are still to be treated, in the order of the graph
+    nested    reports of attentions on nested tensors
+    settled   reports of attentions in the view that were treated
+    unseen    reports of attentions that the view does not show
+    fused     those whose results are replaced
+    gone      view nodes that nothing needs any more
+    """
+
+    gm: fx.GraphModule
+    settings: Settings
+    failures: Failures
+    view: View | None = None
+    problem: str = ""
+    found: tuple[Found, ...] = ()
+    nested: tuple[SiteReport, ...] = ()
+    settled: tuple[SiteReport, ...] = ()
+    unseen: tuple[SiteReport, ...] = ()
+    fused: tuple[Site, ...] = ()
+    gone: frozenset[fx.Node] = frozenset()
+    emitter: Emitter | None = None
+
+    @property
+    def reports(self) -> tuple[SiteReport, ...]:
+        return (*self.nested, *self.settled, *self.unseen)
+
+    @property
+    def has_fuel(self) -> bool:
+        return self.fuel is None or self.fuel > 0
+
+    @property
+    def fuel(self) -> int | None:
+        """How many more attentions may be fused; None for any number."""
+        if self.settings.fuel is None:
+            return None
+        return self.settings.fuel - sum(r.status == "fused" for r in self.nested) - len(self.fused)
+
+
+# -- the stages
+
+
+def _nested(state: State) -> State:
+    """Attentions on nested tensors, single calls that no view looks into: each is read, and a kernel put in."""
+    done: list[SiteReport] = []
+    try:
+        for node, call in nested_calls.calls(state.gm):
+            report = functools.partial(SiteReport, where=source_line(node), node=node.name)
+            try:
+                done.append(_nested_report(node, call, replace(state, nested=tuple(done)), report))
+            except Exception as error:
+                done.append(report("refused", state.failures.reason(error), None, None))
+    except Exception as error:
+        state.failures.reason(error)
+    if done:
+        state.gm.recompile()
+    return replace(state, nested=tuple(done))
+
+
+def _captured(state: State) -> State:
+    """The graph as ATen ops, with what is known of their values."""
+    try:
+        return replace(state, view=capture(state.gm))
+    except CaptureError as error:
+        problem = f"the graph could not be viewed: {error}"
+        if not isinstance(error, NoTensorInput):
+            if state.settings.strict:
+                raise
+            state.failures.notes.append(problem)
+        return replace(state, problem=problem)
+
+
+def _read(state: State) -> State:
+    """Every softmax between two products as a `Site`, its masks as expressions, or why it is none."""
+    view, failures = state.view, state.failures
+    if view is None:
+        return state
+    found: list[Found] = []
+
+    def refused(node: fx.Node, reason: str) -> None:
+        found.append(Refused(reason, node, view.where(node)))
+
+    for anchor in find(view, lambda node, error: refused(node, failures.reason(error))):
+        try:
+            result = read(view, anchor, state.settings.nan_policy == "eager")
+            if isinstance(result, Site):
+                result = structure(view, result)
+                result = swallowed(result) or result
+        except Exception as error:
+            result = Refusal(failures.reason(error), anchor.weights)
+        if isinstance(result, Site):
+            found.append(result)
+        elif result is not None:
+            refused(anchor.weights, result.reason)
+    return replace(state, found=tuple(found))
+
+
+def _unseen(state: State) -> State:
+    """Attentions that the view does not show: reported, never rewritten."""
+    try:
+        others = unseen(state.gm, state.view, [x.anchor for x in state.found], state.problem)
+    except Exception as error:
+        if state.settings.strict:
+            raise
+        log.debug("while looking for what is not viewed", exc_info=True)
+        note = f"what the view does not show was not searched for attentions: {type(error).__name__}: {error}"
+        warn(note)
+        state.failures.notes.append(note)
+        return state
+    reports = (SiteReport("refused", x.reason, None, None, x.where, x.name) for x in others)
+    return replace(state, unseen=tuple(reports))
+
+
+def _unpadded(state: State) -> State:
+    """Padding that the model makes itself is taken out, where attentions can run on packed rows."""
+    view = state.view
+    if view is None:
+        return state
+    emitter = Emitter(view, state.settings.strict)
+    state = replace(state, emitter=emitter)
+    if state.settings.nan_policy == "eager":
+        return state
+    failures = state.failures
+    try:
+        regions, reason = unpad.find(view, [x for x in state.found if isinstance(x, Site)])
+    except Exception as error:
+        regions, reason = [], f"padding stays: {failures.reason(error)}"
+    done: set[Found] = set()
+    for region in regions:
+        own = [a.original for a in region.attentions]
+        if state.fuel is not None and len(own) > state.fuel:
+            reason = reason or "padding stays: too little fuel"
+            continue
+        try:
+            kernels = [_kernel(a.spec, a.site, state.settings) for a in region.attentions]
+            told = [_report(a.site, emitter, a.spec) for a in region.attentions]
+            unpadder = Unpadder(emitter, region, kernels)
+            with emitter.attempt(own[0].final):
+                unpadder.emit()
+        except EmitError as error:
+            reason = reason or f"padding stays: {error}"
+            continue
+        except Exception as error:
+            reason = reason or f"padding stays: {failures.reason(error)}"
+            continue
+        done.update(own)
+        reports = (report(status="fused", reason=None, kernel=name) for report, name in zip(told, kernels))
+        state = replace(
+            state,
+            settled=(*state.settled, *reports),
+            fused=(*state.fused, *own),
+            gone=state.gone | unpadder.inside,
+        )
+    left = [x for x in state.found if x not in done]
+    if reason:
+        left = [replace(x, notes=(*x.notes, reason)) if isinstance(x, Site) else x for x in left]
+    return replace(state, found=tuple(left))
+
+
+def _emitted(state: State) -> State:
+    """A kernel is chosen for each site and its call written in place of the site's result."""
+    if state.emitter is None:
+        return state
+    emitter = state.emitter
+    emitter.sites = [x for x in state.found if isinstance(x, Site)]
+    for x in state.found:
+        report, site = _settled(x, state, emitter)
+        fused = state.fused if site is None else (*state.fused, site)
+        state = replace(state, settled=(*state.settled, report), fused=fused)
+    if state.fused:
+        emitter.finish(set(state.gone.union(*(site.inside for site in state.fused))))
+    return replace(state, found=())
+
+
+def _tuned(state: State) -> State:
+    """Under the option `tune`: the fastest kernel of those that can, and its fastest configuration."""
+    emitter = state.emitter
+    if emitter is None or not (state.fused and state.settings.tune):
+        return state
+    if state.settings.kernel is None:
+        names = iter(tuning.take_fastest(emitter.calls, state.settings.strict))
+        renamed = (replace(r, kernel=next(names)) if r.status == "fused" else r for r in state.settled)
+        state = replace(state, settled=tuple(renamed))
+    tuning.tune_all(emitter.view.scopes, state.settings.strict)
+    return state
+
+
+STAGES: tuple[tuple[str, Callable[[State], State]], ...] = (
+    ("nested", _nested),
+    ("capture", _captured),
+    ("read", _read),
+    ("unseen", _unseen),
+    ("unpad", _unpadded),
+    ("emit", _emitted),
+    ("tune", _tuned),
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What `rewrite` did to a graph. spoiled: it broke off half-way, and the graph must not be used."""
+
+    report: Report
+    fused: tuple[Site, ...] = ()
+    spoiled: bool = False
+
+
+def rewrite(gm: fx.GraphModule, settings: Settings) -> Work:
+    """Rewrite every attention of `gm` in place that can be, and report on all of them.
+
+    An unexpected error costs the attention that it concerns, with a warning and a reason in the report. One that concerns
+    none, or all, leaves a graph that must not be used (the caller has a copy). In strict mode errors are raised.
+    """
+    before = readable(gm)
+    name = name_of(gm)
+    if not _may_hold_attention(gm):
+        return Work(Report((), before, before, name))
+    unsupported = _compat.unsupported_torch()
+    if unsupported is not None:
+        if settings.strict:
+            raise RuntimeError(unsupported)
+        warn(f"graphs are left as they were: {unsupported}")
+        return Work(Report((), before, before, name, (unsupported,)))
+    seconds: dict[str, float] = {}
+    state = State(gm, settings, Failures(settings.strict))
+    notes = state.failures.notes
+    try:
+        prepare()
+        for stage, run in STAGES:
+            start = time.perf_counter()
+            state = run(state)
+            seconds[stage] = time.perf_counter() - start
+    except Unsupported:
+        raise
+    except Exception as error:
+        if settings.strict or _compat.is_restart(error):
+            raise
+        message = f"{type(error).__name__}: {error}"
+        warn(f"a graph is left as it was: {message}")
+        log.debug("while rewriting", exc_info=True)
+        notes.append(f"left as it was after an unexpected error: {message}")
+        # those that the stage was at, too
+        left = (replace(_refusal(x), reason=message) for x in state.found)
+        report = Report((*state.reports, *left), before, before, name, tuple(notes), seconds)
+        return Work(undone(report, message), spoiled=True)
+    after = readable(gm) if any(r.status == "fused" for r in state.reports) else before
+    return Work(Report(state.reports, before, after, name, tuple(notes), seconds), state.fused)
+
+
+def undone(report: Report, message: str) -> Report:
+    """The report of a graph whose rewrites were taken back."""
+    sites = tuple(
+        replace(s, status="refused", kernel=None, reason=message) if s.status == "fused" else s for s in report.sites
+    )
+    return replace(report, sites=sites, after=report.before, warnings=(*report.warnings, message))
+
+
+def _may_hold_attention(gm: fx.GraphModule) -> bool:
+    """Whether it is worth looking: some call must hold an exponential."""
+    modules = [m for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    names = (str(getattr(n.target, "__name__", n.target)) for m in modules for n in m.graph.nodes)
+    return any(part in name for name in names for part in ("softm", "exp", "attention", "attn", "forward", "encoder"))
+
+
+# -- single attentions
+
+
+def _settled(found: Found, state: State, emitter: Emitter) -> tuple[SiteReport, Site | None]:
+    """Choose a kernel for a site and emit it: what happened, and the site if it is fused."""
+    if isinstance(found, Refused):
+        return _refusal(found), None
+    try:
+        # the rewrite of another call of its region may have done it, as it is or with its mask as a tensor
+        done = found in emitter.done or found.unread in emitter.done
+        if not state.has_fuel and not done:
+            reason = f"fuel: {state.settings.fuel} rewrites are done"
+            return _report(found, emitter)(status="left", reason=reason, kernel=None), None
+        report, site = _tried(found, state, emitter)
+        if site is None and found.unread is not None:
+            # a kernel may take a mask as a tensor that it does not take as an expression
+            again, site = _tried(found.unread, state, emitter)
+            if site is not None:
+                return replace(again, notes=(*again.notes, report.reason or "")), site
+    except Exception as error:
+        return replace(_refusal(found), reason=state.failures.reason(error)), None
+    return report, site
+
+
+def _refusal(found: Found) -> SiteReport:
+    if isinstance(found, Refused):
+        return SiteReport("refused", found.reason, None, None, found.where, found.anchor.name)
+    return SiteReport("refused", None, None, found.spec, found.where, found.anchor.name)
+
+
+def _tried(site: Site, state: State, emitter: Emitter) -> tuple[SiteReport, Site | None]:
+    report = _report(site, emitter)
+    try:
+        kernel = _kernel(site.spec, site, state.settings)
+        with emitter.attempt(site.final):
+            emitter.emit(site, kernel)
+    except EmitError as problem:
+        return report(status="refused", reason=str(problem), kernel=None), None
+    return report(status="fused", reason=None, kernel=kernel), site
+
+
+def _nested_report(node: fx.Node, call: nested.Call, state: State, report: Callable[..., SiteReport]) -> SiteReport:
+    """Choose a kernel for an attention on nested tensors and put it in; what happened, for the report."""
+    settings = state.settings
+    spec = nested_calls.read(node, call)
+    if isinstance(spec, Refusal):
+        return report("refused", spec.reason, None, None)
+    spec = replace(spec, nan_policy=settings.nan_policy)
+    if not state.has_fuel:
+        # PyTorch has no compiled form of it to leave it to
+        nested_calls.emit(node, call, REFERENCE.name, settings)
+        return report("left", f"fuel: {settings.fuel} rewrites are done", REFERENCE.name, spec)
+    choice = choose(spec, call.query.device, settings.kernel)
+    problem = _problem(choice, settings)
+    if problem is not None:
+        return report("refused", problem, None, spec)
+    assert choice.kernel is not None
+    nested_calls.emit(node, call, choice.kernel.name, settings)
+    return report("fused", None, choice.kernel.name, spec)
+
+
+def _report(site: Site, emitter: Emitter, spec: Attention | None = None) -> Callable[..., SiteReport]:
+    """The report of a site but for what became of it. spec: the one that runs, if it is another than the site's."""
+    return functools.partial(
+        SiteReport,
+        spec=spec or site.spec,
+        where=site.where,
+        node=site.anchor.name,
+        names=tuple(emitter.view.input_of(leaf.node) for leaf in site.operands),
+        notes=site.notes,
+    )
+
+
+def _kernel(spec: Attention, site: Site, settings: Settings) -> str:
+    """The name of the kernel for a site. Raises EmitError where there is none."""
+    choice = choose(spec, value_of(site.q.node).device, settings.kernel)
+    problem = _problem(choice, settings)
+    if problem is not None:
+        raise EmitError(problem)
+    assert choice.kernel is not None
+    return choice.kernel.name
+
+
+def _problem(choice: Choice, settings: Settings) -> str | None:
+    if choice.kernel is not None:
+        return None
+    text = "; ".join(choice.reasons)
+    if settings.strict and settings.kernel is not None:
+        raise Unsupported(text)
+    return text

@@ -15,7 +15,7 @@ from attnfuse.kernels import TRITON, Kernel, candidates, fastest, kept, measure
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.layout import DENSE, Bounds
 from attnfuse.passes.capture import Scope
-from attnfuse.passes.read import stride_hint
+from attnfuse.passes.labels import stride_hint
 from attnfuse.spec import Attention
 from attnfuse.warning import warn
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from attnfuse.kernels.triton.targets import MATRIX, SHARED
+from attnfuse.kernels.triton.configs import SHARED
+from attnfuse.kernels.triton.targets import MATRIX
 from benchmarks import results
 
 DOCUMENT = results.ROOT / "docs" / "kernels.md"

@@ -26,8 +26,7 @@ from attnfuse.passes.capture import (
     value_of,
     written,
 )
-from attnfuse.passes.labels import Atom, Dim, Distances, Labels, is_one, known_equal
-from attnfuse.passes.read import stride_hint
+from attnfuse.passes.labels import Atom, Dim, Distances, Labels, is_one, known_equal, stride_hint
 from attnfuse.passes.repeated import calls_of, partners
 from attnfuse.passes.site import Leaf, Refusal, Site
 from attnfuse.passes.terms import Axis, Call, Symbol, Tensor, depends

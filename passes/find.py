@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 from torch import fx
 
-from attnfuse.passes import contraction, sinks, views
+from attnfuse.passes import contraction, sinks
 from attnfuse.passes.aten import arguments, constant, is_tensor, name_of, shape_of
-from attnfuse.passes.capture import View, is_stale, value_of
+from attnfuse.passes.capture import View, value_of
 from attnfuse.passes.labels import known_equal
+from attnfuse.passes.maxima import has_lines, maximum_subtracted, raises, without_views
 from attnfuse.spec import Hidden, Softmax
 
 
@@ -193,11 +194,11 @@ def _normalised(node: fx.Node, top: object, bottom: object, inside: frozenset[fx
                 scores, dim, node, between | more, problem="what is added to the sum of the weights is no sink"
             )
         sink, more = found[0], more | found[1]
-        raised = any(_raises(n) for n in more)
+        raised = any(raises(n) for n in more)
     if top is e:
         # the sum may get its dim back by a view, or be expanded
         line: fx.Node = bottom.args[0] if name_of(bottom) == "expand" else bottom  # type: ignore[assignment, attr-defined, arg-type]
-        viewed = _without_views(line, e, dim) if _has_lines(line, e, dim, kept=True) else None  # type: ignore[arg-type]
+        viewed = without_views(line, e, dim) if has_lines(line, e, dim, kept=True) else None  # type: ignore[arg-type]
         if viewed is None or viewed[0] is not whole:
             return Anchor(
                 scores, dim, node, between | more, problem="cannot read what divides the exponentials of the scores"
@@ -243,96 +244,6 @@ def _unshifted(z: fx.Node, dim: int, raised: bool) -> tuple[fx.Node, Softmax, fr
         scores, passed = found
         return scores, "plain", passed
     return z, "unshifted", frozenset()
-
-
-def maximum_subtracted(z: fx.Node, dim: int, raised: bool = False) -> tuple[fx.Node, frozenset[fx.Node]] | None:
-    """(scores, nodes passed) if z = scores - max(scores, dim, keepdim=True), the maximum detached or not.
-
-    raised: the larger of that maximum and something else will do.
-    """
-    if name_of(z) != "sub":
-        return None
-    args = arguments(z)
-    scores, top = args["self"], args["other"]
-    if not (is_tensor(scores) and is_tensor(top)) or constant(args.get("alpha", 1)) != 1.0:
-        return None
-    passed = {z}
-    if not _has_lines(top, scores, dim, kept=True):
-        return None
-    viewed = _without_views(top, scores, dim)
-    while viewed is not None and (name_of(viewed[0]) in ("detach", "alias") or (raised and _raises(viewed[0]))):
-        top = viewed[0]
-        passed |= viewed[1] | {top}
-        # of two, the one that is the maximum, be it seen through views
-        sources = [x for x in top.all_input_nodes if _is_maximum(_looked_through(x))]
-        viewed = _without_views(sources[0] if sources else top.args[0], scores, dim)
-    if viewed is None:
-        return None
-    top = viewed[0]
-    passed |= viewed[1]
-    from attnfuse.passes.capture import getitem_source
-
-    pair = getitem_source(top)
-    if pair is not None and pair[1] == 0:
-        passed.add(top)
-        top = pair[0]
-    if name_of(top) not in ("amax", "max"):
-        return None
-    passed.add(top)
-    reduced = arguments(top)
-    source, over = reduced["self"], reduced.get("dim")
-    while is_tensor(source) and name_of(source) in ("detach", "alias") and source is not scores:
-        passed.add(source)
-        source = source.args[0]
-    over = list(over) if isinstance(over, (list, tuple)) else [over]
-    rank = len(value_of(scores).shape)
-    if source is not scores or len(over) != 1 or over[0] is None:
-        return None
-    return (scores, frozenset(passed)) if over[0] % rank == dim % rank else None
-
-
-def _has_lines(node: fx.Node, whole: fx.Node, dim: int, kept: bool) -> bool:
-    """Whether `node` has one element for each line of `whole` along `dim`: its shape has 1 there, or, unless kept, no such dim."""
-    lines = list(shape_of(whole))
-    dim %= len(lines)
-    shapes = [[*lines[:dim], 1, *lines[dim + 1 :]], lines[:dim] + lines[dim + 1 :]]
-    own = shape_of(node)
-    return any(len(own) == len(s) and all(map(known_equal, own, s)) for s in (shapes[:1] if kept else shapes))
-
-
-def _without_views(node: object, whole: fx.Node, dim: int) -> tuple[fx.Node, set[fx.Node]] | None:
-    """(what `node` is a view of, nodes passed) as long as it has an element for each line of `whole`; None where it has not.
-
-    Views keep the order of elements, so that shapes alone tell that they are those of the same lines.
-    """
-    passed: set[fx.Node] = set()
-    while is_tensor(node) and _has_lines(node, whole, dim, kept=False):  # type: ignore[arg-type]
-        at: fx.Node = node  # type: ignore[assignment]
-        moves = name_of(at) == "view" or (views.is_identity(at) and name_of(at) != "alias")
-        if is_stale(at) or not moves:
-            return at, passed
-        passed.add(at)
-        node = at.args[0]
-    return None
-
-
-def _looked_through(node: fx.Node) -> fx.Node:
-    while name_of(node) == "view" and is_tensor(node.args[0]):
-        node = node.args[0]  # type: ignore[assignment]
-    return node
-
-
-def _raises(node: fx.Node) -> bool:
-    """Whether it gives the larger of its argument and something else."""
-    if name_of(node) == "clamp":
-        return arguments(node).get("max") is None
-    return name_of(node) in ("relu", "maximum", "clamp_min")
-
-
-def _is_maximum(node: fx.Node) -> bool:
-    from attnfuse.passes.capture import getitem_source
-
-    return name_of(node) == "amax" or getitem_source(node) is not None
 
 
 def looks_like_attention(view: View, anchor: Anchor) -> bool:

@@ -16,6 +16,10 @@ from attnfuse._compat import statically_known_true
 Size = int | Any
 
 
+#: A length that is taken for longer than all that are known.
+UNKNOWN = 1 << 30
+
+
 class Atom:
     """An index that is not known to be made of others. Compared by identity."""
 
@@ -112,3 +116,20 @@ def drop(labels: Labels, index: int) -> Labels:
 
 def insert(labels: Labels, index: int, dim: Dim) -> Labels:
     return (*labels[:index], dim, *labels[index:])
+
+
+def hint(atom: Atom) -> int:
+    """How long the dim was when the graph was traced; UNKNOWN where that is not known."""
+    size = atom.size
+    if isinstance(size, int):
+        return size
+    known = getattr(size.node, "hint", None)
+    return known if isinstance(known, int) else UNKNOWN
+
+
+def stride_hint(stride: object) -> int:
+    """The stride, or what it was when the graph was traced; 0 where that is not known."""
+    if isinstance(stride, int):
+        return stride
+    hint = getattr(stride.node, "hint", None)  # type: ignore[attr-defined]
+    return hint if isinstance(hint, int) else 0

@@ -17,6 +17,7 @@ from attnfuse.passes import views
 from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, name_of, shape_of
 from attnfuse.passes.capture import View, is_stale
 from attnfuse.passes.labels import is_one, known_equal
+from attnfuse.passes.maxima import maximum_subtracted
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,6 @@ class Joined:
 
 def joined(node: fx.Node, dim: int) -> Joined | None:
     """What `node` is made of, if that is scores with one more along `dim`, looked through casts and a subtracted maximum."""
-    from attnfuse.passes.find import maximum_subtracted
-
     inside: set[fx.Node] = set()
     for _ in range(6):
         less = maximum_subtracted(node, dim)

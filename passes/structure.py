@@ -29,10 +29,11 @@ from attnfuse.expr import (
     transform,
     walk,
 )
+from attnfuse.passes.assemble import describe_operand
 from attnfuse.passes.aten import dtype_of, shape_of
 from attnfuse.passes.capture import View, value_of
+from attnfuse.passes.isolation import isolated
 from attnfuse.passes.labels import Atom, Dim, Distances, Labels, known_equal
-from attnfuse.passes.read import describe_operand, isolated
 from attnfuse.passes.simplify import simplify
 from attnfuse.passes.site import Leaf, Refusal, Site
 from attnfuse.passes.terms import Axis, Call, Symbol, Tensor, Terms, depends, is_joint, type_of

@@ -17,9 +17,9 @@ from attnfuse import _compat
 from attnfuse.expr import FALSE, TRUE, Algebra, Const, Expr, K, NotExpressible, Q, substitute
 from attnfuse.passes.aten import is_tensor, name_of, shape_of
 from attnfuse.passes.capture import View, opaque, value_of
+from attnfuse.passes.isolation import read_by
 from attnfuse.passes.labels import Atom, Axes, Dim, is_one, known_equal
 from attnfuse.passes.padding import Pad, Paddings, Unpad
-from attnfuse.passes.read import read_by
 from attnfuse.passes.rowwise import Carried, Mixed, Rows
 from attnfuse.passes.site import Leaf, Site
 from attnfuse.passes.structure import Fill, structured_assuming

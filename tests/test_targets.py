@@ -22,12 +22,12 @@ FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def check(capability, spec, q, k, v, operands=(), bounds=DENSE) -> None:
-    from attnfuse.kernels.triton import targets
+    from attnfuse.kernels.triton import configs, targets
 
     made = targets.compiled(spec, q, k, v, list(operands), capability, bounds=bounds)
     assert [c.kernel for c in made] == ["forward", "prepare", "backward_rows", "backward_columns"]
     for c in made:
-        assert c.shared <= targets.SHARED[capability], c
+        assert c.shared <= configs.SHARED[capability], c
         assert c.spilled == 0, c
         if q.element_size() == 2 and q.shape[-1] <= 128 and c.kernel != "prepare":
             assert targets.MATRIX[capability] in c.products, c
@@ -81,7 +81,7 @@ def test_sums_that_are_rounded_compile_for_every_target(capability, dtype):
 
 
 def decoded(capability, dtype, D, queries=1) -> None:
-    from attnfuse.kernels.triton import targets
+    from attnfuse.kernels.triton import configs, targets
 
     q = randn(4, 8, 4, queries, D, dtype=FLOATS[dtype])
     k = randn(4, 8, 1, 4096, D, dtype=FLOATS[dtype])
@@ -89,7 +89,7 @@ def decoded(capability, dtype, D, queries=1) -> None:
     made = targets.compiled(spec, q, k, k, [], capability, backward=False)
     assert [c.kernel for c in made] == ["decode", "combine"]
     for c in made:
-        assert c.shared <= targets.SHARED[capability] and c.spilled == 0, c
+        assert c.shared <= configs.SHARED[capability] and c.spilled == 0, c
         # 16 rows are too few for the instructions of warp groups
         products = {"mma.sync", targets.MATRIX[capability]} if c.kernel == "decode" and dtype != "fp32" else set()
         assert not products or products & set(c.products), c
@@ -169,11 +169,11 @@ def mixed():
 
 @pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
 def test_a_spec_with_everything_compiles(capability):
-    from attnfuse.kernels.triton import targets
+    from attnfuse.kernels.triton import configs, targets
 
     spec, q, k, v, operands = mixed()
     for c in targets.compiled(spec, q, k, v, operands, capability):
-        assert c.shared <= targets.SHARED[capability], c
+        assert c.shared <= configs.SHARED[capability], c
 
 
 def described(capability, D, decoded=False, specialised=False):
@@ -191,7 +191,7 @@ def described(capability, D, decoded=False, specialised=False):
     spec = make_spec(q, k, v, steps=(HALF, ReplaceFill(causal(k.shape[-2] - q.shape[-2]), -INF)))
     made = targets.compiled(spec, q, k, v, [], capability, backward=not decoded, fixed=fixed)
     for c in made:
-        assert c.shared <= targets.SHARED[capability], c
+        assert c.shared <= configs.SHARED[capability], c
     return {c.kernel: c for c in made}
 
 

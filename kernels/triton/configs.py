@@ -7,6 +7,18 @@ from typing import Literal
 
 Pass = Literal["forward", "backward", "decode"]
 
+#: Shared memory that one block may have, in bytes, by compute capability.
+SHARED = {
+    70: 96 << 10,
+    75: 64 << 10,
+    80: 163 << 10,
+    86: 99 << 10,
+    89: 99 << 10,
+    90: 227 << 10,
+    100: 227 << 10,
+    120: 99 << 10,
+}
+
 
 @dataclass(frozen=True)
 class Config:
@@ -161,8 +173,6 @@ def candidates(
 
 def _shared(capability: int) -> int:
     """Bytes of shared memory a block may have; what most devices have where nobody knows."""
-    from attnfuse.kernels.triton.targets import SHARED
-
     return SHARED.get(capability, 64 << 10 if capability == 0 else max(SHARED.values()))
 
 

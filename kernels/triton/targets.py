@@ -19,17 +19,6 @@ from attnfuse.kernels.layout import DENSE, Bounds
 from attnfuse.kernels.triton.configs import Config, Pass
 from attnfuse.spec import Attention
 
-#: Shared memory that one block may have, in bytes, by compute capability.
-SHARED = {
-    70: 96 << 10,
-    75: 64 << 10,
-    80: 163 << 10,
-    86: 99 << 10,
-    89: 99 << 10,
-    90: 227 << 10,
-    100: 227 << 10,
-    120: 99 << 10,
-}
 #: The instruction that multiplies float16 and bfloat16 tiles.
 MATRIX = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 _TYPES = {

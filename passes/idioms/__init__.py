@@ -7,6 +7,6 @@ and `NEAR_MISSES` (functions that must not, with the reason that must be given).
 from __future__ import annotations
 
 from attnfuse.passes.idioms import bias, cast, fill, scale, softcap
-from attnfuse.passes.read import Rule
+from attnfuse.passes.reader import Rule
 
 SCORE_RULES: dict[str, Rule] = {**scale.RULES, **bias.RULES, **fill.RULES, **softcap.RULES, **cast.RULES}

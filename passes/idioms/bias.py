@@ -10,10 +10,10 @@ from torch import fx
 
 from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, name_of, shape_of
 from attnfuse.passes.capture import is_mutating, is_stale
-from attnfuse.passes.find import maximum_subtracted
 from attnfuse.passes.idioms.example import Example, NearMiss
 from attnfuse.passes.labels import Labels, known_equal
-from attnfuse.passes.read import Peeled, Reader, Recentred
+from attnfuse.passes.maxima import maximum_subtracted
+from attnfuse.passes.reader import Peeled, Reader, Recentred
 from attnfuse.spec import Bias, Cast, Scale, Shift, Step, dtype_name
 
 

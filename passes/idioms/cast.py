@@ -11,7 +11,7 @@ from attnfuse.passes.aten import dtype_of, is_tensor
 from attnfuse.passes.capture import value_of
 from attnfuse.passes.idioms.example import Example, NearMiss
 from attnfuse.passes.labels import Labels
-from attnfuse.passes.read import Peeled, Reader
+from attnfuse.passes.reader import Peeled, Reader
 from attnfuse.spec import Cast, dtype_name
 
 

@@ -12,7 +12,7 @@ from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, name_
 from attnfuse.passes.capture import is_mutating, is_stale
 from attnfuse.passes.idioms.example import Example, NearMiss
 from attnfuse.passes.labels import Labels, known_equal
-from attnfuse.passes.read import Peeled, Reader
+from attnfuse.passes.reader import Peeled, Reader
 from attnfuse.spec import Cast, ReplaceFill, Step, dtype_name
 
 

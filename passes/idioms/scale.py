@@ -9,40 +9,14 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, name_of
+from attnfuse.passes.aten import arguments, dtype_of, is_tensor, name_of
 from attnfuse.passes.capture import value_of
 from attnfuse.passes.idioms.example import Example, NearMiss
 from attnfuse.passes.labels import Labels
-from attnfuse.passes.read import Peeled, Reader
+from attnfuse.passes.operands import constant_factor
+from attnfuse.passes.reader import Peeled, Reader
 from attnfuse.passes.site import Leaf
 from attnfuse.spec import Scale
-
-
-def constant_factor(node: fx.Node) -> tuple[fx.Node, float] | None:
-    """(x, c) if node is x * c for a finite number c, without change of dtype."""
-    name = name_of(node)
-    if name not in ("mul", "div", "neg"):
-        return None
-    if name == "neg":
-        return (node.args[0], -1.0) if is_tensor(node.args[0]) else None  # type: ignore[return-value]
-    args = arguments(node)
-    if args.get("rounding_mode") is not None:
-        return None
-    a, b = args["self"], args["other"]
-    pairs = [(a, b)] if name == "div" else [(a, b), (b, a)]
-    for tensor, other in pairs:
-        number = constant(other)
-        if not is_tensor(tensor) or number is None or constant(tensor) is not None:
-            continue
-        if value_of(tensor).dtype != value_of(node).dtype or value_of(tensor).shape != value_of(node).shape:
-            continue
-        if name == "div":
-            if number == 0.0:
-                continue
-            number = 1.0 / number
-        if math.isfinite(number):
-            return tensor, float(number)
-    return None
 
 
 def score_factor(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled | str]:

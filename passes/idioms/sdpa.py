@@ -9,11 +9,14 @@ from torch import fx
 
 from attnfuse._compat import equal_by_guard
 from attnfuse.expr import causal
+from attnfuse.passes.assemble import build_site
 from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, shape_of
 from attnfuse.passes.capture import value_of
+from attnfuse.passes.idioms import bias, fill
 from attnfuse.passes.idioms.example import Example, NearMiss
 from attnfuse.passes.labels import Dim, Labels, is_one, known_equal
-from attnfuse.passes.read import Reader, Scores, _one_dtype, _read_factor, build_site, read_value
+from attnfuse.passes.operands import one_dtype, read_factor, read_value
+from attnfuse.passes.reader import Reader, Scores
 from attnfuse.passes.site import Leaf, Refusal, Site
 from attnfuse.spec import AddFill, ReplaceFill, Scale, Step
 
@@ -42,9 +45,9 @@ def read(reader: Reader) -> Site | Refusal:
     reader.protected += [q_dim, k_dim, d_dim, e_dim]
     batch, key_batch, value_batch = labels
     dtype = dtype_of(node)
-    q_leaf, q_scale = _read_factor(reader, q, (*batch, q_dim, d_dim), dtype)
-    k_leaf, k_scale = _read_factor(reader, k, (*key_batch, k_dim, d_dim), dtype)
-    q_leaf, k_leaf = _one_dtype(q_leaf, k_leaf, dtype)
+    q_leaf, q_scale = read_factor(reader, q, (*batch, q_dim, d_dim), dtype)
+    k_leaf, k_scale = read_factor(reader, k, (*key_batch, k_dim, d_dim), dtype)
+    q_leaf, k_leaf = one_dtype(q_leaf, k_leaf, dtype)
     v_leaf, factor = read_value(reader, v, (*value_batch, k_dim, e_dim), dtype)
     steps: list[Step] = [_scale(reader, q, args["scale"]), Scale(q_scale * k_scale)]
     score_labels: Labels = (*batch, q_dim, k_dim)
@@ -84,8 +87,6 @@ def _fits(mask: object, labels: Labels) -> bool:
 
 
 def _mask_steps(reader: Reader, mask: object, labels: Labels) -> list[Step]:
-    from attnfuse.passes.idioms import bias, fill
-
     if dtype_of(mask) == torch.bool and reader.exact:  # type: ignore[arg-type]
         # it is made -inf and added: NaN in a hidden key stays NaN
         return [AddFill(fill.mask_of(reader, mask, labels, False), -math.inf)]  # type: ignore[arg-type]

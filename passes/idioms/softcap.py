@@ -11,7 +11,7 @@ from torch import fx
 from attnfuse.passes.aten import arguments, constant, is_tensor, name_of
 from attnfuse.passes.idioms.example import Example, NearMiss
 from attnfuse.passes.labels import Labels
-from attnfuse.passes.read import Peeled, Reader
+from attnfuse.passes.reader import Peeled, Reader
 from attnfuse.spec import Clamp, Tanh
 
 

@@ -8,12 +8,14 @@ import torch
 from torch import fx
 
 from attnfuse.passes import contraction, views
+from attnfuse.passes.assemble import build_site
 from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, name_of, shape_of
 from attnfuse.passes.capture import getitem_source, opaque, value_of
-from attnfuse.passes.idioms import fill, scale
+from attnfuse.passes.idioms import fill
 from attnfuse.passes.idioms.example import Example, NearMiss
 from attnfuse.passes.labels import Dim, Labels, insert, is_one, known_equal
-from attnfuse.passes.read import Reader, Scores, build_site, read_value
+from attnfuse.passes.operands import constant_factor, read_value
+from attnfuse.passes.reader import Reader, Scores
 from attnfuse.passes.site import Leaf, Refusal, Site
 from attnfuse.spec import ReplaceFill, Scale, Step
 
@@ -119,7 +121,7 @@ def _mask(reader: Reader, path: _Path, user: fx.Node) -> str | None:
 
 
 def _multiply(reader: Reader, path: _Path, user: fx.Node) -> str | None:
-    found = scale.constant_factor(user)
+    found = constant_factor(user)
     if found is not None and found[0] is path.node:
         path.steps.append(Scale(found[1]))
         return None

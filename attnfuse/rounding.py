@@ -7,7 +7,9 @@ of the values in the graph, and plain attention where nothing is rounded. So fro
 more, a sum is rounded as the graph does.
 
 Terms that are added one after the other before the sum is held in a dtype were one sum in the graph, which was added to the
-scores: `joined` finds them. Rounding passes gradients on as they are.
+scores: `joined` finds them. Where two of them may be large and cancel (a difference of two times; a fill that a second one takes
+back), kernels have to sum them first in every dtype, as the graph does: added one by one, the score is gone in between. Rounding
+passes gradients on as they are.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ COARSE = {torch.float16: 2.0**10, torch.bfloat16: 2.0**7, torch.float32: 2.0**23
 #: What is added beyond this swallows every score in float32 and float64 too.
 SWALLOWS = 1e30
 _NARROW = ("float16", "bfloat16")
+#: Terms of no more than this leave a score its digits, whatever else is added.
+_LITTLE = 2.0**7
 
 
 def rounds(step: Step) -> bool:
@@ -39,18 +43,40 @@ def joined(steps: Sequence[Step]) -> dict[int, int]:
     """Where two or more terms begin that are summed before they are added to the scores, and the cast that they end in."""
     found, first = {}, 0
     for i, step in enumerate(steps):
-        if rounds(step) and i - first > 1:
+        if isinstance(step, Cast) and i - first > 1:
             found[first] = i
         if not is_sum(step):
             first = i + 1
     return found
 
 
+def may_cancel(terms: Sequence[Step]) -> bool:
+    """Whether two of the terms may be large and of opposite signs, so that it matters in which order they are added."""
+    signs: set[str] = set()
+    for i, step in enumerate(terms):
+        if isinstance(step, Bias):
+            if "any" in signs:
+                return True
+            signs.add("any")
+        elif isinstance(step, (Shift, AddFill)) and _LITTLE < abs(step.value) < math.inf:
+            before = terms[i - 1] if i else None
+            if isinstance(step, AddFill) and isinstance(before, Bias) and before.keep == step.keep:
+                # of a choice, one or the other is added
+                continue
+            signs.add("low" if step.value < 0.0 else "high")
+    return len(signs) > 1
+
+
+def exact_factor(factor: float) -> bool:
+    """Whether products with it are exact, but for what overflows: it is a power of two."""
+    return math.frexp(abs(factor))[0] == 0.5
+
+
 def visible(steps: Sequence[Step]) -> tuple[Step, ...]:
     """The steps without casts that no result shows.
 
     Seen are casts to float16, which may overflow to inf; those to bfloat16 after something was added that may swallow a score;
-    and those that separate sums from such ones.
+    those of any dtype that end terms which may cancel; and those that separate sums from such ones.
     """
     swallow = _swallowing(steps)
     kept: list[Step] = []
@@ -63,9 +89,11 @@ def visible(steps: Sequence[Step]) -> tuple[Step, ...]:
         # the steps between this cast and the one before
         begin = next((j for j in reversed(range(i)) if isinstance(steps[j], Cast)), -1) + 1
         sums = any(map(is_sum, steps[begin:i]))
-        if step.dtype == "float16" or i in swallow or (matters and sums):
+        first = next((j for j in reversed(range(begin, i)) if not is_sum(steps[j])), begin - 1) + 1
+        cancels = may_cancel(steps[first:i])
+        if step.dtype == "float16" or i in swallow or cancels or (matters and sums):
             kept.append(step)
-        matters |= i in swallow
+        matters |= i in swallow or cancels
     return tuple(reversed(kept))
 
 

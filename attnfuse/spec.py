@@ -339,8 +339,10 @@ class Attention:
         """
         called = [f"from {n}" if n else str(o) for o, n in zip(self.operands, (*names, *[""] * len(self.operands)))]
         words = expr.Words([o.dims for o in self.operands], called)
-        parts = [_said(s, words, called) for s in self.steps if not isinstance(s, (Cast, Bias, ReplaceFill, AddFill))]
-        parts += [_said(s, words, called) for s in self.steps if isinstance(s, (Cast, Bias, ReplaceFill, AddFill))]
+        # a cast to what scores are computed in only ends the terms of a sum
+        steps = [s for s in self.steps if not (isinstance(s, Cast) and s.dtype in ("float32", "float64"))]
+        parts = [_said(s, words, called) for s in steps if not isinstance(s, (Cast, Bias, ReplaceFill, AddFill))]
+        parts += [_said(s, words, called) for s in steps if isinstance(s, (Cast, Bias, ReplaceFill, AddFill))]
         parts += [f"weights {_said(s, words, called)}" for s in self.weight_steps]
         if self.sink is not None:
             parts.append(str(self.sink) if self.sink.operand is None else f"sink {called[self.sink.operand]}")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from attnfuse import rounding
 from attnfuse.expr import (
     TRUE,
     Algebra,
@@ -37,7 +38,7 @@ from attnfuse.passes.labels import Atom, Dim, Distances, Labels, known_equal
 from attnfuse.passes.simplify import simplify
 from attnfuse.passes.site import Leaf, Refusal, Site
 from attnfuse.passes.terms import Axis, Call, Symbol, Tensor, Terms, depends, is_joint, type_of
-from attnfuse.spec import AddFill, Bias, ReplaceFill, Scale, Shift, Step, dtype_name
+from attnfuse.spec import AddFill, Bias, Cast, ReplaceFill, Scale, Shift, Step, dtype_name
 
 #: A mask of more operations, or operands, than this stays a tensor.
 _MOST_PARTS = 60
@@ -62,6 +63,10 @@ def structured_assuming(
     if found is None or isinstance(isolated(view, found), Refusal):
         return plain, reader.fills, reader.algebra
     return replace(found, notes=reader.said, unread=plain), reader.fills, reader.algebra
+
+
+def _is_sum(e: Expr) -> bool:
+    return isinstance(e, Call) and e.target in (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor)
 
 
 @dataclass(frozen=True)
@@ -89,15 +94,29 @@ class _Structure:
         self.leaves: list[Leaf] = []
         # what is read now, in words
         self.what = "a bias"
+        # whether a sum that is read now may be taken apart
+        self.may_split = True
         self.notes: list[str] = []
         # the dim of tables of distances
         self.line: Distances | None = None
 
     def run(self) -> Site | None:
         site = self.site
-        steps = []
+        steps: list[Step] = []
+        sums = rounding.joined(site.spec.steps)
+        inside = {i for first, end in sums.items() for i in range(first + 1, end)}
         for self.step, step in enumerate(site.spec.steps):
-            steps += self._step(step)
+            # steps are summed in their order: of a sum's terms only the first may be a sum itself
+            self.may_split = self.step not in inside
+            made = self._step(step)
+            alone = self.step not in inside and self.step not in sums
+            if isinstance(step, Bias) and alone and len(made) > 1:
+                # terms of their own sum, which is added to the scores as it is in the graph
+                end = Cast("float64" if site.spec.qk_dtype == "float64" else "float32")
+                apart = [end] if steps and rounding.is_sum(steps[-1]) else []
+                follows = site.spec.steps[self.step + 1 : self.step + 2]
+                made = [*apart, *made, *([] if follows and isinstance(follows[0], Cast) else [end])]
+            steps += made
         self.step = None
         weight_steps = [s for step in site.spec.weight_steps for s in self._step(step)]
         sink = site.spec.sink
@@ -213,11 +232,17 @@ class _Structure:
                     return self._masked(self.algebra.not_(keep), yes.value)
             if is_joint(keep) and isinstance(yes, Const) != isinstance(no, Const):
                 return self._chosen(keep, yes, no, alpha, dtype)
-        if isinstance(e, Call) and e.target in (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor) and is_joint(e):
+        if isinstance(e, Call) and _is_sum(e) and is_joint(e):
             same = all(d in (None, dtype) for d in e.dtypes) and e.dtype == dtype and not e.kwargs
-            if same and len(e.args) == 2 and all(x.type == "float" for x in e.parts) and len(e.parts) == 2:
+            two = same and len(e.args) == 2 and all(x.type == "float" for x in e.parts) and len(e.parts) == 2
+            if two and self.may_split and rounding.exact_factor(alpha):
                 sign = 1.0 if e.target is torch.ops.aten.add.Tensor else -1.0
-                return self._added(e.parts[0], alpha, dtype) + self._added(e.parts[1], sign * alpha, dtype)
+                terms = [(e.parts[0], alpha), (e.parts[1], sign * alpha)]
+                if _is_sum(e.parts[1]) and not _is_sum(e.parts[0]):
+                    terms.reverse()
+                first = self._added(*terms[0], dtype)
+                self.may_split = False
+                return first + self._added(*terms[1], dtype)
         read = self._float(e, dtype)
         return [Bias(read.operand, alpha, read.row, read.col)]
 

@@ -11,7 +11,7 @@ from kernel_cases import check, make_spec, qkv, randn
 from attnfuse import rounding
 from attnfuse.expr import causal
 from attnfuse.kernels import reference
-from attnfuse.spec import AddFill, Bias, Cast, Scale, Shift, dtype_name, dtype_of
+from attnfuse.spec import AddFill, Bias, Cast, ReplaceFill, Scale, Shift, dtype_name, dtype_of
 
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -79,3 +79,35 @@ def test_a_row_of_swallowed_scores_is_the_mean_of_the_values(kernel, dtype):
     want = reference.attend(plain, q, k, v, [mask], None, torch.float64)[0]
     assert float((want - mean).abs().max()) > 0.1
     assert dtype_of(spec.out_dtype) == dtype
+
+
+@pytest.mark.parametrize("value", [1e4, 1.7e6, 2e7])
+@pytest.mark.parametrize("second", [Bias(1), AddFill(causal(10), 1e9)], ids=["bias", "fill"])
+def test_terms_that_cancel_are_summed_before_they_are_added(kernel, value, second):
+    q, k, v = qkv(1, 2, 40, 70, 8)
+    times = value + torch.arange(70.0) * 2.0
+    operands = [times[:40].view(1, 1, 40, 1), times.view(1, 1, 1, 70)]
+    first = Bias(0, -1.0) if isinstance(second, Bias) else AddFill(causal(10), -1e9)
+    check(kernel, q, k, v, operands, steps=(Scale(0.25), first, second, Cast("float32"), Shift(1.0)))
+
+
+LIFTED = {
+    "replaced": (ReplaceFill(causal(0), -1e30), Bias(0)),
+    "replaced, a number added": (ReplaceFill(causal(0), -1e30), Shift(1e30)),
+    "added": (Scale(0.0), AddFill(causal(0), -1e30), Bias(0)),
+    "added after it": (Scale(0.0), Bias(0), AddFill(causal(0), -1e30)),
+    "of two biases": (Scale(0.0), Bias(0), Bias(0, -1.0)),
+    "of a bias and a fill": (Scale(0.0), Bias(0), AddFill(causal(100), -1e30)),
+    "scaled": (Scale(1e30), AddFill(causal(0), -1e30)),
+}
+
+
+@pytest.mark.parametrize("name", LIFTED)
+@pytest.mark.parametrize(("Q", "K"), [(40, 70), (5, 7), (3, 300), (130, 260)])
+def test_a_key_that_is_hidden_by_a_large_number_is_seen_where_another_lifts_it(kernel, name, Q, K):
+    """Scores that are 0 or far below leave no doubt of what is right."""
+    q, k, v = qkv(1, 1, Q, K, 8)
+    bias = torch.zeros(1, 1, 1, K)
+    bias[..., ::5] = bias[..., -1] = 1e30
+    # gradients of scores that were multiplied by 1e30 are rounding errors
+    check(kernel, q, k, v, [bias], steps=LIFTED[name], backward=name != "scaled")

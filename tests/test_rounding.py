@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounding_cases import *  # noqa: F403
 
 import attnfuse
+import attnfuse.reporting
 from attnfuse import rounding
 from attnfuse.expr import dense
 from attnfuse.kernels import cpu
@@ -223,3 +225,78 @@ def test_terms_that_were_summed_first_are_found():
     assert rounding.joined((Scale(1.0), Bias(0), Shift(1.0), half, Bias(1), half)) == {1: 3}
     assert rounding.joined((Bias(0), wide, Bias(1), half)) == {}
     assert rounding.joined((Bias(0), Bias(1), AddFill(dense(0), 1.0), half, Bias(0), Bias(1))) == {0: 3}
+
+
+FM = torch.finfo(torch.float32).min
+A = torch.arange
+#: Terms [Q, K] or smaller of times and fills. All sums of fewer than 8 of the small ones are exact in float32.
+TERMS = {
+    "t[:, None]": lambda t, Q, K: t[:Q, None],
+    "t": lambda t, Q, K: t[None, :K],
+    "t - t": lambda t, Q, K: t[None, :K] - t[:Q, None],
+    "small": lambda t, Q, K: (A(K) - A(Q)[:, None]) * 0.5,
+    "causal -1e9": lambda t, Q, K: torch.where(A(K) > A(Q)[:, None], -1e9, 0.0),
+    "causal * -1e9": lambda t, Q, K: (A(K) > A(Q)[:, None]) * -1e9,
+    "prefix 1e9": lambda t, Q, K: ((A(K) > A(Q)[:, None]) & (A(K) < 3)) * 1e9,
+    "window FM": lambda t, Q, K: torch.where((A(K) - A(Q)[:, None]).abs() > 2, FM, 0.0),
+    "far -FM": lambda t, Q, K: torch.where(A(K) > A(Q)[:, None] + 1, -FM, 0.0),
+    "padding FM": lambda t, Q, K: torch.where(t[:K] > t[K // 2], FM, 0.0),
+    "padding -inf": lambda t, Q, K: torch.where(t[:K] > t[K - 2], -torch.inf, 0.0),
+    "number": lambda t, Q, K: torch.full((), 3.0),
+}
+
+
+@st.composite
+def sums(draw, depth=2):
+    """A sum of terms as nested tuples, with factors."""
+    if depth == 0 or draw(st.integers(0, 3)) == 0:
+        return draw(st.sampled_from(sorted(TERMS)))
+    op = draw(st.sampled_from(("add", "add", "sub", "alpha")))
+    return (op, draw(sums(depth - 1)), draw(sums(depth - 1)))
+
+
+def value(tree, t, Q, K):
+    if isinstance(tree, str):
+        return TERMS[tree](t, Q, K)
+    a, b = (value(x, t, Q, K) for x in tree[1:])
+    return {"add": a + b, "sub": a - b, "alpha": torch.add(a, b, alpha=0.5)}[tree[0]]
+
+
+@needs_compiler
+@given(
+    tree=sums(),
+    way=st.sampled_from(("add", "sub", "rsub", "alpha", "sdpa", "twice")),
+    kernel=st.sampled_from(("cpu", "reference")),
+)
+@settings(max_examples=40)
+def test_sums_of_terms_are_added_to_scores_in_the_order_of_the_graph(tree, way, kernel):
+    """Exactly: terms that cancel leave the scores their digits, and those that do not take them as they do in eager."""
+    Q, K = 5, 7
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, 2, n, 4, generator=generator).requires_grad_() for n in (Q, K, K))
+    t = 1.7e6 + torch.arange(8.0) * 2.0
+
+    def attention(q, k, v, t):
+        term = value(tree, t, Q, K)
+        if way == "sdpa":
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=term.expand(Q, K))
+        s = q @ k.mT
+        if way == "twice":
+            s = s + term
+        s = {"sub": s - term, "rsub": torch.rsub(term, s), "alpha": torch.add(s, term, alpha=0.5)}.get(way, s + term)
+        return s.softmax(-1) @ v
+
+    torch.compiler.reset()
+    compiled = torch.compile(
+        attention, backend="attnfuse", options={"kernel": kernel, "inner": "eager", "strict": True}
+    )
+    with attnfuse.reporting.collecting() as reports:
+        found = compiled(q, k, v, t)
+    expected = attention(q, k, v, t)
+    assert [s.status for r in reports for s in r.sites] == ["fused"]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    # eager's own kernel loses the digits of exp(s - lse) in backward where s is large
+    if way != "sdpa" and bool(expected.isfinite().all()):
+        given = torch.randn(expected.shape, generator=generator)
+        for a, b in zip(*(torch.autograd.grad(x, (q, k, v), given) for x in (found, expected)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

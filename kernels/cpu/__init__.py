@@ -40,6 +40,9 @@ def forward(
     library = load()
     plan = plan_of(spec)
     _on_cpu(q, k, v, *operands)
+    unhidden = plan.unhidden(operands) if plan.lifting or plan.lifted else None
+    if unhidden is not None:
+        return forward(unhidden, q, k, v, operands, seed, bounds)
     key: tuple[object, ...] = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype)
     for o in operands:
         key += (o.shape, o.stride(), o.dtype)
@@ -94,6 +97,9 @@ def backward(
     plan = plan_of(spec)
     threads = torch.get_num_threads()
     tensors = (q, k, v, *operands)
+    unhidden = plan.unhidden(operands) if plan.lifting or plan.lifted else None
+    if unhidden is not None:
+        return backward(unhidden, dout, q, k, v, operands, seed, out, stats, needs, bounds, dlse)
     if dout.dtype != plan.out:
         dout = dout.to(plan.out)
     _on_cpu(dout, out, stats, *tensors)

@@ -9,14 +9,14 @@ import itertools
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import torch
 
 from attnfuse import expr, rounding
 from attnfuse.expr import Expr
-from attnfuse.kernels import dropout, layout
+from attnfuse.kernels import dropout, hiding, layout
 from attnfuse.kernels.bounds import cut
 from attnfuse.spec import (
     AddFill,
@@ -113,8 +113,20 @@ class Plan:
             given = f"{len(spec.batch)} and {len(self.operands)}"
             raise ValueError(f"at most {BATCH} batch dims and {MAX_OPERANDS} operands; got {given}")
         self.words = self._encode()
+        #: Operands that could make a hidden key visible, with their factors.
+        self.lifting = hiding.lifting(spec, by_bias=True) if spec.nan_policy != "eager" else {}
+        self.lifted = spec.nan_policy != "eager" and hiding.lifts_always(spec)
+        self._unhidden: Attention | None = None
         self.forward: dict[object, Words] = {}
         self.backward: dict[object, Reverse] = {}
+
+    def unhidden(self, operands: Sequence[torch.Tensor]) -> Attention | None:
+        """The spec that skips no key, where something in these operands could make a hidden key visible again."""
+        if not self.lifted and not any(_largest(operands[i], a) >= hiding.LIFTS for i, a in self.lifting.items()):
+            return None
+        if self._unhidden is None:
+            self._unhidden = replace(self.spec, nan_policy="eager")
+        return self._unhidden
 
     def _encode(self) -> bytes:
         spec = self.spec
@@ -124,7 +136,7 @@ class Plan:
         steps = [
             _words(s, programs, uniform, joined.get(i, 0))
             for i, s in enumerate(spec.steps)
-            if rounding.rounds(s) or not isinstance(s, Cast)
+            if rounding.rounds(s) or i in joined or not isinstance(s, Cast)
         ]
         weights = [_words(s, programs, uniform) for s in spec.weight_steps if not isinstance(s, Cast)]
         if max(len(steps), len(weights)) > MAX_STEPS:
@@ -294,6 +306,14 @@ class Plan:
         """The words before the tensors'."""
         dim = -1 if self.spec.layout == "dense" else BATCH - len(batch)
         return [1] * (BATCH - len(batch)) + [*batch, Q, K, D, E, chunks, dim]
+
+
+def _largest(x: torch.Tensor, factor: float) -> float:
+    """The largest factor * x, NaN aside; -inf of no element."""
+    if x.numel() == 0 or not x.is_floating_point():
+        return -math.inf
+    low, high = x.detach().aminmax()
+    return max(found for found in (factor * float(low), factor * float(high), -math.inf) if found == found)
 
 
 _plans: dict[int, Plan] = {}
@@ -474,8 +494,8 @@ def _words(step: Step, programs: Programs, uniform: frozenset[int], joined: int 
     elif isinstance(step, (ReplaceFill, AddFill)):
         kind, value = 6 if isinstance(step, ReplaceFill) else 7, step.value
     elif isinstance(step, Cast):
-        kind, operand = 8 if step.dtype == "float16" else 9, joined
-        value = rounding.COARSE[dtype_of(step.dtype)]
+        kind, operand = {"float16": 8, "bfloat16": 9}.get(step.dtype, 10), joined
+        value = rounding.COARSE.get(dtype_of(step.dtype), math.inf)
     else:
         raise ValueError(f"the CPU kernel does not know the step {step!r}")
     return _STEP.pack(kind, operand, *itertools.chain.from_iterable(spans.values()), slides, value, high)

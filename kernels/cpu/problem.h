@@ -25,7 +25,7 @@ constexpr int MAX_OPERANDS = 16, MAX_STEPS = 32, MAX_INSTRS = 192, BATCH = 6;
 constexpr i64 QT = 96, KT = ATTNFUSE_VL == 16 ? 288 : 240, LD = KT + 8;
 static_assert(QT % MR == 0 && KT % MR == 0 && KT % NR == 0, "tiles are whole blocks");
 
-enum Kind : i64 { SCALE, BIAS, SHIFT, SOFTCAP, TANH, CLAMP, REPLACE, ADD, HALF, BRAIN };
+enum Kind : i64 { SCALE, BIAS, SHIFT, SOFTCAP, TANH, CLAMP, REPLACE, ADD, HALF, BRAIN, SINGLE };
 enum Hidden : i64 { HIDDEN_NAN, HIDDEN_ZERO, HIDDEN_NAN_TO_ZERO };
 
 // One operation of a mask's program. a, b and c name earlier ones (-1: none, or the tile's own query or key for a load).
@@ -47,7 +47,8 @@ struct Span {
 };
 
 struct Step {
-  // operand -1: a number. Of HALF and BRAIN (casts to float16 and bfloat16): how many steps before it are summed on their own
+  // operand -1: a number. Of HALF, BRAIN and SINGLE (casts to float16, bfloat16 and what does not round): how many steps before it
+  // are summed on their own
   i64 kind, operand;
   // fills, and added operands with a mask: the keys kept are k < q + below_q, k >= q + from_q, k < below, k >= from, and `keep` on top of these
   Span keep, below_q, from_q, below, from;
@@ -160,7 +161,8 @@ inline void begin_row(const Problem& p, const i64* index, i64 query, float& m, f
 
 enum Depends : uint8_t { ON_QUERY = 1, ON_KEY = 2 };
 
-// What is added or filled in at most this is hidden for good: no score of a model comes near.
+// What is added or filled in at most this is hidden for good. Where something else among the steps may be as large, Python asks
+// for a plan that hides nothing (kernels/hiding.py).
 constexpr double HIDDEN_BELOW = -1e30;
 // exp(-VANISHES) is 0 in float32
 constexpr double VANISHES = 110.0;
@@ -190,7 +192,7 @@ inline void find_skips(Problem& p) {
       else if (later.kind == REPLACE) value = later.value > value ? later.value : value;
       else if (later.kind == ADD) stays = later.value <= 0, known = false;
       else if (later.kind == BIAS || later.kind == SHIFT) known = false;
-      else stays = later.kind == HALF || later.kind == BRAIN;
+      else stays = later.kind == HALF || later.kind == BRAIN || later.kind == SINGLE;
     }
     const bool low = value <= HIDDEN_BELOW;
     if (!stays || !(low || (known && value <= -2 * VANISHES))) continue;
@@ -254,9 +256,9 @@ inline void finish(Problem& p) {
   for (int i = 0; i < MAX_STEPS; ++i) p.joined[i] = 0, p.held[i] = false;
   for (int i = 0; i < plan.n_steps; ++i) {
     const Step& step = plan.steps[i];
-    if (step.kind != HALF && step.kind != BRAIN) continue;
+    if (step.kind != HALF && step.kind != BRAIN && step.kind != SINGLE) continue;
     if (step.operand > 0) p.joined[i - step.operand] = i;
-    if (i > 0) p.held[i - 1] = true;
+    if (i > 0) p.held[i - 1] = step.kind != SINGLE;
   }
   p.fills_weights = p.nonlinear_weights = false;
   for (int i = 0; i < plan.n_weights; ++i) {

@@ -224,6 +224,7 @@ struct Rows {
       case ADD: return add(step, s, query, lo, hi, value);
       case HALF: return cast<F16>(s, lo, hi, value);
       case BRAIN: return cast<BF16>(s, lo, hi, value);
+      case SINGLE: return;
     }
   }
 

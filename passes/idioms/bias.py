@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import fx
 
+from attnfuse import rounding
 from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, name_of, shape_of
 from attnfuse.passes.capture import is_mutating, is_stale
 from attnfuse.passes.idioms.example import Example, NearMiss
@@ -66,13 +67,29 @@ def _full(tensor: fx.Node, node: fx.Node) -> bool:
     return len(x) == len(y) and all(known_equal(i, j) for i, j in zip(x, y))
 
 
-def added_steps(reader: Reader, term: fx.Node, labels: Labels, factor: float) -> list[Step]:
-    """The steps for adding factor * term, which is broadcast against scores with `labels`."""
+def added_steps(reader: Reader, term: fx.Node, labels: Labels, factor: float, first: bool = True) -> list[Step]:
+    """The steps for adding factor * term, which is broadcast against scores with `labels`.
+
+    first: nothing is added before it that it is one sum with. Steps are summed in their order, so that of a sum's terms only
+    the first may be a sum itself; and (a + b) * c is a * c + b * c only if c does not round.
+    """
     leaf = reader.side(term, labels)
-    parts = _smaller_terms(leaf.node) if reader.passable(leaf.node) else None
-    if parts is not None:
-        return [s for part in parts for s in added_steps(reader, part, leaf.labels, factor)]
-    return [Bias(reader.operand(leaf), factor)]
+    parts = (
+        _smaller_terms(leaf.node) if first and rounding.exact_factor(factor) and reader.passable(leaf.node) else None
+    )
+    if parts is None:
+        return [Bias(reader.operand(leaf), factor)]
+    a, b = parts
+    if _is_sum(reader.side(b, leaf.labels).node) and not _is_sum(reader.side(a, leaf.labels).node):
+        a, b = b, a
+    return [
+        *added_steps(reader, a, leaf.labels, factor),
+        *added_steps(reader, b, leaf.labels, factor, first=False),
+    ]
+
+
+def _is_sum(node: fx.Node) -> bool:
+    return name_of(node) in ("add", "sub", "rsub")
 
 
 def _smaller_terms(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

@@ -91,6 +91,17 @@ def test_terms_that_cancel_are_summed_before_they_are_added(kernel, value, secon
     check(kernel, q, k, v, operands, steps=(Scale(0.25), first, second, Cast("float32"), Shift(1.0)))
 
 
+def test_a_key_is_lifted_beside_nan_too(kernel):
+    q, k, v = qkv(1, 1, 40, 70, 8)
+    bias = torch.zeros(1, 1, 40, 70)
+    bias[..., ::5] = 1e30
+    bias[:, :, 3] = torch.nan
+    spec = make_spec(q, k, v, [bias], steps=(ReplaceFill(causal(0), -1e30), Bias(0)))
+    out, _ = kernel.forward(spec, q, k, v, [bias], None)
+    want = reference.attend(spec, q, k, v, [bias], None, torch.float64)[0]
+    torch.testing.assert_close(out.double(), want, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
 LIFTED = {
     "replaced": (ReplaceFill(causal(0), -1e30), Bias(0)),
     "replaced, a number added": (ReplaceFill(causal(0), -1e30), Shift(1e30)),

@@ -312,8 +312,14 @@ def _largest(x: torch.Tensor, factor: float) -> float:
     """The largest factor * x, NaN aside; -inf of no element."""
     if x.numel() == 0 or not x.is_floating_point():
         return -math.inf
-    low, high = x.detach().aminmax()
-    return max(found for found in (factor * float(low), factor * float(high), -math.inf) if found == found)
+    x = x.detach()
+    most = x.amax if factor > 0.0 else x.amin
+    found = float(most())
+    if found != found:
+        end = math.copysign(math.inf, -factor)
+        x = torch.where(x.isnan(), end, x)
+        found = float(x.amax() if factor > 0.0 else x.amin())
+    return factor * found
 
 
 _plans: dict[int, Plan] = {}

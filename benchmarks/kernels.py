@@ -166,12 +166,12 @@ def compiled(case: Case) -> Row:
 
 def _shipped(case: Case) -> dict[Pass, Config]:
     """The configurations that the case's kernels have."""
-    from attnfuse.kernels import triton
     from attnfuse.kernels.device import Device
+    from attnfuse.kernels.triton.call import Call
 
     spec, *tensors, bounds = build(case.spec, case.dtype, case.D, device="meta")
     seed = torch.zeros(1, dtype=torch.int64)
-    call = triton._Call(spec, *tensors, seed, Device("cuda", case.capability), lambda *_: None, bounds)
+    call = Call(spec, *tensors, seed, Device("cuda", case.capability), lambda *_: None, bounds)
     return {which: call.config(which) for which in case.passes}
 
 
@@ -187,10 +187,9 @@ def varied(case: Case) -> dict[Pass, Config]:
 
 def digest(case: Case) -> str:
     """Of what the case's kernels are made from: another one means that its figures are of the past."""
-    from attnfuse.kernels import triton
-    from attnfuse.kernels.triton import codegen, descriptors, template
+    from attnfuse.kernels.triton import call, codegen, descriptors, gradients, launch, template
 
-    modules = (triton, template, *([descriptors] if case.variant else []))
+    modules = (call, launch, gradients, template, *([descriptors] if case.variant else []))
     files = [Path(str(module.__file__)).read_text() for module in modules]
     tiles = " ".join(map(str, (varied(case) if case.variant else _shipped(case)).values()))
     spec = build(case.spec, case.dtype, case.D, device="meta").spec

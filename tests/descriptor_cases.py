@@ -11,6 +11,8 @@ from kernel_cases import FLOAT_MIN, INF, bounds_of, check, make_spec, qkv, randn
 from attnfuse.expr import Algebra, causal, dense, documents, window
 from attnfuse.kernels import triton
 from attnfuse.kernels.layout import Bounds
+from attnfuse.kernels.triton import call, launch
+from attnfuse.kernels.triton.call import Call
 from attnfuse.kernels.triton.configs import PARTITIONED
 from attnfuse.spec import AddFill, Bias, ReplaceFill, Scale, Softcap
 
@@ -28,16 +30,16 @@ def described(monkeypatch):
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     found = []
-    table, run = triton._Call.table, triton._run
+    table, run = Call.table, launch.run
 
     def record(kernel, programs, arguments):
         names = [name for name, x in arguments.items() if isinstance(x, TensorDescriptor)]
         found.append((kernel.__name__, "".join(names)))
         run(kernel, programs, arguments)
 
-    monkeypatch.setattr(triton._Call, "table", lambda call, which: replace(table(call, which), descriptors=True))
-    monkeypatch.setattr(triton, "_run", record)
-    monkeypatch.setattr(triton, "_shrunk", {})
+    monkeypatch.setattr(Call, "table", lambda self, which: replace(table(self, which), descriptors=True))
+    monkeypatch.setattr(launch, "run", record)
+    monkeypatch.setattr(call, "_shrunk", {})
     return found
 
 
@@ -141,13 +143,13 @@ def test_gradients_that_can_have_no_descriptor_are_read_as_ever(described):
 
 
 def test_specialised_loops_give_the_same(described, monkeypatch):
-    table = triton._Call.table
+    table = Call.table
 
     def specialised(call, which):
         where = call.device.type == "cpu" or (which, call.device.capability) in PARTITIONED
         return replace(table(call, which), specialised=where)
 
-    monkeypatch.setattr(triton._Call, "table", specialised)
+    monkeypatch.setattr(Call, "table", specialised)
     check(triton, *qkv(1, 2, 270, 290, 64, dtype=torch.float16), steps=(HALF, ReplaceFill(causal(), -INF)))
     assert described == FORWARD + BACKWARD
 

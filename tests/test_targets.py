@@ -278,12 +278,12 @@ def test_candidates_for_tuning_are_few_and_begin_with_the_table(capability, whic
 
 
 def ahead(capability, made, monkeypatch, backward) -> None:
-    from attnfuse.kernels import triton
     from attnfuse.kernels.triton import configs, targets
+    from attnfuse.kernels.triton.call import Call
 
     q, k, v = qkv(1, 2, 256, 256, 128, dtype=torch.float16)
     spec = make_spec(q, k, v, steps=(HALF, ReplaceFill(causal(), -INF)))
-    monkeypatch.setattr(triton._Call, "config", lambda self, which: configs.Config(*made))
+    monkeypatch.setattr(Call, "config", lambda self, which: configs.Config(*made))
     found = {c.kernel: c.shared for c in targets.compiled(spec, q, k, v, [], capability, backward=backward)}
     least = {w: configs.ahead(configs.Config(*made), w, 16, 128, 128) for w in ("forward", "backward")}
     assert 0 < least["forward"] <= found["forward"]

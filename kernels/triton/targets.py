@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from attnfuse.kernels.device import Device
-from attnfuse.kernels.layout import DENSE, Bounds
+from attnfuse.kernels.layout import DENSE, Bounds, allocate
+from attnfuse.kernels.triton import gradients, launch
+from attnfuse.kernels.triton.call import Call
 from attnfuse.kernels.triton.configs import Config, Pass
 from attnfuse.spec import Attention
 
@@ -68,9 +70,6 @@ def compiled(
     needs: of which of (q, k, v, *operands) gradients are made; all floating ones if empty. fixed: by pass, in place of the
     shipped configuration. Raises what Triton raises where it cannot compile, OSError without its ptxas.
     """
-    from attnfuse.kernels import triton
-    from attnfuse.kernels.layout import allocate
-
     found: list[Compiled] = []
 
     def record(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
@@ -79,14 +78,14 @@ def compiled(
     device = Device("cuda", capability)
     seed = torch.zeros(1, dtype=torch.int64) if spec.dropout else None
     out, stats = allocate(spec, q, k, v, operands, bounds)
-    call = triton._Call(spec, q, k, v, list(operands), seed, device, record, bounds)
+    call = Call(spec, q, k, v, list(operands), seed, device, record, bounds)
     which: Pass = "decode" if call.decoding() else "forward"
-    run = triton._decode if which == "decode" else triton._forward
+    run = launch.decode if which == "decode" else launch.forward
     run(replace(call, fixed=fixed.get(which)), out, stats)
     if backward:
         needs = needs or [x.is_floating_point() for x in (q, k, v, *operands)]
         call = replace(call, fixed=fixed.get("backward"))
-        triton._backward(call, torch.empty_like(out), out, stats, operands, needs)
+        gradients.backward(call, torch.empty_like(out), out, stats, needs)
     return found
 
 

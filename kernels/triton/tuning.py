@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from attnfuse.kernels import triton
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.layout import DENSE, Bounds, allocate, check_bounds
 from attnfuse.kernels.measure import milliseconds
-from attnfuse.kernels.triton import tuned
+from attnfuse.kernels.triton import gradients, launch, tuned
+from attnfuse.kernels.triton.call import Call
 from attnfuse.kernels.triton.configs import Config, Pass, candidates
 from attnfuse.kernels.triton.tuned import Entry
 from attnfuse.spec import Attention
@@ -51,9 +51,9 @@ class Result:
 class _Measured:
     """How to run one pass of a call, and what it gave with the shipped configuration."""
 
-    call: triton._Call
+    call: Call
     which: Pass
-    run: Callable[[triton._Call], _Results]
+    run: Callable[[Call], _Results]
     expected: _Results = field(default_factory=list)
 
 
@@ -85,7 +85,7 @@ def tune(
     found: list[Result] = []
     if not wanted:
         return found
-    with torch.no_grad(), triton.current(device):
+    with torch.no_grad(), launch.current(device):
         problem = _Problem.busiest(spec, given, needs, device, timer, bounds)
         try:
             for which in wanted:
@@ -135,17 +135,17 @@ def _wanted(
     return [which for which in passes if keys[which] not in tuned.entries()]
 
 
-def _call(spec: Attention, given: Sequence[torch.Tensor], device: torch.device, bounds: Bounds) -> triton._Call:
+def _call(spec: Attention, given: Sequence[torch.Tensor], device: torch.device, bounds: Bounds) -> Call:
     q, k, v, *operands = given
     seed = torch.zeros(1, dtype=torch.int64, device=device) if spec.dropout else None
-    return triton._Call(spec, q, k, v, operands, seed, Device.of(device), triton._run, bounds)
+    return Call(spec, q, k, v, operands, seed, Device.of(device), launch.run, bounds)
 
 
 @dataclass
 class _Problem:
     """Inputs, and how they are attended to and differentiated."""
 
-    call: triton._Call
+    call: Call
     operands: list[torch.Tensor]
     needs: Sequence[bool]
 
@@ -158,14 +158,14 @@ class _Problem:
 
     def attend(self) -> None:
         """As anybody would, without a configuration to measure."""
-        triton._fitting(self.call, self.which, lambda: self.forward(self.call))
+        launch.fitting(self.call, self.which, lambda: self.forward(self.call))
 
-    def forward(self, call: triton._Call) -> _Results:
-        (triton._decode if self.which == "decode" else triton._forward)(call, self.out, self.stats)
+    def forward(self, call: Call) -> _Results:
+        (launch.decode if self.which == "decode" else launch.forward)(call, self.out, self.stats)
         return [self.out, *self.stats]
 
-    def backward(self, call: triton._Call) -> _Results:
-        made = triton._backward(call, self.dout, self.out, self.stats, self.operands, self.needs)
+    def backward(self, call: Call) -> _Results:
+        made = gradients.backward(call, self.dout, self.out, self.stats, self.needs)
         return [x for x in made if x is not None]
 
     @staticmethod
@@ -254,7 +254,7 @@ def _best(measured: _Measured, timer: Timer, step: Step) -> Result:
     return Result(key, which, Entry(best, times[best], times[table]), table, len(times), tuple(skipped), tuple(wrong))
 
 
-def _timed(measured: _Measured, call: triton._Call, timer: Timer) -> float:
+def _timed(measured: _Measured, call: Call, timer: Timer) -> float:
     found = timer(lambda: measured.run(call), call.q.device)
     _poison(measured.run(call))
     return found

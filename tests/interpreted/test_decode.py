@@ -9,6 +9,7 @@ from kernel_cases import FLOAT_MIN, INF, bounds_of, check, make_spec, qkv, randn
 from attnfuse.expr import Algebra, Const, K, Load, Q, causal, dense, window
 from attnfuse.kernels import triton
 from attnfuse.kernels.layout import Bounds
+from attnfuse.kernels.triton import launch
 from attnfuse.spec import AddFill, Bias, ReplaceFill, Scale, Softcap
 
 A = Algebra()
@@ -24,7 +25,7 @@ def launched(monkeypatch):
         found.append((kernel.__name__, programs, arguments))
         kernel[(programs,)](**arguments)
 
-    monkeypatch.setattr(triton, "_run", run)
+    monkeypatch.setattr(launch, "run", run)
     return found
 
 

@@ -15,9 +15,11 @@ from torch import nn
 
 import attnfuse
 from attnfuse.expr import Algebra, Const, K, Q, causal, dense
-from attnfuse.kernels import reference, triton
+from attnfuse.kernels import layout, reference, triton
 from attnfuse.kernels.cache import BuildError
-from attnfuse.kernels.triton import codegen, generated
+from attnfuse.kernels.device import Device
+from attnfuse.kernels.triton import codegen, generated, gradients, launch
+from attnfuse.kernels.triton.call import Call
 from attnfuse.spec import AddFill, Attention, Bias, ReplaceFill, Scale
 
 A = Algebra()
@@ -38,10 +40,10 @@ def test_13_no_limit_on_the_number_of_batch_elements(B, H):
     q = torch.zeros(1, 1, 3, 16).expand(B, H, 3, 16)
     spec = make_spec(q, q, q)
     launches = []
-    call = triton._Call(spec, q, q, q, [], None, triton.Device("cuda", 90), lambda *x: launches.append(x))
-    out, stats = triton.allocate(spec, q, q, q, [])
-    triton._forward(call, out, stats)
-    triton._backward(call, out, out, stats, [], [True] * 3)
+    call = Call(spec, q, q, q, [], None, Device("cuda", 90), lambda *x: launches.append(x))
+    out, stats = layout.allocate(spec, q, q, q, [])
+    launch.forward(call, out, stats)
+    gradients.backward(call, out, out, stats, [True] * 3)
     assert [x[0].__name__ for x in launches] == ["forward", "prepare", "backward_rows", "backward_columns"]
     assert all(x[1] == B * H < 2**31 for x in launches)
 

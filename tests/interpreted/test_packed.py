@@ -9,6 +9,9 @@ from packed_cases import *  # noqa: F403
 from packed_cases import LENGTHS, attention
 
 from attnfuse.kernels import triton
+from attnfuse.kernels.device import Device
+from attnfuse.kernels.triton import launch
+from attnfuse.kernels.triton.call import Call
 from attnfuse.spec import Bias
 
 
@@ -30,7 +33,7 @@ def test_operands_that_are_too_short_are_not_read_past_their_end():
 def test_long_sequences_are_dealt_first():
     q, k, v, bounds = attention((3, 200, 40, 0, 70))
     spec = make_spec(q, k, v, layout="packed")
-    call = triton._Call(spec, q, k, v, [], None, triton.Device("cpu"), triton._run, bounds)
+    call = Call(spec, q, k, v, [], None, Device("cpu"), launch.run, bounds)
     ends, order = call.deal(bounds.q, q.shape[-2], 32).tolist()
     tiles = [-(-n // 32) for n in (3, 200, 40, 0, 70)]
     assert sorted(order) == list(range(5)) and [tiles[s] for s in order] == sorted(tiles, reverse=True)

@@ -22,7 +22,8 @@ from attnfuse.kernels import kept as files
 from attnfuse.kernels import measure, reference, triton
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.layout import Bounds
-from attnfuse.kernels.triton import tuned, tuning
+from attnfuse.kernels.triton import call, launch, tuned, tuning
+from attnfuse.kernels.triton.call import Call
 from attnfuse.kernels.triton.configs import Config
 from attnfuse.kernels.triton.tuned import Entry
 from attnfuse.spec import Bias, ReplaceFill
@@ -47,7 +48,7 @@ def directory(tmp_path, monkeypatch):
     monkeypatch.setenv("ATTNFUSE_CACHE_DIR", str(path))
     # which would build the CPU kernels into the empty directory
     monkeypatch.setattr(backend, "prepare", lambda: None)
-    monkeypatch.setattr(triton, "_shrunk", {})
+    monkeypatch.setattr(call, "_shrunk", {})
     monkeypatch.setattr(tuning, "candidates", lambda *given: [TABLE, FAST])
     tuned.reset()
     yield path
@@ -63,7 +64,7 @@ def launched(monkeypatch):
         found.append((kernel.__name__, arguments["BM"], arguments.get("BN")))
         kernel[(programs,)](**arguments)
 
-    monkeypatch.setattr(triton, "_run", run)
+    monkeypatch.setattr(launch, "run", run)
     return found
 
 
@@ -112,8 +113,8 @@ def test_what_wins_is_kept_and_used_by_the_next_launch(directory, launched, cloc
     for kernel in ("forward", "backward_rows", "backward_columns"):
         assert tiles(launched, kernel) == {(16, 16)}
     # as long as no power of two lies between
-    assert triton._Call(*plain(K=32)[:4], [], None, Device("cpu"), None).config("forward") == FAST
-    assert triton._Call(*plain(K=33)[:4], [], None, Device("cpu"), None).config("forward") == TABLE
+    assert Call(*plain(K=32)[:4], [], None, Device("cpu"), None).config("forward") == FAST
+    assert Call(*plain(K=33)[:4], [], None, Device("cpu"), None).config("forward") == TABLE
 
 
 def test_what_is_kept_is_not_measured_again(launched, clock):
@@ -190,14 +191,14 @@ def test_masks_are_given_what_leaves_most_to_do(mask, dtype, sees):
 def test_a_candidate_that_fails_is_skipped(launched, clock, monkeypatch):
     from triton.runtime.errors import OutOfResources
 
-    run = triton._run
+    run = launch.run
 
     def failing(kernel, programs, arguments):
         if arguments["BN"] == FAST.BN:
             raise OutOfResources(1 << 20, 1 << 10, "shared memory")
         run(kernel, programs, arguments)
 
-    monkeypatch.setattr(triton, "_run", failing)
+    monkeypatch.setattr(launch, "run", failing)
     (result,) = tuning.tune(*plain(), timer=clock)
     assert (result.measured, len(result.skipped), result.entry.best) == (1, 1, TABLE)
     assert "BN=16" in result.skipped[0] and "OutOfResources" in result.skipped[0]
@@ -206,14 +207,14 @@ def test_a_candidate_that_fails_is_skipped(launched, clock, monkeypatch):
 def test_a_table_that_does_not_fit_is_made_smaller_first(launched, clock, monkeypatch):
     from triton.runtime.errors import OutOfResources
 
-    run = triton._run
+    run = launch.run
 
     def failing(kernel, programs, arguments):
         if arguments["BN"] > 16:
             raise OutOfResources(1 << 20, 1 << 10, "shared memory")
         run(kernel, programs, arguments)
 
-    monkeypatch.setattr(triton, "_run", failing)
+    monkeypatch.setattr(launch, "run", failing)
     monkeypatch.setitem(MS, Config(32, 16, 4, 1), 3.0)
     (result,) = tuning.tune(*plain(), timer=clock)
     assert (result.table, result.entry) == (Config(32, 16, 4, 1), Entry(FAST, 1.0, 3.0))
@@ -237,14 +238,14 @@ def read(monkeypatch):
     """(kernel, what it reads by descriptors) of all launches."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    found, run = [], triton._run
+    found, run = [], launch.run
 
     def record(kernel, programs, arguments):
         names = [name for name, x in arguments.items() if isinstance(x, TensorDescriptor)]
         found.append((kernel.__name__, "".join(names)))
         run(kernel, programs, arguments)
 
-    monkeypatch.setattr(triton, "_run", record)
+    monkeypatch.setattr(launch, "run", record)
     return found
 
 
@@ -275,14 +276,14 @@ def test_descriptors_that_win_are_kept_and_used_by_the_next_launch(directory, va
 
 
 def test_descriptors_that_fail_to_compile_are_skipped(variants, read, monkeypatch):
-    run = triton._run
+    run = launch.run
 
     def failing(kernel, programs, arguments):
         run(kernel, programs, arguments)
         if read[-1][1]:
             raise RuntimeError("PassManager::run failed")
 
-    monkeypatch.setattr(triton, "_run", failing)
+    monkeypatch.setattr(launch, "run", failing)
     (result,) = tuning.tune(*plain(), timer=lambda run, device: (run(), 1.0)[1])
     assert result.entry.best == TABLE and result.measured == 1
     (skipped,) = result.skipped
@@ -314,7 +315,7 @@ def test_descriptors_are_tried_only_where_the_inputs_and_the_spec_allow_them(var
 
 @pytest.mark.parametrize("how", ["off", "nan", "nothing"])
 def test_a_candidate_with_other_results_never_wins_and_is_told(how, launched, clock, monkeypatch):
-    run = triton._run
+    run = launch.run
 
     def wrong(kernel, programs, arguments):
         fast = arguments["BN"] == FAST.BN
@@ -325,7 +326,7 @@ def test_a_candidate_with_other_results_never_wins_and_is_told(how, launched, cl
         if fast and how != "nothing":
             arguments["O"][..., -1, -1] += 0.05 if how == "off" else torch.nan
 
-    monkeypatch.setattr(triton, "_run", wrong)
+    monkeypatch.setattr(launch, "run", wrong)
     with pytest.warns(RuntimeWarning, match=r"other results than .*Config\(BM=16, BN=16"):
         (result,) = tuning.tune(*plain(), timer=clock)
     assert result.wrong == (FAST,) and result.entry.best == TABLE
@@ -335,22 +336,22 @@ def test_a_tuned_configuration_that_has_no_room_gets_smaller(launched, clock, mo
     from triton.runtime.errors import OutOfResources
 
     spec, q, k, v = plain()
-    key = triton._Call(spec, q, k, v, [], None, Device("cpu"), None).key("forward")
+    key = Call(spec, q, k, v, [], None, Device("cpu"), None).key("forward")
     tuned.add({key: Entry(Config(64, 128, 4, 1), 1.0, 2.0)})
-    run = triton._run
+    run = launch.run
 
     def failing(kernel, programs, arguments):
         if arguments["BN"] > 32:
             raise OutOfResources(1 << 20, 1 << 10, "shared memory")
         run(kernel, programs, arguments)
 
-    monkeypatch.setattr(triton, "_run", failing)
+    monkeypatch.setattr(launch, "run", failing)
     triton.forward(spec, q, k, v, [], None)
     assert launched[-1] == ("forward", 64, 32)
     # the shipped configuration did not fail, and stays as it is
     tuned.reset()
     os.remove(os.path.join(os.environ["ATTNFUSE_CACHE_DIR"], files.NAME))
-    assert triton._Call(spec, q, k, v, [], None, Device("cpu"), None).config("forward") == TABLE
+    assert Call(spec, q, k, v, [], None, Device("cpu"), None).config("forward") == TABLE
 
 
 def test_packed_sequences_are_tuned_with_lengths_that_are_made_up(directory, launched, clock):

@@ -18,6 +18,7 @@ from attnfuse._compare import compare
 from attnfuse.backend import backend
 from attnfuse.expr import causal
 from attnfuse.kernels import triton
+from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.triton import call, configs, launch
 from attnfuse.kernels.triton.call import Call
 from attnfuse.spec import Bias, ReplaceFill, Scale
@@ -129,8 +130,8 @@ def test_deterministic_mode_gives_the_same_bits_on_every_run(device):
     torch.use_deterministic_algorithms(True)
     try:
         for _ in range(20 if device.type == "cuda" else 2):
-            out, stats = triton.forward(spec, q, k, v, biases, None)
-            grads = triton.backward(spec, dout, q, k, v, biases, None, out, stats, [True] * 5)
+            out, stats = triton.forward(spec, Inputs(q, k, v, biases))
+            grads = triton.backward(spec, Inputs(q, k, v, biases), dout, out, stats, [True] * 5)
             runs.append([out, stats, *grads])
     finally:
         torch.use_deterministic_algorithms(False)

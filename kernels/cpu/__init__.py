@@ -16,36 +16,30 @@ from attnfuse.kernels import sink
 from attnfuse.kernels.cache import BuildError
 from attnfuse.kernels.cpu.build import available, load, warm_up
 from attnfuse.kernels.cpu.plan import plan_of, reverse_words
-from attnfuse.kernels.layout import DENSE, Bounds, allocate, check_bounds
+from attnfuse.kernels.inputs import DENSE, Bounds, Inputs
+from attnfuse.kernels.layout import check_bounds
 from attnfuse.spec import Attention
 
-__all__ = ["BuildError", "allocate", "available", "backward", "forward", "warm_up"]
+__all__ = ["BuildError", "available", "backward", "forward", "warm_up"]
 
 
-def forward(
-    spec: Attention,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    operands: Sequence[torch.Tensor],
-    seed: torch.Tensor | None,
-    bounds: Bounds = DENSE,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """out [*batch, Q, E] of spec.out_dtype in spec.out_order; stats float32 [2, *batch, Q].
 
-    q [*batch, Q, D], k [*batch, K, D], v [*batch, K, E] in float32, bfloat16 or float16; operands [*batch, Q, K]; any
-    strides. seed int64 with one element, needed with dropout. stats: the row maximum m and the row sum of exp(s - m).
-    Raises BuildError if the kernels cannot be built, ValueError for tensors that do not fit the spec, MemoryError.
+    q, k and v in float32, bfloat16 or float16. stats: the row maximum m and the row sum of exp(s - m). Raises
+    BuildError if the kernels cannot be built, ValueError for tensors that do not fit the spec, MemoryError.
     """
     library = load()
     plan = plan_of(spec)
-    _on_cpu(q, k, v, *operands)
+    q, k, v, operands, seed, _ = inputs
+    tensors = inputs.tensors
+    _on_cpu(*tensors)
     key: tuple[object, ...] = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype)
     for o in operands:
         key += (o.shape, o.stride(), o.dtype)
-    at = _Packed.of(spec, q, k, operands, bounds)
+    at = _Packed.of(spec, inputs)
     key += at.key
-    words = plan.forward.get(key) or plan.lay_out(key, q, k, v, operands, at.sequences, at.longest)
+    words = plan.forward.get(key) or plan.lay_out(key, tensors, at.sequences, at.longest)
     out = torch.empty_strided(words.out_shape, words.out_stride, dtype=plan.out)
     stats = torch.empty(words.stats_shape, dtype=torch.float32)
     if spec.packed_queries:
@@ -72,16 +66,11 @@ def forward(
 
 def backward(
     spec: Attention,
+    inputs: Inputs,
     dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    operands: Sequence[torch.Tensor],
-    seed: torch.Tensor | None,
     out: torch.Tensor,
     stats: torch.Tensor,
     needs: Sequence[bool],
-    bounds: Bounds = DENSE,
     dlse: torch.Tensor | None = None,
 ) -> list[torch.Tensor | None]:
     """Gradients of q, k, v and the operands where `needs` asks for them, each with its input's shape and dtype.
@@ -93,7 +82,8 @@ def backward(
     library = load()
     plan = plan_of(spec)
     threads = torch.get_num_threads()
-    tensors = (q, k, v, *operands)
+    q, k, v, operands, seed, _ = inputs
+    tensors = inputs.tensors
     if dout.dtype != plan.out:
         dout = dout.to(plan.out)
     _on_cpu(dout, out, stats, *tensors)
@@ -107,7 +97,7 @@ def backward(
     key: tuple[object, ...] = (threads, *needs, dout.stride(), out.stride(), out.shape)
     for x in tensors:
         key += (x.shape, x.stride(), x.dtype)
-    at = _Packed.of(spec, q, k, operands, bounds)
+    at = _Packed.of(spec, inputs)
     key += at.key
     made = plan.backward.get(key)
     if made is None:
@@ -172,20 +162,19 @@ class _Packed(NamedTuple):
     longest: tuple[int, int] | None = None
 
     @staticmethod
-    def of(
-        spec: Attention, q: torch.Tensor, k: torch.Tensor, operands: Sequence[torch.Tensor], bounds: Bounds
-    ) -> _Packed:
+    def of(spec: Attention, inputs: Inputs) -> _Packed:
+        bounds = inputs.bounds
         check_bounds(spec, bounds)
         if spec.layout == "dense":
             return _DENSE
         _on_cpu(*(x for x in bounds if x is not None))
-        sides = bounds.clipped((q.shape[-2], k.shape[-2]))
+        longest = (inputs.q.shape[-2], inputs.k.shape[-2])
+        sides = bounds.clipped(longest)
         inside = Bounds(*(None if x is None else x.to(torch.int64).contiguous() for x in sides))
         for x in inside:
             if x is not None and _overlap(x):
                 raise ValueError("sequences that share rows: their results and gradients would be written over")
-        longest = (q.shape[-2], k.shape[-2])
-        if operands:
+        if inputs.operands:
             longest = tuple(n if x is None else _longest(x) for x, n in zip(inside, longest))  # type: ignore[assignment]
         return _Packed(inside, bounds.sequences, longest)
 

@@ -13,7 +13,8 @@ import torch
 
 from attnfuse.kernels import sink
 from attnfuse.kernels.device import Device
-from attnfuse.kernels.layout import DENSE, Bounds, allocate, check_bounds
+from attnfuse.kernels.inputs import Inputs
+from attnfuse.kernels.layout import allocate, check_bounds
 from attnfuse.kernels.triton import gradients, launch
 from attnfuse.kernels.triton.call import Call, interpreted
 from attnfuse.spec import Attention
@@ -28,34 +29,24 @@ def available() -> str | None:
     return None
 
 
-def forward(
-    spec: Attention,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    operands: Sequence[torch.Tensor],
-    seed: torch.Tensor | None,
-    bounds: Bounds = DENSE,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """out [*batch, Q, E] of spec.out_dtype in spec.out_order; stats float32 [2, *batch, Q].
 
-    q [*batch, Q, D], k [*batch, K, D], v [*batch, K, E] in float32, bfloat16 or float16; operands [*batch, Q, K]; any
-    strides. seed int64 with one element, needed with dropout. stats: the row maximum m and the row sum of exp(s - m).
-    bounds: of the sequences in a packed layout. Raises ValueError for dims that are too long or other bounds, and what Triton
-    raises where it cannot compile or launch.
+    q, k and v in float32, bfloat16 or float16. stats: the row maximum m and the row sum of exp(s - m). Raises
+    ValueError for dims that are too long or other bounds, and what Triton raises where it cannot compile or launch.
     """
-    check_bounds(spec, bounds)
-    if spec.lse and v.shape[-1] == 0:
+    check_bounds(spec, inputs.bounds)
+    if spec.lse and inputs.v.shape[-1] == 0:
         raise ValueError("a log-sum-exp of values without features")
-    out, stats = allocate(spec, q, k, v, operands, bounds)
-    empty = out.numel() == 0 or k.shape[-2] == 0
+    out, stats = allocate(spec, inputs)
+    empty = out.numel() == 0 or inputs.k.shape[-2] == 0
     if empty or spec.packed_queries:
         # the rows of no sequence too
-        sink.without_keys(spec, operands, stats)
+        sink.without_keys(spec, inputs.operands, stats)
         out.zero_()
-    if empty or (spec.layout != "dense" and bounds.sequences == 0):
+    if empty or (spec.layout != "dense" and inputs.bounds.sequences == 0):
         return out, stats
-    call = Call(spec, q, k, v, list(operands), seed, Device.of(q.device), launch.run, bounds)
+    call = Call(spec, inputs, Device.of(inputs.q.device), launch.run)
     if call.decoding() is None:
         launch.fitting(call, "forward", lambda: launch.forward(call, out, stats))
     else:
@@ -65,16 +56,11 @@ def forward(
 
 def backward(
     spec: Attention,
+    inputs: Inputs,
     dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    operands: Sequence[torch.Tensor],
-    seed: torch.Tensor | None,
     out: torch.Tensor,
     stats: torch.Tensor,
     needs: Sequence[bool],
-    bounds: Bounds = DENSE,
     dlse: torch.Tensor | None = None,
 ) -> list[torch.Tensor | None]:
     """Gradients of q, k, v and the operands where `needs` asks for them, each with its input's shape and dtype.
@@ -84,11 +70,11 @@ def backward(
     torch.use_deterministic_algorithms the same bits come out on every run, except for tables (RuntimeError, or a warning
     with warn_only). Raises as forward does.
     """
-    check_bounds(spec, bounds)
-    if out.numel() == 0 or k.shape[-2] == 0 or (spec.layout != "dense" and bounds.sequences == 0):
-        zeros = [torch.zeros_like(x) if need else None for x, need in zip((q, k, v, *operands), needs, strict=True)]
+    check_bounds(spec, inputs.bounds)
+    if out.numel() == 0 or inputs.k.shape[-2] == 0 or (spec.layout != "dense" and inputs.bounds.sequences == 0):
+        zeros = [torch.zeros_like(x) if need else None for x, need in zip(inputs.tensors, needs, strict=True)]
         delta = torch.zeros_like(stats[0]) if dlse is None else -dlse.float()
-        sink.add_gradient(spec, operands, zeros, *sink.inverse_sums(spec, stats), delta)
+        sink.add_gradient(spec, inputs.operands, zeros, *sink.inverse_sums(spec, stats), delta)
         return zeros
-    call = Call(spec, q, k, v, list(operands), seed, Device.of(q.device), launch.run, bounds)
+    call = Call(spec, inputs, Device.of(inputs.q.device), launch.run)
     return launch.fitting(call, "backward", lambda: gradients.backward(call, dout, out, stats, needs, dlse))

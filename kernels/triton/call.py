@@ -12,7 +12,8 @@ import torch
 
 from attnfuse.kernels import dropout
 from attnfuse.kernels.device import Device
-from attnfuse.kernels.layout import DENSE, Bounds, spread
+from attnfuse.kernels.inputs import Bounds, Inputs
+from attnfuse.kernels.layout import spread
 from attnfuse.kernels.triton import descriptors, tuned
 from attnfuse.kernels.triton.configs import Config, Pass, config, padded
 from attnfuse.spec import Attention
@@ -47,15 +48,10 @@ class Call:
     """What the launches of one call have in common."""
 
     spec: Attention
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    operands: list[torch.Tensor]
-    seed: torch.Tensor | None
+    inputs: Inputs
     device: Device
     # launch(kernel, programs, arguments): what runs a kernel
     launch: Callable[[Any, int, dict[str, Any]], None]
-    bounds: Bounds = DENSE
     #: what is being measured, in place of every other configuration
     fixed: Config | None = None
 
@@ -64,21 +60,22 @@ class Call:
 
         self.functions: Any = generated.functions(self.spec)
         self.traits = codegen.traits(self.spec)
-        self.batch = spread(self.spec, self.q, self.k, self.v, self.operands, self.bounds)
+        self.q, self.k, self.v, operands, self.seed, bounds = self.inputs
+        # bools as bytes, which every backend loads alike
+        self.operands = [o.view(torch.uint8) if o.dtype == torch.bool else o for o in operands]
+        # the kernels step over whole rows of bounds
+        self.bounds = Bounds(*(None if b is None else b.contiguous() for b in bounds))
+        self.batch = spread(self.spec, self.inputs)
         self.elements = math.prod(self.batch)
         self.packed_q, self.packed_k = self.spec.packed_queries, self.spec.packed_keys
         self.sequences = self.batch[0] if self.packed_q or self.packed_k else 1
         #: batch elements of one sequence
         self.heads = self.elements // self.sequences
         self.Q, self.K, self.D, self.E = self.q.shape[-2], self.k.shape[-2], self.q.shape[-1], self.v.shape[-1]
-        # bools as bytes, which every backend loads alike
-        self.operands = [o.view(torch.uint8) if o.dtype == torch.bool else o for o in self.operands]
         if max(self.Q, self.K, self.elements, *(n for o in self.operands for n in o.shape)) > _LONGEST:
             raise ValueError(f"no dim may be longer than {_LONGEST}")
         if self.spec.dropout and self.seed is None:
             raise ValueError("a spec with dropout needs a seed")
-        # the kernels step over whole rows of bounds
-        self.bounds = Bounds(*(None if b is None else b.contiguous() for b in self.bounds))
         self.precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 and not interpreted() else "ieee"
 
     def config(self, which: Pass) -> Config:

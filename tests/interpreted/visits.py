@@ -14,6 +14,7 @@ from triton.runtime import interpreter
 
 from attnfuse.kernels import layout
 from attnfuse.kernels.device import Device
+from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.triton import gradients, launch
 from attnfuse.kernels.triton.call import Call
 from attnfuse.spec import Attention
@@ -59,11 +60,12 @@ def run(
         with _counted(found[name]) if traffic else contextlib.nullcontext():
             kernel[(programs,)](**arguments)
 
-    out, stats = layout.allocate(spec, q, k, v, operands)
-    call = Call(spec, q, k, v, list(operands), seed, device, record)
+    inputs = Inputs(q, k, v, operands, seed)
+    out, stats = layout.allocate(spec, inputs)
+    call = Call(spec, inputs, device, record)
     launch.forward(call, out, stats)
     dout = torch.randn(out.shape).to(out.dtype) if dout is None else dout
-    gradients.backward(call, dout, out, stats, [x.is_floating_point() for x in (q, k, v, *operands)])
+    gradients.backward(call, dout, out, stats, [x.is_floating_point() for x in inputs.tensors])
     return found
 
 

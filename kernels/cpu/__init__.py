@@ -15,7 +15,7 @@ import torch
 from attnfuse.kernels import sink
 from attnfuse.kernels.cache import BuildError
 from attnfuse.kernels.cpu.build import available, load, warm_up
-from attnfuse.kernels.cpu.plan import plan_of, reverse_words
+from attnfuse.kernels.cpu.plan import Plan, Reverse, plan_of, reverse_words
 from attnfuse.kernels.inputs import DENSE, Bounds, Inputs
 from attnfuse.kernels.layout import check_bounds
 from attnfuse.spec import Attention
@@ -76,8 +76,8 @@ def backward(
     """Gradients of q, k, v and the operands where `needs` asks for them, each with its input's shape and dtype.
 
     out and stats are what forward returned for the same inputs; dout has out's shape and any strides. dlse [*batch, Q]: the
-    gradient of the log-sum-exp, where that was used. The same bits
-    come out on every run with the same number of threads. Raises as forward does.
+    gradient of the log-sum-exp, where that was used. The same bits come out on every run with the same number of threads.
+    Raises as forward does.
     """
     library = load()
     plan = plan_of(spec)
@@ -87,12 +87,7 @@ def backward(
     if dout.dtype != plan.out:
         dout = dout.to(plan.out)
     _on_cpu(dout, out, stats, *tensors)
-    lines = (2, *out.shape[:-1])
-    if dout.shape != out.shape or out.dtype != plan.out or stats.shape != lines or stats.dtype != torch.float32:
-        raise ValueError(
-            f"dout {list(dout.shape)}, out {out.dtype} {list(out.shape)} and stats {stats.dtype} {list(stats.shape)} are not "
-            f"those of one forward, which has {plan.out} and float32 {list(lines)}"
-        )
+    _check_results(plan, dout, out, stats)
     stats = stats.contiguous()
     key: tuple[object, ...] = (threads, *needs, dout.stride(), out.stride(), out.shape)
     for x in tensors:
@@ -109,18 +104,7 @@ def backward(
     if made.empty:
         zeros = [torch.zeros_like(x) if needed else None for x, needed in zip(tensors, needs, strict=True)]
         return _with_sink(spec, operands, zeros, dout, out, stats, dlse)
-    sums: list[torch.Tensor | None] = []
-    for i, (x, target) in enumerate(zip(tensors, made.targets, strict=True)):
-        if target.mode == 0:
-            sums.append(None)
-        elif target.thin:
-            sums.append(torch.zeros((made.chunks, *(target.shape or ())), dtype=torch.float32))
-        elif target.shape is not None:
-            sums.append(torch.zeros(target.shape, dtype=torch.float32))
-        else:
-            # tiles that are skipped leave an operand's gradient as it was, and rows of no sequence every gradient
-            written = target.mode == 1 and i < 3 and spec.layout == "dense"
-            sums.append(torch.empty_like(x) if written else torch.zeros_like(x))
+    sums = _sums(spec, made, tensors)
     pointers = made.pointers.pack(
         threads,
         _seed(spec, seed),
@@ -145,6 +129,33 @@ def backward(
                 total = total.sum(0).sum_to_size(x.shape)
             sums[i] = torch.empty_like(x).copy_(total)
     return _with_sink(spec, operands, sums, dout, out, stats, dlse)
+
+
+def _check_results(plan: Plan, dout: torch.Tensor, out: torch.Tensor, stats: torch.Tensor) -> None:
+    """Raises ValueError where these do not fit together, before C++ reads past the end of one."""
+    lines = (2, *out.shape[:-1])
+    if dout.shape != out.shape or out.dtype != plan.out or stats.shape != lines or stats.dtype != torch.float32:
+        raise ValueError(
+            f"dout {list(dout.shape)}, out {out.dtype} {list(out.shape)} and stats {stats.dtype} {list(stats.shape)} are not "
+            f"those of one forward, which has {plan.out} and float32 {list(lines)}"
+        )
+
+
+def _sums(spec: Attention, made: Reverse, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """Where the gradient of each of the tensors (q, k, v, *operands) is stored or added up; None where it is not needed."""
+    sums: list[torch.Tensor | None] = []
+    for i, (x, target) in enumerate(zip(tensors, made.targets, strict=True)):
+        if target.mode == 0:
+            sums.append(None)
+        elif target.thin:
+            sums.append(torch.zeros((made.chunks, *(target.shape or ())), dtype=torch.float32))
+        elif target.shape is not None:
+            sums.append(torch.zeros(target.shape, dtype=torch.float32))
+        else:
+            # tiles that are skipped leave an operand's gradient as it was, and rows of no sequence every gradient
+            written = target.mode == 1 and i < 3 and spec.layout == "dense"
+            sums.append(torch.empty_like(x) if written else torch.zeros_like(x))
+    return sums
 
 
 def _on_cpu(*tensors: torch.Tensor) -> None:

@@ -66,9 +66,8 @@ def backward(
     """Gradients of q, k, v and the operands where `needs` asks for them, each with its input's shape and dtype.
 
     out and stats are what forward returned for the same inputs; dout has out's shape and any strides. dlse [*batch, Q]: the
-    gradient of the log-sum-exp, where that was used. Under
-    torch.use_deterministic_algorithms the same bits come out on every run, except for tables (RuntimeError, or a warning
-    with warn_only). Raises as forward does.
+    gradient of the log-sum-exp, where that was used. Under torch.use_deterministic_algorithms the same bits come out on every
+    run, except for tables (RuntimeError, or a warning with warn_only). Raises as forward does.
     """
     check_bounds(spec, inputs.bounds)
     if out.numel() == 0 or inputs.k.shape[-2] == 0 or (spec.layout != "dense" and inputs.bounds.sequences == 0):

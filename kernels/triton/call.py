@@ -45,14 +45,17 @@ class Decoding(NamedTuple):
 
 @dataclass
 class Call:
-    """What the launches of one call have in common."""
+    """What the launches of one call have in common.
+
+    device: whose configurations are taken; launch(kernel, programs, arguments): what runs a kernel; fixed: a configuration
+    in place of every other, such as one that is being measured. Raises ValueError for dims that are too long, and without a
+    seed for dropout.
+    """
 
     spec: Attention
     inputs: Inputs
     device: Device
-    # launch(kernel, programs, arguments): what runs a kernel
     launch: Callable[[Any, int, dict[str, Any]], None]
-    #: what is being measured, in place of every other configuration
     fixed: Config | None = None
 
     def __post_init__(self) -> None:

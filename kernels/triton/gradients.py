@@ -22,9 +22,10 @@ def backward(
     needs: Sequence[bool],
     dlse: torch.Tensor | None = None,
 ) -> list[torch.Tensor | None]:
-    """Gradients of q, k, v and the operands where `needs` asks for them; the other arguments as backward of the kernel has them.
+    """Gradients of q, k, v and the operands where `needs` asks for them, each with its input's shape and dtype.
 
-    Raises ValueError where an operand has no gradient, and RuntimeError where one has none that is deterministic.
+    dout [*batch, Q, E], out and stats as of forward, dlse [*batch, Q]. Raises ValueError where an operand has no gradient,
+    RuntimeError where one has none that is deterministic, and OutOfResources where tiles do not fit the device.
     """
     made, dout = call.config("backward"), dout.to(call.v.dtype)
     sums = _Sums(call, needs[3:])

@@ -15,6 +15,7 @@ _T = TypeVar("_T")
 
 
 def run(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
+    """Launch a kernel of the template on the current device: what a Call launches with, unless it only looks."""
     kernel[(programs,)](**arguments)
 
 
@@ -23,20 +24,21 @@ def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def fitting(call: Call, which: Pass, run: Callable[[], _T]) -> _T:
-    """run(), again with smaller tiles as long as the device has no room for those that were tried."""
+def fitting(call: Call, which: Pass, attempt: Callable[[], _T]) -> _T:
+    """attempt(), again with smaller tiles as long as the device has no room for those that were tried."""
     from triton.runtime.errors import OutOfResources
 
     with current(call.q.device):
         while True:
             try:
-                return run()
+                return attempt()
             except OutOfResources:
                 if not call.shrink(which):
                     raise
 
 
 def forward(call: Call, out: torch.Tensor, stats: torch.Tensor) -> None:
+    """Fill out and stats, as layout.allocate makes them. Raises OutOfResources where tiles do not fit the device."""
     from attnfuse.kernels.triton import template
 
     made, f = call.config("forward"), call.functions
@@ -61,6 +63,7 @@ def forward(call: Call, out: torch.Tensor, stats: torch.Tensor) -> None:
 
 
 def decode(call: Call, out: torch.Tensor, stats: torch.Tensor) -> None:
+    """As forward, for a call with a decoding(): parts of the keys by themselves, and then what they come to together."""
     from attnfuse.kernels.triton import template
 
     found = call.decoding()

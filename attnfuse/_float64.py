@@ -221,10 +221,11 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The op's own meaning, with the dropout mask that its seed gives."""
     from attnfuse.kernels import reference
-    from attnfuse.kernels.layout import Bounds
+    from attnfuse.kernels.inputs import Bounds, Inputs
     from attnfuse.spec import Attention
 
-    return reference.attend(Attention.parse(spec), q, k, v, operands, seed, torch.float64, Bounds(q_bounds, k_bounds))
+    inputs = Inputs(q, k, v, operands, seed, Bounds(q_bounds, k_bounds))
+    return reference.attend(Attention.parse(spec), inputs, torch.float64)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@
     checked_offsets(offsets, lengths, rows) -> a copy of offsets [B + 1] of a jagged tensor of so many rows, or ValueError
 
 Shapes as in attnfuse.spec; operands a list, or None for none (AOTInductor's runtime makes None of an empty list); seed
-int64 [1] or None; q_bounds and k_bounds as in kernels/layout.py, None where the layout is dense; spec is `Attention.text`;
+int64 [1] or None; q_bounds and k_bounds as in kernels/inputs.py, None where the layout is dense; spec is `Attention.text`;
 kernel the name of one; strict whether a failing kernel raises instead of giving way to the next one. Both raise ValueError for
 arguments that are not those of the spec, before a kernel sees them. stats
 [2, *batch, Q], float32 (float64 where q, k or v are), holds each row's maximum and its sum of exp(s - maximum). They are
@@ -30,7 +30,8 @@ from attnfuse import reporting, second
 from attnfuse._compat import has_tangent
 from attnfuse.kernels import REFERENCE, Kernel, kernel_named, statistics, successor
 from attnfuse.kernels.arguments import check_arguments, check_results
-from attnfuse.kernels.layout import Bounds, allocate, batch_shape
+from attnfuse.kernels.inputs import Bounds, Inputs
+from attnfuse.kernels.layout import allocate, batch_shape
 from attnfuse.spec import Attention
 from attnfuse.warning import warn
 
@@ -71,25 +72,26 @@ def forget() -> None:
     _warned.clear()
 
 
-def _run(which: str, kernel: str, strict: bool, spec: Attention, tensors: Sequence[torch.Tensor], given: Any) -> Any:
-    """A kernel's forward or backward of `given`; where it fails, that of the next one that can, at last the reference's.
+def _run(which: str, kernel: str, strict: bool, spec: Attention, inputs: Inputs, *given: Any) -> Any:
+    """A kernel's forward or backward of the inputs and what else is `given`; where it fails, that of the next one that can,
+    at last the reference's.
 
     There is one warning for each kernel. A failure is remembered once another kernel has run in its place: a call that none
     can run says nothing against any of them. Nor does a ValueError, which is of the tensors of this call, and running out of
     memory. Then the next kernel runs this call alone, but the reference only where its scores take no more memory than
-    `tensors`, q, k, v and more; else the error is raised, as eager would raise it. In strict mode every error is.
+    q, k, v and the operands; else the error is raised, as eager would raise it. In strict mode every error is.
     """
-    device = tensors[0].device
+    device = inputs.q.device
     broken: list[tuple[str, Exception]] = []
     kernel = kernel_named(kernel).name
     while True:
         if strict or (kernel, spec.text, device.type) not in failed:
             try:
-                result = getattr(_module(kernel), which)(*given)
+                result = getattr(_module(kernel), which)(spec, inputs, *given)
             except Exception as error:
                 if strict or kernel == REFERENCE.name:
                     raise
-                if _is_out_of_memory(error) and _takes_more(successor(kernel, spec, device), spec, tensors):
+                if _is_out_of_memory(error) and _takes_more(successor(kernel, spec, device), inputs):
                     raise
                 # its frames hold what the kernel had allocated
                 traceback.clear_frames(error.__traceback__)
@@ -109,15 +111,15 @@ def _no_tangents(tensors: Sequence[torch.Tensor]) -> None:
         )
 
 
-def _check_once(spec: Attention, inputs: tuple[Any, ...]) -> None:
+def _check_once(spec: Attention, inputs: Inputs) -> None:
     """check_arguments, which takes as long as a small attention, for each kind of arguments once."""
-    q, k, v, operands, seed, bounds = inputs
-    kind: tuple[Any, ...] = (spec.text, *((x.shape, x.dtype, x.device) for x in (q, k, v, *operands)))
+    seed, bounds = inputs.seed, inputs.bounds
+    kind: tuple[Any, ...] = (spec.text, *((x.shape, x.dtype, x.device) for x in inputs.tensors))
     if seed is not None or bounds.q is not None or bounds.k is not None:
         kind += tuple(None if x is None else (x.shape, x.dtype, x.device) for x in (seed, *bounds))
     if kind in _fitting:
         return
-    check_arguments(spec, *inputs)
+    check_arguments(spec, inputs)
     if len(_fitting) >= 4096:
         # decoding has another length at each step
         _fitting.clear()
@@ -134,13 +136,12 @@ def _is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def _takes_more(kernel: Kernel, spec: Attention, tensors: Sequence[torch.Tensor]) -> bool:
+def _takes_more(kernel: Kernel, inputs: Inputs) -> bool:
     """Whether the kernel is the reference, and its scores are more than all of the tensors."""
     if kernel is not REFERENCE:
         return False
-    q, k = tensors[:2]
-    elements = math.prod(batch_shape(tensors)) * q.shape[-2] * k.shape[-2]
-    return elements * 4 > sum(x.nbytes for x in tensors)
+    elements = math.prod(batch_shape(inputs.tensors)) * inputs.q.shape[-2] * inputs.k.shape[-2]
+    return elements * 4 > sum(x.nbytes for x in inputs.tensors)
 
 
 def _note(kernel: str, spec: Attention, device: torch.device, after: str, error: Exception) -> None:
@@ -167,13 +168,12 @@ def _forward(
     kernel: str,
     strict: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _no_tangents((q, k, v, *(operands or ())))
-    parsed, operands = Attention.parse(spec), operands or ()
-    inputs = (q, k, v, operands, seed, Bounds(q_bounds, k_bounds))
+    parsed, inputs = Attention.parse(spec), Inputs(q, k, v, operands or (), seed, Bounds(q_bounds, k_bounds))
+    _no_tangents(inputs.tensors)
     _check_once(parsed, inputs)
     for observe in observers:
-        observe(parsed, q, k, operands)
-    return _run("forward", kernel, strict, parsed, (q, k, v, *operands), (parsed, *inputs))  # type: ignore[no-any-return]
+        observe(parsed, q, k, inputs.operands)
+    return _run("forward", kernel, strict, parsed, inputs)  # type: ignore[no-any-return]
 
 
 def _backward(
@@ -193,13 +193,11 @@ def _backward(
     strict: bool,
     needs: Sequence[bool],
 ) -> list[torch.Tensor]:
-    parsed = Attention.parse(spec)
-    _no_tangents((dout, q, k, v, *operands))
-    bounds = Bounds(q_bounds, k_bounds)
-    _check_once(parsed, (q, k, v, operands, seed, bounds))
-    check_results(out, stats, dout, dlse, needs, 3 + len(operands))
-    given = (parsed, dout, q, k, v, operands, seed, out, stats, needs, bounds, dlse)
-    grads = _run("backward", kernel, strict, parsed, (q, k, v, *operands), given)
+    parsed, inputs = Attention.parse(spec), Inputs(q, k, v, operands, seed, Bounds(q_bounds, k_bounds))
+    _no_tangents((dout, *inputs.tensors))
+    _check_once(parsed, inputs)
+    check_results(out, stats, dout, dlse, needs, len(inputs.tensors))
+    grads = _run("backward", kernel, strict, parsed, inputs, dout, out, stats, needs, dlse)
     return [g for g in grads if g is not None]
 
 
@@ -220,9 +218,9 @@ def _(
     kernel: str,
     strict: bool,
 ) -> Any:
-    parsed, bounds = Attention.parse(spec), Bounds(q_bounds, k_bounds)
-    check_arguments(parsed, q, k, v, operands or (), seed, bounds)
-    return allocate(parsed, q, k, v, operands or (), bounds)
+    parsed, inputs = Attention.parse(spec), Inputs(q, k, v, operands or (), seed, Bounds(q_bounds, k_bounds))
+    check_arguments(parsed, inputs)
+    return allocate(parsed, inputs)
 
 
 @torch.library.register_fake("attnfuse::attention_backward", lib=_LIBRARY)
@@ -293,10 +291,10 @@ def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _differentiate_again(ctx: Any, grads: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
     dout, *rest = ctx.saved_tensors
-    inputs, rest = rest[: 3 + ctx.count], rest[3 + ctx.count :]
+    (q, k, v, *operands), rest = rest[: 3 + ctx.count], rest[3 + ctx.count :]
     dlse, seed, q_bounds, k_bounds = [rest.pop(0) if given else None for given in ctx.given]
-    bounds = Bounds(q_bounds, k_bounds)
-    found = second.differentiate(Attention.parse(ctx.spec), grads, ctx.needs, dout, dlse, inputs, seed, bounds)
+    inputs = Inputs(q, k, v, operands, seed, Bounds(q_bounds, k_bounds))
+    found = second.differentiate(Attention.parse(ctx.spec), grads, ctx.needs, dout, dlse, inputs)
     return (*found[:5], found[5:], *[None] * 9)
 
 

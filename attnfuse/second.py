@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from attnfuse.kernels import reference
-from attnfuse.kernels.layout import Bounds, precision
+from attnfuse.kernels.inputs import Inputs
+from attnfuse.kernels.layout import precision
 from attnfuse.spec import Attention
 
 Grads = Sequence[torch.Tensor | None]
@@ -22,11 +23,9 @@ def differentiate(
     needs: Sequence[bool],
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
-    inputs: Sequence[torch.Tensor],
-    seed: torch.Tensor | None,
-    bounds: Bounds,
+    inputs: Inputs,
 ) -> list[torch.Tensor | None]:
-    """The gradients of dout, dlse and of each of inputs (q, k, v, *operands); None where nothing depends on it.
+    """The gradients of dout, dlse and of each of q, k, v and the operands; None where nothing depends on it.
 
     given: those of what attention_backward returned, one for each True in needs. The result and the statistics that
     attention_backward was given too count as functions of the inputs here, so that they have no gradient of their own. With
@@ -35,11 +34,10 @@ def differentiate(
     create = torch.is_grad_enabled()
     with torch.enable_grad():
         # other names for the tensors, so that what made them takes no part
-        dout, *own = [x.view_as(x) if x.requires_grad else x.detach() for x in (dout, *inputs)]
+        dout, *own = [x.view_as(x) if x.requires_grad else x.detach() for x in (dout, *inputs.tensors)]
         dlse = None if dlse is None else dlse.view_as(dlse)
         roots = [x if x.requires_grad or not need else x.requires_grad_() for x, need in zip(own, needs, strict=True)]
-        q, k, v, *operands = roots
-        values, lines = reference.attend(spec, q, k, v, operands, seed, precision(spec), bounds)
+        values, lines = reference.attend(spec, inputs.with_tensors(roots), precision(spec))
         results = [(values, dout)] if dlse is None else [(values, dout), (reference.log_sum_exp(lines), dlse)]
         wanted = [x for x, need in zip(roots, needs, strict=True) if need]
         first = _grad([(result, grad.to(result.dtype)) for result, grad in results], wanted, create=True)

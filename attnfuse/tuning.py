@@ -13,7 +13,7 @@ from torch import fx
 
 from attnfuse.kernels import TRITON, Kernel, candidates, fastest, kept, measure
 from attnfuse.kernels.device import Device
-from attnfuse.kernels.layout import DENSE, Bounds
+from attnfuse.kernels.inputs import Bounds, Inputs
 from attnfuse.passes.capture import Scope
 from attnfuse.passes.labels import stride_hint
 from attnfuse.spec import Attention
@@ -27,14 +27,13 @@ log = logging.getLogger("attnfuse")
 
 @dataclass(frozen=True)
 class Job:
-    """An attention to tune for. needs: of which of (q, k, v, *operands) it gives gradients; bounds: those of packed sequences,
-    of which only the shapes and dtypes are known."""
+    """An attention to tune for, on `device`. inputs: on 'meta' and without a seed; needs: of which of (q, k, v, *operands) it
+    gives gradients."""
 
     spec: Attention
-    tensors: tuple[torch.Tensor, ...]
+    inputs: Inputs
     needs: tuple[bool, ...]
     device: torch.device
-    bounds: Bounds = DENSE
 
 
 #: What was measured in this process: the kernel that won, by spec, device, and the inputs' shapes, strides and dtypes.
@@ -65,10 +64,10 @@ def _fastest_of(job: Job) -> str | None:
     found = candidates(job.spec, job.device)
     if len(found) < 2 or job.spec.layout != "dense":
         return None
-    key = (job.spec.text, job.device, job.needs, *((tuple(x.shape), x.stride(), x.dtype) for x in job.tensors))
+    key = (job.spec.text, job.device, job.needs, *((tuple(x.shape), x.stride(), x.dtype) for x in job.inputs.tensors))
     if key not in _fastest:
         names = [kernel.name for kernel in found]
-        name = fastest.key(job.spec, job.tensors, job.needs, Device.of(job.device), names)
+        name = fastest.key(job.spec, job.inputs.tensors, job.needs, Device.of(job.device), names)
         known = fastest.entries().get(name) if name else None
         # a name that is not among them was not written by attnfuse
         _fastest[key] = known.kernel if known and known.kernel in names else _compared(found, job, name)
@@ -113,20 +112,20 @@ def _same(results: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> 
 def _measured(kernel: Kernel, job: Job) -> tuple[float, list[torch.Tensor]]:
     """Milliseconds of one forward, and one backward where gradients are needed, and their results; infinite and nothing for
     a kernel that fails."""
-    from attnfuse.kernels.triton.tuning import inputs_like
+    from attnfuse.kernels.triton.tuning import tensors_like
 
-    given = inputs_like(job.tensors, job.device, True, 0)
-    seed = torch.zeros(1, dtype=torch.int64, device=job.device) if job.spec.dropout else None
+    inputs = job.inputs.with_tensors(tensors_like(job.inputs.tensors, job.device, True, 0))
+    if job.spec.dropout:
+        inputs = inputs._replace(seed=torch.zeros(1, dtype=torch.int64, device=job.device))
     module = kernel.load()
-    arguments = (*given[:3], given[3:], seed)
 
     def run() -> list[torch.Tensor]:
-        out, stats = module.forward(job.spec, *arguments)
+        out, stats = module.forward(job.spec, inputs)
         if not any(job.needs):
             return [out]
         # any gradient that has the result's shape will do
-        dout = given[0] if given[0].shape == out.shape and given[0].dtype == out.dtype else torch.ones_like(out)
-        grads = module.backward(job.spec, dout, *arguments, out, stats, job.needs)
+        dout = inputs.q if inputs.q.shape == out.shape and inputs.q.dtype == out.dtype else torch.ones_like(out)
+        grads = module.backward(job.spec, inputs, dout, out, stats, job.needs)
         return [out, *(g for g in grads if g is not None)]
 
     try:
@@ -171,8 +170,7 @@ def tune_all(scopes: Sequence[Scope], strict: bool) -> None:
 def _tune(job: Job, step: Any) -> None:
     from attnfuse.kernels.triton import tuning
 
-    q, k, v, *operands = job.tensors
-    for result in tuning.tune(job.spec, q, k, v, operands, job.needs, job.device, job.bounds, step=step):
+    for result in tuning.tune(job.spec, job.inputs, job.needs, job.device, step=step):
         log.info("tuned %s: %s, skipped %s", result.key, result.entry, list(result.skipped))
 
 
@@ -182,9 +180,9 @@ def _can_be_tuned(node: fx.Node) -> bool:
 
 def job(node: fx.Node) -> Job:
     """What a node that calls the op has for inputs, with hints for symbolic sizes. Raises ValueError where one has none."""
-    q, k, v, operands, *_ = node.args
+    given_operands: Any = node.args[3]
     bounds: Any = node.args[_BOUNDS]
-    nodes: list[Any] = [q, k, v, *operands]  # type: ignore[misc]
+    nodes: list[Any] = [*node.args[:3], *given_operands]
     examples = [n.meta.get("example_value") for n in (*nodes, *(b for b in bounds if b is not None))]
     if not all(isinstance(x, torch.Tensor) for x in examples):
         raise ValueError("an input whose shape is not known")
@@ -193,7 +191,8 @@ def job(node: fx.Node) -> Job:
     given = iter(tensors[len(nodes) :])
     parsed = Attention.parse(str(node.args[_SPEC]))
     packed = Bounds(*(None if b is None else next(given) for b in bounds))
-    return Job(parsed, tensors[: len(nodes)], needs, examples[0].device, packed)
+    q, k, v, *operands = tensors[: len(nodes)]
+    return Job(parsed, Inputs(q, k, v, operands, bounds=packed), needs, examples[0].device)
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:

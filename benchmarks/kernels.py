@@ -19,13 +19,13 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 import typer
 
 from attnfuse.expr import Algebra, causal, dense, window
-from attnfuse.kernels.layout import DENSE, Bounds
+from attnfuse.kernels.inputs import DENSE, Bounds, Inputs
 from attnfuse.kernels.triton.configs import PARTITIONED, Config, Pass, config
 from attnfuse.spec import AddFill, Attention, Bias, Operand, ReplaceFill, Scale, Sink, Softcap
 from benchmarks import kernel_tables, results, traffic
@@ -60,17 +60,6 @@ _CACHE, _GROUPS, _LENGTHS = 4096, 4, (500, 20, 1000)
 Row = dict[str, Any]
 
 
-class Inputs(NamedTuple):
-    """A spec and tensors for it, as the kernels' forward takes them; masks and biases that are tensors are operands."""
-
-    spec: Attention
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    operands: list[torch.Tensor]
-    bounds: Bounds
-
-
 @dataclass(frozen=True)
 class Case:
     """capability: 10 * major + minor; D: head size of keys and values alike; variant: of VARIANTS, or as shipped."""
@@ -99,8 +88,8 @@ def _joined(values: Iterable[object]) -> str:
 
 def build(
     name: str, dtype: str, D: int, heads: int = 2, length: int = 256, batch: int = 2, device: str = "cpu"
-) -> Inputs:
-    """The inputs of a spec by name. heads, length, batch: where the spec has none of its own."""
+) -> tuple[Attention, Inputs]:
+    """A spec by name, and inputs for it without a seed. heads, length, batch: where the spec has none of its own."""
     made = _DTYPES[dtype]
     dims: tuple[str, ...] = ("B", "H")
     shapes = [(batch, heads, length, D)] * 3
@@ -131,7 +120,7 @@ def build(
     if name == "packed":
         # heads beside each other in a row, as in [rows, heads, D]
         q, k, v = (x.movedim(1, 2).contiguous().movedim(2, 1) for x in (q, k, v))
-    return Inputs(spec, q, k, v, operands, bounds)
+    return spec, Inputs(q, k, v, operands, bounds=bounds)
 
 
 def _steps(name: str, D: int) -> tuple[Any, ...]:
@@ -152,12 +141,12 @@ def compiled(case: Case) -> Row:
     """The case's kernels as compiled, or why they were not."""
     from attnfuse.kernels.triton import targets
 
-    *given, bounds = build(case.spec, case.dtype, case.D)
+    spec, inputs = build(case.spec, case.dtype, case.D)
     torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
     try:
         fixed = varied(case) if case.variant else {}
         backward = "backward" in case.passes
-        found = targets.compiled(*given, case.capability, backward=backward, bounds=bounds, fixed=fixed)
+        found = targets.compiled(spec, inputs, case.capability, backward=backward, fixed=fixed)
     except Exception as error:
         # Triton raises errors of its own kinds, and a failure is a result too
         return {**asdict(case), "failed": f"{type(error).__name__}: {error}"[:300], "kernels": []}
@@ -166,12 +155,12 @@ def compiled(case: Case) -> Row:
 
 def _shipped(case: Case) -> dict[Pass, Config]:
     """The configurations that the case's kernels have."""
-    from attnfuse.kernels import triton
     from attnfuse.kernels.device import Device
+    from attnfuse.kernels.triton.call import Call
 
-    spec, *tensors, bounds = build(case.spec, case.dtype, case.D, device="meta")
-    seed = torch.zeros(1, dtype=torch.int64)
-    call = triton._Call(spec, *tensors, seed, Device("cuda", case.capability), lambda *_: None, bounds)
+    spec, inputs = build(case.spec, case.dtype, case.D, device="meta")
+    inputs = inputs._replace(seed=torch.zeros(1, dtype=torch.int64))
+    call = Call(spec, inputs, Device("cuda", case.capability), lambda *_: None)
     return {which: call.config(which) for which in case.passes}
 
 
@@ -187,13 +176,12 @@ def varied(case: Case) -> dict[Pass, Config]:
 
 def digest(case: Case) -> str:
     """Of what the case's kernels are made from: another one means that its figures are of the past."""
-    from attnfuse.kernels import triton
-    from attnfuse.kernels.triton import codegen, descriptors, template
+    from attnfuse.kernels.triton import call, codegen, descriptors, gradients, launch, template
 
-    modules = (triton, template, *([descriptors] if case.variant else []))
+    modules = (call, launch, gradients, template, *([descriptors] if case.variant else []))
     files = [Path(str(module.__file__)).read_text() for module in modules]
     tiles = " ".join(map(str, (varied(case) if case.variant else _shipped(case)).values()))
-    spec = build(case.spec, case.dtype, case.D, device="meta").spec
+    spec, _ = build(case.spec, case.dtype, case.D, device="meta")
     parts = [metadata.version("triton"), codegen.source(spec), tiles, *files]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
@@ -249,7 +237,7 @@ def measure(todo: list[Case], jobs: int, done: Callable[[Row], None]) -> None:
 
 def moved(capability: int, name: str, D: int) -> list[Row]:
     """The traffic of both passes at the standard size in float16, with the target's tiles."""
-    spec, q, k, v, operands, _ = build(name, "float16", D, batch=1, heads=HEADS, length=LENGTH, device="meta")
+    spec, inputs = build(name, "float16", D, batch=1, heads=HEADS, length=LENGTH, device="meta")
     passes: tuple[tuple[Pass, Callable[..., traffic.Pass]], ...] = (
         ("forward", traffic.forward),
         ("backward", traffic.backward),
@@ -257,7 +245,7 @@ def moved(capability: int, name: str, D: int) -> list[Row]:
     rows = []
     for which, count in passes:
         tiles = config(capability, which, 16, D, D)
-        found = count(spec, q, k, v, operands, tiles)
+        found = count(spec, inputs, tiles)
         what = {"capability": capability, "spec": name, "D": D, "pass": which, "BM": tiles.BM, "BN": tiles.BN}
         rows.append({**what, "least": found.least, "kernels": [asdict(x) for x in found.kernels]})
     return rows

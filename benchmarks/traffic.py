@@ -8,7 +8,7 @@ looked at one by one (docs/kernels.md). tests/interpreted/test_traffic.py compar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from attnfuse import expr
 from attnfuse.expr import Expr, Load
 from attnfuse.kernels.hiding import hiding
+from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.layout import batch_shape
 from attnfuse.kernels.triton import codegen
 from attnfuse.kernels.triton.configs import Config
@@ -49,11 +50,10 @@ class Pass:
         return sum(kernel.read + kernel.written for kernel in self.kernels)
 
 
-def forward(
-    spec: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, operands: Sequence[torch.Tensor], tiles: Config
-) -> Pass:
+def forward(spec: Attention, inputs: Inputs, tiles: Config) -> Pass:
     """Of q, k and v only shapes and dtypes matter (meta tensors will do); operands are read where a mask reads them."""
-    c = _Count(spec, q, k, v, operands, tiles)
+    q, k, v, *_ = inputs
+    c = _Count(spec, inputs, tiles)
     programs = c.elements * c.shape[0]
     written = c.queries * (v.shape[-1] * dtype_of(spec.out_dtype).itemsize + 2 * _FLOAT)
     always = [*c.masks_of(spec.steps), *c.rests]
@@ -65,11 +65,10 @@ def forward(
     return Pass((made,), c.queries * _row(q) + c.once() + written)
 
 
-def backward(
-    spec: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, operands: Sequence[torch.Tensor], tiles: Config
-) -> Pass:
+def backward(spec: Attention, inputs: Inputs, tiles: Config) -> Pass:
     """As forward, for the gradients of q, k, v and of all operands that are floating point numbers."""
-    c = _Count(spec, q, k, v, operands, tiles)
+    q, k, v, *_ = inputs
+    c = _Count(spec, inputs, tiles)
     q_tiles, k_tiles = (c.elements * n for n in c.shape)
     visited = c.number(c.visited)
     out, dout = c.queries * v.shape[-1] * dtype_of(spec.out_dtype).itemsize, c.queries * _row(v)
@@ -90,7 +89,7 @@ def backward(
     written = sum(keys * x.shape[-1] * _stored(x, outer) for x in (k, v)) + c.added(by_columns=True)
     columns = Traffic("backward_columns", math.prod(outer) * c.shape[1], read, written, visited, c.every)
 
-    gradients = sum(x.numel() * x.element_size() for x in (q, k, v, *operands) if x.is_floating_point())
+    gradients = sum(x.numel() * x.element_size() for x in inputs.tensors if x.is_floating_point())
     least = c.queries * _row(q) + out + dout + statistics + c.once() + gradients
     return Pass((prepare, rows, columns), least)
 
@@ -143,18 +142,11 @@ class _Count:
     """Which tiles are needed and what each holds. Masks are [n, Q, K], tiles [n, query tiles, key tiles] for some n that
     divides the number of batch elements."""
 
-    def __init__(
-        self,
-        spec: Attention,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        operands: Sequence[torch.Tensor],
-        tiles: Config,
-    ) -> None:
+    def __init__(self, spec: Attention, inputs: Inputs, tiles: Config) -> None:
+        q, k, v, operands, *_ = inputs
         self.spec, self.operands, self.tiles = spec, operands, tiles
         self.Q, self.K, self.keys = q.shape[-2], k.shape[-2], _row(k) + _row(v)
-        self.batch = batch_shape((q, k, v, *operands))
+        self.batch = batch_shape(inputs.tensors)
         self.elements = math.prod(self.batch)
         self.queries = self.elements * self.Q
         self.rows, self.columns = _sizes(self.Q, tiles.BM), _sizes(self.K, tiles.BN)

@@ -10,24 +10,17 @@ from typing import Any
 
 import torch
 
-from attnfuse.kernels.layout import Bounds, check_bounds, check_sequences
+from attnfuse.kernels.inputs import Inputs
+from attnfuse.kernels.layout import check_bounds, check_sequences
 from attnfuse.spec import Attention, dtype_name
 
 
-def check_arguments(
-    spec: Attention,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    operands: Sequence[torch.Tensor],
-    seed: torch.Tensor | None,
-    bounds: Bounds,
-) -> None:
-    """Raises ValueError, naming the tensor, where an argument has not the dtype, device, rank or size that the spec says.
+def check_arguments(spec: Attention, inputs: Inputs) -> None:
+    """Raises ValueError, naming the tensor, where an input has not the dtype, device, rank or size that the spec says.
 
-    q [*batch, Q, D], k [*batch, K, D], v [*batch, K, E], operands [*batch, Q, K] (tables of any last two dims), each batch
-    dim 1 or full; seed int64 of one element with dropout; bounds as the layout has them. Values are not looked at.
+    Values are not looked at.
     """
+    q, k, v, operands, seed, bounds = inputs
     if len(operands) != len(spec.operands):
         raise ValueError(f"attnfuse: {len(operands)} operands for a spec with {len(spec.operands)}")
     named = [("q", q, spec.qk_dtype), ("k", k, spec.qk_dtype), ("v", v, spec.v_dtype)]
@@ -44,7 +37,7 @@ def check_arguments(
     _check_batch(spec, named)
     _check_operands(spec, q, k, operands)
     check_bounds(spec, bounds)
-    check_sequences(spec, q, k, v, operands, bounds)
+    check_sequences(spec, inputs)
     _check_seed(spec, seed, q.device)
 
 

@@ -3,43 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
+from attnfuse.kernels.inputs import Bounds, Inputs
 from attnfuse.spec import Attention, dtype_of
-
-
-class Bounds(NamedTuple):
-    """Where the rows of each sequence are in packed queries, and in packed keys and values; None for a side that is dense.
-
-    int32 or int64 [2, sequences]: the first row, and the one after the last. Any numbers are safe: what lies outside of the
-    tensor is cut off.
-    """
-
-    q: torch.Tensor | None = None
-    k: torch.Tensor | None = None
-
-    def clipped(self, rows: tuple[int, int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Bounds that ascend from the first to the second number of a sequence and stay within (q, k) of so many rows."""
-        found = []
-        for bounds, total in zip(self, rows):
-            if bounds is not None:
-                start = bounds[0].clamp(0, total)
-                bounds = torch.stack([start, torch.maximum(start, bounds[1].clamp(max=total))])
-            found.append(bounds)
-        return found[0], found[1]
-
-    @property
-    def sequences(self) -> int:
-        """How many there are. Raises ValueError where neither side is packed."""
-        for bounds in self:
-            if bounds is not None:
-                return bounds.shape[-1]
-        raise ValueError("a dense layout has no sequences")
-
-
-DENSE = Bounds()
 
 
 def check_bounds(spec: Attention, bounds: Bounds) -> None:
@@ -55,24 +23,18 @@ def check_bounds(spec: Attention, bounds: Bounds) -> None:
         raise ValueError(f"{bounds.q.shape[1]} sequences of queries and {bounds.k.shape[1]} of keys")
 
 
-def check_sequences(
-    spec: Attention,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    operands: Sequence[torch.Tensor],
-    bounds: Bounds,
-) -> None:
+def check_sequences(spec: Attention, inputs: Inputs) -> None:
     """Raises ValueError where a tensor of a packed layout is for another number of sequences than the bounds, if both are
     known."""
     if spec.layout == "dense":
         return
-    sides = [(q, spec.packed_queries), (k, spec.packed_keys), (v, spec.packed_keys), *((o, False) for o in operands)]
-    for x, packed in sides:
-        if not (isinstance(x.shape[0], int) and isinstance(bounds.sequences, int)):
+    sides = (spec.packed_queries, spec.packed_keys, spec.packed_keys, *[False] * len(inputs.operands))
+    sequences = inputs.bounds.sequences
+    for x, packed in zip(inputs.tensors, sides, strict=True):
+        if not (isinstance(x.shape[0], int) and isinstance(sequences, int)):
             continue
-        if x.shape[0] != 1 and (packed or x.shape[0] != bounds.sequences):
-            raise ValueError(f"a tensor {list(x.shape)} for {bounds.sequences} sequences")
+        if x.shape[0] != 1 and (packed or x.shape[0] != sequences):
+            raise ValueError(f"a tensor {list(x.shape)} for {sequences} sequences")
 
 
 def batch_shape(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
@@ -84,17 +46,10 @@ def batch_shape(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
     return tuple(_full([t.shape[d] for t in tensors]) for d in range(rank))
 
 
-def spread(
-    spec: Attention,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    operands: Sequence[torch.Tensor],
-    bounds: Bounds = DENSE,
-) -> tuple[int, ...]:
+def spread(spec: Attention, inputs: Inputs) -> tuple[int, ...]:
     """The batch dims that the scores have: those of all tensors broadcast, with the number of sequences in a packed layout."""
-    found = batch_shape((q, k, v, *operands))
-    return found if spec.layout == "dense" else (bounds.sequences, *found[1:])
+    found = batch_shape(inputs.tensors)
+    return found if spec.layout == "dense" else (inputs.bounds.sequences, *found[1:])
 
 
 def precision(spec: Attention) -> torch.dtype:
@@ -102,23 +57,16 @@ def precision(spec: Attention) -> torch.dtype:
     return torch.float64 if "float64" in (spec.qk_dtype, spec.v_dtype) else torch.float32
 
 
-def allocate(
-    spec: Attention,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    operands: Sequence[torch.Tensor],
-    bounds: Bounds = DENSE,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def allocate(spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Uninitialised out [*batch, Q, E], of spec.out_dtype and in spec.out_order, and stats [2, *batch, Q] in `precision`.
 
     With packed queries they are [1, *rest, rows of q, ...]. Raises as check_sequences does.
     """
-    check_sequences(spec, q, k, v, operands, bounds)
-    batch = spread(spec, q, k, v, operands, bounds)
+    check_sequences(spec, inputs)
+    q, batch = inputs.q, spread(spec, inputs)
     if spec.packed_queries:
         batch = (1, *batch[1:])
-    shape = (*batch, q.shape[-2], v.shape[-1])
+    shape = (*batch, q.shape[-2], inputs.v.shape[-1])
     out = q.new_empty([shape[d] for d in spec.out_order], dtype=dtype_of(spec.out_dtype))
     inverse = [spec.out_order.index(d) for d in range(len(shape))]
     return out.permute(inverse), q.new_empty([2, *shape[:-1]], dtype=precision(spec))

@@ -10,7 +10,9 @@ from kernel_cases import FLOAT_MIN, INF, bounds_of, check, make_spec, qkv, randn
 
 from attnfuse.expr import Algebra, causal, dense, documents, window
 from attnfuse.kernels import triton
-from attnfuse.kernels.layout import Bounds
+from attnfuse.kernels.inputs import Bounds, Inputs
+from attnfuse.kernels.triton import call, launch
+from attnfuse.kernels.triton.call import Call
 from attnfuse.kernels.triton.configs import PARTITIONED
 from attnfuse.spec import AddFill, Bias, ReplaceFill, Scale, Softcap
 
@@ -28,16 +30,16 @@ def described(monkeypatch):
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     found = []
-    table, run = triton._Call.table, triton._run
+    table, run = Call.table, launch.run
 
     def record(kernel, programs, arguments):
         names = [name for name, x in arguments.items() if isinstance(x, TensorDescriptor)]
         found.append((kernel.__name__, "".join(names)))
         run(kernel, programs, arguments)
 
-    monkeypatch.setattr(triton._Call, "table", lambda call, which: replace(table(call, which), descriptors=True))
-    monkeypatch.setattr(triton, "_run", record)
-    monkeypatch.setattr(triton, "_shrunk", {})
+    monkeypatch.setattr(Call, "table", lambda self, which: replace(table(self, which), descriptors=True))
+    monkeypatch.setattr(launch, "run", record)
+    monkeypatch.setattr(call, "_shrunk", {})
     return found
 
 
@@ -95,8 +97,8 @@ def test_strides_and_nan_around_a_slice_change_no_bit_by_descriptors(described, 
     runs = []
     for lay in [lambda x: x, *lays]:
         moved = [lay(x) for x in (q, k, v)]
-        out, stats = triton.forward(spec, *moved, [], None)
-        runs.append([out, *triton.backward(spec, lay(dout), *moved, [], None, out, stats, [True] * 3)])
+        out, stats = triton.forward(spec, Inputs(*moved))
+        runs.append([out, *triton.backward(spec, Inputs(*moved), lay(dout), out, stats, [True] * 3)])
     assert described == (FORWARD + BACKWARD) * 3
     assert bool(runs[0][0].isfinite().all())
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
@@ -131,23 +133,23 @@ def test_what_can_have_no_descriptor_is_read_as_ever(described):
 def test_gradients_that_can_have_no_descriptor_are_read_as_ever(described):
     q, k, v = qkv(1, 2, 40, 70, 32, dtype=torch.float16)
     spec, dout = make_spec(q, k, v), randn(1, 2, 40, 32, dtype=torch.float16)
-    out, stats = triton.forward(spec, q, k, v, [], None)
-    want = triton.backward(spec, dout, q, k, v, [], None, out, stats, [True] * 3)
+    out, stats = triton.forward(spec, Inputs(q, k, v))
+    want = triton.backward(spec, Inputs(q, k, v), dout, out, stats, [True] * 3)
     described.clear()
-    found = triton.backward(spec, dout.mT.contiguous().mT, q, k, v, [], None, out, stats, [True] * 3)
+    found = triton.backward(spec, Inputs(q, k, v), dout.mT.contiguous().mT, out, stats, [True] * 3)
     assert described == [*BACKWARD[:2], ("backward_columns", "")]
     # a sum in the same order, of the same numbers
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
 
 
 def test_specialised_loops_give_the_same(described, monkeypatch):
-    table = triton._Call.table
+    table = Call.table
 
     def specialised(call, which):
         where = call.device.type == "cpu" or (which, call.device.capability) in PARTITIONED
         return replace(table(call, which), specialised=where)
 
-    monkeypatch.setattr(triton._Call, "table", specialised)
+    monkeypatch.setattr(Call, "table", specialised)
     check(triton, *qkv(1, 2, 270, 290, 64, dtype=torch.float16), steps=(HALF, ReplaceFill(causal(), -INF)))
     assert described == FORWARD + BACKWARD
 

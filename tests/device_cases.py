@@ -18,7 +18,9 @@ from attnfuse._compare import compare
 from attnfuse.backend import backend
 from attnfuse.expr import causal
 from attnfuse.kernels import triton
-from attnfuse.kernels.triton import configs
+from attnfuse.kernels.inputs import Inputs
+from attnfuse.kernels.triton import call, configs, launch
+from attnfuse.kernels.triton.call import Call
 from attnfuse.spec import Bias, ReplaceFill, Scale
 
 Tensor = torch.Tensor
@@ -50,18 +52,18 @@ def kernels_used() -> set[str | None]:
 @pytest.mark.parametrize("passes", ["forward", "backward"])
 def test_tiles_that_do_not_fit_are_made_smaller(device, monkeypatch, passes):
     large = configs.Config(128, 128, 8, 5)
-    monkeypatch.setattr(triton, "_shrunk", {})
+    monkeypatch.setattr(call, "_shrunk", {})
     if device.type == "cuda":
         # K and V alone take more shared memory than any device has
-        smaller = triton.config
-        monkeypatch.setattr(triton, "config", lambda c, which, *a: large if which == passes else smaller(c, which, *a))
+        smaller = call.config
+        monkeypatch.setattr(call, "config", lambda c, which, *a: large if which == passes else smaller(c, which, *a))
         tried = None
     else:
         tried = _pretend_resources(monkeypatch, large)
     q, k, v = (x.to(torch.float16) for x in drawn(device, D=128))
     with device:
         kernel_cases.check(triton, q, k, v, steps=(Scale(0.1), ReplaceFill(causal(), -INF)))
-    assert {which for _, which, *_ in triton._shrunk} >= {passes}, triton._shrunk
+    assert {which for _, which, *_ in call._shrunk} >= {passes}, call._shrunk
     assert tried is None or len(set(tried)) > 2, tried
 
 
@@ -71,14 +73,14 @@ def _pretend_resources(monkeypatch: pytest.MonkeyPatch, large: configs.Config) -
 
     tried: list[tuple[int, int]] = []
 
-    def launch(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
+    def run(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
         tried.append((arguments["BM"], arguments.get("BN", 0)))
         if max(tried[-1]) > 32:
             raise OutOfResources(required=1 << 20, limit=1 << 17, name="shared memory")
         kernel[(programs,)](**arguments)
 
-    monkeypatch.setattr(triton._Call, "table", lambda call, which: large)
-    monkeypatch.setattr(triton, "_run", launch)
+    monkeypatch.setattr(Call, "table", lambda self, which: large)
+    monkeypatch.setattr(launch, "run", run)
     return tried
 
 
@@ -128,8 +130,8 @@ def test_deterministic_mode_gives_the_same_bits_on_every_run(device):
     torch.use_deterministic_algorithms(True)
     try:
         for _ in range(20 if device.type == "cuda" else 2):
-            out, stats = triton.forward(spec, q, k, v, biases, None)
-            grads = triton.backward(spec, dout, q, k, v, biases, None, out, stats, [True] * 5)
+            out, stats = triton.forward(spec, Inputs(q, k, v, biases))
+            grads = triton.backward(spec, Inputs(q, k, v, biases), dout, out, stats, [True] * 5)
             runs.append([out, stats, *grads])
     finally:
         torch.use_deterministic_algorithms(False)

@@ -10,7 +10,7 @@ import torch
 from attnfuse import expr, ops
 from attnfuse.expr import Algebra, Const, causal, dense
 from attnfuse.kernels import layout, reference
-from attnfuse.kernels.layout import DENSE
+from attnfuse.kernels.inputs import DENSE, Inputs
 from attnfuse.spec import (
     AddFill,
     Attention,
@@ -72,7 +72,7 @@ def evaluate(spec, tensors, seed, compute, dout, bounds=DENSE, dlse=None):
     floating = [t for t in leaves if t.is_floating_point()]
     for t in floating:
         t.requires_grad_()
-    out, stats = reference.attend(spec, *leaves[:3], leaves[3:], seed, compute, bounds)
+    out, stats = reference.attend(spec, Inputs(*leaves[:3], leaves[3:], seed, bounds), compute)
     lse = None if dlse is None else reference.log_sum_exp(stats)
     pairs = [(out, dout.to(compute))] + ([] if lse is None else [(lse, dlse.to(compute))])
     pairs = [(result, given) for result, given in pairs if result.requires_grad]
@@ -102,9 +102,10 @@ def assert_close(got, oracle, eager, what, factor=2.0):
 def check(kernel, q, k, v, operands: Sequence[torch.Tensor] = (), seed=None, backward=True, bounds=DENSE, **fields):
     """Forward and backward of a kernel module against the oracle; returns (out, gradients)."""
     spec = make_spec(q, k, v, operands, **fields)
-    tensors = (q, k, v, *operands)
-    out, stats = kernel.forward(spec, q, k, v, operands, seed, bounds)
-    fake_out, fake_stats = layout.allocate(spec, q, k, v, operands, bounds)
+    inputs = Inputs(q, k, v, operands, seed, bounds)
+    tensors = inputs.tensors
+    out, stats = kernel.forward(spec, inputs)
+    fake_out, fake_stats = layout.allocate(spec, inputs)
     assert (out.shape, out.stride(), out.dtype) == (fake_out.shape, fake_out.stride(), fake_out.dtype)
     assert (stats.shape, stats.stride(), stats.dtype) == (fake_stats.shape, fake_stats.stride(), fake_stats.dtype)
     dout = torch.randn(out.shape).to(out.dtype)
@@ -117,7 +118,7 @@ def check(kernel, q, k, v, operands: Sequence[torch.Tensor] = (), seed=None, bac
     if not backward:
         return out, []
     needs = [t.is_floating_point() for t in tensors]
-    grads = kernel.backward(spec, dout, q, k, v, operands, seed, out, stats, needs, bounds, dlse)
+    grads = kernel.backward(spec, inputs, dout, out, stats, needs, dlse)
     factor = 3.0 if operands or spec.dropout else 2.0
     for i, (grad, want, other) in enumerate(zip(grads, oracle_grads, eager_grads, strict=True)):
         if want is None:

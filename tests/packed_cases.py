@@ -9,7 +9,7 @@ from kernel_cases import FLOAT_MIN, INF, bounds_of, check, make_spec, randn
 from attnfuse import expr
 from attnfuse.expr import Algebra, Const, Load, causal, dense
 from attnfuse.kernels import reference
-from attnfuse.kernels.layout import Bounds
+from attnfuse.kernels.inputs import Bounds, Inputs
 from attnfuse.spec import AddFill, Bias, ReplaceFill, Scale
 
 #: Empty, single, around a tile of the interpreter's 32 queries by 64 keys, and longer; the last is the longest.
@@ -45,18 +45,18 @@ def test_each_sequence_attends_within_itself(kernel, steps, dtype):
 def test_rows_of_no_sequence_are_zero_and_reach_nothing(kernel):
     q, k, v, bounds = attention(gap=3)
     spec = make_spec(q, k, v, layout="packed")
-    out, stats = kernel.forward(spec, q, k, v, [], None, bounds)
+    out, stats = kernel.forward(spec, Inputs(q, k, v, bounds=bounds))
     inside = torch.zeros(q.shape[-2], dtype=torch.bool)
     for start, end in bounds.q.T.tolist():
         inside[start:end] = True
     assert bool((out[..., ~inside, :] == 0).all()) and bool(out[..., inside, :].isfinite().all())
     dout = torch.randn_like(out)
     dout[..., ~inside, :] = torch.nan
-    grads = kernel.backward(spec, dout, q, k, v, [], None, out, stats, [True] * 3, bounds)
+    grads = kernel.backward(spec, Inputs(q, k, v, bounds=bounds), dout, out, stats, [True] * 3)
     for grad in grads:
         assert bool((grad[..., ~inside, :] == 0).all()) and bool(grad[..., inside, :].isfinite().all())
     clean = [torch.where(inside[:, None], x, 0.0) for x in (q, k, v)]
-    want = reference.attend(spec, *clean, [], None, torch.float64, bounds)[0]
+    want = reference.attend(spec, Inputs(*clean, bounds=bounds), torch.float64)[0]
     assert float((out - want).abs().max()) < 1e-5
 
 
@@ -148,8 +148,8 @@ def test_sequences_are_independent_bit_for_bit(kernel):
         moved = [x.clone() for x in (q, k, v)]
         for x in moved:
             x[..., start:end, :] += change
-        out, stats = kernel.forward(spec, *moved, [], None, bounds)
-        grads = kernel.backward(spec, torch.ones_like(out), *moved, [], None, out, stats, [True] * 3, bounds)
+        out, stats = kernel.forward(spec, Inputs(*moved, bounds=bounds))
+        grads = kernel.backward(spec, Inputs(*moved, bounds=bounds), torch.ones_like(out), out, stats, [True] * 3)
         found.append([out, *grads])
     for a, b in zip(*found):
         assert torch.equal(a[..., others, :], b[..., others, :])
@@ -171,32 +171,32 @@ def test_numbers_of_sequences_must_agree(kernel):
     q, k, v, bounds = attention()
     spec = make_spec(q, k, v, layout="packed")
     with pytest.raises(ValueError, match="6 sequences of queries and 5 of keys"):
-        kernel.forward(spec, q, k, v, [], None, Bounds(bounds.q, bounds.k[:, :5]))
+        kernel.forward(spec, Inputs(q, k, v, bounds=Bounds(bounds.q, bounds.k[:, :5])))
     dense = torch.randn(4, 2, 5, 16)
     spec = make_spec(dense, k, v, layout="packed_keys")
     with pytest.raises(ValueError):
-        kernel.forward(spec, dense, k, v, [], None, Bounds(None, bounds.k))
+        kernel.forward(spec, Inputs(dense, k, v, bounds=Bounds(None, bounds.k)))
     with pytest.raises(ValueError, match="for 6 sequences"):
-        reference.attend(spec, dense, k, v, [], None, torch.float64, Bounds(None, bounds.k))
+        reference.attend(spec, Inputs(dense, k, v, bounds=Bounds(None, bounds.k)), torch.float64)
 
 
 def test_layout_and_bounds_must_agree(kernel):
     q, k, v, bounds = attention()
     with pytest.raises(ValueError, match="layout packed without bounds of k"):
-        kernel.forward(make_spec(q, k, v, layout="packed"), q, k, v, [], None, Bounds(bounds.q, None))
+        kernel.forward(make_spec(q, k, v, layout="packed"), Inputs(q, k, v, bounds=Bounds(bounds.q, None)))
     with pytest.raises(ValueError, match="layout dense with bounds of q"):
-        kernel.forward(make_spec(q, k, v), q, k, v, [], None, bounds)
+        kernel.forward(make_spec(q, k, v), Inputs(q, k, v, bounds=bounds))
     with pytest.raises(ValueError, match=r"int32 or int64 \[2, sequences\]"):
-        kernel.forward(make_spec(q, k, v, layout="packed"), q, k, v, [], None, Bounds(bounds.q[0], bounds.k))
+        kernel.forward(make_spec(q, k, v, layout="packed"), Inputs(q, k, v, bounds=Bounds(bounds.q[0], bounds.k)))
 
 
 def test_no_sequences(kernel):
     q, k, v = (torch.randn(1, 2, 4, 16) for _ in range(3))
     none = torch.zeros(2, 0, dtype=torch.int64)
     spec = make_spec(q, k, v, layout="packed")
-    out, stats = kernel.forward(spec, q, k, v, [], None, Bounds(none, none))
+    out, stats = kernel.forward(spec, Inputs(q, k, v, bounds=Bounds(none, none)))
     assert bool((out == 0).all())
-    grads = kernel.backward(spec, out, q, k, v, [], None, out, stats, [True] * 3, Bounds(none, none))
+    grads = kernel.backward(spec, Inputs(q, k, v, bounds=Bounds(none, none)), out, out, stats, [True] * 3)
     assert all(bool((g == 0).all()) for g in grads)
 
 

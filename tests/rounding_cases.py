@@ -11,6 +11,7 @@ from kernel_cases import check, make_spec, qkv, randn
 from attnfuse import rounding
 from attnfuse.expr import causal
 from attnfuse.kernels import reference
+from attnfuse.kernels.inputs import Inputs
 from attnfuse.spec import AddFill, Bias, Cast, ReplaceFill, Scale, Shift, dtype_name, dtype_of
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -35,7 +36,7 @@ def test_a_cast_rounds_as_torch_does_from_where_neighbours_are_one_apart(kernel,
     q, k, v = x[None, None, :, None], torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
     spec = make_spec(q, k, v, steps=(Cast(dtype_name(dtype)),))
     # with a single key the row's maximum is its score
-    _, stats = kernel.forward(spec, q, k, v, [], None)
+    _, stats = kernel.forward(spec, Inputs(q, k, v))
     rounded = x.to(dtype).float()
     want = torch.where((x.abs() >= rounding.COARSE[dtype]) | rounded.isinf(), rounded, x)
     assert torch.equal(stats[0].flatten(), want)
@@ -71,12 +72,12 @@ def test_a_row_of_swallowed_scores_is_the_mean_of_the_values(kernel, dtype):
     q, k, v = qkv(1, 2, 40, 70, 8, dtype=dtype)
     mask = torch.full((1, 1, 40, 1), -60000.0, dtype=dtype)
     spec = make_spec(q, k, v, [mask], steps=(Scale(0.25), Bias(0), Cast(dtype_name(dtype))))
-    out, _ = kernel.forward(spec, q, k, v, [mask], None)
+    out, _ = kernel.forward(spec, Inputs(q, k, v, [mask]))
     mean = v.double().mean(-2, keepdim=True).expand(1, 2, 40, 8)
     torch.testing.assert_close(out.double(), mean, rtol=0.0, atol=torch.finfo(dtype).eps)
     # in float32, and without a cast, they are not swallowed
     plain = make_spec(q, k, v, [mask], steps=(Scale(0.25), Bias(0)))
-    want = reference.attend(plain, q, k, v, [mask], None, torch.float64)[0]
+    want = reference.attend(plain, Inputs(q, k, v, [mask]), torch.float64)[0]
     assert float((want - mean).abs().max()) > 0.1
     assert dtype_of(spec.out_dtype) == dtype
 
@@ -97,8 +98,9 @@ def test_a_key_is_lifted_beside_nan_too(kernel):
     bias[..., ::5] = 1e30
     bias[:, :, 3] = torch.nan
     spec = make_spec(q, k, v, [bias], steps=(ReplaceFill(causal(0), -1e30), Bias(0)))
-    out, _ = kernel.forward(spec, q, k, v, [bias], None)
-    want = reference.attend(spec, q, k, v, [bias], None, torch.float64)[0]
+    inputs = Inputs(q, k, v, [bias])
+    out, _ = kernel.forward(spec, inputs)
+    want = reference.attend(spec, inputs, torch.float64)[0]
     torch.testing.assert_close(out.double(), want, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 

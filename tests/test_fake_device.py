@@ -21,7 +21,7 @@ import attnfuse
 from attnfuse._compat import FakeTensorMode
 from attnfuse.expr import causal
 from attnfuse.kernels.device import Device
-from attnfuse.kernels.layout import DENSE, Bounds
+from attnfuse.kernels.inputs import DENSE, Bounds, Inputs
 from attnfuse.spec import Bias, ReplaceFill
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -77,6 +77,7 @@ def test_launches_read_no_value_and_take_no_tensor_of_the_host(
     name: str, deterministic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from attnfuse.kernels import triton
+    from attnfuse.kernels.triton import launch
 
     launches: list[tuple[str, dict[str, Any]]] = []
 
@@ -84,25 +85,26 @@ def test_launches_read_no_value_and_take_no_tensor_of_the_host(
         assert isinstance(programs, int) and programs > 0
         launches.append((kernel.fn.__name__, arguments))
 
-    monkeypatch.setattr(triton, "_run", record)
-    monkeypatch.setattr(triton, "current", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(launch, "run", record)
+    monkeypatch.setattr(launch, "current", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(Device, "of", staticmethod(lambda device: Device("cuda", 90, "a GPU", 132)))
     spec, q, k, v, operands, bounds = CASES[name]()
     q, k, v, *operands = (x.to(META) for x in (q, k, v, *operands))
     bounds = Bounds(*(None if b is None else b.to(META) for b in bounds))
     seed = torch.zeros(1, dtype=torch.int64, device=META) if spec.dropout else None
-    needs = [x.is_floating_point() for x in (q, k, v, *operands)]
+    inputs = Inputs(q, k, v, operands, seed, bounds)
+    needs = [x.is_floating_point() for x in inputs.tensors]
     if deterministic and spec.tables:
         pytest.skip("the gradient of a table has no deterministic kernel")
     torch.use_deterministic_algorithms(deterministic)
     try:
-        out, stats = triton.forward(spec, q, k, v, operands, seed, bounds)
+        out, stats = triton.forward(spec, inputs)
         dout = torch.empty_like(out)
-        grads = triton.backward(spec, dout, q, k, v, operands, seed, out, stats, needs, bounds)
+        grads = triton.backward(spec, inputs, dout, out, stats, needs)
     finally:
         torch.use_deterministic_algorithms(False)
     assert [None if g is None else (g.shape, g.dtype, g.device) for g in grads] == [
-        (x.shape, x.dtype, META) if need else None for x, need in zip((q, k, v, *operands), needs, strict=True)
+        (x.shape, x.dtype, META) if need else None for x, need in zip(inputs.tensors, needs, strict=True)
     ]
     expected = {"decode" if name == "few queries" else "forward", "backward_rows", "backward_columns"}
     assert expected <= {kernel for kernel, _ in launches}

@@ -188,6 +188,7 @@ def test_an_attention_without_gradients_is_another_one(timed, file):
 _ANOTHER = """
 import torch
 from attnfuse import kernels, tuning
+from attnfuse.kernels.inputs import Inputs
 from attnfuse.spec import Attention
 
 kernels.PLAIN_FIRST[0] = (kernels.FLASH_CPU,)
@@ -195,7 +196,7 @@ tuning._compared = lambda found, job, name: "measured"
 torch.set_num_threads({threads})
 for length in (24, 17, 32, 33):
     x = torch.empty(1, 2, length, 16, device="meta")
-    job = tuning.Job(Attention.parse({text!r}), (x, x, x), (True,) * 3, torch.device("cpu"))
+    job = tuning.Job(Attention.parse({text!r}), Inputs(x, x, x), (True,) * 3, torch.device("cpu"))
     print(tuning._fastest_of(job))
 """
 

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from kernel_cases import bounds_of, make_spec
 
 import attnfuse
-from attnfuse.kernels import triton
-from attnfuse.kernels.layout import Bounds
+from attnfuse.kernels.device import Device
+from attnfuse.kernels.inputs import Bounds, Inputs
+from attnfuse.kernels.triton import launch
+from attnfuse.kernels.triton.call import Call
 from attnfuse.kernels.triton.configs import config
 
 LENGTHS = (5, 1, 33, 0, 17, 24)
@@ -216,7 +218,7 @@ def plan(lengths: list[int], heads: int, causal: bool, ordered: bool = True) -> 
     x = torch.empty(1, heads, sum(lengths), 64, dtype=torch.float16)
     spec = make_spec(x, x, x, layout="packed")
     bounds = Bounds(*[bounds_of(*lengths)] * 2)
-    call = triton._Call(spec, x, x, x, [], None, triton.Device("cpu"), triton._run, bounds)
+    call = Call(spec, Inputs(x, x, x, bounds=bounds), Device("cpu"), launch.run)
     ends, order = call.deal(bounds.q, x.shape[-2], tile.BM).tolist()
     if not ordered:
         order = list(range(len(lengths)))

@@ -14,6 +14,7 @@ from sink_cases import *  # noqa: F403
 from attnfuse import expr
 from attnfuse.expr import Algebra, Const, causal, dense, documents, window
 from attnfuse.kernels import cpu, dropout, layout, reference
+from attnfuse.kernels.inputs import Inputs
 from attnfuse.spec import (
     AddFill,
     Bias,
@@ -68,11 +69,11 @@ def test_every_length_matches_the_oracle(Q, K):
 def test_an_empty_dim_gives_what_the_reference_gives(Q, K, D, E):
     q, k, v = qkv(2, 2, Q, K, D, E)
     spec = make_spec(q, k, v)
-    out, stats = cpu.forward(spec, q, k, v, [], None)
-    want, want_stats = reference.attend(spec, q, k, v, [], None, torch.float32)
+    out, stats = cpu.forward(spec, Inputs(q, k, v))
+    want, want_stats = reference.attend(spec, Inputs(q, k, v), torch.float32)
     torch.testing.assert_close(out, want)
     torch.testing.assert_close(stats, want_stats)
-    for x, grad in zip((q, k, v), cpu.backward(spec, torch.ones_like(out), q, k, v, [], None, out, stats, [True] * 3)):
+    for x, grad in zip((q, k, v), cpu.backward(spec, Inputs(q, k, v), torch.ones_like(out), out, stats, [True] * 3)):
         assert grad is not None and grad.shape == x.shape and bool(grad.isfinite().all())
 
 
@@ -139,8 +140,8 @@ def test_strides_and_nan_beyond_a_slice_change_no_bit(lay, dtype, Q):
     for tensors in (plain, [lay(x) for x in plain]):
         # one path for both: the direct one wants contiguous rows
         q, k, v, bias = tensors if lay is not _every_other else [x.clone() if Q == 3 else x for x in tensors]
-        out, stats = cpu.forward(spec, q, k, v, [bias], None)
-        results.append([out, stats, *cpu.backward(spec, lay(dout), q, k, v, [bias], None, out, stats, [True] * 4)])
+        out, stats = cpu.forward(spec, Inputs(q, k, v, [bias]))
+        results.append([out, stats, *cpu.backward(spec, Inputs(q, k, v, [bias]), lay(dout), out, stats, [True] * 4)])
     exact = not (Q == 3 and lay in (_transposed, _every_other))
     for a, b in zip(*results, strict=True):
         if exact:
@@ -154,10 +155,10 @@ def test_expanded_inputs_and_output_gradients_work():
     check(q, k, v)
     q, k, v = qkv()
     spec = make_spec(q, k, v)
-    out, stats = cpu.forward(spec, q, k, v, [], None)
+    out, stats = cpu.forward(spec, Inputs(q, k, v))
     one = torch.ones(())
-    a = cpu.backward(spec, one.expand(out.shape), q, k, v, [], None, out, stats, [True] * 3)
-    b = cpu.backward(spec, torch.ones_like(out), q, k, v, [], None, out, stats, [True] * 3)
+    a = cpu.backward(spec, Inputs(q, k, v), one.expand(out.shape), out, stats, [True] * 3)
+    b = cpu.backward(spec, Inputs(q, k, v), torch.ones_like(out), out, stats, [True] * 3)
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
@@ -190,8 +191,8 @@ def test_low_precision_is_no_worse_than_eager(dtype, Q):
 def test_v_and_out_may_differ_from_q_in_dtype():
     q, k, v = qkv(1, 2, 30, 50, 16, dtype=torch.bfloat16)
     spec = make_spec(q, k, v.float(), out_dtype="float16")
-    out, _ = cpu.forward(spec, q, k, v.float(), [], None)
-    want = reference.attend(spec, q, k, v, [], None, torch.float64)[0]
+    out, _ = cpu.forward(spec, Inputs(q, k, v.float()))
+    want = reference.attend(spec, Inputs(q, k, v), torch.float64)[0]
     assert out.dtype == torch.float16
     torch.testing.assert_close(out.double(), want, rtol=2e-3, atol=2e-3)
 
@@ -261,16 +262,10 @@ def test_every_step_forward_and_backward(name, Q, K):
 
 def test_a_half_overflow_is_an_infinity():
     q, k, v = torch.full((1, 1, 1, 1), 300.0), torch.tensor([[[[300.0], [-300.0], [1.0]]]]), randn(1, 1, 3, 4)
-    out, _ = cpu.forward(make_spec(q, k, v, steps=(Cast("float16"),)), q, k, v, [], None)
+    out, _ = cpu.forward(make_spec(q, k, v, steps=(Cast("float16"),)), Inputs(q, k, v))
     assert bool(out.isnan().all())
-    out, _ = cpu.forward(
-        make_spec(-q, k[..., :1, :], v[..., :1, :], steps=(Cast("float16"),), hidden="zero"),
-        -q,
-        k[..., :1, :],
-        v[..., :1, :],
-        [],
-        None,
-    )
+    inputs = Inputs(-q, k[..., :1, :], v[..., :1, :])
+    out, _ = cpu.forward(make_spec(*inputs.tensors, steps=(Cast("float16"),), hidden="zero"), inputs)
     assert not out.any()
 
 
@@ -340,9 +335,9 @@ def test_rows_made_zero_have_zero_gradients_under_an_added_fill(hidden):
     keep = torch.ones(1, 1, 20, 30, dtype=torch.bool)
     keep[..., 5:9, :] = False
     spec = make_spec(q, k, v, [keep], steps=(AddFill(dense(0), -INF),), hidden=hidden)
-    out, stats = cpu.forward(spec, q, k, v, [keep], None)
+    out, stats = cpu.forward(spec, Inputs(q, k, v, [keep]))
     dout = torch.randn_like(out)
-    got = cpu.backward(spec, dout, q, k, v, [keep], None, out, stats, [True] * 3 + [False])
+    got = cpu.backward(spec, Inputs(q, k, v, [keep]), dout, out, stats, [True] * 3 + [False])
     other = make_spec(q, k, v, [keep], steps=(ReplaceFill(dense(0), -INF),), hidden=hidden)
     want = evaluate(other, (q, k, v, keep), None, torch.float64, dout)[1]
     for a, b in zip(got[:3], want[:3], strict=True):
@@ -365,7 +360,7 @@ def test_nan_in_hidden_values_is_skipped_or_not_as_the_policy_says():
     v[..., 290:, :] = math.nan
     for policy, nan in (("skip", False), ("eager", True)):
         spec = make_spec(q, k, v, steps=(ReplaceFill(causal(0), -INF),), nan_policy=policy)
-        out, _ = cpu.forward(spec, q, k, v, [], None)
+        out, _ = cpu.forward(spec, Inputs(q, k, v))
         assert bool(out.isnan().all()) == nan and bool(out.isnan().any()) == nan
 
 
@@ -376,9 +371,9 @@ def test_unshifted_softmax_is_nan_where_its_sum_is_out_of_range(Q):
     bias = torch.zeros(1, 1, Q, 1)
     bias[..., 0, :], bias[..., 1, :], bias[..., 2, :] = 200.0, -200.0, 50.0
     spec = make_spec(q, k, v, [bias], steps=(Bias(0),), softmax="unshifted")
-    out, stats = cpu.forward(spec, q, k, v, [bias], None)
+    out, stats = cpu.forward(spec, Inputs(q, k, v, [bias]))
     assert out.isnan().all(-1).squeeze().tolist()[:4] == [True, True, False, False]
-    grads = cpu.backward(spec, torch.ones_like(out), q, k, v, [bias], None, out, stats, [True] * 4)
+    grads = cpu.backward(spec, Inputs(q, k, v, [bias]), torch.ones_like(out), out, stats, [True] * 4)
     assert grads[0].isnan().all(-1).squeeze().tolist()[:4] == [True, True, False, False]
 
 
@@ -409,7 +404,7 @@ def test_dropout_draws_the_reference_mask(p, Q):
     check(q, k, v, seed=seed, dropout=p)
     # uniform weights and an identity for v: out is the mask itself
     q, v = torch.zeros(2, 2, Q, 8), torch.eye(259).expand(2, 2, 259, 259)
-    out, _ = cpu.forward(make_spec(q, k, v, dropout=p), q, k, v, [], seed)
+    out, _ = cpu.forward(make_spec(q, k, v, dropout=p), Inputs(q, k, v, seed=seed))
     kept = dropout.keep(seed, torch.arange(4 * Q).reshape(2, 2, Q), 259, p)
     assert torch.equal(out > 0, kept & (p < 1.0))
 
@@ -417,7 +412,7 @@ def test_dropout_draws_the_reference_mask(p, Q):
 def test_dropout_without_a_seed_is_refused():
     q, k, v = qkv()
     with pytest.raises(ValueError, match="seed"):
-        cpu.forward(make_spec(q, k, v, dropout=0.5), q, k, v, [], None)
+        cpu.forward(make_spec(q, k, v, dropout=0.5), Inputs(q, k, v))
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 200), (1, 1, 1200)])
@@ -429,8 +424,8 @@ def test_repeats_are_bitwise_equal(shape):
     seed, dout = torch.tensor([7]), torch.randn(B, H, L, 32)
 
     def run():
-        out, stats = cpu.forward(spec, q, k, v, [bias], seed)
-        return [out, stats, *cpu.backward(spec, dout, q, k, v, [bias], seed, out, stats, [True] * 4)]
+        out, stats = cpu.forward(spec, Inputs(q, k, v, [bias], seed))
+        return [out, stats, *cpu.backward(spec, Inputs(q, k, v, [bias], seed), dout, out, stats, [True] * 4)]
 
     first = run()
     for _ in range(5):
@@ -455,15 +450,15 @@ def test_eight_python_threads_at_once():
     for i in range(8):
         q, k, v = qkv(1, 2, 50 + 30 * i, 200, 16)
         spec = make_spec(q, k, v, steps=(Scale(0.25), ReplaceFill(causal(i), -INF)))
-        cases.append((spec, q, k, v, *cpu.forward(spec, q, k, v, [], None)))
+        cases.append((spec, q, k, v, *cpu.forward(spec, Inputs(q, k, v))))
     wrong = []
 
     def work(case):
         spec, q, k, v, out, stats = case
-        want = cpu.backward(spec, out, q, k, v, [], None, out, stats, [True] * 3)
+        want = cpu.backward(spec, Inputs(q, k, v), out, out, stats, [True] * 3)
         for _ in range(10):
-            again, _ = cpu.forward(spec, q, k, v, [], None)
-            grads = cpu.backward(spec, out, q, k, v, [], None, out, stats, [True] * 3)
+            again, _ = cpu.forward(spec, Inputs(q, k, v))
+            grads = cpu.backward(spec, Inputs(q, k, v), out, out, stats, [True] * 3)
             if not torch.equal(again, out) or not all(torch.equal(a, b) for a, b in zip(want, grads, strict=True)):
                 wrong.append(case)
 
@@ -478,11 +473,11 @@ def test_eight_python_threads_at_once():
 def test_only_needed_gradients_are_made():
     q, k, v = qkv()
     spec = make_spec(q, k, v)
-    out, stats = cpu.forward(spec, q, k, v, [], None)
-    every = cpu.backward(spec, out, q, k, v, [], None, out, stats, [True] * 3)
+    out, stats = cpu.forward(spec, Inputs(q, k, v))
+    every = cpu.backward(spec, Inputs(q, k, v), out, out, stats, [True] * 3)
     for i in range(3):
         needs = [j == i for j in range(3)]
-        got = cpu.backward(spec, out, q, k, v, [], None, out, stats, needs)
+        got = cpu.backward(spec, Inputs(q, k, v), out, out, stats, needs)
         assert [g is not None for g in got] == needs and torch.equal(got[i], every[i])
 
 
@@ -493,7 +488,7 @@ def test_offsets_beyond_32_bits():
     q.copy_(torch.randn(1, 2, 2, 4))
     k, v = randn(1, 2, 5, 4, dtype=torch.float16), randn(1, 2, 5, 4, dtype=torch.float16)
     spec = make_spec(q, k, v)
-    assert torch.equal(cpu.forward(spec, q, k, v, [], None)[0], cpu.forward(spec, q.clone(), k, v, [], None)[0])
+    assert torch.equal(cpu.forward(spec, Inputs(q, k, v))[0], cpu.forward(spec, Inputs(q.clone(), k, v))[0])
 
 
 def test_tensors_that_do_not_fit_the_spec_are_refused():
@@ -502,10 +497,10 @@ def test_tensors_that_do_not_fit_the_spec_are_refused():
     three = k[:, :1].repeat(1, 3, 1, 1)
     for bad in [(q.half(), k, v), (q[..., :3], k, v), (q, k[:, :, :5], v), (q[0], k[0], v[0]), (q, three, v)]:
         with pytest.raises(ValueError):
-            cpu.forward(spec, *bad, [], None)
+            cpu.forward(spec, Inputs(*bad))
     with pytest.raises(ValueError, match="shapes"):
         bias = randn(1, 1, 33, 7)
-        cpu.forward(make_spec(q, k, v, [bias], steps=(Bias(0),)), q, k, v, [bias], None)
+        cpu.forward(make_spec(q, k, v, [bias], steps=(Bias(0),)), Inputs(q, k, v, [bias]))
 
 
 def test_allocate_works_on_fake_tensors_of_symbolic_size():
@@ -518,7 +513,7 @@ def test_allocate_works_on_fake_tensors_of_symbolic_size():
     bias = mode.from_tensor(randn(1, 1, 33, 40))
     spec = make_spec(q, k, v, [bias], out_order=(0, 2, 1, 3))
     guards = len(shapes.guards)
-    out, stats = layout.allocate(spec, q, k, v, [bias])
+    out, stats = layout.allocate(spec, Inputs(q, k, v, [bias]))
     assert len(shapes.guards) == guards
     assert tuple(out.shape) == (2, 2, 33, 16) and tuple(stats.shape) == (2, 2, 2, 33)
     assert [int(s) for s in out.stride()] == [33 * 2 * 16, 16, 2 * 16, 1]
@@ -655,11 +650,11 @@ def test_an_index_past_its_table_reads_its_end():
         (g.add(_distance(), expr.Const(500)), None),
         (g.add(g.mul(expr.K, expr.Const(3)), expr.Const(-20)), (torch.arange(50) * 3 - 20).clamp(0, 29)),
     ):
-        out, _ = cpu.forward(make_spec(q, k, v, [table], steps=(Bias(0, 1.0, None, col),)), q, k, v, [table], None)
+        out, _ = cpu.forward(make_spec(q, k, v, [table], steps=(Bias(0, 1.0, None, col),)), Inputs(q, k, v, [table]))
         assert out.isfinite().all()
         if inside is not None:
             picked = table[..., inside]
-            want, _ = cpu.forward(make_spec(q, k, v, [picked], steps=(Bias(0),)), q, k, v, [picked], None)
+            want, _ = cpu.forward(make_spec(q, k, v, [picked], steps=(Bias(0),)), Inputs(q, k, v, [picked]))
             assert torch.equal(out, want)
 
 
@@ -672,14 +667,14 @@ def test_rows_without_a_gradient_are_passed_over_and_leave_none(value):
     fill = ReplaceFill if value == -INF else AddFill
     steps = (Scale(0.3), fill(MASKS["causal padding"], value))
     spec = make_spec(q, k, v, operands, steps=steps, hidden="zero" if value == -INF else "nan")
-    out, stats = cpu.forward(spec, q, k, v, operands, None)
+    out, stats = cpu.forward(spec, Inputs(q, k, v, operands))
     dout = randn(2, 2, Q, 8)
     # the second element is padded on the left, so that its first rows see no key; a whole tile, and rows here and there
     dout[1, :, : K // 3] = 0.0
     dout[0, :, 100:] = 0.0
     dout[0, :, ::7] = 0.0
     needs = [True] * 3 + [False] * 5
-    grads = cpu.backward(spec, dout, q, k, v, operands, None, out, stats, needs)
+    grads = cpu.backward(spec, Inputs(q, k, v, operands), dout, out, stats, needs)
     tensors = (q, k, v, *operands)
     _, oracle = evaluate(spec, tensors, None, torch.float64, dout)
     _, eager = evaluate(spec, tensors, None, torch.float32, dout)
@@ -691,9 +686,9 @@ def test_a_nan_value_reaches_gradients_whatever_the_cotangent_is():
     q, k, v = qkv(1, 1, 30, 40, 8)
     v[0, 0, 3, 2] = math.nan
     spec = make_spec(q, k, v, steps=(Scale(0.3), ReplaceFill(causal(20), -INF)))
-    out, stats = cpu.forward(spec, q, k, v, [], None)
+    out, stats = cpu.forward(spec, Inputs(q, k, v))
     dout = torch.zeros(1, 1, 30, 8)
-    grads = cpu.backward(spec, dout, q, k, v, [], None, out, stats, [True] * 3)
+    grads = cpu.backward(spec, Inputs(q, k, v), dout, out, stats, [True] * 3)
     _, oracle = evaluate(spec, (q, k, v), None, torch.float64, dout)
     for grad, want in zip(grads, oracle, strict=True):
         assert torch.equal(grad.isnan(), want.isnan())

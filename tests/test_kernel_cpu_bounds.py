@@ -14,7 +14,7 @@ from kernel_cases import check, make_spec, qkv, randn
 from attnfuse import expr
 from attnfuse.expr import Algebra, Const, Load, dense
 from attnfuse.kernels import cpu, reference
-from attnfuse.kernels.layout import Bounds
+from attnfuse.kernels.inputs import Bounds, Inputs
 from attnfuse.spec import AddFill, Bias, ReplaceFill, Scale, Sink
 
 pytestmark = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
@@ -53,16 +53,16 @@ def test_every_key_reads_a_sliding_table_at_its_own_clamped_index(case):
     sliding = make_spec(
         q, k, v, [table], [("1", "B1", "1", "T")], steps=(Bias(0, 1.0, None, A.add(DISTANCE, Const(first))),)
     )
-    out, stats = cpu.forward(sliding, q, k, v, [table], None)
+    out, stats = cpu.forward(sliding, Inputs(q, k, v, [table]))
     index = (torch.arange(K) - torch.arange(Q)[:, None] + first).clamp(0, table.shape[-1] - 1)
     picked = table[:, :, 0, index]
     plain = make_spec(q, k, v, [picked], steps=(Bias(0),))
-    want, want_stats = cpu.forward(plain, q, k, v, [picked], None)
+    want, want_stats = cpu.forward(plain, Inputs(q, k, v, [picked]))
     torch.testing.assert_close(out, want, rtol=1e-6, atol=1e-6)
     dout = torch.randn_like(out)
-    grad = cpu.backward(sliding, dout, q, k, v, [table], None, out, stats, [False] * 3 + [True])[3]
+    grad = cpu.backward(sliding, Inputs(q, k, v, [table]), dout, out, stats, [False] * 3 + [True])[3]
     if table.dtype == torch.float32:
-        each = cpu.backward(plain, dout, q, k, v, [picked], None, want, want_stats, [False] * 3 + [True])[3]
+        each = cpu.backward(plain, Inputs(q, k, v, [picked]), dout, want, want_stats, [False] * 3 + [True])[3]
         summed = torch.zeros(1, 2, table.shape[-1]).index_add(-1, index.flatten(), each.flatten(-2))[:, :, None]
         # what a single element gets may cancel
         torch.testing.assert_close(grad, summed, rtol=1e-4, atol=1e-6 * (1.0 + float(each.abs().sum())))
@@ -95,11 +95,11 @@ def test_masks_whose_edges_lie_beyond_a_tile_change_no_other_row(keep, sizes, st
     q, k, v = qkv(2, 2, Q, K, 8)
     operands = [torch.rand(1, 1, Q, K) < 0.5, randn(1, 1, Q, K)]
     spec = make_spec(q, k, v, operands, steps=(Scale(0.3), step(keep)))
-    out, stats = cpu.forward(spec, q, k, v, operands, None)
+    out, stats = cpu.forward(spec, Inputs(q, k, v, operands))
     # in float32, as which -1e9 swallows a score
-    want, _ = reference.attend(spec, q, k, v, operands, None, torch.float32)
+    want, _ = reference.attend(spec, Inputs(q, k, v, operands), torch.float32)
     torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
-    grads = cpu.backward(spec, torch.ones_like(out), q, k, v, operands, None, out, stats, [True] * 3 + [False, True])
+    grads = cpu.backward(spec, Inputs(q, k, v, operands), torch.ones_like(out), out, stats, [True] * 3 + [False, True])
     assert all(g is None or bool(g.isfinite().all()) for g in grads)
 
 
@@ -131,7 +131,7 @@ def test_operands_that_are_too_small_are_refused(name):
     dims = [("1", "1", "T", "T")] if step.row is not None or step.col is not None else [("B0", "1", "Q", "K")]
     spec = make_spec(q, k, v, [operand], dims, steps=(step,))
     with pytest.raises(ValueError, match="shapes do not fit"):
-        cpu.forward(spec, q, k, v, [operand], None)
+        cpu.forward(spec, Inputs(q, k, v, [operand]))
 
 
 def test_a_table_that_a_mask_or_a_factor_reads_whole_has_to_be_whole():
@@ -141,12 +141,12 @@ def test_a_table_that_a_mask_or_a_factor_reads_whole_has_to_be_whole():
     for also in (Scale(operand=0), Bias(0)):
         spec = make_spec(q, k, v, [table], [("1", "1", "1", "T")], steps=(Bias(0, 1.0, None, at), also))
         with pytest.raises(ValueError, match="shapes do not fit"):
-            cpu.forward(spec, q, k, v, [table], None)
+            cpu.forward(spec, Inputs(q, k, v, [table]))
     flags = torch.ones(1, 1, 1, 30, dtype=torch.bool)
     mask = A.and_(Load(0, "bool", None, at), Load(0, "bool"))
     spec = make_spec(q, k, v, [flags], [("1", "1", "1", "T")], steps=(ReplaceFill(mask, -1e9),))
     with pytest.raises(ValueError, match="shapes do not fit"):
-        cpu.forward(spec, q, k, v, [flags], None)
+        cpu.forward(spec, Inputs(q, k, v, [flags]))
 
 
 def test_indices_that_are_data_may_be_anything():
@@ -159,16 +159,16 @@ def test_indices_that_are_data_may_be_anything():
     mask = Load(2, "bool", at, A.mod(A.add(expr.Q, at), Const(11)))
     steps = (Bias(1, 1.0, A.mod(expr.Q, Const(20)), at), Bias(1, 1.0, at, at), AddFill(mask, -2.0))
     spec = make_spec(q, k, v, [wild, table, flags], dims, steps=steps)
-    out, stats = cpu.forward(spec, q, k, v, [wild, table, flags], None)
+    out, stats = cpu.forward(spec, Inputs(q, k, v, [wild, table, flags]))
     rows, cols = wild[0, 0].clamp(0, 6), wild[0, 0].clamp(0, 8)
     number = torch.arange(40)[:, None]
     added = table[0, 0, (number % 20).clamp(max=6), cols] + table[0, 0, rows, cols]
     kept = flags[0, 0, rows, ((number + wild[0, 0]) % 11).clamp(max=8)]
     whole = (added + torch.where(kept, 0.0, -2.0))[None, None]
-    want, _ = cpu.forward(make_spec(q, k, v, [whole], steps=(Bias(0),)), q, k, v, [whole], None)
+    want, _ = cpu.forward(make_spec(q, k, v, [whole], steps=(Bias(0),)), Inputs(q, k, v, [whole]))
     torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
     grads = cpu.backward(
-        spec, torch.ones_like(out), q, k, v, [wild, table, flags], None, out, stats, [False] * 4 + [True, False]
+        spec, Inputs(q, k, v, [wild, table, flags]), torch.ones_like(out), out, stats, [False] * 4 + [True, False]
     )
     assert grads[4] is not None and bool(grads[4].isfinite().all())
 
@@ -177,16 +177,16 @@ def test_division_by_nothing_is_refused():
     q, k, v = qkv(1, 1, 4, 5, 8)
     keep = expr.Apply("eq", (expr.Apply("mod", (expr.K, Const(0)), "int"), Const(0)), "bool")
     with pytest.raises(ValueError, match="positive number"):
-        cpu.forward(make_spec(q, k, v, steps=(ReplaceFill(keep, -1e9),)), q, k, v, [], None)
+        cpu.forward(make_spec(q, k, v, steps=(ReplaceFill(keep, -1e9),)), Inputs(q, k, v))
 
 
 def test_backward_takes_only_what_one_forward_gave():
     q, k, v = qkv(2, 2, 40, 50, 8)
     spec = make_spec(q, k, v)
-    out, stats = cpu.forward(spec, q, k, v, [], None)
+    out, stats = cpu.forward(spec, Inputs(q, k, v))
 
     def backward(dout=out, out=out, stats=stats):
-        return cpu.backward(spec, dout, q, k, v, [], None, out, stats, [True] * 3)
+        return cpu.backward(spec, Inputs(q, k, v), dout, out, stats, [True] * 3)
 
     for wrong in (
         {"dout": out[..., :4]},
@@ -209,16 +209,16 @@ def test_tensors_of_other_devices_and_layouts_are_refused_even_after_a_call_of_t
     q, k, v = qkv(1, 1, 4, 5, 8)
     bias = randn(1, 1, 4, 5)
     spec = make_spec(q, k, v, [bias], steps=(Bias(0),))
-    out, stats = cpu.forward(spec, q, k, v, [bias], None)
+    out, stats = cpu.forward(spec, Inputs(q, k, v, [bias]))
     for at in range(4):
         tensors = [q, k, v, bias]
         tensors[at] = tensors[at].to("meta")
         with pytest.raises(ValueError, match="of the CPU are needed"):
-            cpu.forward(spec, *tensors[:3], tensors[3:], None)
+            cpu.forward(spec, Inputs(*tensors[:3], tensors[3:]))
     with pytest.raises(ValueError, match="of the CPU are needed"):
-        cpu.backward(spec, out, q, k, v, [bias], None, out, stats.to("meta"), [True] * 4)
+        cpu.backward(spec, Inputs(q, k, v, [bias]), out, out, stats.to("meta"), [True] * 4)
     with pytest.raises(ValueError, match="of the CPU are needed"):
-        cpu.forward(spec, q, k, v, [bias.to_sparse()], None)
+        cpu.forward(spec, Inputs(q, k, v, [bias.to_sparse()]))
 
 
 @given(
@@ -238,7 +238,7 @@ def test_any_bounds_of_packed_keys_stay_inside(ends):
     }
     if not _apart(ends, 70):
         with pytest.raises(ValueError, match="share rows"):
-            cpu.forward(make_spec(q, k, v, [sink], **fields), q, k, v, [sink], None, bounds)
+            cpu.forward(make_spec(q, k, v, [sink], **fields), Inputs(q, k, v, [sink], bounds=bounds))
         return
     check(cpu, q, k, v, [sink], bounds=bounds, backward=False, **fields)
 

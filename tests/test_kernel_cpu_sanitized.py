@@ -94,9 +94,9 @@ def test_no_test_of_the_kernel_finds_anything(sanitized):
 
 #: What is wrong in each, without the checks before it, and what must be said of it. Each runs in a child of one process.
 WRONG = {
-    "a read behind a tensor": ("cpu.forward(spec, q, k, v, [randn(1, 1, 5, 50)], None)", "heap-buffer-overflow"),
+    "a read behind a tensor": ("cpu.forward(spec, Inputs(q, k, v, [randn(1, 1, 5, 50)]))", "heap-buffer-overflow"),
     "a write behind a tensor": (
-        "few = torch.zeros(40); torch.empty = lambda *a, **b: few; cpu.forward(spec, q, k, v, [whole], None)",
+        "few = torch.zeros(40); torch.empty = lambda *a, **b: few; cpu.forward(spec, Inputs(q, k, v, [whole]))",
         "heap-buffer-overflow",
     ),
     "a division by zero": (
@@ -104,11 +104,11 @@ WRONG = {
 put = plan.Programs._put
 plan.Programs._put = lambda self, op, *rest, value=0, **more: put(self, op, *rest, value=0 if op == "mod" else value, **more)
 odd = Algebra().compare("eq", Algebra().mod(expr.Q, Const(3)), Algebra().mod(expr.K, Const(3)))
-cpu.forward(make_spec(q, k, v, steps=(ReplaceFill(odd, -1.0),)), q, k, v, [], None)
+cpu.forward(make_spec(q, k, v, steps=(ReplaceFill(odd, -1.0),)), Inputs(q, k, v))
 """,
         "division by zero",
     ),
-    "nothing": ("cpu.forward(spec, q, k, v, [whole], None)", ""),
+    "nothing": ("cpu.forward(spec, Inputs(q, k, v, [whole]))", ""),
 }
 RUN = """
 import os, sys
@@ -118,6 +118,7 @@ from attnfuse import expr
 from attnfuse.expr import Algebra, Const
 from attnfuse.kernels import cpu
 from attnfuse.kernels.cpu import plan
+from attnfuse.kernels.inputs import Inputs
 from attnfuse.spec import Bias, ReplaceFill
 
 assert cpu.available() is None, cpu.available()

@@ -170,14 +170,14 @@ def test_traffic_is_shown_by_kernel_and_as_a_whole(monkeypatch: pytest.MonkeyPat
 
 @needs_triton
 def test_a_case_is_compiled_again_where_its_tiles_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    from attnfuse.kernels import triton
+    from attnfuse.kernels.triton import call
     from attnfuse.kernels.triton.configs import Config
 
     case = kernels.Case(90, "float16", 64, "causal")
     before = kernels.digest(case)
     assert before == kernels.digest(case)
     assert before != kernels.digest(kernels.Case(90, "float16", 64, "dropout"))
-    monkeypatch.setattr(triton, "config", lambda *_: Config(16, 16, 1, 1))
+    monkeypatch.setattr(call, "config", lambda *_: Config(16, 16, 1, 1))
     assert before != kernels.digest(case)
 
 
@@ -207,7 +207,7 @@ def test_what_is_compiled_is_what_the_spec_runs(monkeypatch: pytest.MonkeyPatch,
 
 @needs_triton
 def test_decoding_is_compiled_again_where_its_own_tiles_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    from attnfuse.kernels import triton
+    from attnfuse.kernels.triton import call
     from attnfuse.kernels.triton.configs import Config, config
 
     def other(which: str) -> Any:
@@ -217,9 +217,9 @@ def test_decoding_is_compiled_again_where_its_own_tiles_are_others(monkeypatch: 
 
     case = kernels.Case(90, "float16", 64, "decode")
     before = kernels.digest(case)
-    monkeypatch.setattr(triton, "config", other("backward"))
+    monkeypatch.setattr(call, "config", other("backward"))
     assert before == kernels.digest(case)
-    monkeypatch.setattr(triton, "config", other("decode"))
+    monkeypatch.setattr(call, "config", other("decode"))
     assert before != kernels.digest(case)
 
 

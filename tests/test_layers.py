@@ -63,3 +63,55 @@ def test_the_check_sees_imports_inside_of_functions_and_none_of_type_checkers() 
         "def f():\n    from attnfuse import spec\n    from attnfuse.spec import Attention\n"
     )
     assert list(imports(ast.parse(code), known)) == [("attnfuse.spec", None), ("attnfuse.spec", "Attention")]
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__")
+
+
+def private_names(tree: ast.AST, known: dict[str, Path]) -> Iterator[str]:
+    """The private names of other modules of the package that code uses; a module may have a private name itself."""
+    # names in this file that stand for modules
+    stands = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name in known and alias.asname:
+                    stands[alias.asname] = alias.name
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "attnfuse":
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                if full in known:
+                    stands[alias.asname or alias.name] = full
+                elif is_private(alias.name):
+                    yield full
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            dotted = ast.unparse(node.value)
+            module = dotted if dotted in known else stands.get(dotted)
+            if module and f"{module}.{node.attr}" not in known:
+                yield f"{module}.{node.attr}"
+
+
+def test_no_module_uses_the_private_names_of_another() -> None:
+    known = modules()
+    found = {name: sorted(set(private_names(ast.parse(path.read_text()), known))) for name, path in known.items()}
+    assert {name: used for name, used in found.items() if used} == {}
+
+
+def test_the_check_sees_private_names_however_they_are_used() -> None:
+    known = {"attnfuse": Path(), "attnfuse.spec": Path(), "attnfuse._compat": Path(), "attnfuse.kernels.layout": Path()}
+    code = (
+        "import attnfuse.spec\nfrom attnfuse import _compat, spec as s\nfrom attnfuse.kernels import layout\n"
+        "from attnfuse._compat import shown\nfrom attnfuse.spec import _decode\n"
+        "def f(self):\n    import attnfuse.spec as t\n"
+        "    return t._a, s._b, layout._c(), attnfuse.spec._d, attnfuse._compat.e, layout.__file__, self._own, _compat._f\n"
+    )
+    assert sorted(private_names(ast.parse(code), known)) == [
+        "attnfuse._compat._f",
+        "attnfuse.kernels.layout._c",
+        "attnfuse.spec._a",
+        "attnfuse.spec._b",
+        "attnfuse.spec._d",
+        "attnfuse.spec._decode",
+    ]

@@ -12,6 +12,7 @@ from attnfuse import _compat
 from attnfuse.expr import causal
 from attnfuse.kernels import CPU, CUDNN, EFFICIENT, FLASH, REFERENCE, TRITON, choose, library, successor
 from attnfuse.kernels.device import Device
+from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.library import Plain, limits, plain
 from attnfuse.spec import AddFill, Cast, Clamp, ReplaceFill, Scale
 
@@ -66,15 +67,15 @@ def test_a_backward_of_another_kernel_takes_what_was_kept_of_rows():
     q, k, v = qkv(2, 3, 40, 40, 16)
     spec = make_spec(q, k, v, steps=CAUSAL)
     reference = REFERENCE.load()
-    out, stats = library.FLASH_CPU.forward(spec, q, k, v, [], None)
+    out, stats = library.FLASH_CPU.forward(spec, Inputs(q, k, v))
     assert bool((stats[1] == 1).all())
     dout = torch.randn_like(out)
-    want = reference.backward(spec, dout, q, k, v, [], None, out, stats, [True] * 3)
+    want = reference.backward(spec, Inputs(q, k, v), dout, out, stats, [True] * 3)
     for kernel in (library.FLASH_CPU, CPU.load()):
-        for a, b in zip(kernel.backward(spec, dout, q, k, v, [], None, out, stats, [True] * 3), want):
+        for a, b in zip(kernel.backward(spec, Inputs(q, k, v), dout, out, stats, [True] * 3), want):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    _, rows = reference.forward(spec, q, k, v, [], None)
-    for a, b in zip(library.FLASH_CPU.backward(spec, dout, q, k, v, [], None, out, rows, [True] * 3), want):
+    _, rows = reference.forward(spec, Inputs(q, k, v))
+    for a, b in zip(library.FLASH_CPU.backward(spec, Inputs(q, k, v), dout, out, rows, [True] * 3), want):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -99,8 +100,8 @@ def test_ops_of_gpus_take_what_they_are_given(kernel, grouped, L):
         return
     with fake:
         module = kernel.load()
-        out, stats = module.forward(spec, q, k, k, [], None)
-        grads = module.backward(spec, torch.empty_like(out), q, k, k, [], None, out, stats, [True] * 3)
+        out, stats = module.forward(spec, Inputs(q, k, k))
+        grads = module.backward(spec, Inputs(q, k, k), torch.empty_like(out), out, stats, [True] * 3)
     assert out.shape == q.shape and stats.shape == (2, *q.shape[:-1]) and stats.dtype == torch.float32
     assert grouped or out.stride() == q.transpose(1, 2).contiguous().transpose(1, 2).stride()
     assert [(g.shape, g.dtype) for g in grads] == [(x.shape, x.dtype) for x in (q, k, k)]
@@ -194,7 +195,7 @@ def test_failures_are_of_a_kernel_and_a_spec(monkeypatch):
         RuntimeWarning, match="kernel 'flash_cpu' failed and kernel 'cpu' runs instead: RuntimeError: no such"
     ):
         out, _ = torch.ops.attnfuse.attention(*arguments, causal_spec.text, "flash_cpu", False)
-    torch.testing.assert_close(out, REFERENCE.load().forward(causal_spec, q, k, v, [], None)[0])
+    torch.testing.assert_close(out, REFERENCE.load().forward(causal_spec, Inputs(q, k, v))[0])
     torch.ops.attnfuse.attention(*arguments, causal_spec.text, "flash_cpu", False)
     torch.ops.attnfuse.attention(*arguments, plain_spec.text, "flash_cpu", False)
     assert calls == [causal_spec, plain_spec]

@@ -10,7 +10,7 @@ from packed_cases import LENGTHS, attention, packed
 
 from attnfuse.expr import causal
 from attnfuse.kernels import cpu
-from attnfuse.kernels.layout import Bounds
+from attnfuse.kernels.inputs import Bounds, Inputs
 from attnfuse.spec import Bias, ReplaceFill, Scale, Sink
 
 pytestmark = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
@@ -26,7 +26,7 @@ def test_operands_shorter_than_a_sequence_are_refused():
     bias = torch.randn(len(LENGTHS), 1, 64, 70)
     spec = make_spec(q, k, v, [bias], layout="packed", steps=(Bias(0),))
     with pytest.raises(ValueError, match="6 sequences of at most 70 and 70 rows"):
-        cpu.forward(spec, q, k, v, [bias], None, bounds)
+        cpu.forward(spec, Inputs(q, k, v, [bias], bounds=bounds))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -38,8 +38,8 @@ def test_long_and_short_sequences_come_out_right_on_any_number_of_threads(thread
     for n in (1, threads):
         torch.set_num_threads(n)
         try:
-            out, stats = cpu.forward(spec, q, k, v, [], None, bounds)
-            found.append([out, *cpu.backward(spec, out, q, k, v, [], None, out, stats, [True] * 3, bounds)])
+            out, stats = cpu.forward(spec, Inputs(q, k, v, bounds=bounds))
+            found.append([out, *cpu.backward(spec, Inputs(q, k, v, bounds=bounds), out, out, stats, [True] * 3)])
         finally:
             torch.set_num_threads(before)
     for a, b in zip(*found, strict=True):
@@ -59,7 +59,7 @@ def test_sinks_and_log_sum_exps_of_packed_sequences():
     sinks = torch.randn(1, 2, 1, 1)
     check(cpu, q, k, v, [sinks], bounds=bounds, layout="packed", sink=Sink(operand=0), lse=True)
     empty = bounds_of(0, 0)
-    out, stats = cpu.forward(make_spec(q, k, v, layout="packed"), q, k, v, [], None, Bounds(empty, empty))
+    out, stats = cpu.forward(make_spec(q, k, v, layout="packed"), Inputs(q, k, v, bounds=Bounds(empty, empty)))
     assert not out.any() and bool((stats[0] == -torch.inf).all())
 
 
@@ -69,7 +69,7 @@ def test_sequences_that_share_rows_are_refused():
     shared = bounds.k.clone()
     shared[0, 1] -= 2
     with pytest.raises(ValueError, match="share rows"):
-        cpu.forward(spec, q, k, v, [], None, Bounds(bounds.q, shared))
+        cpu.forward(spec, Inputs(q, k, v, bounds=Bounds(bounds.q, shared)))
     empty = bounds.k.clone()
     empty[:, 1] = 2
-    assert cpu.forward(spec, q, k, v, [], None, Bounds(bounds.q, empty))[0].shape == q.shape
+    assert cpu.forward(spec, Inputs(q, k, v, bounds=Bounds(bounds.q, empty)))[0].shape == q.shape

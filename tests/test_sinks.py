@@ -12,6 +12,7 @@ from kernel_cases import make_spec, qkv, randn
 import attnfuse
 from attnfuse import ops
 from attnfuse.kernels import CPU, REFERENCE, TRITON, library
+from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.reference import kernel as reference
 from attnfuse.spec import Attention, ReplaceFill, Sink
 
@@ -155,8 +156,10 @@ def test_the_op_and_its_gradients_are_consistent(keys):
     dlse = torch.ones(1, 2, 5)
     plain = [x.detach() for x in (q, k, v, *operands)]
     with torch.no_grad():
-        out, stats = reference.forward(spec, *plain[:3], plain[3:], None)
-        want = reference.backward(spec, torch.ones_like(out), *plain[:3], plain[3:], None, out, stats, needs, dlse=dlse)
+        out, stats = reference.forward(spec, Inputs(*plain[:3], plain[3:]))
+        want = reference.backward(
+            spec, Inputs(*plain[:3], plain[3:]), torch.ones_like(out), out, stats, needs, dlse=dlse
+        )
     for got, expected in zip(found, want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 

@@ -10,7 +10,7 @@ import torch
 from kernel_cases import FLOAT_MIN, INF, bounds_of, make_spec, qkv, randn
 
 from attnfuse.expr import Algebra, Const, K, Q, causal, dense, documents, window
-from attnfuse.kernels.layout import DENSE, Bounds
+from attnfuse.kernels.inputs import DENSE, Bounds, Inputs
 from attnfuse.spec import AddFill, Bias, Cast, ReplaceFill, Scale, Sink, Softcap
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -24,7 +24,7 @@ FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 def check(capability, spec, q, k, v, operands=(), bounds=DENSE) -> None:
     from attnfuse.kernels.triton import configs, targets
 
-    made = targets.compiled(spec, q, k, v, list(operands), capability, bounds=bounds)
+    made = targets.compiled(spec, Inputs(q, k, v, list(operands), bounds=bounds), capability)
     assert [c.kernel for c in made] == ["forward", "prepare", "backward_rows", "backward_columns"]
     for c in made:
         assert c.shared <= configs.SHARED[capability], c
@@ -86,7 +86,7 @@ def decoded(capability, dtype, D, queries=1) -> None:
     q = randn(4, 8, 4, queries, D, dtype=FLOATS[dtype])
     k = randn(4, 8, 1, 4096, D, dtype=FLOATS[dtype])
     spec = make_spec(q, k, k, steps=(HALF, ReplaceFill(causal(4095), -INF)))
-    made = targets.compiled(spec, q, k, k, [], capability, backward=False)
+    made = targets.compiled(spec, Inputs(q, k, k), capability, backward=False)
     assert [c.kernel for c in made] == ["decode", "combine"]
     for c in made:
         assert c.shared <= configs.SHARED[capability] and c.spilled == 0, c
@@ -172,7 +172,7 @@ def test_a_spec_with_everything_compiles(capability):
     from attnfuse.kernels.triton import configs, targets
 
     spec, q, k, v, operands = mixed()
-    for c in targets.compiled(spec, q, k, v, operands, capability):
+    for c in targets.compiled(spec, Inputs(q, k, v, operands), capability):
         assert c.shared <= configs.SHARED[capability], c
 
 
@@ -189,7 +189,7 @@ def described(capability, D, decoded=False, specialised=False):
     some = {w for w in passes if specialised and (w, capability) in configs.PARTITIONED}
     fixed = {w: replace(c, descriptors=True, specialised=w in some) for w, c in shipped.items()}
     spec = make_spec(q, k, v, steps=(HALF, ReplaceFill(causal(k.shape[-2] - q.shape[-2]), -INF)))
-    made = targets.compiled(spec, q, k, v, [], capability, backward=not decoded, fixed=fixed)
+    made = targets.compiled(spec, Inputs(q, k, v), capability, backward=not decoded, fixed=fixed)
     for c in made:
         assert c.shared <= configs.SHARED[capability], c
     return {c.kernel: c for c in made}
@@ -278,13 +278,13 @@ def test_candidates_for_tuning_are_few_and_begin_with_the_table(capability, whic
 
 
 def ahead(capability, made, monkeypatch, backward) -> None:
-    from attnfuse.kernels import triton
     from attnfuse.kernels.triton import configs, targets
+    from attnfuse.kernels.triton.call import Call
 
     q, k, v = qkv(1, 2, 256, 256, 128, dtype=torch.float16)
     spec = make_spec(q, k, v, steps=(HALF, ReplaceFill(causal(), -INF)))
-    monkeypatch.setattr(triton._Call, "config", lambda self, which: configs.Config(*made))
-    found = {c.kernel: c.shared for c in targets.compiled(spec, q, k, v, [], capability, backward=backward)}
+    monkeypatch.setattr(Call, "config", lambda self, which: configs.Config(*made))
+    found = {c.kernel: c.shared for c in targets.compiled(spec, Inputs(q, k, v), capability, backward=backward)}
     least = {w: configs.ahead(configs.Config(*made), w, 16, 128, 128) for w in ("forward", "backward")}
     assert 0 < least["forward"] <= found["forward"]
     if backward:

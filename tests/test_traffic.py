@@ -8,6 +8,7 @@ import torch
 from kernel_cases import make_spec, qkv, randn
 
 from attnfuse.expr import causal, dense
+from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.triton.configs import Config
 from attnfuse.spec import Bias, ReplaceFill, Scale
 from benchmarks import traffic
@@ -19,7 +20,7 @@ HALF = Scale(0.5)
 def test_forward_without_a_mask_by_hand():
     # 2 tiles of 4 and 2 queries, 3 tiles of 2, 2 and 1 keys; float16
     q, k, v = qkv(1, 3, 6, 5, 8, 4, dtype=torch.float16)
-    found = traffic.forward(make_spec(q, k, v, steps=(HALF,)), q, k, v, [], Config(4, 2, 4, 1))
+    found = traffic.forward(make_spec(q, k, v, steps=(HALF,)), Inputs(q, k, v), Config(4, 2, 4, 1))
     (kernel,) = found.kernels
     assert (kernel.programs, kernel.tiles, kernel.of) == (3 * 2, 3 * 6, 3 * 6)
     # every program reads its queries, and all keys and values
@@ -32,7 +33,7 @@ def test_forward_without_a_mask_by_hand():
 def test_a_causal_mask_cuts_keys_to_whole_tiles():
     q, k, v = qkv(1, 1, 6, 6, 8, dtype=torch.float16)
     spec = make_spec(q, k, v, steps=(HALF, ReplaceFill(causal(), -INF)))
-    found = traffic.forward(spec, q, k, v, [], Config(3, 4, 4, 1))
+    found = traffic.forward(spec, Inputs(q, k, v), Config(3, 4, 4, 1))
     (kernel,) = found.kernels
     # queries 0 to 2 read keys 0 to 3 and need 3 of them, queries 3 to 5 read and need all
     assert (kernel.tiles, kernel.of) == (1 + 2, 4)
@@ -44,7 +45,7 @@ def test_a_padding_mask_is_looked_at_in_every_tile_and_used_in_the_needed_ones()
     q, k, v = qkv(1, 2, 4, 6, 8)
     keep = torch.tensor([True, False, False, False, True, True]).view(1, 1, 1, 6)
     spec = make_spec(q, k, v, [keep], steps=(HALF, ReplaceFill(dense(0), -INF)))
-    (kernel,) = traffic.forward(spec, q, k, v, [keep], Config(4, 2, 4, 1)).kernels
+    (kernel,) = traffic.forward(spec, Inputs(q, k, v, [keep]), Config(4, 2, 4, 1)).kernels
     assert (kernel.tiles, kernel.of) == (2 * 2, 2 * 3)
     # a byte for each of 6 keys, and once more for the 4 of needed tiles
     assert kernel.read == 2 * (4 * 32 + 4 * 64 + 6 + 4)
@@ -54,12 +55,12 @@ def test_a_bias_is_read_in_each_tile_and_its_gradient_added_there():
     q, k, v = qkv(1, 2, 4, 6, 8)
     bias = randn(1, 2, 1, 6)
     spec = make_spec(q, k, v, [bias], steps=(HALF, Bias(0)))
-    found = traffic.forward(spec, q, k, v, [bias], Config(2, 2, 4, 1))
+    found = traffic.forward(spec, Inputs(q, k, v, [bias]), Config(2, 2, 4, 1))
     (kernel,) = found.kernels
     # all 6 numbers in each of two rows of tiles, which is the least there is
     assert kernel.read == 2 * (4 * 32 + 2 * 6 * 64 + 2 * 6 * 4)
     assert found.least == found.moved
-    rows, columns = traffic.backward(spec, q, k, v, [bias], Config(2, 2, 4, 1)).kernels[1:]
+    rows, columns = traffic.backward(spec, Inputs(q, k, v, [bias]), Config(2, 2, 4, 1)).kernels[1:]
     assert rows.written == 2 * 4 * 32
     # dk, dv, and a number for each key of the 2 x 3 tiles
     assert columns.written == 2 * (6 * 64 + 2 * 6 * 4)
@@ -67,7 +68,7 @@ def test_a_bias_is_read_in_each_tile_and_its_gradient_added_there():
 
 def test_backward_without_a_mask_by_hand():
     q, k, v = qkv(1, 1, 4, 6, 8, 4, dtype=torch.float16)
-    found = traffic.backward(make_spec(q, k, v, steps=(HALF,)), q, k, v, [], Config(2, 3, 4, 1))
+    found = traffic.backward(make_spec(q, k, v, steps=(HALF,)), Inputs(q, k, v), Config(2, 3, 4, 1))
     prepare, rows, columns = found.kernels
     # out and its gradient, maximum and sum; shift, 1 / sum and delta
     assert (prepare.programs, prepare.read, prepare.written) == (2, 4 * (8 + 8) + 4 * 8, 4 * 12)
@@ -84,9 +85,9 @@ def test_backward_without_a_mask_by_hand():
 def test_keys_that_heads_share_are_read_by_each_of_their_programs_and_once_for_their_gradients():
     q, k, v = randn(1, 2, 3, 4, 8), randn(1, 2, 1, 6, 8), randn(1, 2, 1, 6, 8)
     spec = make_spec(q, k, v, steps=(HALF,))
-    (kernel,) = traffic.forward(spec, q, k, v, [], Config(2, 3, 4, 1)).kernels
+    (kernel,) = traffic.forward(spec, Inputs(q, k, v), Config(2, 3, 4, 1)).kernels
     assert kernel.read == 6 * (4 * 32 + 2 * 6 * 64)
-    columns = traffic.backward(spec, q, k, v, [], Config(2, 3, 4, 1)).kernels[2]
+    columns = traffic.backward(spec, Inputs(q, k, v), Config(2, 3, 4, 1)).kernels[2]
     assert columns.programs == 2 * 2
     assert columns.read == 2 * 6 * 64 + 6 * 2 * 4 * (32 + 32 + 12)
 

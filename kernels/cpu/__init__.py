@@ -15,40 +15,34 @@ import torch
 from attnfuse.kernels import sink
 from attnfuse.kernels.cache import BuildError
 from attnfuse.kernels.cpu.build import available, load, warm_up
-from attnfuse.kernels.cpu.plan import plan_of, reverse_words
-from attnfuse.kernels.layout import DENSE, Bounds, allocate, check_bounds
+from attnfuse.kernels.cpu.plan import Plan, Reverse, plan_of, reverse_words
+from attnfuse.kernels.inputs import DENSE, Bounds, Inputs
+from attnfuse.kernels.layout import check_bounds
 from attnfuse.spec import Attention
 
-__all__ = ["BuildError", "allocate", "available", "backward", "forward", "warm_up"]
+__all__ = ["BuildError", "available", "backward", "forward", "warm_up"]
 
 
-def forward(
-    spec: Attention,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    operands: Sequence[torch.Tensor],
-    seed: torch.Tensor | None,
-    bounds: Bounds = DENSE,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """out [*batch, Q, E] of spec.out_dtype in spec.out_order; stats float32 [2, *batch, Q].
 
-    q [*batch, Q, D], k [*batch, K, D], v [*batch, K, E] in float32, bfloat16 or float16; operands [*batch, Q, K]; any
-    strides. seed int64 with one element, needed with dropout. stats: the row maximum m and the row sum of exp(s - m).
-    Raises BuildError if the kernels cannot be built, ValueError for tensors that do not fit the spec, MemoryError.
+    q, k and v in float32, bfloat16 or float16. stats: the row maximum m and the row sum of exp(s - m). Raises
+    BuildError if the kernels cannot be built, ValueError for tensors that do not fit the spec, MemoryError.
     """
     library = load()
     plan = plan_of(spec)
-    _on_cpu(q, k, v, *operands)
+    q, k, v, operands, seed, _ = inputs
+    tensors = inputs.tensors
+    _on_cpu(*tensors)
     unhidden = plan.unhidden(operands) if plan.lifting or plan.lifted else None
     if unhidden is not None:
-        return forward(unhidden, q, k, v, operands, seed, bounds)
+        return forward(unhidden, inputs)
     key: tuple[object, ...] = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype)
     for o in operands:
         key += (o.shape, o.stride(), o.dtype)
-    at = _Packed.of(spec, q, k, operands, bounds)
+    at = _Packed.of(spec, inputs)
     key += at.key
-    words = plan.forward.get(key) or plan.lay_out(key, q, k, v, operands, at.sequences, at.longest)
+    words = plan.forward.get(key) or plan.lay_out(key, tensors, at.sequences, at.longest)
     out = torch.empty_strided(words.out_shape, words.out_stride, dtype=plan.out)
     stats = torch.empty(words.stats_shape, dtype=torch.float32)
     if spec.packed_queries:
@@ -75,45 +69,36 @@ def forward(
 
 def backward(
     spec: Attention,
+    inputs: Inputs,
     dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    operands: Sequence[torch.Tensor],
-    seed: torch.Tensor | None,
     out: torch.Tensor,
     stats: torch.Tensor,
     needs: Sequence[bool],
-    bounds: Bounds = DENSE,
     dlse: torch.Tensor | None = None,
 ) -> list[torch.Tensor | None]:
     """Gradients of q, k, v and the operands where `needs` asks for them, each with its input's shape and dtype.
 
     out and stats are what forward returned for the same inputs; dout has out's shape and any strides. dlse [*batch, Q]: the
-    gradient of the log-sum-exp, where that was used. The same bits
-    come out on every run with the same number of threads. Raises as forward does.
+    gradient of the log-sum-exp, where that was used. The same bits come out on every run with the same number of threads.
+    Raises as forward does.
     """
     library = load()
     plan = plan_of(spec)
     threads = torch.get_num_threads()
-    tensors = (q, k, v, *operands)
+    q, k, v, operands, seed, _ = inputs
+    tensors = inputs.tensors
     unhidden = plan.unhidden(operands) if plan.lifting or plan.lifted else None
     if unhidden is not None:
-        return backward(unhidden, dout, q, k, v, operands, seed, out, stats, needs, bounds, dlse)
+        return backward(unhidden, inputs, dout, out, stats, needs, dlse)
     if dout.dtype != plan.out:
         dout = dout.to(plan.out)
     _on_cpu(dout, out, stats, *tensors)
-    lines = (2, *out.shape[:-1])
-    if dout.shape != out.shape or out.dtype != plan.out or stats.shape != lines or stats.dtype != torch.float32:
-        raise ValueError(
-            f"dout {list(dout.shape)}, out {out.dtype} {list(out.shape)} and stats {stats.dtype} {list(stats.shape)} are not "
-            f"those of one forward, which has {plan.out} and float32 {list(lines)}"
-        )
+    _check_results(plan, dout, out, stats)
     stats = stats.contiguous()
     key: tuple[object, ...] = (threads, *needs, dout.stride(), out.stride(), out.shape)
     for x in tensors:
         key += (x.shape, x.stride(), x.dtype)
-    at = _Packed.of(spec, q, k, operands, bounds)
+    at = _Packed.of(spec, inputs)
     key += at.key
     made = plan.backward.get(key)
     if made is None:
@@ -125,18 +110,7 @@ def backward(
     if made.empty:
         zeros = [torch.zeros_like(x) if needed else None for x, needed in zip(tensors, needs, strict=True)]
         return _with_sink(spec, operands, zeros, dout, out, stats, dlse)
-    sums: list[torch.Tensor | None] = []
-    for i, (x, target) in enumerate(zip(tensors, made.targets, strict=True)):
-        if target.mode == 0:
-            sums.append(None)
-        elif target.thin:
-            sums.append(torch.zeros((made.chunks, *(target.shape or ())), dtype=torch.float32))
-        elif target.shape is not None:
-            sums.append(torch.zeros(target.shape, dtype=torch.float32))
-        else:
-            # tiles that are skipped leave an operand's gradient as it was, and rows of no sequence every gradient
-            written = target.mode == 1 and i < 3 and spec.layout == "dense"
-            sums.append(torch.empty_like(x) if written else torch.zeros_like(x))
+    sums = _sums(spec, made, tensors)
     pointers = made.pointers.pack(
         threads,
         _seed(spec, seed),
@@ -163,6 +137,33 @@ def backward(
     return _with_sink(spec, operands, sums, dout, out, stats, dlse)
 
 
+def _check_results(plan: Plan, dout: torch.Tensor, out: torch.Tensor, stats: torch.Tensor) -> None:
+    """Raises ValueError where these do not fit together, before C++ reads past the end of one."""
+    lines = (2, *out.shape[:-1])
+    if dout.shape != out.shape or out.dtype != plan.out or stats.shape != lines or stats.dtype != torch.float32:
+        raise ValueError(
+            f"dout {list(dout.shape)}, out {out.dtype} {list(out.shape)} and stats {stats.dtype} {list(stats.shape)} are not "
+            f"those of one forward, which has {plan.out} and float32 {list(lines)}"
+        )
+
+
+def _sums(spec: Attention, made: Reverse, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """Where the gradient of each of the tensors (q, k, v, *operands) is stored or added up; None where it is not needed."""
+    sums: list[torch.Tensor | None] = []
+    for i, (x, target) in enumerate(zip(tensors, made.targets, strict=True)):
+        if target.mode == 0:
+            sums.append(None)
+        elif target.thin:
+            sums.append(torch.zeros((made.chunks, *(target.shape or ())), dtype=torch.float32))
+        elif target.shape is not None:
+            sums.append(torch.zeros(target.shape, dtype=torch.float32))
+        else:
+            # tiles that are skipped leave an operand's gradient as it was, and rows of no sequence every gradient
+            written = target.mode == 1 and i < 3 and spec.layout == "dense"
+            sums.append(torch.empty_like(x) if written else torch.zeros_like(x))
+    return sums
+
+
 def _on_cpu(*tensors: torch.Tensor) -> None:
     """Raises ValueError for a tensor whose address is not one of this process."""
     for x in tensors:
@@ -178,20 +179,19 @@ class _Packed(NamedTuple):
     longest: tuple[int, int] | None = None
 
     @staticmethod
-    def of(
-        spec: Attention, q: torch.Tensor, k: torch.Tensor, operands: Sequence[torch.Tensor], bounds: Bounds
-    ) -> _Packed:
+    def of(spec: Attention, inputs: Inputs) -> _Packed:
+        bounds = inputs.bounds
         check_bounds(spec, bounds)
         if spec.layout == "dense":
             return _DENSE
         _on_cpu(*(x for x in bounds if x is not None))
-        sides = bounds.clipped((q.shape[-2], k.shape[-2]))
+        longest = (inputs.q.shape[-2], inputs.k.shape[-2])
+        sides = bounds.clipped(longest)
         inside = Bounds(*(None if x is None else x.to(torch.int64).contiguous() for x in sides))
         for x in inside:
             if x is not None and _overlap(x):
                 raise ValueError("sequences that share rows: their results and gradients would be written over")
-        longest = (q.shape[-2], k.shape[-2])
-        if operands:
+        if inputs.operands:
             longest = tuple(n if x is None else _longest(x) for x, n in zip(inside, longest))  # type: ignore[assignment]
         return _Packed(inside, bounds.sequences, longest)
 

@@ -169,26 +169,20 @@ class Plan:
         return found if self.spec.layout == "dense" else (sequences, *found[1:])
 
     def check(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        operands: Sequence[torch.Tensor],
-        sequences: int = 0,
-        longest: tuple[int, int] | None = None,
+        self, tensors: Sequence[torch.Tensor], sequences: int = 0, longest: tuple[int, int] | None = None
     ) -> None:
-        """Raises ValueError for tensors that are not what the spec says, before C++ reads past one's end.
+        """Raises ValueError for (q, k, v, *operands) that are not what the spec says, before C++ reads past one's end.
 
         longest: the most queries and keys of a sequence; None for those of the tensors.
         """
-        given = (q.dtype, k.dtype, v.dtype, *(o.dtype for o in operands))
+        given = tuple(t.dtype for t in tensors)
         wanted = (self.qk, self.qk, self.v, *self.operands)
         if given != wanted:
             raise ValueError(f"dtypes {given} where the spec has {wanted}")
         rank = len(self.spec.batch) + 2
-        tensors = (q, k, v, *operands)
         if any(t.dim() != rank for t in tensors):
             raise ValueError(f"tensors of {rank} dims are needed; got {[t.dim() for t in tensors]}")
+        q, k, v, *operands = tensors
         batch = self.batch(tensors, sequences)
         fits = all(t.shape[d] in (1, batch[d]) for t in tensors for d in range(rank - 2))
         fits = fits and q.shape[-1] == k.shape[-1] and k.shape[-2] == v.shape[-2]
@@ -219,16 +213,14 @@ class Plan:
     def lay_out(
         self,
         key: object,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        operands: Sequence[torch.Tensor],
+        tensors: Sequence[torch.Tensor],
         sequences: int = 0,
         longest: tuple[int, int] | None = None,
     ) -> Words:
-        """The forward layout of these tensors, kept under `key`."""
-        self.check(q, k, v, operands, sequences, longest)
-        batch = self.batch((q, k, v, *operands), sequences)
+        """The forward layout of (q, k, v, *operands), kept under `key`."""
+        self.check(tensors, sequences, longest)
+        q, k, v, *operands = tensors
+        batch = self.batch(tensors, sequences)
         Q, K, D, E = q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]
         lines = (1, *batch[1:], Q) if self.spec.packed_queries else (*batch, Q)
         shape = (*lines, E)
@@ -264,7 +256,7 @@ class Plan:
     ) -> Reverse:
         """How the gradients of tensors (q, k, v, *operands) are made, kept under `key`."""
         q, k, v, *operands = tensors
-        self.check(q, k, v, operands, sequences, longest)
+        self.check(tensors, sequences, longest)
         batch = self.batch(tensors, sequences)
         Q, K = q.shape[-2], k.shape[-2]
         rows = ((1, *batch[1:]) if self.spec.packed_queries else batch) + (Q,)

@@ -15,7 +15,8 @@ import torch
 
 from attnfuse._compat import aten_attention
 from attnfuse.expr import causal
-from attnfuse.kernels.layout import DENSE, Bounds, allocate, check_bounds
+from attnfuse.kernels.inputs import Inputs
+from attnfuse.kernels.layout import allocate, check_bounds
 from attnfuse.spec import AddFill, Attention, Cast, ReplaceFill, Scale
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -102,28 +103,18 @@ class Library:
             raise RuntimeError(self.missing())
         return found
 
-    def forward(
-        self,
-        spec: Attention,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        operands: Sequence[torch.Tensor],
-        seed: torch.Tensor | None,
-        bounds: Bounds = DENSE,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """out [*batch, Q, E] in spec.out_order; stats float32 [2, *batch, Q], a log-sum-exp and 1.
 
-        q [*batch, Q, D], k [*batch, K, D], v [*batch, K, E]; operands are not looked at. Raises ValueError for a spec that
-        is not plain, and what ATen raises.
+        Operands are not looked at. Raises ValueError for a spec that is not plain, and what ATen raises.
         """
-        check_bounds(spec, bounds)
-        out, stats = allocate(spec, q, k, v, operands)
-        if out.numel() == 0 or k.shape[-2] == 0:
+        check_bounds(spec, inputs.bounds)
+        out, stats = allocate(spec, inputs)
+        if out.numel() == 0 or inputs.k.shape[-2] == 0:
             stats[0].fill_(-math.inf)
             stats[1].zero_()
             return out.zero_(), stats
-        result, lse = self.run(self._ops()[0], _heads(spec, q, k, v), _plain(spec))
+        result, lse = self.run(self._ops()[0], _heads(spec, inputs), _plain(spec))
         result = result.reshape(out.shape)
         lse = lse.reshape(out.shape[:-1])
         stats = torch.stack([lse, torch.ones_like(lse)])
@@ -136,38 +127,37 @@ class Library:
     def backward(
         self,
         spec: Attention,
+        inputs: Inputs,
         dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        operands: Sequence[torch.Tensor],
-        seed: torch.Tensor | None,
         out: torch.Tensor,
         stats: torch.Tensor,
         needs: Sequence[bool],
-        bounds: Bounds = DENSE,
         dlse: torch.Tensor | None = None,
     ) -> list[torch.Tensor | None]:
         """Gradients of q, k and v where `needs` asks for them, each with its input's shape and dtype; there is no dlse.
 
         out and stats are what forward returned for the same inputs. Raises as forward does.
         """
-        check_bounds(spec, bounds)
-        if out.numel() == 0 or k.shape[-2] == 0:
-            return [torch.zeros_like(x) if need else None for x, need in zip((q, k, v, *operands), needs, strict=True)]
+        check_bounds(spec, inputs.bounds)
+        tensors = inputs.tensors
+        if out.numel() == 0 or inputs.k.shape[-2] == 0:
+            return [torch.zeros_like(x) if need else None for x, need in zip(tensors, needs, strict=True)]
         rows, sums = stats.unbind()
         lse = _four(rows + sums.log(), spec, 3)
-        grad = _four(dout.to(v.dtype), spec, 4)
+        grad = _four(dout.to(inputs.v.dtype), spec, 4)
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        found = self.reverse(self._ops()[1], grad, _heads(spec, q, k, v), _four(out, spec, 4), lse, _plain(spec))
+        found = self.reverse(self._ops()[1], grad, _heads(spec, inputs), _four(out, spec, 4), lse, _plain(spec))
         grads: list[torch.Tensor | None] = [
-            _like(x, g) if need else None for x, g, need in zip((q, k, v), found, needs[:3], strict=True)
+            _like(x, g) if need else None for x, g, need in zip(tensors[:3], found, needs[:3], strict=True)
         ]
-        return [*grads, *(torch.zeros_like(o) if need else None for o, need in zip(operands, needs[3:], strict=True))]
+        return [
+            *grads,
+            *(torch.zeros_like(o) if need else None for o, need in zip(tensors[3:], needs[3:], strict=True)),
+        ]
 
 
-def _heads(spec: Attention, *tensors: torch.Tensor) -> Tensors:
-    q, k, v = (_four(x, spec, 4) for x in tensors)
+def _heads(spec: Attention, inputs: Inputs) -> Tensors:
+    q, k, v = (_four(x, spec, 4) for x in (inputs.q, inputs.k, inputs.v))
     # ATen steps over whole rows
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     return q, k, v

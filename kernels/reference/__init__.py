@@ -14,7 +14,8 @@ import torch
 
 from attnfuse import expr, rounding
 from attnfuse.kernels import dropout, statistics
-from attnfuse.kernels.layout import DENSE, Bounds, check_bounds, check_sequences
+from attnfuse.kernels.inputs import Inputs
+from attnfuse.kernels.layout import check_bounds, check_sequences
 from attnfuse.spec import (
     AddFill,
     Attention,
@@ -31,40 +32,28 @@ from attnfuse.spec import (
 )
 
 
-def attend(
-    spec: Attention,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    operands: Sequence[torch.Tensor],
-    seed: torch.Tensor | None,
-    compute: torch.dtype,
-    bounds: Bounds = DENSE,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(spec: Attention, inputs: Inputs, compute: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """out [*batch, Q, E] and stats [2, *batch, Q] (row maximum, row sum of exp(s - maximum)), both in `compute`.
 
     A sink is one of the scores here. Differentiable in q, k, v and in floating operands; stats only through log_sum_exp, of
     a spec with lse. Fill values are taken as they are, however `compute` rounds; a
     `Cast` does what it does in kernels.
     """
-    check_bounds(spec, bounds)
+    check_bounds(spec, inputs.bounds)
     if spec.layout == "dense":
-        return _attend(spec, q, k, v, operands, seed, compute)
-    check_sequences(spec, q, k, v, operands, bounds)
-    return _packed(spec, q, k, v, operands, seed, compute, bounds)
+        return _attend(spec, inputs, compute)
+    check_sequences(spec, inputs)
+    return _packed(spec, inputs, compute)
 
 
 class Part(NamedTuple):
-    """One sequence of a packed layout, or all of a dense one: views of the tensors, and where the rest is.
+    """One sequence of a packed layout, or all of a dense one: views of the inputs, and where the rest is.
 
     rows: int64 [*batch, Q], the numbers that dropout draws by, or None where they are counted from 0 on. sequence, span:
     which element of the first dim, or which rows, of the results are its own; None for all.
     """
 
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    operands: Sequence[torch.Tensor]
+    inputs: Inputs
     rows: torch.Tensor | None = None
     sequence: int | None = None
     span: tuple[int, int] | None = None
@@ -76,19 +65,13 @@ class Part(NamedTuple):
         return lines if self.span is None else lines.narrow(dim, self.span[0], self.span[1] - self.span[0])
 
 
-def parts(
-    spec: Attention,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    operands: Sequence[torch.Tensor],
-    bounds: Bounds = DENSE,
-) -> Iterator[Part]:
+def parts(spec: Attention, inputs: Inputs) -> Iterator[Part]:
     """The attentions that a layout holds, which are computed one after the other."""
     if spec.layout == "dense":
-        yield Part(q, k, v, operands)
+        yield Part(inputs)
         return
-    rest = torch.broadcast_shapes(*(x.shape[1:-2] for x in (q, k, v, *operands)))
+    q, k, v, operands, seed, bounds = inputs
+    rest = torch.broadcast_shapes(*(x.shape[1:-2] for x in inputs.tensors))
     heads, total = math.prod(rest), q.shape[-2]
     q_ends, k_ends = (None if b is None else b.T.tolist() for b in bounds.clipped((total, k.shape[-2])))
     for s in range(bounds.sequences):
@@ -98,32 +81,28 @@ def parts(
         # a row's number is its place in the tensor that holds the result
         first = q0 if spec.packed_queries else s * heads * total
         numbers = torch.arange(heads, device=q.device)[:, None] * total + torch.arange(q1 - q0, device=q.device)
-        yield Part(
+        alone = Inputs(
             (q if spec.packed_queries or q.shape[0] == 1 else q[s : s + 1])[..., q0:q1, :],
             (k if spec.packed_keys or k.shape[0] == 1 else k[s : s + 1])[..., k0:k1, :],
             (v if spec.packed_keys or v.shape[0] == 1 else v[s : s + 1])[..., k0:k1, :],
             own,
+            seed,
+        )
+        yield Part(
+            alone,
             (numbers + first).reshape(1, *rest, q1 - q0),
             None if spec.packed_queries else s,
             (q0, q1) if spec.packed_queries else None,
         )
 
 
-def _packed(
-    spec: Attention,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    operands: Sequence[torch.Tensor],
-    seed: torch.Tensor | None,
-    compute: torch.dtype,
-    bounds: Bounds,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _packed(spec: Attention, inputs: Inputs, compute: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """One sequence after the other."""
-    rest = torch.broadcast_shapes(*(x.shape[1:-2] for x in (q, k, v, *operands)))
+    q, v = inputs.q, inputs.v
+    rest = torch.broadcast_shapes(*(x.shape[1:-2] for x in inputs.tensors))
     outs, stats, places = [], [], []
-    for part in parts(spec, q, k, v, operands, bounds):
-        out, found = _attend(spec, part.q, part.k, part.v, part.operands, seed, compute, part.rows)
+    for part in parts(spec, inputs):
+        out, found = _attend(spec, part.inputs, compute, part.rows)
         # tensors without a rest of their own still give every head
         outs.append(out.expand(1, *rest, *out.shape[-2:]))
         stats.append(found.expand(2, 1, *rest, found.shape[-1]))
@@ -150,20 +129,13 @@ def _of_sequence(operand: torch.Tensor, s: int, cropped: bool, Q: int, K: int) -
 
 
 def _attend(
-    spec: Attention,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    operands: Sequence[torch.Tensor],
-    seed: torch.Tensor | None,
-    compute: torch.dtype,
-    rows: torch.Tensor | None = None,
+    spec: Attention, inputs: Inputs, compute: torch.dtype, rows: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """rows: as in `Part`."""
-    s = scores(spec, q, k, v, operands, compute)
+    s, v = scores(spec, inputs, compute), inputs.v
     sink = s.new_full((), -torch.inf) if spec.sink is None else s.new_full((), spec.sink.value)
     if spec.sink is not None and spec.sink.operand is not None:
-        sink = operands[spec.sink.operand].to(compute)
+        sink = inputs.operands[spec.sink.operand].to(compute)
     sink = sink.expand(*s.shape[:-1], 1)
     if s.shape[-1] == 0:
         sums = torch.exp(sink - sink.detach()).squeeze(-1) if spec.sink else s.new_zeros(s.shape[:-1])
@@ -180,7 +152,7 @@ def _attend(
     elif spec.hidden == "nan_to_zero":
         # rows whose weights are NaN, whatever made them so
         p = torch.where(total.isnan() | p.isnan().any(-1, keepdim=True), 0.0, p)
-    p = weigh(spec, p, operands, seed, rows)
+    p = weigh(spec, p, inputs, rows)
     held, held_sink = (s, sink) if spec.lse else (s.detach(), sink.detach())
     # rows without a finite score have no sum that could be differentiated
     hidden = spec.lse & (top == -torch.inf)
@@ -191,37 +163,25 @@ def _attend(
     return torch.matmul(p, v.to(compute)), stats
 
 
-def scores(
-    spec: Attention,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    operands: Sequence[torch.Tensor],
-    compute: torch.dtype,
-) -> torch.Tensor:
+def scores(spec: Attention, inputs: Inputs, compute: torch.dtype) -> torch.Tensor:
     """[*batch, Q, K] after all steps; v gives its part of the batch."""
-    batch = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2], *(o.shape[:-2] for o in operands))
+    q, k = inputs.q, inputs.k
+    batch = torch.broadcast_shapes(*(x.shape[:-2] for x in inputs.tensors))
     s = torch.matmul(q.to(compute), k.to(compute).transpose(-1, -2)).expand(*batch, q.shape[-2], k.shape[-2])
-    return _stepped(spec.steps, s, operands)
+    return _stepped(spec.steps, s, inputs.operands)
 
 
-def weigh(
-    spec: Attention,
-    p: torch.Tensor,
-    operands: Sequence[torch.Tensor],
-    seed: torch.Tensor | None,
-    rows: torch.Tensor | None,
-) -> torch.Tensor:
+def weigh(spec: Attention, p: torch.Tensor, inputs: Inputs, rows: torch.Tensor | None) -> torch.Tensor:
     """What multiplies v, from the softmax p [*batch, Q, K]; rows as in `Part`."""
     for step in spec.weight_steps:
-        p = _apply(step, p, operands)
+        p = _apply(step, p, inputs.operands)
     if spec.dropout == 0.0:
         return p
-    if seed is None:
+    if inputs.seed is None:
         raise ValueError("a spec with dropout needs a seed")
     if rows is None:
         rows = torch.arange(math.prod(p.shape[:-1]), device=p.device).reshape(p.shape[:-1])
-    kept = dropout.keep(seed, rows, p.shape[-1], spec.dropout)
+    kept = dropout.keep(inputs.seed, rows, p.shape[-1], spec.dropout)
     # dropout of 1 multiplies by 0 / 0 nowhere: torch gives zeros
     return p * kept * (1.0 / (1.0 - spec.dropout) if spec.dropout < 1.0 else 0.0)
 

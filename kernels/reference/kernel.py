@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from attnfuse.kernels import reference, sink
-from attnfuse.kernels.layout import DENSE, Bounds, allocate, precision
+from attnfuse.kernels.inputs import Inputs
+from attnfuse.kernels.layout import allocate, precision
 from attnfuse.kernels.reference import attend
 from attnfuse.spec import Attention, ReplaceFill
 
@@ -17,19 +18,11 @@ from attnfuse.spec import Attention, ReplaceFill
 _WHOLE = 1e-6
 
 
-def forward(
-    spec: Attention,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    operands: Sequence[torch.Tensor],
-    seed: torch.Tensor | None,
-    bounds: Bounds = DENSE,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """out [*batch, Q, E] in spec.out_dtype and stats [2, *batch, Q], float32 or float64 as computed."""
-    out, stats = allocate(spec, q, k, v, operands, bounds)
+    out, stats = allocate(spec, inputs)
     with torch.no_grad():
-        values, rows = attend(spec, q, k, v, operands, seed, precision(spec), bounds)
+        values, rows = attend(spec, inputs, precision(spec))
     out.copy_(values)
     stats.copy_(rows)
     return out, stats
@@ -37,16 +30,11 @@ def forward(
 
 def backward(
     spec: Attention,
+    inputs: Inputs,
     dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    operands: Sequence[torch.Tensor],
-    seed: torch.Tensor | None,
     out: torch.Tensor,
     stats: torch.Tensor,
     needs: Sequence[bool],
-    bounds: Bounds = DENSE,
     dlse: torch.Tensor | None = None,
 ) -> list[torch.Tensor | None]:
     """Gradients for those of (q, k, v, *operands) that `needs` names, in their shapes and dtypes.
@@ -58,36 +46,33 @@ def backward(
     dlse [*batch, Q]: the gradient of the log-sum-exp, where that was used.
     """
     compute = precision(spec)
-    inputs = [q, k, v, *operands]
     delta = (dout.to(compute) * out.to(compute)).sum(-1)
     shift, inverse = sink.inverse_sums(spec, stats.to(compute))
     # another thread has a stream of its own, which does not wait for this one's, and which no CUDA graph records
-    stream = torch.cuda.current_stream(q.device) if q.is_cuda else None
+    stream = torch.cuda.current_stream(inputs.q.device) if inputs.q.is_cuda else None
 
     def differentiate() -> list[torch.Tensor | None]:
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
-            leaves = [x.detach().requires_grad_() if need else x.detach() for x, need in zip(inputs, needs)]
+            leaves = [x.detach().requires_grad_() if need else x.detach() for x, need in zip(inputs.tensors, needs)]
             rows = (shift, inverse, delta, None if dlse is None else dlse.to(compute).expand(delta.shape))
-            return _gradients(spec, dout.to(compute), leaves, seed, rows, bounds, compute)
+            return _gradients(spec, inputs.with_tensors(leaves), dout.to(compute), rows, compute)
 
     # inside of an op autograd is off for its thread, whatever enable_grad says
     with ThreadPoolExecutor(1) as aside:
         found = iter(aside.submit(differentiate).result())
     result: list[torch.Tensor | None] = []
-    for x, need in zip(inputs, needs):
+    for x, need in zip(inputs.tensors, needs):
         grad = next(found) if need else None
         result.append(None if not need else torch.zeros_like(x) if grad is None else torch.empty_like(x).copy_(grad))
-    sink.add_gradient(spec, operands, result, shift, inverse, delta if dlse is None else delta - dlse)
+    sink.add_gradient(spec, inputs.operands, result, shift, inverse, delta if dlse is None else delta - dlse)
     return result
 
 
 def _gradients(
     spec: Attention,
+    leaves: Inputs,
     dout: torch.Tensor,
-    leaves: Sequence[torch.Tensor],
-    seed: torch.Tensor | None,
     rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
-    bounds: Bounds,
     compute: torch.dtype,
 ) -> list[torch.Tensor | None]:
     """Gradients of those leaves that require them, without that of a sink. rows: shift, inverse, delta (in place replaced by the
@@ -95,17 +80,17 @@ def _gradients(
     filled = any(isinstance(s, ReplaceFill) and s.value != 0.0 for s in spec.weight_steps)
     shift, inverse, delta, dlse = rows
     scores, weights, results, given = [], [], [], []
-    held = list(reference.parts(spec, leaves[0], leaves[1], leaves[2], leaves[3:], bounds))
-    held = [part for part in held if part.k.shape[-2] > 0 and part.q.shape[-2] > 0]
+    held = list(reference.parts(spec, leaves))
+    held = [part for part in held if part.inputs.k.shape[-2] > 0 and part.inputs.q.shape[-2] > 0]
     for part in held:
-        s = reference.scores(spec, part.q, part.k, part.v, part.operands, compute)
+        s = reference.scores(spec, part.inputs, compute)
         less, factor = (part.of(x, -1).unsqueeze(-1) for x in (shift, inverse))
         p = torch.where(factor == 0.0, 0.0, torch.exp(s.detach() - less) * factor).requires_grad_()
         scores.append(s)
         weights.append(p)
-        results.append(reference.weigh(spec, p, part.operands, seed, part.rows) @ part.v.to(compute))
+        results.append(reference.weigh(spec, p, part.inputs, part.rows) @ part.inputs.v.to(compute))
         given.append(part.of(dout, -2))
-    wanted = [x for x in leaves if x.requires_grad]
+    wanted = [x for x in leaves.tensors if x.requires_grad]
     if not held:
         return [None] * len(wanted)
     found = torch.autograd.grad(results, [*weights, *wanted], given, allow_unused=True)

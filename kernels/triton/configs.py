@@ -47,6 +47,10 @@ class Config:
             return replace(self, BN=self.BN // 2)
         return replace(self, BM=self.BM // 2) if self.BM > 16 else None
 
+    def arguments(self) -> dict[str, int]:
+        """What every kernel with a loop takes of it."""
+        return {"BM": self.BM, "BN": self.BN, "STAGES": self.stages, "num_warps": self.warps}
+
 
 def padded(width: int) -> int:
     """The next power of two from 16 on: what a tile is wide for head size `width`."""

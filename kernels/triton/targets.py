@@ -15,7 +15,10 @@ from typing import Any
 import torch
 
 from attnfuse.kernels.device import Device
-from attnfuse.kernels.layout import DENSE, Bounds
+from attnfuse.kernels.inputs import Inputs
+from attnfuse.kernels.layout import allocate
+from attnfuse.kernels.triton import gradients, launch
+from attnfuse.kernels.triton.call import Call
 from attnfuse.kernels.triton.configs import Config, Pass
 from attnfuse.spec import Attention
 
@@ -53,14 +56,10 @@ class Compiled:
 
 def compiled(
     spec: Attention,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    operands: Sequence[torch.Tensor],
+    inputs: Inputs,
     capability: int,
     backward: bool = True,
     needs: Sequence[bool] = (),
-    bounds: Bounds = DENSE,
     fixed: Mapping[Pass, Config] = MappingProxyType({}),
 ) -> list[Compiled]:
     """The kernels that these tensors would run on an NVIDIA GPU of this compute capability (10 * major + minor).
@@ -68,25 +67,23 @@ def compiled(
     needs: of which of (q, k, v, *operands) gradients are made; all floating ones if empty. fixed: by pass, in place of the
     shipped configuration. Raises what Triton raises where it cannot compile, OSError without its ptxas.
     """
-    from attnfuse.kernels import triton
-    from attnfuse.kernels.layout import allocate
-
     found: list[Compiled] = []
 
     def record(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
         found.append(_compile(kernel, arguments, capability))
 
     device = Device("cuda", capability)
-    seed = torch.zeros(1, dtype=torch.int64) if spec.dropout else None
-    out, stats = allocate(spec, q, k, v, operands, bounds)
-    call = triton._Call(spec, q, k, v, list(operands), seed, device, record, bounds)
+    if spec.dropout and inputs.seed is None:
+        inputs = inputs._replace(seed=torch.zeros(1, dtype=torch.int64))
+    out, stats = allocate(spec, inputs)
+    call = Call(spec, inputs, device, record)
     which: Pass = "decode" if call.decoding() else "forward"
-    run = triton._decode if which == "decode" else triton._forward
+    run = launch.decode if which == "decode" else launch.forward
     run(replace(call, fixed=fixed.get(which)), out, stats)
     if backward:
-        needs = needs or [x.is_floating_point() for x in (q, k, v, *operands)]
+        needs = needs or [x.is_floating_point() for x in inputs.tensors]
         call = replace(call, fixed=fixed.get("backward"))
-        triton._backward(call, torch.empty_like(out), out, stats, operands, needs)
+        gradients.backward(call, torch.empty_like(out), out, stats, needs)
     return found
 
 

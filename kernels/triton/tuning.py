@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from attnfuse.kernels import triton
 from attnfuse.kernels.device import Device
-from attnfuse.kernels.layout import DENSE, Bounds, allocate, check_bounds
+from attnfuse.kernels.inputs import Bounds, Inputs
+from attnfuse.kernels.layout import allocate, check_bounds
 from attnfuse.kernels.measure import milliseconds
-from attnfuse.kernels.triton import tuned
+from attnfuse.kernels.triton import gradients, launch, tuned
+from attnfuse.kernels.triton.call import Call
 from attnfuse.kernels.triton.configs import Config, Pass, candidates
 from attnfuse.kernels.triton.tuned import Entry
 from attnfuse.spec import Attention
@@ -51,42 +52,40 @@ class Result:
 class _Measured:
     """How to run one pass of a call, and what it gave with the shipped configuration."""
 
-    call: triton._Call
+    call: Call
     which: Pass
-    run: Callable[[triton._Call], _Results]
+    run: Callable[[Call], _Results]
     expected: _Results = field(default_factory=list)
 
 
 def tune(
     spec: Attention,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    operands: Sequence[torch.Tensor] = (),
+    inputs: Inputs,
     needs: Sequence[bool] = (),
     device: torch.device | None = None,
-    bounds: Bounds = DENSE,
     timer: Timer = milliseconds,
     step: Step = lambda which, done, total: None,
 ) -> list[Result]:
     """Measure the passes of an attention that were not measured before, and use and keep the configurations that win.
 
-    The tensors, as forward takes them, give shapes, strides and dtypes; they may be on 'meta'. What is measured, on `device`
-    (that of q, if None), are random numbers, with masks and integers of the values that leave most to do. needs: of which of
-    (q, k, v, *operands) gradients will be asked for; backward is measured if there is one. bounds: of packed sequences; only
-    their number counts, their lengths are made up (skewed()). A candidate wins only if its
-    results are those of the shipped configuration; one that is wrong is warned of. Raises TuningError where nothing can be
-    measured, and what tuned.add raises where nothing can be kept.
+    The inputs give shapes, strides and dtypes; they may be on 'meta', and need no seed. What is measured, on `device` (that
+    of q, if None), are random numbers, with masks and integers of the values that leave most to do, and as many sequences,
+    whose lengths are made up (skewed()). needs: of which of inputs.tensors gradients will be asked for; backward is measured
+    if there is one. A candidate wins only if its results are those of the shipped configuration; one that is wrong is warned
+    of. Raises TuningError where nothing can be measured, and what tuned.add raises where nothing can be kept.
     """
-    given = [q, k, v, *operands]
-    device = q.device if device is None else device
-    bounds = skewed(bounds, (q.shape[-2], k.shape[-2]), device)
-    wanted = _wanted(spec, given, needs, device, bounds)
+    device = inputs.q.device if device is None else device
+    rows = (inputs.q.shape[-2], inputs.k.shape[-2])
+    inputs = inputs._replace(
+        seed=torch.zeros(1, dtype=torch.int64, device=device) if spec.dropout else None,
+        bounds=skewed(inputs.bounds, rows, device),
+    )
+    wanted = _wanted(spec, inputs, needs, device)
     found: list[Result] = []
     if not wanted:
         return found
-    with torch.no_grad(), triton.current(device):
-        problem = _Problem.busiest(spec, given, needs, device, timer, bounds)
+    with torch.no_grad(), launch.current(device):
+        problem = _Problem.busiest(spec, inputs, needs, device, timer)
         try:
             for which in wanted:
                 # measuring leaves nothing of the results
@@ -116,16 +115,14 @@ def skewed(bounds: Bounds, rows: tuple[int, int], device: torch.device) -> Bound
     return Bounds(made(bounds.q, rows[0]), made(bounds.k, rows[1]))
 
 
-def _wanted(
-    spec: Attention, given: Sequence[torch.Tensor], needs: Sequence[bool], device: torch.device, bounds: Bounds
-) -> list[Pass]:
+def _wanted(spec: Attention, inputs: Inputs, needs: Sequence[bool], device: torch.device) -> list[Pass]:
     """The passes that have not been measured yet."""
-    check_bounds(spec, bounds)
-    if spec.layout != "dense" and bounds.sequences == 0:
+    check_bounds(spec, inputs.bounds)
+    if spec.layout != "dense" and inputs.bounds.sequences == 0:
         raise TuningError("no sequences")
-    if not all(x.numel() for x in given):
-        raise TuningError(f"a tensor without elements among {[list(x.shape) for x in given]}")
-    call = _call(spec, given, device, bounds)
+    if not all(x.numel() for x in inputs.tensors):
+        raise TuningError(f"a tensor without elements among {[list(x.shape) for x in inputs.tensors]}")
+    call = _call(spec, inputs, device)
     passes: list[Pass] = ["forward" if call.decoding() is None else "decode"]
     if any(needs):
         passes.append("backward")
@@ -135,57 +132,47 @@ def _wanted(
     return [which for which in passes if keys[which] not in tuned.entries()]
 
 
-def _call(spec: Attention, given: Sequence[torch.Tensor], device: torch.device, bounds: Bounds) -> triton._Call:
-    q, k, v, *operands = given
-    seed = torch.zeros(1, dtype=torch.int64, device=device) if spec.dropout else None
-    return triton._Call(spec, q, k, v, operands, seed, Device.of(device), triton._run, bounds)
+def _call(spec: Attention, inputs: Inputs, device: torch.device) -> Call:
+    return Call(spec, inputs, Device.of(device), launch.run)
 
 
 @dataclass
 class _Problem:
     """Inputs, and how they are attended to and differentiated."""
 
-    call: triton._Call
-    operands: list[torch.Tensor]
+    call: Call
     needs: Sequence[bool]
 
     def __post_init__(self) -> None:
         call = self.call
         self.which: Pass = "forward" if call.decoding() is None else "decode"
-        self.out, self.stats = allocate(call.spec, call.q, call.k, call.v, self.operands, call.bounds)
+        self.out, self.stats = allocate(call.spec, call.inputs)
         numbers = torch.randn(self.out.shape, generator=_generator(call.q.device), device=call.q.device)
         self.dout = numbers.to(self.out.dtype)
 
     def attend(self) -> None:
         """As anybody would, without a configuration to measure."""
-        triton._fitting(self.call, self.which, lambda: self.forward(self.call))
+        launch.fitting(self.call, self.which, lambda: self.forward(self.call))
 
-    def forward(self, call: triton._Call) -> _Results:
-        (triton._decode if self.which == "decode" else triton._forward)(call, self.out, self.stats)
+    def forward(self, call: Call) -> _Results:
+        (launch.decode if self.which == "decode" else launch.forward)(call, self.out, self.stats)
         return [self.out, *self.stats]
 
-    def backward(self, call: triton._Call) -> _Results:
-        made = triton._backward(call, self.dout, self.out, self.stats, self.operands, self.needs)
+    def backward(self, call: Call) -> _Results:
+        made = gradients.backward(call, self.dout, self.out, self.stats, self.needs)
         return [x for x in made if x is not None]
 
     @staticmethod
-    def busiest(
-        spec: Attention,
-        given: Sequence[torch.Tensor],
-        needs: Sequence[bool],
-        device: torch.device,
-        timer: Timer,
-        bounds: Bounds = DENSE,
-    ) -> _Problem:
+    def busiest(spec: Attention, inputs: Inputs, needs: Sequence[bool], device: torch.device, timer: Timer) -> _Problem:
         """A mask may hide where it is True, a number be a document's, or a length: what takes longest hides least."""
-        dtypes = {x.dtype for x in given}
+        dtypes = {x.dtype for x in inputs.tensors}
         flags = (True, False) if torch.bool in dtypes else (True,)
         whole = any(d != torch.bool and not d.is_floating_point for d in dtypes)
-        numbers = (0, max(given[0].shape[-2], given[1].shape[-2])) if whole else (0,)
+        numbers = (0, max(inputs.q.shape[-2], inputs.k.shape[-2])) if whole else (0,)
 
         def made(flag: bool, number: int) -> _Problem:
-            inputs = inputs_like(given, device, flag, number)
-            return _Problem(_call(spec, inputs, device, bounds), inputs[3:], needs)
+            drawn = inputs.with_tensors(tensors_like(inputs.tensors, device, flag, number))
+            return _Problem(_call(spec, drawn, device), needs)
 
         best, *others = ((flag, number) for flag in flags for number in numbers)
         longest = timer(made(*best).attend, device) if others else 0.0
@@ -201,7 +188,7 @@ def _generator(device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(0)
 
 
-def inputs_like(given: Sequence[torch.Tensor], device: torch.device, flag: bool, number: int) -> list[torch.Tensor]:
+def tensors_like(given: Sequence[torch.Tensor], device: torch.device, flag: bool, number: int) -> list[torch.Tensor]:
     """Tensors of the same shapes, strides and dtypes: random numbers, or `flag` or `number` everywhere."""
     generator = _generator(device)
     made = []
@@ -254,7 +241,7 @@ def _best(measured: _Measured, timer: Timer, step: Step) -> Result:
     return Result(key, which, Entry(best, times[best], times[table]), table, len(times), tuple(skipped), tuple(wrong))
 
 
-def _timed(measured: _Measured, call: triton._Call, timer: Timer) -> float:
+def _timed(measured: _Measured, call: Call, timer: Timer) -> float:
     found = timer(lambda: measured.run(call), call.q.device)
     _poison(measured.run(call))
     return found

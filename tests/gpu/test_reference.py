@@ -6,6 +6,7 @@ import pytest
 import torch
 from kernel_cases import make_spec, qkv
 
+from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.reference import kernel
 
 
@@ -15,8 +16,8 @@ def test_gradients_are_recorded_in_a_cuda_graph(device: torch.device) -> None:
     spec, dout = make_spec(q, k, v), torch.randn_like(q)
 
     def run() -> list[torch.Tensor | None]:
-        out, stats = kernel.forward(spec, q, k, v, (), None)
-        return kernel.backward(spec, dout, q, k, v, (), None, out, stats, [True] * 3)
+        out, stats = kernel.forward(spec, Inputs(q, k, v))
+        return kernel.backward(spec, Inputs(q, k, v), dout, out, stats, [True] * 3)
 
     before = run()
     torch.cuda.synchronize(device)

@@ -8,7 +8,8 @@ from kernel_cases import FLOAT_MIN, INF, bounds_of, check, make_spec, qkv, randn
 
 from attnfuse.expr import Algebra, Const, K, Load, Q, causal, dense, window
 from attnfuse.kernels import triton
-from attnfuse.kernels.layout import Bounds
+from attnfuse.kernels.inputs import Bounds, Inputs
+from attnfuse.kernels.triton import launch
 from attnfuse.spec import AddFill, Bias, ReplaceFill, Scale, Softcap
 
 A = Algebra()
@@ -24,7 +25,7 @@ def launched(monkeypatch):
         found.append((kernel.__name__, programs, arguments))
         kernel[(programs,)](**arguments)
 
-    monkeypatch.setattr(triton, "_run", run)
+    monkeypatch.setattr(launch, "run", run)
     return found
 
 
@@ -59,9 +60,9 @@ def test_a_cache_that_is_not_full(queries):
     past = torch.tensor(200 - queries).reshape(1, 1, 1, 1, 1)
     seen = A.compare("le", K, A.add(Q, Load(0, "int64")))
     spec = make_spec(q, k, v, [past], steps=(HALF, ReplaceFill(seen, -INF)))
-    out, stats = triton.forward(spec, q, k, v, [past], None)
+    out, stats = triton.forward(spec, Inputs(q, k, v, [past]))
     clean = [x.nan_to_num() for x in (q, k, v)]
-    want, rows = triton.forward(spec, *clean, [past], None)
+    want, rows = triton.forward(spec, Inputs(*clean, [past]))
     assert bool(out.isfinite().all()) and torch.equal(out, want) and torch.equal(stats, rows)
     check(triton, *clean, [past], steps=(HALF, ReplaceFill(seen, -INF)), backward=False)
 

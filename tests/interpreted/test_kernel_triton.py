@@ -10,6 +10,7 @@ from sink_cases import *  # noqa: F403
 
 from attnfuse.expr import Algebra, Const, K, Q, causal, dense, documents, window
 from attnfuse.kernels import layout, triton
+from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.triton import codegen, generated
 from attnfuse.spec import AddFill, Attention, Bias, Cast, ReplaceFill, Scale, Softcap
 
@@ -80,9 +81,9 @@ def test_rows_made_zero_have_zero_gradients_under_an_added_fill(hidden):
     keep = torch.ones(1, 1, 20, 30, dtype=torch.bool)
     keep[..., 5:9, :] = False
     spec = make_spec(q, k, v, [keep], steps=(AddFill(dense(0), -INF),), hidden=hidden)
-    out, stats = triton.forward(spec, q, k, v, [keep], None)
+    out, stats = triton.forward(spec, Inputs(q, k, v, [keep]))
     dout = torch.randn_like(out)
-    got = triton.backward(spec, dout, q, k, v, [keep], None, out, stats, [True] * 3 + [False])
+    got = triton.backward(spec, Inputs(q, k, v, [keep]), dout, out, stats, [True] * 3 + [False])
     other = make_spec(q, k, v, [keep], steps=(ReplaceFill(dense(0), -INF),), hidden=hidden)
     want = kernel_cases.evaluate(other, (q, k, v, keep), None, torch.float64, dout)[1]
     for a, b in zip(got[:3], want[:3], strict=True):
@@ -191,13 +192,13 @@ def test_strides_and_nan_beyond_a_slice_change_no_bit():
     bias = randn(1, 2, 40, 70)
     spec = make_spec(q, k, v, [bias], steps=(HALF, Bias(0)))
     dout = randn(1, 2, 40, 12)
-    out, stats = triton.forward(spec, q, k, v, [bias], None)
-    grads = triton.backward(spec, dout, q, k, v, [bias], None, out, stats, [True] * 4)
+    out, stats = triton.forward(spec, Inputs(q, k, v, [bias]))
+    grads = triton.backward(spec, Inputs(q, k, v, [bias]), dout, out, stats, [True] * 4)
     for lay in lays:
         moved = [lay(x) for x in (q, k, v, bias)]
-        again, stats = triton.forward(spec, *moved[:3], moved[3:], None)
+        again, stats = triton.forward(spec, Inputs(*moved[:3], moved[3:]))
         assert torch.equal(out, again)
-        found = triton.backward(spec, lay(dout), *moved[:3], moved[3:], None, again, stats, [True] * 4)
+        found = triton.backward(spec, Inputs(*moved[:3], moved[3:]), lay(dout), again, stats, [True] * 4)
         assert all(torch.equal(a, b) for a, b in zip(grads, found, strict=True))
 
 
@@ -215,7 +216,7 @@ def test_dropout_draws_the_reference_mask(p):
 def test_dropout_without_a_seed_is_refused():
     q, k, v = qkv(1, 1, 8, 8, 8)
     with pytest.raises(ValueError, match="seed"):
-        triton.forward(make_spec(q, k, v, dropout=0.5), q, k, v, [], None)
+        triton.forward(make_spec(q, k, v, dropout=0.5), Inputs(q, k, v))
 
 
 @pytest.mark.parametrize("name", [n for n in WEIGHTS if n != "filled"])
@@ -239,7 +240,7 @@ def test_unshifted_softmax():
     q = torch.full((1, 1, 4, 1), 20.0)
     k = torch.tensor([10.0, 1.0]).view(1, 1, 2, 1)
     spec = make_spec(q, k, k, softmax="unshifted", steps=())
-    assert bool(triton.forward(spec, q, k, k, [], None)[0].isnan().all())
+    assert bool(triton.forward(spec, Inputs(q, k, k))[0].isnan().all())
 
 
 @pytest.mark.parametrize("where", ["q", "k", "bias"])
@@ -253,7 +254,7 @@ def test_nan_reaches_what_it_reaches_in_the_reference(where, hidden):
 
 def test_a_half_overflow_is_an_infinity():
     q, k, v = torch.full((1, 1, 1, 1), 300.0), torch.tensor([[[[300.0], [-300.0], [1.0]]]]), randn(1, 1, 3, 4)
-    out, _ = triton.forward(make_spec(q, k, v, steps=(Cast("float16"),)), q, k, v, [], None)
+    out, _ = triton.forward(make_spec(q, k, v, steps=(Cast("float16"),)), Inputs(q, k, v))
     assert bool(out.isnan().all())
 
 
@@ -261,11 +262,11 @@ def test_only_needed_gradients_are_made():
     q, k, v = qkv(1, 2, 33, 33, 8)
     bias = randn(1, 2, 33, 33)
     spec = make_spec(q, k, v, [bias], steps=(Bias(0),))
-    out, stats = triton.forward(spec, q, k, v, [bias], None)
-    every = triton.backward(spec, out, q, k, v, [bias], None, out, stats, [True] * 4)
+    out, stats = triton.forward(spec, Inputs(q, k, v, [bias]))
+    every = triton.backward(spec, Inputs(q, k, v, [bias]), out, out, stats, [True] * 4)
     for i in range(4):
         needs = [j == i for j in range(4)]
-        found = triton.backward(spec, out, q, k, v, [bias], None, out, stats, needs)
+        found = triton.backward(spec, Inputs(q, k, v, [bias]), out, out, stats, needs)
         assert [g is not None for g in found] == needs
         assert torch.equal(found[i], every[i])
 
@@ -312,6 +313,6 @@ def test_weights_filled_with_a_number_are_refused():
 def test_results_lie_as_the_fake_ones_do():
     q, k, v = qkv(1, 2, 8, 8, 8)
     spec = make_spec(q, k, v, out_order=(0, 2, 1, 3))
-    out, stats = triton.forward(spec, q, k, v, [], None)
-    fake, fake_stats = layout.allocate(spec, q, k, v, [])
+    out, stats = triton.forward(spec, Inputs(q, k, v))
+    fake, fake_stats = layout.allocate(spec, Inputs(q, k, v))
     assert (out.stride(), stats.stride()) == (fake.stride(), fake_stats.stride())

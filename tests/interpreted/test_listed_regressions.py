@@ -15,9 +15,12 @@ from torch import nn
 
 import attnfuse
 from attnfuse.expr import Algebra, Const, K, Q, causal, dense
-from attnfuse.kernels import reference, triton
+from attnfuse.kernels import layout, reference, triton
 from attnfuse.kernels.cache import BuildError
-from attnfuse.kernels.triton import codegen, generated
+from attnfuse.kernels.device import Device
+from attnfuse.kernels.inputs import Inputs
+from attnfuse.kernels.triton import codegen, generated, gradients, launch
+from attnfuse.kernels.triton.call import Call
 from attnfuse.spec import AddFill, Attention, Bias, ReplaceFill, Scale
 
 A = Algebra()
@@ -38,10 +41,10 @@ def test_13_no_limit_on_the_number_of_batch_elements(B, H):
     q = torch.zeros(1, 1, 3, 16).expand(B, H, 3, 16)
     spec = make_spec(q, q, q)
     launches = []
-    call = triton._Call(spec, q, q, q, [], None, triton.Device("cuda", 90), lambda *x: launches.append(x))
-    out, stats = triton.allocate(spec, q, q, q, [])
-    triton._forward(call, out, stats)
-    triton._backward(call, out, out, stats, [], [True] * 3)
+    call = Call(spec, Inputs(q, q, q), Device("cuda", 90), lambda *x: launches.append(x))
+    out, stats = layout.allocate(spec, Inputs(q, q, q))
+    launch.forward(call, out, stats)
+    gradients.backward(call, out, out, stats, [True] * 3)
     assert [x[0].__name__ for x in launches] == ["forward", "prepare", "backward_rows", "backward_columns"]
     assert all(x[1] == B * H < 2**31 for x in launches)
 
@@ -80,23 +83,23 @@ def test_21_offsets_from_2_to_the_31_on(far):
     near = qkv(1, 2, 20, 20, 9, dtype=torch.float16)
     bias = randn(1, 2, 20, 9, dtype=torch.float16)
     spec = make_spec(*near, [bias], dims=[("1", "B1", "Q", "T")], steps=(Bias(0, col=A.mod(A.add(K, Q), Const(9))),))
-    want = triton.forward(spec, *near, [bias], None)
+    want = triton.forward(spec, Inputs(*near, [bias]))
     dout = torch.randn_like(want[0])
-    grads = triton.backward(spec, dout, *near, [bias], None, *want, [True] * 4)
+    grads = triton.backward(spec, Inputs(*near, [bias]), dout, *want, [True] * 4)
     for i in range(4):
         tensors = [*near, bias]
         view = room.as_strided(shape, strides)
         view.copy_(tensors[i])
         tensors[i] = view
-        found = triton.forward(spec, *tensors[:3], tensors[3:], None)
+        found = triton.forward(spec, Inputs(*tensors[:3], tensors[3:]))
         assert torch.equal(found[0], want[0]) and torch.equal(found[1], want[1])
         needs = [j != i for j in range(4)]
-        for a, b in zip(triton.backward(spec, dout, *tensors[:3], tensors[3:], None, *want, needs), grads):
+        for a, b in zip(triton.backward(spec, Inputs(*tensors[:3], tensors[3:]), dout, *want, needs), grads):
             assert a is None or torch.equal(a, b)
 
 
 def _attend_alone(spec, tensors, results):
-    out, _ = triton.forward(spec, *tensors, [], None)
+    out, _ = triton.forward(spec, Inputs(*tensors))
     results.put(out.tolist())
 
 
@@ -113,7 +116,7 @@ def test_22_eight_processes_fill_one_cache_at_once(empty_cache):
     for p in processes:
         p.join(timeout=60)
     assert [p.exitcode for p in processes] == [0] * 8
-    want = reference.attend(spec, q, k, v, [], None, torch.float64)[0]
+    want = reference.attend(spec, Inputs(q, k, v), torch.float64)[0]
     for out in found:
         torch.testing.assert_close(torch.tensor(out).double(), want, rtol=1e-5, atol=1e-6)
     assert [p.name for p in empty_cache.iterdir() if p.suffix not in (".py", "")] == []
@@ -134,8 +137,8 @@ def test_23_hostile_names_reach_no_source(name):
     operands = tuple(type(o)(o.dtype, dims) for o in clean.operands)
     hostile = Attention(**{**fields, "batch": ("B0", name), "operands": operands})
     assert codegen.source(hostile) == codegen.source(clean)
-    out, _ = triton.forward(Attention.parse(hostile.text), q, k, v, [bias], None)
-    want = reference.attend(clean, q, k, v, [bias], None, torch.float64)[0]
+    out, _ = triton.forward(Attention.parse(hostile.text), Inputs(q, k, v, [bias]))
+    want = reference.attend(clean, Inputs(q, k, v, [bias]), torch.float64)[0]
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-6)
 
 

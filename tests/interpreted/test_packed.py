@@ -9,6 +9,10 @@ from packed_cases import *  # noqa: F403
 from packed_cases import LENGTHS, attention
 
 from attnfuse.kernels import triton
+from attnfuse.kernels.device import Device
+from attnfuse.kernels.inputs import Inputs
+from attnfuse.kernels.triton import launch
+from attnfuse.kernels.triton.call import Call
 from attnfuse.spec import Bias
 
 
@@ -23,14 +27,14 @@ def test_operands_that_are_too_short_are_not_read_past_their_end():
     spec = make_spec(q, k, v, [bias], layout="packed", steps=(Bias(0),))
     room = torch.full((bias.numel() + 400,), torch.nan)
     room[200:-200] = bias.flatten()
-    alone = triton.forward(spec, q, k, v, [room[200:-200].view(bias.shape)], None, bounds)[0]
+    alone = triton.forward(spec, Inputs(q, k, v, [room[200:-200].view(bias.shape)], bounds=bounds))[0]
     assert not bool(alone.isnan().any())
 
 
 def test_long_sequences_are_dealt_first():
     q, k, v, bounds = attention((3, 200, 40, 0, 70))
     spec = make_spec(q, k, v, layout="packed")
-    call = triton._Call(spec, q, k, v, [], None, triton.Device("cpu"), triton._run, bounds)
+    call = Call(spec, Inputs(q, k, v, bounds=bounds), Device("cpu"), launch.run)
     ends, order = call.deal(bounds.q, q.shape[-2], 32).tolist()
     tiles = [-(-n // 32) for n in (3, 200, 40, 0, 70)]
     assert sorted(order) == list(range(5)) and [tiles[s] for s in order] == sorted(tiles, reverse=True)

@@ -8,6 +8,7 @@ from kernel_cases import FLOAT_MIN, INF, make_spec, qkv, randn
 from visits import run
 
 from attnfuse.expr import Algebra, Const, K, Load, Q, causal, dense, documents, window
+from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.triton.configs import Config
 from attnfuse.spec import AddFill, Bias, ReplaceFill, Scale, Softcap
 from benchmarks import traffic
@@ -22,8 +23,8 @@ def check(q, k, v, operands=(), seed=None, **fields) -> None:
     spec = make_spec(q, k, v, operands, hidden="zero", **fields)
     found = run(spec, q, k, v, operands, seed, traffic=True)
     counted = [
-        *traffic.forward(spec, q, k, v, operands, TILES).kernels,
-        *traffic.backward(spec, q, k, v, operands, TILES).kernels,
+        *traffic.forward(spec, Inputs(q, k, v, operands), TILES).kernels,
+        *traffic.backward(spec, Inputs(q, k, v, operands), TILES).kernels,
     ]
     assert [c.kernel for c in counted] == list(found)
     for c in counted:

@@ -15,14 +15,15 @@ import torch
 from kernel_cases import INF, bounds_of, make_spec, qkv, randn
 
 import attnfuse
-from attnfuse import backend, settings
+from attnfuse import backend, pipeline, settings
 from attnfuse import tuning as requests
 from attnfuse.expr import Algebra, K, Load, causal, dense, documents
 from attnfuse.kernels import kept as files
 from attnfuse.kernels import measure, reference, triton
 from attnfuse.kernels.device import Device
-from attnfuse.kernels.layout import Bounds
-from attnfuse.kernels.triton import tuned, tuning
+from attnfuse.kernels.inputs import Bounds, Inputs
+from attnfuse.kernels.triton import call, launch, tuned, tuning
+from attnfuse.kernels.triton.call import Call
 from attnfuse.kernels.triton.configs import Config
 from attnfuse.kernels.triton.tuned import Entry
 from attnfuse.spec import Bias, ReplaceFill
@@ -46,8 +47,8 @@ def directory(tmp_path, monkeypatch):
     path = tmp_path / "cache"
     monkeypatch.setenv("ATTNFUSE_CACHE_DIR", str(path))
     # which would build the CPU kernels into the empty directory
-    monkeypatch.setattr(backend, "prepare", lambda: None)
-    monkeypatch.setattr(triton, "_shrunk", {})
+    monkeypatch.setattr(pipeline, "prepare", lambda: None)
+    monkeypatch.setattr(call, "_shrunk", {})
     monkeypatch.setattr(tuning, "candidates", lambda *given: [TABLE, FAST])
     tuned.reset()
     yield path
@@ -63,7 +64,7 @@ def launched(monkeypatch):
         found.append((kernel.__name__, arguments["BM"], arguments.get("BN")))
         kernel[(programs,)](**arguments)
 
-    monkeypatch.setattr(triton, "_run", run)
+    monkeypatch.setattr(launch, "run", run)
     return found
 
 
@@ -81,7 +82,7 @@ def clock(launched):
 
 def plain(**sizes):
     q, k, v = qkv(1, 1, **{"Q": 16, "K": 20, "D": 8, **sizes})
-    return make_spec(q, k, v, steps=(ReplaceFill(causal(), -INF),)), q, k, v
+    return make_spec(q, k, v, steps=(ReplaceFill(causal(), -INF),)), Inputs(q, k, v)
 
 
 def kept(directory):
@@ -93,8 +94,8 @@ def tiles(launched, kernel):
 
 
 def test_what_wins_is_kept_and_used_by_the_next_launch(directory, launched, clock):
-    spec, q, k, v = plain()
-    found = tuning.tune(spec, q, k, v, needs=(True, True, True), timer=clock)
+    spec, inputs = plain()
+    found = tuning.tune(spec, inputs, needs=(True, True, True), timer=clock)
     assert [(r.which, r.entry, r.table, r.measured) for r in found] == [
         (which, Entry(FAST, 1.0, 4.0), TABLE, 2) for which in ("forward", "backward")
     ]
@@ -107,22 +108,22 @@ def test_what_wins_is_kept_and_used_by_the_next_launch(directory, launched, cloc
     # as another process would
     tuned.reset()
     launched.clear()
-    out, stats = triton.forward(spec, q, k, v, [], None)
-    triton.backward(spec, out, q, k, v, [], None, out, stats, [True] * 3)
+    out, stats = triton.forward(spec, inputs)
+    triton.backward(spec, inputs, out, out, stats, [True] * 3)
     for kernel in ("forward", "backward_rows", "backward_columns"):
         assert tiles(launched, kernel) == {(16, 16)}
     # as long as no power of two lies between
-    assert triton._Call(*plain(K=32)[:4], [], None, Device("cpu"), None).config("forward") == FAST
-    assert triton._Call(*plain(K=33)[:4], [], None, Device("cpu"), None).config("forward") == TABLE
+    assert Call(*plain(K=32), Device("cpu"), None).config("forward") == FAST
+    assert Call(*plain(K=33), Device("cpu"), None).config("forward") == TABLE
 
 
 def test_what_is_kept_is_not_measured_again(launched, clock):
-    spec, q, k, v = plain()
-    tuning.tune(spec, q, k, v, timer=clock)
+    spec, inputs = plain()
+    tuning.tune(spec, inputs, timer=clock)
     tuned.reset()
     launched.clear()
-    assert tuning.tune(spec, q, k, v, timer=clock) == [] and launched == []
-    (backward,) = tuning.tune(spec, q, k, v, needs=(True, False, False), timer=clock)
+    assert tuning.tune(spec, inputs, timer=clock) == [] and launched == []
+    (backward,) = tuning.tune(spec, inputs, needs=(True, False, False), timer=clock)
     assert backward.which == "backward" and tiles(launched, "backward_rows") and not tiles(launched, "backward_columns")
 
 
@@ -134,11 +135,11 @@ def test_what_is_hardly_faster_does_not_win(clock, monkeypatch):
 
 def test_few_queries_tune_the_kernel_that_runs_them(launched, clock, monkeypatch):
     monkeypatch.setitem(MS, Config(16, 64, 4, 1), 4.0)
-    spec, q, k, v = plain(Q=1, K=140)
-    (result,) = tuning.tune(spec, q, k, v, timer=clock)
+    spec, inputs = plain(Q=1, K=140)
+    (result,) = tuning.tune(spec, inputs, timer=clock)
     assert result.which == "decode" and result.entry.best == FAST
     launched.clear()
-    triton.forward(spec, q, k, v, [], None)
+    triton.forward(spec, inputs)
     assert launched[0] == ("decode", 16, 16)
 
 
@@ -149,10 +150,10 @@ def test_inputs_are_made_by_shape_stride_and_dtype(launched, clock):
     spec = make_spec(q, q, q, [keep, bias, ids], steps=(ReplaceFill(dense(0), -INF), Bias(1)), dropout=0.5)
     before = torch.random.get_rng_state()
     needs = (False, False, False, False, True, False)
-    found = tuning.tune(spec, q, q, q, [keep, bias, ids], needs, torch.device("cpu"), timer=clock)
+    found = tuning.tune(spec, Inputs(q, q, q, [keep, bias, ids]), needs, torch.device("cpu"), timer=clock)
     assert [r.entry.best for r in found] == [FAST, FAST] and not any(r.skipped or r.wrong for r in found)
     assert torch.equal(torch.random.get_rng_state(), before)
-    made = tuning.inputs_like([q, keep, bias, ids], torch.device("cpu"), True, 7)
+    made = tuning.tensors_like([q, keep, bias, ids], torch.device("cpu"), True, 7)
     assert [(x.shape, x.stride(), x.dtype) for x in made] == [
         (x.shape, x.stride(), x.dtype) for x in (q, keep, bias, ids)
     ]
@@ -175,7 +176,7 @@ def test_a_candidate_is_measured_in_the_kernel_that_will_run_it(launched, clock)
     ],
 )
 def test_masks_are_given_what_leaves_most_to_do(mask, dtype, sees):
-    _, q, k, v = plain()
+    q, k, v = plain()[1].tensors
     operand = torch.zeros(1, 1, 1, 1, dtype=dtype)
     spec = make_spec(q, k, v, [operand], steps=(ReplaceFill(mask, -INF),))
 
@@ -183,21 +184,21 @@ def test_masks_are_given_what_leaves_most_to_do(mask, dtype, sees):
         attend()
         return float(attend.__self__.stats[1].nan_to_num().mean())
 
-    found = tuning._Problem.busiest(spec, [q, k, v, operand], (), torch.device("cpu"), keys_seen)
-    assert found.operands[0].item() == sees
+    found = tuning._Problem.busiest(spec, Inputs(q, k, v, [operand]), (), torch.device("cpu"), keys_seen)
+    assert found.call.inputs.operands[0].item() == sees
 
 
 def test_a_candidate_that_fails_is_skipped(launched, clock, monkeypatch):
     from triton.runtime.errors import OutOfResources
 
-    run = triton._run
+    run = launch.run
 
     def failing(kernel, programs, arguments):
         if arguments["BN"] == FAST.BN:
             raise OutOfResources(1 << 20, 1 << 10, "shared memory")
         run(kernel, programs, arguments)
 
-    monkeypatch.setattr(triton, "_run", failing)
+    monkeypatch.setattr(launch, "run", failing)
     (result,) = tuning.tune(*plain(), timer=clock)
     assert (result.measured, len(result.skipped), result.entry.best) == (1, 1, TABLE)
     assert "BN=16" in result.skipped[0] and "OutOfResources" in result.skipped[0]
@@ -206,14 +207,14 @@ def test_a_candidate_that_fails_is_skipped(launched, clock, monkeypatch):
 def test_a_table_that_does_not_fit_is_made_smaller_first(launched, clock, monkeypatch):
     from triton.runtime.errors import OutOfResources
 
-    run = triton._run
+    run = launch.run
 
     def failing(kernel, programs, arguments):
         if arguments["BN"] > 16:
             raise OutOfResources(1 << 20, 1 << 10, "shared memory")
         run(kernel, programs, arguments)
 
-    monkeypatch.setattr(triton, "_run", failing)
+    monkeypatch.setattr(launch, "run", failing)
     monkeypatch.setitem(MS, Config(32, 16, 4, 1), 3.0)
     (result,) = tuning.tune(*plain(), timer=clock)
     assert (result.table, result.entry) == (Config(32, 16, 4, 1), Entry(FAST, 1.0, 3.0))
@@ -237,14 +238,14 @@ def read(monkeypatch):
     """(kernel, what it reads by descriptors) of all launches."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    found, run = [], triton._run
+    found, run = [], launch.run
 
     def record(kernel, programs, arguments):
         names = [name for name, x in arguments.items() if isinstance(x, TensorDescriptor)]
         found.append((kernel.__name__, "".join(names)))
         run(kernel, programs, arguments)
 
-    monkeypatch.setattr(triton, "_run", record)
+    monkeypatch.setattr(launch, "run", record)
     return found
 
 
@@ -254,8 +255,8 @@ def test_descriptors_that_win_are_kept_and_used_by_the_next_launch(directory, va
         run()
         return 1.0 if any(names for _, names in read) else 2.0
 
-    spec, q, k, v = plain()
-    found = tuning.tune(spec, q, k, v, needs=(True, True, True), timer=timer)
+    spec, inputs = plain()
+    found = tuning.tune(spec, inputs, needs=(True, True, True), timer=timer)
     winner = replace(TABLE, descriptors=True)
     assert [(r.which, r.entry) for r in found] == [(w, Entry(winner, 1.0, 2.0)) for w in ("forward", "backward")]
     assert not any(r.skipped or r.wrong for r in found)
@@ -264,25 +265,25 @@ def test_descriptors_that_win_are_kept_and_used_by_the_next_launch(directory, va
     # as another process would
     tuned.reset()
     del read[:]
-    out, stats = triton.forward(spec, q, k, v, [], None)
-    triton.backward(spec, out, q, k, v, [], None, out, stats, [True] * 3)
+    out, stats = triton.forward(spec, inputs)
+    triton.backward(spec, inputs, out, out, stats, [True] * 3)
     assert read == [("forward", "KV"), ("prepare", ""), ("backward_rows", "KV"), ("backward_columns", "QG")]
     # the same key, other strides: the same tiles, and ordinary loads
     del read[:]
-    k, v = (x.mT.contiguous().mT for x in (k, v))
-    other, _ = triton.forward(spec, q, k, v, [], None)
+    k, v = (x.mT.contiguous().mT for x in (inputs.k, inputs.v))
+    other, _ = triton.forward(spec, inputs._replace(k=k, v=v))
     assert read == [("forward", "")] and torch.equal(out, other)
 
 
 def test_descriptors_that_fail_to_compile_are_skipped(variants, read, monkeypatch):
-    run = triton._run
+    run = launch.run
 
     def failing(kernel, programs, arguments):
         run(kernel, programs, arguments)
         if read[-1][1]:
             raise RuntimeError("PassManager::run failed")
 
-    monkeypatch.setattr(triton, "_run", failing)
+    monkeypatch.setattr(launch, "run", failing)
     (result,) = tuning.tune(*plain(), timer=lambda run, device: (run(), 1.0)[1])
     assert result.entry.best == TABLE and result.measured == 1
     (skipped,) = result.skipped
@@ -290,31 +291,30 @@ def test_descriptors_that_fail_to_compile_are_skipped(variants, read, monkeypatc
 
 
 def test_descriptors_are_tried_only_where_the_inputs_and_the_spec_allow_them(variants):
-    def asked(spec, *given, **more):
+    def asked(spec, inputs, **more):
         del variants[:]
-        tuning.tune(spec, *given, timer=lambda run, device: 1.0, **more)
+        tuning.tune(spec, inputs, timer=lambda run, device: 1.0, **more)
         return variants
 
-    spec, q, k, v = plain(D=10)
-    assert asked(spec, q, k, v) == [("forward", False, True)]
+    assert asked(*plain(D=10)) == [("forward", False, True)]
     q, k, v = qkv(1, 1, 16, 20, 16)
     # queries alone can have them
     keys = [x.mT.contiguous().mT for x in (k, v)]
-    assert asked(make_spec(q, *keys), q, *keys, needs=(True,) * 3) == [
+    assert asked(make_spec(q, *keys), Inputs(q, *keys), needs=(True,) * 3) == [
         ("forward", False, True),
         ("backward", True, True),
     ]
     packed, bounds = make_spec(q, q, q, layout="packed"), bounds_of(6, 10)
-    assert asked(packed, q, q, q, bounds=Bounds(bounds, bounds)) == [("forward", False, True)]
+    assert asked(packed, Inputs(q, q, q, bounds=Bounds(bounds, bounds))) == [("forward", False, True)]
     ids = torch.zeros(1, 1, 16, 1, dtype=torch.int64), torch.zeros(1, 1, 1, 20, dtype=torch.int64)
     checked = make_spec(q, k, v, ids, steps=(ReplaceFill(documents(0, 1), -INF),))
     # loops that pass over tiles are not specialised
-    assert asked(checked, q, k, v, list(ids)) == [("forward", True, False)]
+    assert asked(checked, Inputs(q, k, v, ids)) == [("forward", True, False)]
 
 
 @pytest.mark.parametrize("how", ["off", "nan", "nothing"])
 def test_a_candidate_with_other_results_never_wins_and_is_told(how, launched, clock, monkeypatch):
-    run = triton._run
+    run = launch.run
 
     def wrong(kernel, programs, arguments):
         fast = arguments["BN"] == FAST.BN
@@ -325,7 +325,7 @@ def test_a_candidate_with_other_results_never_wins_and_is_told(how, launched, cl
         if fast and how != "nothing":
             arguments["O"][..., -1, -1] += 0.05 if how == "off" else torch.nan
 
-    monkeypatch.setattr(triton, "_run", wrong)
+    monkeypatch.setattr(launch, "run", wrong)
     with pytest.warns(RuntimeWarning, match=r"other results than .*Config\(BM=16, BN=16"):
         (result,) = tuning.tune(*plain(), timer=clock)
     assert result.wrong == (FAST,) and result.entry.best == TABLE
@@ -334,30 +334,30 @@ def test_a_candidate_with_other_results_never_wins_and_is_told(how, launched, cl
 def test_a_tuned_configuration_that_has_no_room_gets_smaller(launched, clock, monkeypatch):
     from triton.runtime.errors import OutOfResources
 
-    spec, q, k, v = plain()
-    key = triton._Call(spec, q, k, v, [], None, Device("cpu"), None).key("forward")
+    spec, inputs = plain()
+    key = Call(spec, inputs, Device("cpu"), None).key("forward")
     tuned.add({key: Entry(Config(64, 128, 4, 1), 1.0, 2.0)})
-    run = triton._run
+    run = launch.run
 
     def failing(kernel, programs, arguments):
         if arguments["BN"] > 32:
             raise OutOfResources(1 << 20, 1 << 10, "shared memory")
         run(kernel, programs, arguments)
 
-    monkeypatch.setattr(triton, "_run", failing)
-    triton.forward(spec, q, k, v, [], None)
+    monkeypatch.setattr(launch, "run", failing)
+    triton.forward(spec, inputs)
     assert launched[-1] == ("forward", 64, 32)
     # the shipped configuration did not fail, and stays as it is
     tuned.reset()
     os.remove(os.path.join(os.environ["ATTNFUSE_CACHE_DIR"], files.NAME))
-    assert triton._Call(spec, q, k, v, [], None, Device("cpu"), None).config("forward") == TABLE
+    assert Call(spec, inputs, Device("cpu"), None).config("forward") == TABLE
 
 
 def test_packed_sequences_are_tuned_with_lengths_that_are_made_up(directory, launched, clock):
     q = torch.empty(20, 1, 8, device="meta").movedim(0, -2)[None]
     spec = make_spec(q, q, q, layout="packed", steps=(ReplaceFill(causal(), -INF),), out_order=(0, 2, 1, 3))
     hint = torch.empty(2, 2, dtype=torch.int32, device="meta")
-    found = tuning.tune(spec, q, q, q, (), (True,) * 3, torch.device("cpu"), Bounds(hint, hint), timer=clock)
+    found = tuning.tune(spec, Inputs(q, q, q, bounds=Bounds(hint, hint)), (True,) * 3, torch.device("cpu"), timer=clock)
     assert [(r.which, r.entry.best, r.measured) for r in found] == [("forward", FAST, 2), ("backward", FAST, 2)]
     assert not any(r.skipped or r.wrong for r in found)
     assert all(name.endswith("Q 32, K 32, batch 2") for name in kept(directory))
@@ -366,9 +366,9 @@ def test_packed_sequences_are_tuned_with_lengths_that_are_made_up(directory, lau
     launched.clear()
     q = randn(1, 1, 30, 8)
     bounds = bounds_of(5, 25)
-    out, _ = triton.forward(spec, q, q, q, [], None, Bounds(bounds, bounds))
+    out, _ = triton.forward(spec, Inputs(q, q, q, bounds=Bounds(bounds, bounds)))
     assert tiles(launched, "forward") == {(FAST.BM, FAST.BN)}
-    want, _ = reference.attend(spec, q, q, q, [], None, torch.float64, Bounds(bounds, bounds))
+    want, _ = reference.attend(spec, Inputs(q, q, q, bounds=Bounds(bounds, bounds)), torch.float64)
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
 
 
@@ -380,7 +380,7 @@ def test_one_packed_side_is_tuned_as_well(layout, launched, clock, monkeypatch):
         q, k, packed = randn(1, 1, 20, 8), randn(2, 1, 8, 8), Bounds(bounds, None)
     else:
         q, k, packed = randn(2, 1, 4, 8), randn(1, 1, 140, 8), Bounds(None, bounds)
-    (result,) = tuning.tune(make_spec(q, k, k, layout=layout), q, k, k, bounds=packed, timer=clock)
+    (result,) = tuning.tune(make_spec(q, k, k, layout=layout), Inputs(q, k, k, bounds=packed), timer=clock)
     # few queries of a sequence with many keys are decoded
     assert result.which == ("forward" if layout == "packed_queries" else "decode")
     assert result.entry.best == FAST and not result.wrong and not result.skipped
@@ -403,10 +403,10 @@ def test_a_packed_layout_needs_bounds_of_sequences():
     q = randn(1, 2, 20, 8)
     spec = make_spec(q, q, q, layout="packed")
     with pytest.raises(ValueError, match="layout packed without bounds of q"):
-        tuning.tune(spec, q, q, q)
+        tuning.tune(spec, Inputs(q, q, q))
     none = torch.empty(2, 0, dtype=torch.int32)
     with pytest.raises(tuning.TuningError, match="no sequences"):
-        tuning.tune(spec, q, q, q, bounds=Bounds(none, none))
+        tuning.tune(spec, Inputs(q, q, q, bounds=Bounds(none, none)))
 
 
 def test_bounds_in_a_graph_are_told_to_who_tunes():
@@ -419,8 +419,9 @@ def test_bounds_in_a_graph_are_told_to_who_tunes():
     q_node, k_node, v_node, b_node = inputs
     arguments = (q_node, k_node, v_node, [], None, None, b_node, text, "triton", True)
     job = requests.job(graph.call_function(torch.ops.attnfuse.attention.default, arguments))
-    assert len(job.tensors) == 3 and job.needs == (False, True, False)
-    assert job.bounds.q is None and job.bounds.k.shape == (2, 3) and job.bounds.k.dtype == torch.int32
+    assert len(job.inputs.tensors) == 3 and job.needs == (False, True, False)
+    packed = job.inputs.bounds
+    assert packed.q is None and packed.k.shape == (2, 3) and packed.k.dtype == torch.int32
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
@@ -593,10 +594,11 @@ def test_symbolic_sizes_are_those_of_the_example(asked):
         torch._dynamo.mark_dynamic(x, 2)
     compiled(q.requires_grad_(), k, v)
     (given,) = asked
-    assert [tuple(x.shape) for x in given[1:4]] == [(3, 2, 16, 8), (3, 2, 24, 8), (3, 2, 24, 8)]
-    assert given[3].stride() == (24 * 2 * 8, 8, 16, 1)
-    assert given[5] == (True, False, False) and given[6] == torch.device("cpu")
-    assert given[0].sizes == (3, 2, None, None, 8, 8)
+    spec, inputs, needs, device = given
+    assert [tuple(x.shape) for x in inputs.tensors] == [(3, 2, 16, 8), (3, 2, 24, 8), (3, 2, 24, 8)]
+    assert inputs.v.stride() == (24 * 2 * 8, 8, 16, 1)
+    assert needs == (True, False, False) and device == torch.device("cpu")
+    assert spec.sizes == (3, 2, None, None, 8, 8)
 
 
 def test_failing_to_tune_is_a_warning_and_an_error_in_strict_mode(monkeypatch):

@@ -12,8 +12,11 @@ import numpy as np
 import torch
 from triton.runtime import interpreter
 
-from attnfuse.kernels import layout, triton
+from attnfuse.kernels import layout
 from attnfuse.kernels.device import Device
+from attnfuse.kernels.inputs import Inputs
+from attnfuse.kernels.triton import gradients, launch
+from attnfuse.kernels.triton.call import Call
 from attnfuse.spec import Attention
 
 
@@ -49,7 +52,7 @@ def run(
     bytes are counted too, which takes time."""
     found: dict[str, Run] = {}
 
-    def launch(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
+    def record(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
         name = kernel.__name__
         found[name] = Run(programs)
         if "SCORE" in arguments:
@@ -57,11 +60,12 @@ def run(
         with _counted(found[name]) if traffic else contextlib.nullcontext():
             kernel[(programs,)](**arguments)
 
-    out, stats = layout.allocate(spec, q, k, v, operands)
-    call = triton._Call(spec, q, k, v, list(operands), seed, device, launch)
-    triton._forward(call, out, stats)
+    inputs = Inputs(q, k, v, operands, seed)
+    out, stats = layout.allocate(spec, inputs)
+    call = Call(spec, inputs, device, record)
+    launch.forward(call, out, stats)
     dout = torch.randn(out.shape).to(out.dtype) if dout is None else dout
-    triton._backward(call, dout, out, stats, operands, [x.is_floating_point() for x in (q, k, v, *operands)])
+    gradients.backward(call, dout, out, stats, [x.is_floating_point() for x in inputs.tensors])
     return found
 
 

@@ -1,0 +1,72 @@
+"""What a kernel computes an attention of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+
+class Bounds(NamedTuple):
+    """Where the rows of each sequence are in packed queries, and in packed keys and values; None for a side that is dense.
+
+    int32 or int64 [2, sequences]: the first row, and the one after the last. Any numbers are safe: what lies outside of the
+    tensor is cut off.
+    """
+
+    q: torch.Tensor | None = None
+    k: torch.Tensor | None = None
+
+    def clipped(self, rows: tuple[int, int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Bounds that ascend from the first to the second number of a sequence and stay within (q, k) of so many rows."""
+        found = []
+        for bounds, total in zip(self, rows):
+            if bounds is not None:
+                start = bounds[0].clamp(0, total)
+                bounds = torch.stack([start, torch.maximum(start, bounds[1].clamp(max=total))])
+            found.append(bounds)
+        return found[0], found[1]
+
+    @property
+    def sequences(self) -> int:
+        """How many there are. Raises ValueError where neither side is packed."""
+        for bounds in self:
+            if bounds is not None:
+                return bounds.shape[-1]
+        raise ValueError("a dense layout has no sequences")
+
+
+DENSE = Bounds()
+
+
+class Inputs(NamedTuple):
+    """The tensors of one attention, beside the spec that says what is computed of them. Any strides; of one device.
+
+    q         [*batch, Q, D] of spec.qk_dtype
+    k         [*batch, K, D] of spec.qk_dtype
+    v         [*batch, K, E] of spec.v_dtype
+    operands  those that the spec's steps name, in their order and with the dtypes of spec.operands: [*batch, Q, K], but tables,
+              which are read at computed indices, with any last two dims
+    seed      of dropout, int64 of one element; None without
+    bounds    of the sequences, in a packed layout
+
+    Each batch dim is 1 or full. Packed rows of all sequences lie one after the other, in a tensor whose first dim is 1.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    operands: Sequence[torch.Tensor] = ()
+    seed: torch.Tensor | None = None
+    bounds: Bounds = DENSE
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """(q, k, v, *operands): what there may be gradients of, in their order."""
+        return (self.q, self.k, self.v, *self.operands)
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Inputs:
+        """The same with other (q, k, v, *operands)."""
+        q, k, v, *operands = tensors
+        return self._replace(q=q, k=k, v=v, operands=operands)

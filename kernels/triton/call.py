@@ -1,0 +1,263 @@
+"""One call of the kernels: its sizes, its configuration on the device, and the arguments that launches have in common."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from attnfuse.kernels import dropout
+from attnfuse.kernels.device import Device
+from attnfuse.kernels.inputs import Bounds, Inputs
+from attnfuse.kernels.layout import spread
+from attnfuse.kernels.triton import descriptors, tuned
+from attnfuse.kernels.triton.configs import Config, Pass, config, padded
+from attnfuse.spec import Attention
+
+#: What the kernels have for Attention.hidden.
+HIDDEN = {"nan": 0, "zero": 1, "nan_to_zero": 2}
+#: No dim may be longer: key and query indices are 32-bit numbers in the kernels.
+_LONGEST = 2**29
+#: How often the tiles of a spec were halved because a device had no shared memory or registers for them.
+_shrunk: dict[tuple[object, ...], int] = {}
+#: Rows that are decoded: more of them fill a query tile anyway.
+_FEW = 64
+#: Taken for the number of processors of a device that does not tell.
+_PROCESSORS = 8
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+class Decoding(NamedTuple):
+    """group: batch elements whose queries share a tile, since they have the same keys; parts: of the keys of each."""
+
+    config: Config
+    group: int
+    parts: int
+
+
+@dataclass
+class Call:
+    """What the launches of one call have in common.
+
+    device: whose configurations are taken; launch(kernel, programs, arguments): what runs a kernel; fixed: a configuration
+    in place of every other, such as one that is being measured. Raises ValueError for dims that are too long, and without a
+    seed for dropout.
+    """
+
+    spec: Attention
+    inputs: Inputs
+    device: Device
+    launch: Callable[[Any, int, dict[str, Any]], None]
+    fixed: Config | None = None
+
+    def __post_init__(self) -> None:
+        from attnfuse.kernels.triton import codegen, generated
+
+        self.functions: Any = generated.functions(self.spec)
+        self.traits = codegen.traits(self.spec)
+        self.q, self.k, self.v, operands, self.seed, bounds = self.inputs
+        # bools as bytes, which every backend loads alike
+        self.operands = [o.view(torch.uint8) if o.dtype == torch.bool else o for o in operands]
+        # the kernels step over whole rows of bounds
+        self.bounds = Bounds(*(None if b is None else b.contiguous() for b in bounds))
+        self.batch = spread(self.spec, self.inputs)
+        self.elements = math.prod(self.batch)
+        self.packed_q, self.packed_k = self.spec.packed_queries, self.spec.packed_keys
+        self.sequences = self.batch[0] if self.packed_q or self.packed_k else 1
+        #: batch elements of one sequence
+        self.heads = self.elements // self.sequences
+        self.Q, self.K, self.D, self.E = self.q.shape[-2], self.k.shape[-2], self.q.shape[-1], self.v.shape[-1]
+        if max(self.Q, self.K, self.elements, *(n for o in self.operands for n in o.shape)) > _LONGEST:
+            raise ValueError(f"no dim may be longer than {_LONGEST}")
+        if self.spec.dropout and self.seed is None:
+            raise ValueError("a spec with dropout needs a seed")
+        self.precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 and not interpreted() else "ieee"
+
+    def config(self, which: Pass) -> Config:
+        """What was measured to be fast for inputs like these, or else what ships."""
+        if self.fixed is not None:
+            return self.fixed
+        found = self._unshrunk(which)
+        for _ in range(_shrunk.get(self._tile_key(which, found), 0)):
+            found = found.smaller() or found
+        return found
+
+    def table(self, which: Pass) -> Config:
+        """The configuration that ships."""
+        if self.device.type == "cpu":
+            # the interpreter's cost is in the number of operations
+            return Config(32, 64, 4, 1)
+        heavy = bool(self.operands) or self.spec.sink is not None or self.spec.layout != "dense"
+        heavy = heavy or self.traits.checked or self.traits.doubt > -math.inf
+        return config(self.device.capability, which, self.q.element_size() * 8, self.D, self.E, heavy)
+
+    def _unshrunk(self, which: Pass) -> Config:
+        kept = tuned.entries()
+        key = self.key(which) if kept else None
+        return kept[key].best if key in kept else self.table(which)
+
+    def key(self, which: Pass) -> str | None:
+        """What a measurement of these inputs is kept under; None on a device without a name."""
+        rows = self._group() * self.Q if which == "decode" else self.Q
+        precision = self.precision if self.spec.qk_dtype == "float32" else ""
+        return tuned.key(self.spec, self.device, which, precision, (self.D, self.E), (rows, self.K, self.elements))
+
+    def decoding(self) -> Decoding | None:
+        """How to split the keys of few queries; None where the forward kernel does better."""
+        if self.packed_q:
+            return None
+        group = self._group()
+        rows = group * self.Q
+        if rows > _FEW:
+            return None
+        made = self.config("decode")
+        made = replace(made, BM=min(made.BM, max(16, 1 << (rows - 1).bit_length())))
+        programs = self.elements // group * -(-rows // made.BM)
+        # two waves, of parts that are no shorter than two tiles
+        parts = min(-(-2 * (self.device.processors or _PROCESSORS) // programs), -(-self.K // (2 * made.BN)))
+        return Decoding(made, group, max(parts, 1)) if parts > 1 or group > 1 else None
+
+    def _group(self) -> int:
+        """How many batch elements next to each other have the same keys, values and masks."""
+        masks = [self.operands[load.operand] for load in self.spec.loads]
+        group = 1
+        for d in reversed(range(1 if self.packed_k else 0, len(self.batch))):
+            if any(x.shape[d] != 1 for x in (self.k, self.v, *masks)):
+                break
+            group *= self.batch[d]
+        return group
+
+    def _tile_key(self, which: Pass, found: Config) -> tuple[object, ...]:
+        return (self.device, which, self.spec.text, self.D, self.E, found)
+
+    def shrink(self, which: Pass) -> bool:
+        """Use smaller tiles for this spec from now on; False if there are none."""
+        key = self._tile_key(which, self._unshrunk(which))
+        if self.config(which).smaller() is None:
+            return False
+        _shrunk[key] = _shrunk.get(key, 0) + 1
+        return True
+
+    def strides(self, x: torch.Tensor) -> tuple[int, ...]:
+        """Of the batch dims, 0 where x is broadcast."""
+        return tuple(0 if n == 1 else s for n, s in zip(x.shape[:-2], x.stride()))
+
+    def shared(self) -> dict[str, Any]:
+        """Arguments that every kernel takes."""
+        spec = self.spec
+        return {
+            "seed": self.seed if self.seed is not None else self.q,
+            "threshold": dropout.threshold(spec.dropout),
+            "keep_scale": 1.0 / (1.0 - spec.dropout) if spec.dropout < 1.0 else 0.0,
+            "sizes": self.batch,
+            "ops": tuple(self.operands),
+            "bst": tuple(self.strides(o) for o in self.operands),
+            "st": tuple(o.stride()[-2:] for o in self.operands),
+            "n": tuple(tuple(o.shape[-2:]) for o in self.operands),
+            **self.rows(),
+        }
+
+    def rows(self) -> dict[str, Any]:
+        """Where the rows of batch elements are."""
+        return {
+            "QB": self.q if self.bounds.q is None else self.bounds.q,
+            "KB": self.q if self.bounds.k is None else self.bounds.k,
+            "PACKED_Q": self.packed_q,
+            "PACKED_K": self.packed_k,
+            "sequences": self.sequences,
+            "heads": self.heads,
+            "lines": self.lines,
+            "Qn": self.Q,
+            "Kn": self.K,
+        }
+
+    @property
+    def lines(self) -> int:
+        """Rows of the result, over all batch elements."""
+        return self.Q * (self.heads if self.packed_q else self.elements)
+
+    def query_tiles(self, size: int) -> int:
+        """How many tiles of queries one element has, or at most all sequences together where they are packed."""
+        return self.Q // size + self.sequences if self.packed_q else -(-self.Q // size)
+
+    def query_programs(self, size: int) -> int:
+        return self.query_tiles(size) * (self.heads if self.packed_q else self.elements)
+
+    def deal(self, bounds: torch.Tensor | None, rows: int, size: int) -> torch.Tensor:
+        """As dealt() in template.py takes it: tiles of the longest sequences first, so that no long one is left for the end.
+
+        Nothing is read by the host.
+        """
+        if bounds is None:
+            return self.q
+        ends = bounds.clamp(0, rows)
+        tiles, order = (
+            ((ends[1] - ends[0]).clamp(min=0) + (size - 1)).div(size, rounding_mode="floor").sort(descending=True)
+        )
+        return torch.stack([tiles.cumsum(0), order]).to(torch.int32)
+
+    def scores(self) -> dict[str, Any]:
+        """What kernels of the forward pass take to compute scores and weights."""
+        f = self.functions
+        return {
+            **self.widths(),
+            "OFFSET": f.offset,
+            "BASES": f.bases,
+            "SCORE": f.score,
+            "WEIGH": f.weigh,
+            "SEEN": f.seen,
+            "DROPOUT": self.spec.dropout > 0.0,
+            "PRECISION": self.precision,
+        }
+
+    def finish(self) -> dict[str, Any]:
+        """What kernels take that make results of sums."""
+        return {
+            "LEFT": self.functions.left,
+            "SINK": None if self.spec.sink is None else self.functions.sink,
+            "DOUBT": self.traits.doubt,
+            "FILLS": self.traits.fills,
+            "HIDDEN": HIDDEN[self.spec.hidden],
+            "UNSHIFTED": self.spec.softmax == "unshifted",
+        }
+
+    def widths(self) -> dict[str, int]:
+        return {"D": self.D, "E": self.E, "DP": padded(self.D), "EP": padded(self.E)}
+
+    def matrices(self, **named: torch.Tensor) -> dict[str, Any]:
+        """Each matrix with its batch strides and its row and column strides: q gives Q, qb and qs."""
+        found: dict[str, Any] = {}
+        for name, x in named.items():
+            found |= {name.upper(): x, f"{name}b": self.strides(x), f"{name}s": tuple(x.stride()[-2:])}
+        return found
+
+    def tiled(self, made: Config, rows: int, packed: bool, **named: torch.Tensor) -> dict[str, Any]:
+        """As matrices(), of what a loop reads `rows` rows of at a time: by tensor descriptors if `made` has them and all can."""
+        found = self.matrices(**named)
+        if not made.descriptors or not _describable(packed, *named.values()):
+            return found
+        for name, x in named.items():
+            found[name.upper()], found[f"{name}b"] = descriptors.described(x, rows, padded(x.shape[-1]))
+        return found
+
+    def describable(self, which: Pass) -> bool:
+        """Whether a loop of this pass reads what can have tensor descriptors. Nobody knows the gradient of the result here."""
+        keys = _describable(self.packed_k, self.k, self.v)
+        return keys or (which == "backward" and _describable(self.packed_q, self.q))
+
+    def specialised(self, made: Config) -> bool:
+        """Whether loops are specialised: not those that pass over tiles, whose products Triton does not always find."""
+        return made.specialised and not self.traits.checked
+
+
+def _describable(packed: bool, *tensors: torch.Tensor) -> bool:
+    # the rows after those of a packed sequence are the next one's, which a descriptor would not make 0: NaN would spread
+    return not packed and all(map(descriptors.fits, tensors))

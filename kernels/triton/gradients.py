@@ -1,0 +1,257 @@
+"""Launches of the backward kernels, and where the gradients of operands are added up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from attnfuse.kernels import sink
+from attnfuse.kernels.triton.call import HIDDEN, Call
+from attnfuse.kernels.triton.configs import Config, padded
+from attnfuse.warning import warn
+
+
+def backward(
+    call: Call,
+    dout: torch.Tensor,
+    out: torch.Tensor,
+    stats: torch.Tensor,
+    needs: Sequence[bool],
+    dlse: torch.Tensor | None = None,
+) -> list[torch.Tensor | None]:
+    """Gradients of q, k, v and the operands where `needs` asks for them, each with its input's shape and dtype.
+
+    dout [*batch, Q, E], out and stats as of forward, dlse [*batch, Q]. Raises ValueError where an operand has no gradient,
+    RuntimeError where one has none that is deterministic, and OutOfResources where tiles do not fit the device.
+    """
+    made, dout = call.config("backward"), dout.to(call.v.dtype)
+    sums = _Sums(call, needs[3:])
+    prepared = _prepare(call, made, dout, out, stats, dlse)
+    common = {**_common(call, dout), **prepared, **sums.arguments()}
+    dq, dk, dv = None, None, None
+    if needs[0] or sums.by_rows:
+        dq = _backward_rows(call, made, common, sums.by_rows)
+    if needs[1] or needs[2] or sums.by_columns:
+        dk, dv = _backward_columns(call, made, dout, common, sums.by_columns)
+    grads: list[torch.Tensor | None] = [
+        _summed(x, g) if need else None for x, g, need in zip((call.q, call.k, call.v), (dq, dk, dv), needs)
+    ]
+    grads += sums.results()
+    rows = prepared["W"].view(3, *stats.shape[1:])
+    sink.add_gradient(call.spec, call.operands, grads, *rows.unbind())
+    return grads
+
+
+def _prepare(
+    call: Call, made: Config, dout: torch.Tensor, out: torch.Tensor, stats: torch.Tensor, dlse: torch.Tensor | None
+) -> dict[str, Any]:
+    """What `prepare` finds out of each row for the other two kernels, as their arguments W, F and marks."""
+    from attnfuse.kernels.triton import template
+
+    spec, traits, device = call.spec, call.traits, call.q.device
+    # the sink's gradient reads the rows of no sequence too
+    make = torch.zeros if call.packed_q and spec.sink is not None else torch.empty
+    work = make((3, call.lines), dtype=torch.float32, device=device)
+    of_lse = None if dlse is None else dlse.to(torch.float32).expand(stats.shape[1:]).contiguous()
+    programs = call.query_programs(made.BM)
+    # one for each query tile; packed sequences leave gaps between theirs
+    marks = programs + call.heads if call.packed_q else programs
+    flags = torch.zeros(marks + call.elements if traits.hides else 1, dtype=torch.int32, device=device)
+    found = {"W": work, "F": flags, "marks": marks}
+    call.launch(
+        template.prepare,
+        programs,
+        {
+            "deal": call.deal(call.bounds.q, call.Q, made.BM),
+            **call.rows(),
+            **found,
+            "O": out,
+            "G": dout,
+            "GL": stats if of_lse is None else of_lse,
+            "LSE": of_lse is not None,
+            "M": stats,
+            "sizes": call.batch,
+            "ob": call.strides(out),
+            "gb": call.strides(dout),
+            "os": tuple(out.stride()[-2:]),
+            "gs": tuple(dout.stride()[-2:]),
+            "E": call.E,
+            "EP": padded(call.E),
+            "BM": made.BM,
+            "OFFSET": call.functions.offset,
+            "HIDES": traits.hides,
+            "DOUBT": traits.doubt,
+            "HIDDEN": HIDDEN[spec.hidden],
+            "UNSHIFTED": spec.softmax == "unshifted",
+        },
+    )
+    return found
+
+
+def _common(call: Call, dout: torch.Tensor) -> dict[str, Any]:
+    """What both kernels take that compute gradients."""
+    f = call.functions
+    return {
+        **call.matrices(q=call.q, k=call.k, v=call.v, g=dout),
+        **call.shared(),
+        **call.widths(),
+        "OFFSET": f.offset,
+        "BASES": f.bases,
+        "SCORE": f.score,
+        "SCORE_GRAD": f.score_grad,
+        "WEIGH": f.weigh,
+        "WEIGH_GRAD": f.weigh_grad,
+        "SEEN": f.seen,
+        "CHECKED": call.traits.checked,
+        "HIDES": call.traits.hides,
+        "DROPOUT": call.spec.dropout > 0.0,
+        "PRECISION": call.precision,
+    }
+
+
+def _backward_rows(call: Call, made: Config, common: dict[str, Any], operands: int) -> torch.Tensor:
+    """The gradient of q as its kernel writes it. operands: a bit for each whose gradient that kernel adds up."""
+    from attnfuse.kernels.triton import template
+
+    dq = _target(call.q, call.batch, (True,) * len(call.batch), call.packed_q)
+    call.launch(
+        template.backward_rows,
+        call.query_programs(made.BM),
+        {
+            **common,
+            "deal": call.deal(call.bounds.q, call.Q, made.BM),
+            **call.tiled(made, made.BN, call.packed_k, k=call.k, v=call.v),
+            "DQ": dq,
+            "dqb": call.strides(dq),
+            "dqs": tuple(dq.stride()[-2:]),
+            **made.arguments(),
+            "SPECIALISED": call.specialised(made),
+            "KEYS": call.functions.keys,
+            "GIVE": operands,
+        },
+    )
+    return dq
+
+
+def _backward_columns(
+    call: Call, made: Config, dout: torch.Tensor, common: dict[str, Any], operands: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As _backward_rows, the gradients of k and v."""
+    from attnfuse.kernels.triton import template
+
+    k, v, batch = call.k, call.v, call.batch
+    # batch dims that neither k nor v has are summed over inside of a program
+    full = tuple(not (a == b == 1) for a, b in zip(k.shape[:-2], v.shape[:-2]))
+    full = (True, *full[1:]) if call.packed_k else full
+    outer = tuple(n if own else 1 for n, own in zip(batch, full))
+    inner = tuple(1 if own else n for n, own in zip(batch, full))
+    dk, dv = _target(k, batch, full, call.packed_k), _target(v, batch, full, call.packed_k)
+    outer_heads = math.prod(outer) // call.sequences if call.packed_k else 1
+    tiles = call.K // made.BN + call.sequences if call.packed_k else -(-call.K // made.BN)
+    call.launch(
+        template.backward_columns,
+        tiles * (outer_heads if call.packed_k else math.prod(outer)),
+        {
+            **common,
+            **call.tiled(made, made.BM, call.packed_q, q=call.q, g=dout),
+            "deal": call.deal(call.bounds.k, call.K, made.BN),
+            "outer_heads": outer_heads,
+            "DK": dk,
+            "DV": dv,
+            "outer": outer,
+            "inner": inner,
+            "members": math.prod(inner),
+            "eb": tuple(math.prod(batch[d + 1 :]) for d in range(len(batch))),
+            "dkb": call.strides(dk),
+            "dvb": call.strides(dv),
+            "dks": tuple(dk.stride()[-2:]),
+            "dvs": tuple(dv.stride()[-2:]),
+            **made.arguments(),
+            "QUERIES": call.functions.queries,
+            "GIVE": operands,
+        },
+    )
+    return dk, dv
+
+
+def _target(x: torch.Tensor, batch: tuple[int, ...], full: Sequence[bool], packed: bool) -> torch.Tensor:
+    """What a kernel writes the gradient of x to: like x, or in float32 with the dims that are summed over afterwards."""
+    shape = tuple(n if own else 1 for n, own in zip(batch, full))
+    if packed:
+        shape = (1, *shape[1:])
+    # rows of no sequence are not written
+    make = torch.zeros_like if packed else torch.empty_like
+    if shape == tuple(x.shape[:-2]):
+        return make(x)
+    return make(x.new_empty((*shape, *x.shape[-2:])), dtype=torch.float32)
+
+
+def _summed(x: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
+    assert grad is not None
+    if grad.shape == x.shape:
+        return grad
+    return torch.empty_like(x).copy_(grad.sum_to_size(x.shape))
+
+
+def _not_deterministic(what: str) -> None:
+    text = f"{what} has no deterministic kernel"
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise RuntimeError(f"attnfuse: {text}; torch.use_deterministic_algorithms(True, warn_only=True) would allow it")
+    warn(text, stacklevel=4)
+
+
+def _steps(x: torch.Tensor) -> tuple[int, int]:
+    """The row and column strides, 0 where there is one."""
+    rows, columns = (0 if n == 1 else s for n, s in zip(x.shape[-2:], x.stride()[-2:]))
+    return rows, columns
+
+
+class _Sums:
+    """Where the gradients of operands are added up: float32, in the operand's shape, or wider where order must not matter."""
+
+    def __init__(self, call: Call, needs: Sequence[bool]) -> None:
+        from attnfuse.kernels.triton import codegen
+
+        self.call = call
+        self.targets: list[torch.Tensor | None] = []
+        # a bit for each operand, by the kernel that adds its gradient up
+        self.by_rows = self.by_columns = 0
+        ordered = torch.are_deterministic_algorithms_enabled()
+        for i, (o, need) in enumerate(zip(call.operands, needs, strict=True)):
+            if not need:
+                self.targets.append(None)
+                continue
+            if not o.dtype.is_floating_point:
+                raise ValueError(f"operand {i} of dtype {o.dtype} has no gradient")
+            if codegen.by_columns(call.spec, i):
+                self.by_columns |= 1 << i
+            else:
+                self.by_rows |= 1 << i
+            shape: tuple[int, ...] = tuple(o.shape)
+            if ordered:
+                if i in call.spec.tables:
+                    _not_deterministic("the gradient of a table that is read at computed indices")
+                if call.spec.layout != "dense" and shape[-2:] == (1, 1):
+                    _not_deterministic("the gradient of a number that packed sequences share")
+                # one program adds to each element, one tile after the other
+                shape = (*call.batch, *((call.Q, shape[-1]) if shape[-2:] == (1, 1) else shape[-2:]))
+            self.targets.append(torch.zeros(shape, dtype=torch.float32, device=o.device))
+
+    def arguments(self) -> dict[str, Any]:
+        # Triton has no tuples with None in them: what is not needed has an address that nothing is written to
+        none = self.call.q.new_empty((1,) * self.call.q.dim(), dtype=torch.float32)
+        given = [none if t is None else t for t in self.targets]
+        return {
+            "gops": tuple(given),
+            "gbst": tuple(self.call.strides(t) for t in given),
+            "gst": tuple(_steps(t) for t in given),
+        }
+
+    def results(self) -> list[torch.Tensor | None]:
+        return [
+            None if t is None else torch.empty_like(o).copy_(t.sum_to_size(o.shape))
+            for o, t in zip(self.call.operands, self.targets, strict=True)
+        ]

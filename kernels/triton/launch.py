@@ -1,0 +1,89 @@
+"""Launches of the forward kernels, with tiles that the device has room for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from attnfuse.kernels.triton.call import Call
+from attnfuse.kernels.triton.configs import Pass, padded
+
+_T = TypeVar("_T")
+
+
+def run(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
+    """Launch a kernel of the template on the current device: what a Call launches with, unless it only looks."""
+    kernel[(programs,)](**arguments)
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes this GPU the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def fitting(call: Call, which: Pass, attempt: Callable[[], _T]) -> _T:
+    """attempt(), again with smaller tiles as long as the device has no room for those that were tried."""
+    from triton.runtime.errors import OutOfResources
+
+    with current(call.q.device):
+        while True:
+            try:
+                return attempt()
+            except OutOfResources:
+                if not call.shrink(which):
+                    raise
+
+
+def forward(call: Call, out: torch.Tensor, stats: torch.Tensor) -> None:
+    """Fill out and stats, as layout.allocate makes them. Raises OutOfResources where tiles do not fit the device."""
+    from attnfuse.kernels.triton import template
+
+    made, f = call.config("forward"), call.functions
+    call.launch(
+        template.forward,
+        call.query_programs(made.BM),
+        {
+            "deal": call.deal(call.bounds.q, call.Q, made.BM),
+            **call.matrices(q=call.q, o=out),
+            **call.tiled(made, made.BN, call.packed_k, k=call.k, v=call.v),
+            "M": stats,
+            **call.shared(),
+            **call.scores(),
+            **call.finish(),
+            **made.arguments(),
+            "SPECIALISED": call.specialised(made),
+            "KEYS": f.keys,
+            "LOWER": call.traits.lower,
+            "CHECKED": call.traits.checked,
+        },
+    )
+
+
+def decode(call: Call, out: torch.Tensor, stats: torch.Tensor) -> None:
+    """As forward, for a call with a decoding(): parts of the keys by themselves, and then what they come to together."""
+    from attnfuse.kernels.triton import template
+
+    found = call.decoding()
+    assert found is not None
+    padded_e = padded(call.E)
+    common = {
+        **call.matrices(q=call.q, k=call.k, v=call.v),
+        "P": torch.empty((found.parts, call.lines, padded_e), dtype=torch.float32, device=call.q.device),
+        "S": torch.empty((found.parts, 2, call.lines), dtype=torch.float32, device=call.q.device),
+        **call.shared(),
+        **call.scores(),
+        **found.config.arguments(),
+        "group": found.group,
+        "parts": found.parts,
+    }
+    programs = call.elements // found.group * -(-found.group * call.Q // found.config.BM)
+    read = call.tiled(found.config, found.config.BN, call.packed_k, k=call.k, v=call.v)
+    call.launch(
+        template.decode,
+        programs * found.parts,
+        {**common, **read, "KEYS": call.functions.keys, "CHECKED": call.traits.checked},
+    )
+    call.launch(template.combine, programs, {**common, **call.matrices(o=out), "M": stats, **call.finish()})

@@ -57,6 +57,8 @@ def maximum_subtracted(z: fx.Node, dim: int, raised: bool = False) -> tuple[fx.N
 def has_lines(node: fx.Node, whole: fx.Node, dim: int, kept: bool) -> bool:
     """Whether `node` has one element for each line of `whole` along `dim`: its shape has 1 there, or, unless kept, no such dim."""
     lines = list(shape_of(whole))
+    if not lines:
+        return False
     dim %= len(lines)
     shapes = [[*lines[:dim], 1, *lines[dim + 1 :]], lines[:dim] + lines[dim + 1 :]]
     own = shape_of(node)

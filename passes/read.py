@@ -37,6 +37,9 @@ from attnfuse.spec import (
 
 def read(view: View, anchor: Anchor, exact: bool = False) -> Site | Refusal | None:
     """The site at `anchor`, why there is none, or None if the softmax has nothing to do with attention. exact: see Reader."""
+    if not shape_of(anchor.scores):
+        # of one number
+        return None
     reader = Reader(view, anchor, exact)
     if anchor.problem:
         result: Site | Refusal = Refusal(anchor.problem, anchor.weights)

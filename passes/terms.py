@@ -609,6 +609,13 @@ def _dtype_in(call: Call, x: Expr) -> torch.dtype | None:
     return next((d for a, d in zip(call.args, call.dtypes, strict=True) if a is x), None)
 
 
+def _dim(named: dict[str, Any], index: tuple[Expr, ...]) -> int:
+    """The dim that an op works along, counted from the front."""
+    if not index:
+        raise NotExpressible("an op along a dim of a tensor that has none")
+    return int(named["dim"]) % len(index)
+
+
 # -- where the elements of a view come from
 
 
@@ -663,7 +670,7 @@ def _expand(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -
 
 def _slice(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
     named = arguments(node)
-    dim, start, step = named["dim"] % len(index), named["start"], named["step"]
+    dim, start, step = _dim(named, index), named["start"], named["step"]
     size = shape_of(source)[dim]
     if start is None:
         start = 0
@@ -688,6 +695,8 @@ def _select(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -
 
 def _flip(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
     shape = shape_of(source)
+    if not shape:
+        return index
     dims = {d % len(shape) for d in arguments(node)["dims"]}
     if not all(isinstance(shape[d], int) for d in dims):
         raise NotExpressible("a flip of a symbolic size")
@@ -739,14 +748,14 @@ def _index(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) ->
 
 def _gather(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
     named = arguments(node)
-    dim = named["dim"] % len(index)
+    dim = _dim(named, index)
     at = t.inside(t.at(named["index"], index, True), shape_of(source)[dim])
     return (*index[:dim], at, *index[dim + 1 :])
 
 
 def _index_select(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
     named = arguments(node)
-    dim = named["dim"] % len(index)
+    dim = _dim(named, index)
     at = t.inside(t.at(named["index"], (index[dim],), True), shape_of(source)[dim])
     return (*index[:dim], at, *index[dim + 1 :])
 
@@ -828,7 +837,7 @@ def _cat(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr
     parts = [x for x in named["tensors"] if len(shape_of(x)) == len(index)]
     if any(dtype_of(x) != dtype_of(node) for x in parts):
         raise NotExpressible("a concatenation of several dtypes")
-    return _pieces(t, parts, named["dim"] % len(index), index, frozen)
+    return _pieces(t, parts, _dim(named, index), index, frozen)
 
 
 def _diff(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
@@ -836,14 +845,14 @@ def _diff(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Exp
     if named["n"] != 1 or type_of(dtype_of(node)) != "int":
         raise NotExpressible("a difference of higher order or of bools")
     parts = [x for x in (named["prepend"], named["self"], named["append"]) if x is not None]
-    dim = named["dim"] % len(index)
+    dim = _dim(named, index)
     after = (*index[:dim], t.algebra.add(index[dim], Const(1)), *index[dim + 1 :])
     return t.algebra.sub(_pieces(t, parts, dim, after, frozen), _pieces(t, parts, dim, index, frozen))
 
 
 def _cumsum(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
     named = arguments(node)
-    dim = named["dim"] % len(index)
+    dim = _dim(named, index)
     # the sum takes in every element up to the index: what holds of the one there says nothing
     anywhere = Axis(Atom(shape_of(node)[dim]))
     value = t.at(named["self"], (*index[:dim], anywhere, *index[dim + 1 :]), frozen)

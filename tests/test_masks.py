@@ -565,6 +565,25 @@ def test_memory_of_a_causal_window_does_not_grow_with_the_square_of_the_length(s
     assert peak < 16 * 2**20
 
 
+@pytest.mark.parametrize("name", ["cumsum", "flip", "softmax", "index_select", "gather", "sort", "amax"])
+def test_ops_along_a_dim_of_a_number_are_no_errors(name: str) -> None:
+    n = torch.tensor(3)
+    at = {"index_select": (0, torch.tensor([0])), "gather": (0, torch.tensor(0))}.get(name, (0,))
+
+    def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        number = getattr(n.float() if name == "softmax" else n, name)(*at)
+        number = number[0] if isinstance(number, tuple) else number
+        keep = torch.arange(16) < number + 2
+        return (q @ k.mT).masked_fill(~keep, -1e9).softmax(-1) @ v
+
+    torch.compiler.reset()
+    given = torch.randn(3, 2, 4, 16, 8).unbind()
+    (site,) = attnfuse.explain(attended, *given).sites
+    assert site.status == "fused", site
+    compiled = torch.compile(attended, backend="attnfuse", options={**FAST, "inner": "eager"})
+    torch.testing.assert_close(compiled(*given), attended(*given), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("mask", "reason"),
     [

@@ -186,3 +186,22 @@ def test_factors_are_joined_only_where_the_same_scores_overflow(first: float, se
     # at the largest number one rounding decides
     assume(not 3.4e38 < abs(score * first * second) < 3.5e38)
     assert torch.equal(kinds(apart), kinds(joined))
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+def test_gradients_through_nan_to_num_are_left_to_eager_where_nan_counts(kernel: str) -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(q.shape[-2])[:, None] < 1
+        return (q @ k.mT + torch.where(rows, -INF, 0.0)).softmax(-1).nan_to_num() @ v
+
+    options = {"inner": "eager", "kernel": kernel, "nan_policy": "eager"}
+    given = [torch.randn(1, 1, 5, 4, requires_grad=True) for _ in range(3)]
+    torch.compiler.reset()
+    compiled = torch.compile(attend, backend="attnfuse", options=options)
+    for found, expected in zip(*(torch.autograd.grad(f(*given).sum(), given) for f in (compiled, attend)), strict=True):
+        assert torch.equal(kinds(found), kinds(expected))
+    assert "nan_to_num" in (attnfuse.reports()[-1].sites[0].reason or "")
+    # without gradients it is fused
+    with torch.no_grad():
+        compiled(*given)
+    assert attnfuse.reports()[-1].fused == 1

@@ -93,6 +93,8 @@ def _advance(reader: Reader, path: _Path, user: fx.Node) -> str | None:
         args = arguments(user)
         if args.get("nan") not in (None, 0, 0.0) or path.steps:
             return "nan_to_num with another value than 0"
+        if reader.exact and reader.view.trains and reader.view.grad.get(user, True):
+            return "nan_to_num on the weights: its gradient is NaN in eager, which kernels make 0"
         path.hidden = "nan_to_zero"
         return None
     if name in ("masked_fill", "where"):

@@ -19,7 +19,7 @@ from attnfuse._compat import HigherOrderOperator, OpOverload, pytree
 from attnfuse.passes import batched
 from attnfuse.passes.batched import Batched
 
-#: Methods with the name of a write that leave a tensor's elements alone.
+#: What leaves a tensor's elements alone, whatever its name says or its body does.
 _HARMLESS = {
     "requires_grad_",
     "detach_",
@@ -106,6 +106,9 @@ def may_write(node: fx.Node, foreign: bool) -> bool:
             return False
         return batched.may_write(target, node.kwargs) or (foreign and not _is_known_method(target, node))
     if isinstance(target, HigherOrderOperator):
+        if target.name() in _HARMLESS:
+            # its body runs in backward
+            return False
         bodies = [b for x in node.all_input_nodes if (b := _body(x)) is not None]
         nodes = [n for body in bodies for m in body.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes]
         # one without a body, such as the call of a kernel of the user's, says nothing of what it does

@@ -209,6 +209,21 @@ def test_local_tensors_of_inputs_are_read(mesh: Any) -> None:
     assert sites() == [("fused", "")]
 
 
+def test_a_hook_on_what_the_attention_reads_is_no_write() -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = q * 1.0
+        s = (q @ k.transpose(-1, -2)) * 0.3
+        q.register_hook(lambda g: g.mul_(2.0))
+        return s.softmax(-1) @ v
+
+    q, k, v = (x.requires_grad_() for x in given())
+    found, expected = compiled(f)(q, k, v), f(q, k, v)
+    gradients = (torch.autograd.grad(x.pow(2).sum(), (q, k, v)) for x in (found, expected))
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
+    assert sites() == [("fused", "")]
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -54,7 +54,6 @@ __all__ = [
     "enter_autocast",
     "equal_by_guard",
     "exit_autocast",
-    "fake_mode_behind",
     "free_unbacked_symbols",
     "has_tangent",
     "hooks_of",
@@ -71,6 +70,7 @@ __all__ = [
     "some_memory",
     "statically_known_true",
     "symbolic_range",
+    "tensors_in",
     "trace",
     "traced_graph",
     "traced_node",
@@ -131,11 +131,14 @@ def traced_node(value: Any) -> fx.Node | None:
     return proxy.node if isinstance(proxy, fx.Proxy) else None
 
 
-def record_opaque(target: Callable[..., Any], args: tuple[Any, ...], value: Any) -> Any:
-    """Record target(*args) -> value in the trace in progress without running it; `value` holds fresh fake tensors."""
+def record_opaque(target: Callable[..., Any], args: tuple[Any, ...], value: Any) -> tuple[fx.Node, Any]:
+    """Record target(*args) -> value in the trace in progress without running it: the node, and `value`.
+
+    `value` holds fresh fake tensors.
+    """
     tracer = _tracer()
     proxy = tracer.create_proxy("call_function", target, args, {})
-    return track_tensor_tree(value, proxy, constant=None, tracer=tracer)
+    return proxy.node, track_tensor_tree(value, proxy, constant=None, tracer=tracer)
 
 
 def no_proxies() -> contextlib.AbstractContextManager[Any]:
@@ -143,21 +146,19 @@ def no_proxies() -> contextlib.AbstractContextManager[Any]:
     return disable_proxy_modes_tracing()
 
 
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """The plain tensors that a tensor of another class holds, and those that these hold; a plain tensor is all that it holds."""
+    if not isinstance(value, torch.Tensor):
+        return []
+    if isinstance(value, FakeTensor) or not is_traceable_wrapper_subclass(value):
+        return [value]
+    names = value.__tensor_flatten__()[0]  # type: ignore[attr-defined]
+    return [x for name in names for x in tensors_in(getattr(value, name))]
+
+
 def detect_fake_mode(values: list[Any]) -> FakeTensorMode | None:
-    """The fake mode of the first fake tensor among `values`."""
-    return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
-
-
-def fake_mode_behind(values: list[Any]) -> FakeTensorMode:
-    """The fake mode of `values`, among which there may be tensors that hold the fake ones; a new one where there is none."""
-    todo = list(values)
-    while todo:
-        x = todo.pop(0)
-        if isinstance(x, FakeTensor):
-            return x.fake_mode
-        if isinstance(x, torch.Tensor) and is_traceable_wrapper_subclass(x):
-            todo += [getattr(x, name) for name in x.__tensor_flatten__()[0]]  # type: ignore[attr-defined]
-    return FakeTensorMode()
+    """The fake mode of the first fake tensor among `values`, and among what they hold."""
+    return next((x.fake_mode for v in values for x in tensors_in(v) if isinstance(x, FakeTensor)), None)
 
 
 def is_functorch_tensor(value: Any) -> bool:

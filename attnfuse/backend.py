@@ -16,7 +16,7 @@ from attnfuse import _compat, checking, nested, ops, reporting, settings
 from attnfuse.graphs import copied
 from attnfuse.pipeline import Work, rewrite, undone
 from attnfuse.settings import Settings
-from attnfuse.warning import warn
+from attnfuse.warning import said, warn
 
 log = logging.getLogger("attnfuse")
 
@@ -53,7 +53,7 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Setting
     except Exception as error:
         if chosen.strict or not report.fused or _compat.is_restart(error):
             raise
-        message = f"the rewritten graph did not compile ({type(error).__name__}: {error}); the original is used"
+        message = f"the rewritten graph did not compile ({said(error)}); the original is used"
         warn(message)
         compiled = _inner(original, example_inputs, chosen, patches)
         report = undone(report, message)
@@ -62,7 +62,7 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Setting
     except Exception as error:
         if chosen.strict:
             raise
-        warn(f"the report of a graph could not be kept: {type(error).__name__}: {error}")
+        warn(f"the report of a graph could not be kept: {said(error)}")
     return compiled
 
 
@@ -79,7 +79,7 @@ def _rewritten(gm: fx.GraphModule, chosen: Settings) -> tuple[fx.GraphModule, Wo
     except Exception as error:
         if chosen.strict or _compat.is_restart(error):
             raise
-        message = f"a graph is left as it was: {type(error).__name__}: {error}"
+        message = f"a graph is left as it was: {said(error)}"
         warn(message)
         log.debug("while rewriting", exc_info=True)
         return original, Work(reporting.Report((), "", "", "graph", (message,)), spoiled=True)

@@ -18,7 +18,7 @@ from attnfuse.graphs import copied, readable
 from attnfuse.kernels import Unsupported
 from attnfuse.passes.capture import NAME
 from attnfuse.settings import Settings
-from attnfuse.warning import warn
+from attnfuse.warning import said, warn
 
 _SIGNATURES = (ExportGraphSignature, InputSpec, OutputSpec, ModuleCallEntry, ModuleCallSignature)
 #: Options that speak of compiling, which comes after this.
@@ -108,7 +108,7 @@ def _attempt(program: ExportedProgram, chosen: Settings) -> tuple[ExportedProgra
     except Exception as error:
         if chosen.strict:
             raise
-        message = f"the program is left as it was: {type(error).__name__}: {error}"
+        message = f"the program is left as it was: {said(error)}"
         warn(message)
         if report is None:
             text = readable(program.graph_module)

@@ -227,7 +227,7 @@ def attend(
     if spec.dropout and seed is None:
         seed = torch.randint(0, SEED_LIMIT, (1,), dtype=torch.int64, device=q_rows.device)
     out, _ = torch.ops.attnfuse.attention(
-        q_rows, k_rows, v_rows, operands, seed, q_bounds, k_bounds, spec.text, kernel, strict
+        q_rows, k_rows, v_rows, operands, seed, q_bounds, k_bounds, spec.argument, kernel, strict
     )
     out = out.flatten(1, 2) if grouped else out
     return _compat.jagged_like(q, out.squeeze(0).movedim(-2, 0)) if is_jagged(q) else out

@@ -7,7 +7,7 @@
     checked_offsets(offsets, lengths, rows) -> a copy of offsets [B + 1] of a jagged tensor of so many rows, or ValueError
 
 Shapes as in attnfuse.spec; operands a list, or None for none (AOTInductor's runtime makes None of an empty list); seed
-int64 [1] or None; q_bounds and k_bounds as in kernels/inputs.py, None where the layout is dense; spec is `Attention.text`;
+int64 [1] or None; q_bounds and k_bounds as in kernels/inputs.py, None where the layout is dense; spec is `Attention.argument`;
 kernel the name of one; strict whether a failing kernel raises instead of giving way to the next one. Both raise ValueError for
 arguments that are not those of the spec, before a kernel sees them. stats
 [2, *batch, Q], float32 (float64 where q, k or v are), holds each row's maximum and its sum of exp(s - maximum). They are
@@ -33,7 +33,7 @@ from attnfuse.kernels.arguments import check_arguments, check_results
 from attnfuse.kernels.inputs import Bounds, Inputs
 from attnfuse.kernels.layout import allocate, batch_shape
 from attnfuse.spec import Attention
-from attnfuse.warning import warn
+from attnfuse.warning import said, warn
 
 _LIBRARY = torch.library.Library("attnfuse", "DEF")
 _LIBRARY.define(
@@ -132,7 +132,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     # the CPU's allocator, and those of some devices, raise a plain RuntimeError
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(
-        said in text for said in ("out of memory", "can't allocate memory", "not enough memory")
+        part in text for part in ("out of memory", "can't allocate memory", "not enough memory")
     )
 
 
@@ -145,7 +145,7 @@ def _takes_more(kernel: Kernel, inputs: Inputs) -> bool:
 
 
 def _note(kernel: str, spec: Attention, device: torch.device, after: str, error: Exception) -> None:
-    message = f"{type(error).__name__}: {error}"
+    message = said(error)
     if not isinstance(error, ValueError) and not _is_out_of_memory(error):
         failed[kernel, spec.text, device.type] = message
     if kernel in _warned:

@@ -31,7 +31,7 @@ from attnfuse.passes.unseen import unseen
 from attnfuse.reporting import Report, SiteReport
 from attnfuse.settings import Settings
 from attnfuse.spec import Attention
-from attnfuse.warning import warn
+from attnfuse.warning import said, warn
 
 log = logging.getLogger("attnfuse")
 
@@ -59,7 +59,7 @@ class Failures:
         """The reason for leaving what the error concerns, with a warning. Raises it in strict mode."""
         if self.strict or isinstance(error, Unsupported) or _compat.is_restart(error):
             raise error
-        reason = f"unexpected error ({type(error).__name__}: {error})"
+        reason = f"unexpected error ({said(error)})"
         log.debug("while rewriting an attention", exc_info=error)
         note = f"an attention is left as it was: {reason}"
         if note not in self.notes:
@@ -176,7 +176,7 @@ def _unseen(state: State) -> State:
         if state.settings.strict:
             raise
         log.debug("while looking for what is not viewed", exc_info=True)
-        note = f"what the view does not show was not searched for attentions: {type(error).__name__}: {error}"
+        note = f"what the view does not show was not searched for attentions: {said(error)}"
         warn(note)
         state.failures.notes.append(note)
         return state
@@ -308,7 +308,7 @@ def rewrite(gm: fx.GraphModule, settings: Settings) -> Work:
     except Exception as error:
         if settings.strict or _compat.is_restart(error):
             raise
-        message = f"{type(error).__name__}: {error}"
+        message = said(error)
         warn(f"a graph is left as it was: {message}")
         log.debug("while rewriting", exc_info=True)
         notes.append(f"left as it was after an unexpected error: {message}")

@@ -13,7 +13,7 @@ are the sequence's own: its first query and its first key are number 0, in masks
 which are as long as the longest sequence. No row belongs to two sequences; rows of none give 0.
 
 A spec holds no tensor, no graph node and no symbolic size. It is hashable and survives a trip through JSON text, which is
-how it reaches the op: `Attention.parse(spec.text) == spec`.
+how it reaches the op: `Attention.parse(spec.argument) == spec`, and that of `spec.text` too.
 """
 
 from __future__ import annotations
@@ -323,11 +323,17 @@ class Attention:
         """JSON text; equal specs have equal text."""
         return json.dumps(_encode(self), sort_keys=True, separators=(",", ":"))
 
+    @property
+    def argument(self) -> str:
+        """The text as the op gets it, with ' for ": Inductor's C++ wrapper puts strings between quotes as they are."""
+        text = self.text
+        return text if "'" in text or "\\" in text else text.replace('"', "'")
+
     @staticmethod
     @functools.lru_cache(maxsize=1024)
     def parse(text: str) -> Attention:
-        """The spec that `text` was made from. Raises ValueError if it is not one, or is of another OP_VERSION."""
-        data = json.loads(text)
+        """The spec that `text` was made from, or `argument`. Raises ValueError if it is neither, or is of another OP_VERSION."""
+        data = json.loads(text.replace("'", '"') if text.startswith("{'") else text)
         if not isinstance(data, dict) or data.get("version") != OP_VERSION:
             raise ValueError(f"not an attention spec of version {OP_VERSION}: {text[:80]!r}")
         return Attention(**{f.name: _decode(data[f.name]) for f in fields(Attention)})

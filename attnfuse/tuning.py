@@ -17,7 +17,7 @@ from attnfuse.kernels.inputs import Bounds, Inputs
 from attnfuse.passes.capture import Scope
 from attnfuse.passes.labels import stride_hint
 from attnfuse.spec import Attention
-from attnfuse.warning import warn
+from attnfuse.warning import said, warn
 
 #: Arguments of the op.
 _BOUNDS, _SPEC, _KERNEL = slice(5, 7), 7, 8
@@ -52,7 +52,7 @@ def take_fastest(calls: Sequence[fx.Node], strict: bool) -> list[str]:
         except Exception as error:
             if strict:
                 raise
-            warn(f"the kernels of an attention were not compared ({type(error).__name__}: {error})")
+            warn(f"the kernels of an attention were not compared ({said(error)})")
             log.debug("while comparing kernels", exc_info=True)
             continue
         node.args = (*node.args[:_KERNEL], name or node.args[_KERNEL], *node.args[_KERNEL + 1 :])
@@ -99,7 +99,7 @@ def _keep(name: str, entry: fastest.Fastest) -> None:
     try:
         fastest.add({name: entry})
     except kept.NOT_KEPT as error:
-        warn(f"which kernel is fastest is not kept ({type(error).__name__}: {error})")
+        warn(f"which kernel is fastest is not kept ({said(error)})")
 
 
 def _same(results: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:
@@ -162,7 +162,7 @@ def tune_all(scopes: Sequence[Scope], strict: bool) -> None:
             except Exception as error:
                 if strict:
                     raise
-                warn(f"an attention was not tuned ({type(error).__name__}: {error})")
+                warn(f"an attention was not tuned ({said(error)})")
                 log.debug("while tuning", exc_info=True)
             progress.remove_task(task)
 

@@ -3,8 +3,8 @@
 Each ATen node knows the Dynamo node it came from (`View.origin`), and each Dynamo node the ATen node that holds its value
 (`Scope.values`). The body of a region (checkpointing, nested_compile_region, the branches of cond) is viewed in line, in a
 `Scope` of its own, so that a mask made outside is read outside. What is under torch.vmap is viewed with the mapped dims in
-front (batched.py). What cannot be viewed (an autograd.Function, hooks, other functorch regions and higher-order ops) is a node
-whose target is `opaque`.
+front (batched.py). What cannot be viewed (an autograd.Function, hooks, other functorch regions and higher-order ops, tensors of
+foreign classes) is a node whose target is `opaque`. Its results may lie where its arguments lie: `View.writes` knows (memory.py).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from attnfuse._compat import HigherOrderOperator, OpOverload, pytree
 from attnfuse.passes import batched
 from attnfuse.passes.batched import Batched
 from attnfuse.passes.encoder_layer import FORMULAS
+from attnfuse.passes.memory import Memory, keys_of, may_write
 
 
 class CaptureError(Exception):
@@ -97,7 +98,7 @@ class View:
     trains: bool
     order: dict[fx.Node, int] = field(default_factory=dict)
     live: set[fx.Node] = field(default_factory=set)
-    # memory -> the nodes that write to it, in order
+    # memory -> the nodes that write to it, or may, in order; memory that may be the same has the same
     writes: dict[int, list[fx.Node]] = field(default_factory=dict)
 
     def where(self, node: fx.Node) -> str:
@@ -189,14 +190,13 @@ def written(node: fx.Node) -> list[fx.Node]:
 def capture(gm: fx.GraphModule) -> View:
     """View a Dynamo graph. Raises CaptureError if it cannot be viewed."""
     examples = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
-    fake_mode = _compat.detect_fake_mode([x.values() if _is_jagged(x) else x for x in examples])
+    fake_mode = _compat.detect_fake_mode(examples)
     if fake_mode is None:
         raise NoTensorInput("the graph has no tensor input")
     recorder = Recorder(fake_mode)
-    # a trace does not look into nested tensors: what is made of them is not known
-    plain = [x for x in examples if not is_nested(x)]
     if _writes_beside_nested(gm):
         raise CaptureError("something is written in place beside nested tensors, whose memory is not followed")
+    plain = stand_ins(examples, fake_mode)
 
     def run(*args: Any) -> Any:
         given = iter(args)
@@ -206,10 +206,20 @@ def capture(gm: fx.GraphModule) -> View:
     return recorder.view(run, plain, trains)
 
 
+def stand_ins(examples: Sequence[Any], mode: _compat.FakeTensorMode) -> list[Any]:
+    """What a trace is given for the inputs of a graph: plain tensors for those of foreign classes, nothing for nested ones.
+
+    A trace would look into neither.
+    """
+    with mode:
+        return [fresh_like(x) if is_foreign(x) else x for x in examples if not is_nested(x)]
+
+
 class Recorder:
     """Runs a Dynamo graph node by node while it is traced, noting which ATen nodes each one makes."""
 
-    #: Whether tensors under torch.vmap are viewed with the mapped dims, or not known where they cannot be.
+    #: Whether tensors under torch.vmap are viewed with the mapped dims, or not known where they cannot be, and nothing is
+    #: known of tensors of foreign classes.
     maps_dims = True
 
     def __init__(self, fake_mode: _compat.FakeTensorMode) -> None:
@@ -220,6 +230,9 @@ class Recorder:
         self._seen = 0
         self._last: fx.Node | None = None
         self._dual_levels = 0
+        self._memory = Memory()
+        # Dynamo nodes that have just been made opaque -> the opaque node
+        self._closed: dict[fx.Node, fx.Node] = {}
 
     def view(self, run: Callable[..., Any], args: list[Any], trains: bool) -> View:
         """What run(*args), which is to run graphs by this recorder, is seen to do."""
@@ -228,7 +241,7 @@ class Recorder:
         # sizes that nothing needs are gone by now
         origin = {n: self.origin[n] for n in module.graph.nodes if n in self.origin}
         view = View(module.graph, self.scopes, origin, self.grad, self.fake_mode, trains)
-        _rename_written(view)
+        _rename_written(view, self._memory)
         view.order = {n: i for i, n in enumerate(view.graph.nodes)}
         _mark_live(view)
         return view
@@ -252,6 +265,7 @@ class Recorder:
                 env[node] = self._run_node(scope, node, env)
                 self._claim(scope, node)
             self._note(scope, node, env[node])
+            self._follow(scope, node, env)
         raise CaptureError("the graph has no output")
 
     def _run_node(self, scope: Scope, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
@@ -316,6 +330,8 @@ class Recorder:
         self._dual_levels += (name == ENTERS_DUAL_LEVEL) - (name == EXITS_DUAL_LEVEL)
         if name in _DUAL or self._is_transformed(node):
             return True
+        if self.maps_dims and touches_foreign(node):
+            return True
         if node.op == "call_module":
             return True
         if node.op == "call_method":
@@ -342,17 +358,41 @@ class Recorder:
         proxies = tuple(_proxy(x) for x in inputs)
         leaves, tree = pytree.tree_flatten(example)
         if self._is_transformed(node) or any(map(is_nested, leaves)):
-            _compat.record_opaque(opaque, proxies, None)
+            self._record(node, proxies, None)
             return UNKNOWN
         with _compat.no_proxies():
             fresh = [fresh_like(x) if isinstance(x, torch.Tensor) else x for x in leaves]
         value = pytree.tree_unflatten(fresh, tree)
         if not any(isinstance(x, torch.Tensor) for x in leaves):
-            _compat.record_opaque(opaque, proxies, None)
+            self._record(node, proxies, None)
             # Numbers keep Dynamo's own symbols. Where Dynamo says nothing, nothing is known.
             return value if "example_value" in node.meta else UNKNOWN
-        flat = _compat.record_opaque(opaque, proxies, [x if isinstance(x, torch.Tensor) else None for x in fresh])
+        flat = self._record(node, proxies, [x if isinstance(x, torch.Tensor) else None for x in fresh])
         return pytree.tree_unflatten([t if t is not None else x for t, x in zip(flat, fresh)], tree)
+
+    def _record(self, node: fx.Node, proxies: tuple[fx.Proxy, ...], value: Any) -> Any:
+        self._closed[node], found = _compat.record_opaque(opaque, proxies, value)
+        return found
+
+    def _follow(self, scope: Scope, node: fx.Node, env: dict[fx.Node, Any]) -> None:
+        """Note what memory an opaque node may write to, and that its results may lie in it; and that of what is not known."""
+        made = self._closed.pop(node, None)
+        unknown = any(x is UNKNOWN for x in pytree.tree_leaves(env[node]))
+        if node.op == "placeholder":
+            example = node.meta.get("example_value")
+            if is_foreign(example) and scope.parent is None:
+                self._memory.join([node, *keys_of(env[node]), *keys_of(_compat.tensors_in(example))])
+            elif unknown and scope.call is not None:
+                self._memory.join([node, *scope.call.all_input_nodes])
+            return
+        if made is None and not unknown:
+            return
+        given = [x for n in node.all_input_nodes for x in (n, *keys_of(env[n]))]
+        if made is not None and may_write(node, touches_foreign(node)):
+            self._memory.writers.append((made, given))
+        results = pytree.tree_leaves(env[node])
+        if not _is_counted(node, env) and any(x is UNKNOWN or isinstance(x, torch.Tensor) for x in results):
+            self._memory.join([node, *keys_of(env[node]), *given])
 
     def _skip_existing(self) -> None:
         nodes = _compat.traced_graph().nodes
@@ -399,12 +439,36 @@ def _writes_beside_nested(gm: fx.GraphModule) -> bool:
     return any(n.op in ("call_function", "call_method") and batched.may_write(n.target, n.kwargs) for n in nodes)
 
 
-def _is_jagged(x: Any) -> bool:
-    return is_nested(x) and x.layout == torch.jagged
-
-
 def is_nested(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.is_nested
+
+
+def is_foreign(x: Any) -> bool:
+    """Whether it is a tensor of a class that is not PyTorch's own (DTensor is one), whose ops may do anything."""
+    # an instance of Parameter may be any tensor that is marked as one
+    own = isinstance(x, _compat.FakeTensor) or type(x) in (torch.Tensor, torch.nn.Parameter)
+    return isinstance(x, torch.Tensor) and not own and not _compat.is_functorch_tensor(x) and not is_nested(x)
+
+
+def holds_foreign(node: fx.Node) -> bool:
+    """Whether there are tensors of foreign classes among what a Dynamo node gives."""
+    return any(map(is_foreign, pytree.tree_leaves(node.meta.get("example_value"))))
+
+
+def touches_foreign(node: fx.Node) -> bool:
+    """Whether a Dynamo node takes or gives tensors of foreign classes."""
+    return holds_foreign(node) or any(map(holds_foreign, node.all_input_nodes))
+
+
+def _is_counted(node: fx.Node, env: dict[fx.Node, Any]) -> bool:
+    """Whether the values of its arguments decide how much a node gives (nonzero, indexing by a bool mask): such are copies."""
+    given = [x for n in node.all_input_nodes for x in pytree.tree_leaves(env[n])]
+    if any(x is UNKNOWN or isinstance(x, Batched) for x in given) or touches_foreign(node):
+        return False
+    if isinstance(node.target, HigherOrderOperator):
+        return False
+    known = set().union(*map(_unbacked, given)) if given else set()
+    return any(_unbacked(x) - known for x in pytree.tree_leaves(node.meta.get("example_value")))
 
 
 def _is_mapped(node: fx.Node) -> bool:
@@ -460,7 +524,7 @@ def _proxy(tensor: torch.Tensor) -> fx.Proxy:
     return fx.Proxy(node)
 
 
-def _rename_written(view: View) -> None:
+def _rename_written(view: View, memory: Memory) -> None:
     """After x.op_(...), let later readers of x read the op's result, so that reading back from them meets the write."""
     order = {n: i for i, n in enumerate(view.graph.nodes)}
     for node in list(view.graph.nodes):
@@ -472,6 +536,7 @@ def _rename_written(view: View) -> None:
                 later = [u for u in target.users if order[u] > order[node]]
                 for user in later:
                     user.replace_input_with(target, node)
+    memory.add_writes(view.writes, order)
     _mark_stale(view, order)
 
 

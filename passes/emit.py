@@ -311,7 +311,7 @@ class Writer:
             save_for_backward(seed)
         op = torch.ops.attnfuse.attention.default
         try:
-            return self.call(op, (q, k, v, list(operands), seed, *bounds, spec.text, kernel, strict))
+            return self.call(op, (q, k, v, list(operands), seed, *bounds, spec.argument, kernel, strict))
         except ValueError as error:
             raise EmitError(f"the op does not take it ({error})") from error
 

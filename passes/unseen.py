@@ -27,12 +27,14 @@ from attnfuse.passes.capture import (
     Recorder,
     Scope,
     View,
-    fresh_like,
+    holds_foreign,
     is_choice,
+    is_foreign,
     is_nested,
     opaque,
     region_of,
     source_line,
+    stand_ins,
 )
 from attnfuse.passes.find import BARRIERS, find, looks_like_attention
 from attnfuse.passes.site import Refusal
@@ -104,7 +106,8 @@ class _Sketch(Recorder):
 
     def _run_node(self, scope: Scope, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         args: Any = fx.node.map_arg(node.args, lambda n: env[n])
-        if _makes_foreign(node):
+        if holds_foreign(node) and not any(map(holds_foreign, node.all_input_nodes)):
+            # made of plain ones there, such as DTensor.from_local does
             return self._opaque(node, args, {})
         if not isinstance(node.target, HigherOrderOperator) or region_of(node, args) or is_choice(node):
             return super()._run_node(scope, node, env)
@@ -184,9 +187,8 @@ def _meets_opaque(start: fx.Node, back: bool) -> bool:
 
 def _sketched(gm: fx.GraphModule) -> View:
     examples = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
-    mode = _compat.fake_mode_behind(examples)
-    with mode:
-        plain = [fresh_like(x) if _is_foreign(x) else x for x in examples if not is_nested(x)]
+    mode = _compat.detect_fake_mode(examples) or _compat.FakeTensorMode()
+    plain = stand_ins(examples, mode)
     recorder = _Sketch(mode)
 
     def run(*args: Any) -> Any:
@@ -194,21 +196,6 @@ def _sketched(gm: fx.GraphModule) -> View:
         return recorder.run_main(gm, [UNKNOWN if is_nested(x) else next(given) for x in examples])
 
     return recorder.view(run, plain, False)
-
-
-def _is_foreign(x: Any) -> bool:
-    """Whether it is a tensor of a class that is not PyTorch's own, which a sketch takes for a plain one."""
-    own = (_compat.FakeTensor, torch.nn.Parameter)
-    return isinstance(x, torch.Tensor) and not isinstance(x, own) and not _compat.is_functorch_tensor(x)
-
-
-def _makes_foreign(node: fx.Node) -> bool:
-    """Whether tensors of another class are made there of plain ones, such as DTensor.from_local does."""
-    return _holds_foreign(node) and not any(map(_holds_foreign, node.all_input_nodes))
-
-
-def _holds_foreign(node: fx.Node) -> bool:
-    return any(map(_is_foreign, pytree.tree_leaves(node.meta.get("example_value"))))
 
 
 def _reason(scope: Scope, node: fx.Node) -> str:
@@ -226,7 +213,7 @@ def _reason(scope: Scope, node: fx.Node) -> str:
     values = [n.meta.get("example_value") for n in (node, *node.all_input_nodes)]
     if any(map(is_nested, values)):
         return "the attention is computed on nested tensors by ops that are not looked into; scaled_dot_product_attention is"
-    foreign = next((type(x).__name__ for x in values if _is_foreign(x)), None)
+    foreign = next((type(x).__name__ for x in values if is_foreign(x)), None)
     if foreign is not None:
         return f"the attention is computed on tensors of class {foreign}; on plain tensors it would be read"
     return ""

@@ -64,7 +64,8 @@ def test_record_opaque_and_no_proxies_leave_no_other_trace():
         with _compat.no_proxies():
             fresh = torch.empty_strided((4,), (1,))
             fresh.sin()
-        b = _compat.record_opaque(stand_in, (fx.Proxy(_compat.traced_node(a)),), fresh)
+        node, b = _compat.record_opaque(stand_in, (fx.Proxy(_compat.traced_node(a)),), fresh)
+        assert node is _compat.traced_node(b)
         return b.cos()
 
     x = fake(3)
@@ -324,9 +325,9 @@ def test_fake_mode_is_found_behind_tensors_that_hold_others():
             raise AssertionError("nothing is computed here")
 
     x = fake(2)
-    assert _compat.fake_mode_behind([1, x]) is x.fake_mode
-    assert _compat.fake_mode_behind([torch.ones(1), Holder(x)]) is x.fake_mode
-    assert isinstance(_compat.fake_mode_behind([]), _compat.FakeTensorMode)
+    assert _compat.detect_fake_mode([torch.ones(1), Holder(x)]) is x.fake_mode
+    assert _compat.detect_fake_mode([torch.ones(1), Holder(torch.ones(1))]) is None
+    assert _compat.tensors_in(Holder(x)) == [x] and _compat.tensors_in(1) == []
 
 
 def test_scaled_dot_product_attention_is_what_a_graph_calls():

@@ -1,0 +1,254 @@
+"""Tensors of foreign classes, and other values that the view does not show: writes through them are seen, uses are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attnfuse
+
+SHAPE = (2, 3, 8, 16)
+
+
+class Pair(Tensor):
+    """A traceable wrapper subclass that holds a tensor twice; an op on it is one on what it holds."""
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> Pair:
+        return torch.Tensor._make_wrapper_subclass(
+            cls, held.shape, held.stride(), dtype=held.dtype, device=held.device, requires_grad=held.requires_grad
+        )
+
+    def __init__(self, held: Tensor) -> None:
+        self.held = held
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["held"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], context: None, size: Any, stride: Any) -> Pair:
+        return Pair(inner["held"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tree = torch.utils._pytree
+        args, kwargs = tree.tree_map_only(Pair, lambda x: x.held, (args, kwargs or {}))
+        return tree.tree_map_only(Tensor, Pair, func(*args, **kwargs))
+
+
+@torch._dynamo.allow_in_graph
+def paired(x: Tensor) -> Tensor:
+    return Pair(x)
+
+
+@torch._dynamo.allow_in_graph
+def unpaired(x: Pair) -> Tensor:
+    return x.held
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    distributed = pytest.importorskip("torch.distributed")
+    if not distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    from torch.distributed.tensor import init_device_mesh
+
+    path: Path = tmp_path_factory.mktemp("store")
+    distributed.init_process_group("gloo", store=distributed.FileStore(str(path / "s"), 1), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def spread(x: Tensor, mesh: Any) -> Tensor:
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(x, mesh, [Replicate()])
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch.compiler.reset()
+    attnfuse.reset()
+
+
+def compiled(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    made: Any = torch.compile(f, backend="attnfuse", options={"kernel": "cpu", "inner": "eager", **options})
+    return made
+
+
+def sites() -> list[tuple[str, str]]:
+    return [(s.status, s.reason or "") for r in attnfuse.reports() for s in r.sites]
+
+
+def given() -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(SHAPE) for _ in range(3)]
+
+
+def assert_as_eager(f: Callable[..., Any], **options: Any) -> list[tuple[str, str]]:
+    """Compiled, f gives what it gives eagerly, in its result and in its arguments."""
+    expected, found = given(), given()
+    want = f(*expected)
+    got = compiled(f, **options)(*found)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(found, expected)
+    return sites()
+
+
+#: How a name for the memory of a tensor is made that the view has no op for, and how a plain tensor is made of it.
+NAMES: dict[str, tuple[Callable[[Tensor, Any], Tensor], Callable[[Tensor], Tensor]]] = {
+    "DTensor": (spread, lambda d: d.to_local()),  # type: ignore[attr-defined]
+    "wrapper": (lambda x, _: paired(x), unpaired),  # type: ignore[arg-type]
+    "vmap": (lambda x, _: torch.vmap(lambda y: y.transpose(0, 1))(x), lambda d: d.transpose(1, 2)),
+    "vjp": (lambda x, _: torch.func.vjp(lambda y: y.transpose(1, 2), x)[0], lambda d: d.transpose(1, 2)),
+}
+
+
+@pytest.mark.parametrize(
+    ("what", "place"),
+    [
+        ("q", "before the softmax"),
+        ("bias", "before the product"),
+        ("scores", "before the softmax"),
+        ("weights", "before the product"),
+    ],
+)
+@pytest.mark.parametrize("through", ["its name", "what is made of it"])
+@pytest.mark.parametrize("name", list(NAMES))
+def test_a_write_through_a_name_that_is_not_viewed_is_seen(
+    mesh: Any, what: str, place: str, through: str, name: str
+) -> None:
+    named, plain = NAMES[name]
+
+    def f(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        made = {"q": q, "k": k, "v": v, "bias": q.sum(-1, keepdim=True)}
+        other = None
+
+        def reached(now: str) -> None:
+            nonlocal other
+            if other is None and what in made:
+                other = named(made[what], mesh)
+            if now == place and other is not None:
+                (other if through == "its name" else plain(other)).mul_(0.5)
+
+        reached("at first")
+        made["scores"] = (made["q"] @ made["k"].transpose(-1, -2)) * 0.3 + made["bias"]
+        reached("before the softmax")
+        made["weights"] = made["scores"].softmax(-1)
+        reached("before the product")
+        out = made["weights"] @ made["v"]
+        # one more use of scores would be seen whether the write is or not
+        return out, plain(other) * 1.0 if other is not None and what in ("q", "bias") else out
+
+    assert_as_eager(f)
+
+
+def test_writes_that_come_too_early_or_too_late_refuse_nothing(mesh: Any) -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        d, e = spread(q, mesh), paired(k)
+        d.mul_(2.0)
+        e.mul_(0.5)
+        out = ((q @ k.transpose(-1, -2)) * 0.3).softmax(-1) @ v
+        d.mul_(2.0)
+        return out, d.to_local() + unpaired(e)  # type: ignore[attr-defined]
+
+    assert assert_as_eager(f) == [("fused", "")]
+
+
+@pytest.mark.parametrize("make", [spread, lambda x, _: paired(x)], ids=["DTensor", "wrapper"])
+def test_what_is_of_a_foreign_class_is_a_use(mesh: Any, make: Callable[[Tensor, Any], Tensor]) -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out = ((q @ k.transpose(-1, -2)) * 0.3).softmax(-1) @ v
+        d = make(out, mesh) * 2.0
+        return d, out
+
+    def g(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        w = ((q @ k.transpose(-1, -2)) * 0.3).softmax(-1)
+        return w @ v, make(w, mesh) * 2.0
+
+    for function, status in ((f, "fused"), (g, "refused")):
+        torch.compiler.reset()
+        attnfuse.reset()
+        want, got = function(*given()), compiled(function)(*given())
+        for a, b in zip(got, want):
+            difference = a - b
+            assert float((difference.to_local() if hasattr(difference, "to_local") else difference).abs().max()) < 1e-5
+        assert [s for s, _ in sites()] == [status]
+
+
+def test_an_input_of_a_foreign_class_shares_its_memory(mesh: Any) -> None:
+    def f(d: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = d.to_local()  # type: ignore[attr-defined]
+        s = (q @ k.transpose(-1, -2)) * 0.3
+        d.mul_(0.0)
+        return s.softmax(-1) @ v + q
+
+    (q, k, v), (q2, k2, v2) = given(), given()
+    want, got = f(spread(q, mesh), k, v), compiled(f)(spread(q2, mesh), k2, v2)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(q2, q)
+    ((status, reason),) = sites()
+    assert status == "refused" and "written in place" in reason
+
+
+def test_local_tensors_of_inputs_are_read(mesh: Any) -> None:
+    """All inputs are DTensors, and the attention is one of plain tensors."""
+
+    def f(*given: Any) -> Tensor:
+        q, k, v = (x.to_local() for x in given)
+        return ((q @ k.transpose(-1, -2)) * 0.3).softmax(-1) @ v
+
+    want = f(*(spread(x, mesh) for x in given()))
+    got = compiled(f)(*(spread(x, mesh) for x in given()))
+    torch.testing.assert_close(got, want)
+    assert sites() == [("fused", "")]
+
+
+def test_a_hook_on_what_the_attention_reads_is_no_write() -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = q * 1.0
+        s = (q @ k.transpose(-1, -2)) * 0.3
+        q.register_hook(lambda g: g.mul_(2.0))
+        return s.softmax(-1) @ v
+
+    q, k, v = (x.requires_grad_() for x in given())
+    found, expected = compiled(f)(q, k, v), f(q, k, v)
+    gradients = (torch.autograd.grad(x.pow(2).sum(), (q, k, v)) for x in (found, expected))
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
+    assert sites() == [("fused", "")]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(-1, (4, 8)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        s = (q @ k.transpose(-1, -2)) * 0.3
+        out: Tensor = self.o((s.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return out
+
+
+@pytest.mark.parametrize("sharded", [("o",), ("qkv", "o")])
+def test_attention_in_front_of_a_tensor_parallel_projection(mesh: Any, sharded: tuple[str, ...]) -> None:
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    torch.manual_seed(0)
+    model, x = Block(), torch.randn(2, 8, 32)
+    want = model(x)
+    plan = {"qkv": ColwiseParallel(), "o": RowwiseParallel()}
+    parallel = parallelize_module(model, mesh, {name: plan[name] for name in sharded})
+    expected = torch.autograd.grad((parallel(x) ** 2).sum(), list(parallel.parameters()))
+    got = compiled(parallel, inner="aot_eager")(x)
+    torch.testing.assert_close(got, want)
+    assert sites() == [("fused", "")]
+    found = torch.autograd.grad((got**2).sum(), list(parallel.parameters()))
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(*(x.to_local() if hasattr(x, "to_local") else x for x in (a, b)))

@@ -14,6 +14,7 @@ from torch import fx
 
 from attnfuse import _compat, graphs, nested
 from attnfuse.kernels import REFERENCE
+from attnfuse.passes.memory import is_hook
 from attnfuse.settings import Settings
 from attnfuse.warning import said
 
@@ -106,15 +107,13 @@ def copied(args: Sequence[Any]) -> list[Any]:
     return [twin(x) for x in args]
 
 
-_HOOKS = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
-
-
 def _without_hooks(gm: fx.GraphModule) -> fx.GraphModule:
     """The graph without the hooks that it registers: they do not change its values, and without gradients they raise."""
 
     def hooks(module: Any) -> list[fx.Node]:
         nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
-        return [n for n in nodes if _is_hook(n)]
+        # the op gives the tensor itself; the method a handle, by which a graph may take the hook away again
+        return [n for n in nodes if is_hook(n) and (n.op == "call_function" or not n.users)]
 
     if not any(map(hooks, gm.modules())):
         return gm
@@ -122,18 +121,11 @@ def _without_hooks(gm: fx.GraphModule) -> fx.GraphModule:
     for module in made.modules():
         found = hooks(module)
         for node in found:
-            # the op gives the tensor itself; the method a handle, which nothing uses
             node.replace_all_uses_with(node.all_input_nodes[0])
             module.graph.erase_node(node)  # type: ignore[union-attr, operator]
         if found:
             module.recompile()  # type: ignore[operator]
     return made
-
-
-def _is_hook(node: fx.Node) -> bool:
-    if isinstance(node.target, _compat.HigherOrderOperator):
-        return str(node.target.name()) == "register_hook"
-    return node.op == "call_method" and node.target in _HOOKS and not node.users
 
 
 def _computed_in(gm: fx.GraphModule) -> list[set[torch.dtype]]:

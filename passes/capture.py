@@ -24,7 +24,7 @@ from attnfuse._compat import HigherOrderOperator, OpOverload, pytree
 from attnfuse.passes import batched
 from attnfuse.passes.batched import Batched
 from attnfuse.passes.encoder_layer import FORMULAS
-from attnfuse.passes.memory import Memory, keys_of, may_write
+from attnfuse.passes.memory import Memory, is_hook, keys_of, may_write
 
 
 class CaptureError(Exception):
@@ -388,6 +388,9 @@ class Recorder:
         if made is None and not unknown:
             return
         given = [x for n in node.all_input_nodes for x in (n, *keys_of(env[n]))]
+        if made is not None and is_hook(node):
+            for hooked in made.all_input_nodes[:1]:
+                hooked.meta["hooked"] = True
         if made is not None and may_write(node, touches_foreign(node)):
             self._memory.writers.append((made, given))
         results = pytree.tree_leaves(env[node])
@@ -555,8 +558,14 @@ def _mark_stale(view: View, order: dict[fx.Node, int]) -> None:
 
 
 def is_stale(node: fx.Node) -> bool:
-    """Whether the node's value may differ from what its op gave, at some place where it is read."""
-    return "stale" in node.meta
+    """Whether the node's value may differ from what its op gave, at some place where it is read, or its gradient from what
+    the op passes on: what made it says not enough to do without it."""
+    return "stale" in node.meta or is_hooked(node)
+
+
+def is_hooked(node: fx.Node) -> bool:
+    """Whether there is a hook on the gradient of this very tensor."""
+    return "hooked" in node.meta
 
 
 def _mark_live(view: View) -> None:

@@ -19,15 +19,9 @@ from attnfuse._compat import HigherOrderOperator, OpOverload, pytree
 from attnfuse.passes import batched
 from attnfuse.passes.batched import Batched
 
+_HOOKS = {"register_hook", "register_post_accumulate_grad_hook", "retain_grad"}
 #: What leaves a tensor's elements alone, whatever its name says or its body does.
-_HARMLESS = {
-    "requires_grad_",
-    "detach_",
-    "retain_grad",
-    "register_hook",
-    "register_post_accumulate_grad_hook",
-    "backward",
-}
+_HARMLESS = {*_HOOKS, "requires_grad_", "detach_", "backward"}
 #: Functions that change some of their arguments, whatever the name says: the first is given if they do.
 _KEEPS_BOOKS = {
     "batch_norm": "running_mean",
@@ -91,6 +85,12 @@ def keys_of(value: Any) -> list[int]:
         if isinstance(x, torch.Tensor) and x.layout == torch.strided and not _compat.is_functorch_tensor(x):
             found.append(_compat.alias_key(x))
     return found
+
+
+def is_hook(node: fx.Node) -> bool:
+    """Whether a Dynamo node only puts a hook on the gradient of its first argument, or keeps that gradient."""
+    name = node.target.name() if isinstance(node.target, HigherOrderOperator) else node.target
+    return node.op in ("call_function", "call_method") and name in _HOOKS
 
 
 def may_write(node: fx.Node, foreign: bool) -> bool:

@@ -13,7 +13,7 @@ from torch import fx
 
 from attnfuse.passes import contraction, views
 from attnfuse.passes.aten import arguments, dtype_of, is_tensor, name_of, shape_of
-from attnfuse.passes.capture import View, getitem_source, is_stale, opaque
+from attnfuse.passes.capture import View, getitem_source, is_hooked, is_stale, opaque
 from attnfuse.passes.find import Anchor, looks_like_attention
 from attnfuse.passes.idioms import SCORE_RULES, sdpa, weights
 from attnfuse.passes.idioms.bias import added_steps
@@ -139,9 +139,9 @@ def read_scores(reader: Reader, node: fx.Node, labels: Labels) -> Scores | Refus
     reader.budget -= 1
     if reader.budget < 0:
         return Refusal("the score path is too long", node)
-    if is_stale(node):
+    if is_stale(node) and not is_hooked(node):
         return Refusal("the scores are written in place through a view, which is used elsewhere", node)
-    if node.target is opaque or getitem_source(node) is not None:
+    if node.target is opaque or is_hooked(node) or getitem_source(node) is not None:
         return Refusal(
             "the scores pass through code that cannot be viewed (autograd.Function, hook or functorch)", node
         )

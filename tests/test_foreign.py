@@ -209,18 +209,35 @@ def test_local_tensors_of_inputs_are_read(mesh: Any) -> None:
     assert sites() == [("fused", "")]
 
 
-def test_a_hook_on_what_the_attention_reads_is_no_write() -> None:
-    def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q = q * 1.0
-        s = (q @ k.transpose(-1, -2)) * 0.3
-        q.register_hook(lambda g: g.mul_(2.0))
-        return s.softmax(-1) @ v
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda x: x * 0.5,
+        lambda x: x.transpose(0, 1).transpose(0, 1),
+        lambda x: x.double().float(),
+        lambda x: x.clone(),
+        lambda x: x[:1].expand(2, -1, -1, -1),
+    ],
+    ids=["factor", "views", "casts", "copy", "expanded"],
+)
+@pytest.mark.parametrize("what", ["q", "k", "v", "bias"])
+def test_a_hook_on_what_the_attention_reads_acts(what: str, made: Callable[[Tensor], Tensor]) -> None:
+    """It is on the gradient of that tensor, past which nothing is read; and no write."""
 
-    q, k, v = (x.requires_grad_() for x in given())
-    found, expected = compiled(f)(q, k, v), f(q, k, v)
-    gradients = (torch.autograd.grad(x.pow(2).sum(), (q, k, v)) for x in (found, expected))
+    def f(**given: Tensor) -> Tensor:
+        given[what] = made(given[what])
+        s = (given["q"] @ given["k"].transpose(-1, -2)) * 0.3 + given["bias"]
+        given[what].register_hook(lambda g: g * 2.0)
+        return s.softmax(-1) @ given["v"]
+
+    torch.manual_seed(0)
+    inputs = {name: x.requires_grad_() for name, x in zip("qkv", given())}
+    inputs["bias"] = torch.randn(2, 3, 8, 8, requires_grad=True)
+    found, expected = compiled(f)(**inputs), f(**inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    gradients = (torch.autograd.grad(x.pow(2).sum(), list(inputs.values())) for x in (found, expected))
     for a, b in zip(*gradients):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert sites() == [("fused", "")]
 
 

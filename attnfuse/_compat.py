@@ -55,6 +55,7 @@ __all__ = [
     "equal_by_guard",
     "exit_autocast",
     "free_unbacked_symbols",
+    "gives_gradients_of",
     "has_tangent",
     "hooks_of",
     "inductor_mode_options",
@@ -463,6 +464,15 @@ def original(model_or_function: Callable[..., Any]) -> Callable[..., Any]:
 def hooks_of(tensor: torch.Tensor) -> list[Callable[..., Any]]:
     """The gradient hooks registered on a tensor."""
     return list((tensor._backward_hooks or {}).values())
+
+
+def gives_gradients_of(narrow: Callable[[torch.dtype], bool]) -> bool:
+    """Whether what runs is the backward of a node that is to give gradients in dtypes for which `narrow` holds, and in no other."""
+    node = torch._C._current_autograd_node()
+    if node is None:
+        return False
+    wanted = [f._input_metadata[i].dtype for f, i in node.next_functions if f is not None]
+    return bool(wanted) and all(map(narrow, wanted))
 
 
 def arguments_of(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,14 @@ import torch
 from torch import fx
 
 from attnfuse import rounding
-from attnfuse._compat import HigherOrderOperator, OpOverload, TorchDispatchMode, arguments_of, writes
+from attnfuse._compat import (
+    HigherOrderOperator,
+    OpOverload,
+    TorchDispatchMode,
+    arguments_of,
+    gives_gradients_of,
+    writes,
+)
 
 _WIDE = {torch.complex32: torch.complex128, torch.complex64: torch.complex128, torch.complex128: torch.complex128}
 #: Methods that change a tensor's dtype and return the tensor itself where it has that dtype already.
@@ -37,8 +44,12 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype.is_floating_point else _WIDE.get(dtype, dtype)
 
 
+def _narrows(dtype: torch.dtype) -> bool:
+    return dtype != wide(dtype)
+
+
 def _is_narrow(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dtype != wide(value.dtype)
+    return isinstance(value, torch.Tensor) and _narrows(value.dtype)
 
 
 def _widen(value: Any) -> Any:
@@ -77,6 +88,9 @@ class Widening(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if gives_gradients_of(_narrows):
+            # of what Python computed between graphs, in the model's own dtypes: full backward hooks do so
+            return func(*args, **kwargs)
         drawing = _draws(func, args, kwargs)
         if drawing:
             self.random.append(str(func))

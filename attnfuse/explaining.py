@@ -17,6 +17,7 @@ from attnfuse.backend import backend
 from attnfuse.compile_fresh import compile_fresh, name_of
 from attnfuse.drawing import kept_keys
 from attnfuse.exported import rewrite
+from attnfuse.passes.split import split
 from attnfuse.reporting import Report, collecting, merge
 from attnfuse.spec import Attention
 
@@ -35,7 +36,12 @@ def explain(model_or_function: Callable[..., Any] | ExportedProgram, /, *args: A
     if isinstance(model_or_function, ExportedProgram):
         return _explain_exported(model_or_function, args, kwargs)
 
+    broken: list[str] = []
+
     def explaining(gm: Any, example_inputs: Any) -> Any:
+        # a remark must not cost the report
+        with contextlib.suppress(Exception):
+            broken.extend(split(gm))
         return backend(gm, example_inputs, options={"inner": "eager"})
 
     calls: list[tuple[str, torch.Tensor | None]] = []
@@ -43,12 +49,18 @@ def explain(model_or_function: Callable[..., Any] | ExportedProgram, /, *args: A
         positional, keywords = _by_name(model_or_function, args, kwargs)
         compile_fresh(model_or_function, explaining)(*positional, **keywords)
     name = name_of(model_or_function)
-    notes = _strided(args, kwargs)
+    notes = (*_strided(args, kwargs), *(_SPLIT.format(f" ({at})" if at else "") for at in broken if len(collected) > 1))
     if not collected:
         skipped = "no graph was compiled: is torch.compile disabled, or did Dynamo skip the call?"
         return Report((), "", "", name, (skipped, *notes))
     found = merge(collected, name)
     return _with_masks(replace(found, warnings=(*found.warnings, *notes)), calls)
+
+
+_SPLIT = (
+    "the softmax{} looks like that of an attention whose products are in other graphs: without the graph break between them it "
+    "would be read (TORCH_LOGS=graph_breaks says where it is)"
+)
 
 
 def _strided(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:

@@ -475,3 +475,23 @@ def test_sizes_that_are_taken_for_equal_are_guarded_on():
             torch._dynamo.mark_dynamic(t, 0)
         compiled(x, y)
     assert seen == [(False, True), (False, False)]
+
+
+def test_the_dtypes_of_gradients_are_known_in_backward():
+    seen = []
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.double()
+
+        @staticmethod
+        def backward(ctx, g):
+            seen.append(_compat.gives_gradients_of(lambda d: d == torch.float32))
+            return g.float()
+
+    narrow, wide = torch.ones(2, requires_grad=True), torch.ones(2, dtype=torch.float64, requires_grad=True)
+    for x in (narrow, wide):
+        Double.apply(x * 1).sum().backward()
+    assert seen == [True, False]
+    assert not _compat.gives_gradients_of(lambda d: True)

@@ -215,3 +215,57 @@ def test_a_site_inside_of_torchs_own_modules_is_placed_by_the_name_of_the_call()
     layer = torch.nn.MultiheadAttention(8, 2, batch_first=True)
     (site,) = attnfuse.explain(layer, *(torch.randn(2, 4, 8) for _ in range(3))).sites
     assert site.where == "in MultiheadAttention"
+
+
+# --- attentions that a graph break takes apart
+
+
+class Broken(torch.nn.Module):
+    """The break is before the softmax, or after it."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.place = place
+        self.inner = torch.nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, v = self.inner(x), self.inner(x)
+        s = q @ x.transpose(-1, -2) * 0.3
+        if self.place == "scores":
+            torch._dynamo.graph_break()
+        w = (s + 1.0).softmax(-1)
+        if self.place == "weights":
+            torch._dynamo.graph_break()
+        return w.relu() @ v if self.place == "nowhere" else w @ v
+
+
+class Classifier(torch.nn.Module):
+    """Softmaxes of other kinds, on both sides of a graph break."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.head = torch.nn.Linear(16, 4), torch.nn.Linear(16, 5)
+        self.mixing = torch.nn.Parameter(torch.randn(8, 8))
+        self.embeddings = torch.nn.Parameter(torch.randn(5, 16))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        gate = self.gate(x).softmax(-1)
+        x = self.mixing.softmax(-1) @ x
+        classes = (x @ self.embeddings.t()).softmax(-1)
+        logits = self.head(x)
+        torch._dynamo.graph_break()
+        return logits.softmax(-1), gate * 2, (x * 2).softmax(-1), classes * 2, self.mixing.softmax(-1) @ x
+
+
+@pytest.mark.parametrize("place", ["scores", "weights"])
+def test_attention_that_a_graph_break_takes_apart_is_said(place: str) -> None:
+    found = attnfuse.explain(Broken(place), torch.randn(2, 8, 16))
+    (warning,) = found.warnings
+    assert "looks like that of an attention" in warning and "test_explain.py:" in warning
+    assert not found.sites
+
+
+@pytest.mark.parametrize("model", [Classifier(), Broken("nowhere")], ids=["classifier", "no break"])
+def test_other_softmaxes_are_no_attention_taken_apart(model: torch.nn.Module) -> None:
+    found = attnfuse.explain(model, torch.randn(2, 8, 16))
+    assert not any("graph break" in w for w in found.warnings)

@@ -345,3 +345,38 @@ def test_the_table_shows_both_errors_and_the_bar():
     text = str(verify(attend, *qkv(), options=EAGER))
     for piece in ("errors against float64; the bar holds", "eager's", "bar", "gradient", "float32", "yes"):
         assert piece in text
+
+
+class Hooked(torch.nn.Module):
+    """What full backward hooks do between graphs is done by Python, in the model's own dtypes; so is the product here."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+
+    def forward(self, x):
+        q = self.inner(x)
+        scores = q @ q.transpose(-1, -2) * 0.3
+        torch._dynamo.graph_break()
+        return self.outer(scores.softmax(-1) @ q) * 2.0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hooked"), [(torch.float32, ()), (torch.float32, ("",)), (torch.bfloat16, ("", "inner", "outer"))]
+)
+def test_full_backward_hooks_are_no_obstacle(dtype, hooked):
+    torch.manual_seed(0)
+    model, calls = Hooked().to(dtype), []
+    for name in hooked:
+        model.get_submodule(name).register_full_backward_hook(lambda *args: calls.append(args))
+        model.get_submodule(name).register_full_backward_pre_hook(lambda module, gradients: None)
+    checked = attnfuse.verify(model, torch.randn(2, 8, 16, dtype=dtype, requires_grad=True))
+    checked.raise_if_failed()
+    assert bool(calls) == bool(hooked)
+    assert {c.name for c in checked.checks if c.kind == "gradient"} >= {"x", "inner.weight", "outer.weight"}
+
+
+def test_what_a_hook_makes_of_a_gradient_is_in_the_oracle():
+    model = Hooked()
+    model.inner.register_full_backward_hook(lambda module, given, gradients: tuple(g * 3.0 for g in given))
+    attnfuse.verify(model, torch.randn(2, 8, 16, requires_grad=True)).raise_if_failed()

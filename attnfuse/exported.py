@@ -34,7 +34,7 @@ def rewrite(program: ExportedProgram, *, options: Mapping[str, Any] | None = Non
 
     program  of torch.export, in training IR (as `export` gives it) or inference IR (after `run_decompositions`). It is
              left as it was; parameters, buffers and constants are shared with the result.
-    options  strict, kernel, nan_policy and fuel, as of the backend (see attnfuse.settings)
+    options  strict, kernel, nan_policy, fuel and tune, as of the backend (see attnfuse.settings)
 
     The result has the program's signature, range constraints and dialect, and what torch.export and AOTInductor take, it
     is: `.module()`, `run_decompositions`, `torch.export.save` and `load`, `aoti_compile_and_package`. Where nothing is

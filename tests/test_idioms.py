@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pkgutil
 
 import pytest
 import torch
 from emitted_graphs import Emitted
 
 import attnfuse.reporting as reporting
+from attnfuse.passes import idioms
 from attnfuse.passes.idioms.example import Example, NearMiss, inputs
 
-NAMES = ("scale", "bias", "fill", "softcap", "cast", "weights", "sdpa", "grouped", "layout", "spelled")
-MODULES = {name: importlib.import_module(f"attnfuse.passes.idioms.{name}") for name in NAMES}
+FOUND = {m.name: importlib.import_module(f"{idioms.__name__}.{m.name}") for m in pkgutil.iter_modules(idioms.__path__)}
+MODULES = {name: module for name, module in FOUND.items() if name != "example"}
 EXAMPLES = [pytest.param(e, id=f"{n}-{i}") for n, m in MODULES.items() for i, e in enumerate(m.EXAMPLES)]
 NEAR_MISSES = [pytest.param(e, id=f"{n}-{i}") for n, m in MODULES.items() for i, e in enumerate(m.NEAR_MISSES)]
 

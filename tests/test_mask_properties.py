@@ -10,6 +10,7 @@ from emitted_graphs import Emitted
 from hypothesis import Phase, given, settings
 
 import attnfuse
+from attnfuse.reporting import SiteReport
 from attnfuse.testing.graph_masks import MaskProgram, Tree, mask_programs, mutated_masks
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
@@ -28,7 +29,7 @@ def compiled(program: MaskProgram) -> tuple[list[torch.Tensor], attnfuse.Report]
     return out, report
 
 
-def is_dense(site: attnfuse.SiteReport) -> bool:
+def is_dense(site: SiteReport) -> bool:
     assert site.spec is not None
     return any(o.dims[-2:] == ("Q", "K") for o in site.spec.operands)
 

@@ -223,7 +223,7 @@ def _read_product(reader: Reader, node: fx.Node, product: contraction.Contractio
         scores.steps.append(Scale(scale))
     scores.steps.append(Cast(dtype_name(dtype_of(node))))
     if product.added is not None:
-        scores.steps += added_steps(reader, product.added, labels, product.beta)
+        scores.steps += added_steps(reader, product.added, labels, product.beta, dtype_of(node))
         scores.steps.append(Cast(dtype_name(dtype_of(node))))
     return scores
 

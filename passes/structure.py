@@ -43,6 +43,7 @@ from attnfuse.spec import AddFill, Bias, Cast, ReplaceFill, Scale, Shift, Step, 
 #: A mask of more operations, or operands, than this stays a tensor.
 _MOST_PARTS = 60
 _MOST_OPERANDS = 12
+_WIDE = (torch.float32, torch.float64)
 
 
 def structure(view: View, site: Site) -> Site:
@@ -107,7 +108,7 @@ class _Structure:
         inside = {i for first, end in sums.items() for i in range(first + 1, end)}
         for self.step, step in enumerate(site.spec.steps):
             # steps are summed in their order: of a sum's terms only the first may be a sum itself
-            self.may_split = self.step not in inside
+            self.may_split = self.step not in inside and self._splits(self.step, self.step in sums)
             made = self._step(step)
             alone = self.step not in inside and self.step not in sums
             if isinstance(step, Bias) and alone and len(made) > 1:
@@ -137,6 +138,19 @@ class _Structure:
         )
         spec = replace(site.spec, steps=tuple(steps), weight_steps=tuple(weight_steps), operands=operands, sink=sink)
         return replace(site, spec=simplify(spec), operands=tuple(self.leaves))
+
+    def _splits(self, i: int, joined: bool) -> bool:
+        """Whether kernels sum terms of a bias, step i, as the graph does: in its dtype, or in float32 and rounded once.
+
+        joined: it is one sum with the terms after it.
+        """
+        step, spec = self.site.spec.steps[i], self.site.spec
+        if not isinstance(step, Bias):
+            return False
+        dtype = dtype_of(self.site.operands[step.operand].node)
+        if dtype in _WIDE:
+            return dtype == torch.float64 or spec.qk_dtype != "float64"
+        return not joined and Cast(dtype_name(dtype)) in spec.steps[i + 1 : i + 2]
 
     @property
     def said(self) -> tuple[str, ...]:
@@ -240,6 +254,7 @@ class _Structure:
                 terms = [(e.parts[0], alpha), (e.parts[1], sign * alpha)]
                 if _is_sum(e.parts[1]) and not _is_sum(e.parts[0]):
                     terms.reverse()
+                self.may_split = dtype in _WIDE
                 first = self._added(*terms[0], dtype)
                 self.may_split = False
                 return first + self._added(*terms[1], dtype)

@@ -300,3 +300,49 @@ def test_sums_of_terms_are_added_to_scores_in_the_order_of_the_graph(tree, way, 
         given = torch.randn(expected.shape, generator=generator)
         for a, b in zip(*(torch.autograd.grad(x, (q, k, v), given) for x in (found, expected)), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def _column(value, dtype):
+    return torch.full((L, 1), value).to(dtype)
+
+
+#: (a, b, dtype of q, k and v): side tensors whose sum wraps, is rounded, overflows or is an OR in their dtype.
+SIDES = {
+    "times": (1.7e6 + torch.arange(L)[:, None] * 0.5, -1.7e6 - torch.arange(L)[None] * 0.25, torch.float32),
+    "fills": (_column(1e9, torch.float32), _column(-1e9, torch.float32).mT, torch.float32),
+    "int64 times": (1_700_000_000 + A(L)[:, None], -1_700_000_000 - A(L)[None], torch.float32),
+    "uint8 wraps": ((A(L)[:, None] * 16).to(torch.uint8), (A(L)[None] * 15).to(torch.uint8), torch.float32),
+    "int32 wraps": (torch.full((L, 1), 2**31 - 3, dtype=torch.int32), A(L)[None].int(), torch.float32),
+    "bool": ((A(L) % 2 == 0)[:, None], (A(L) % 3 == 0)[None], torch.float32),
+    "float16": (_column(3000.0, torch.float16), (A(L)[None] * 0.3).half(), torch.float32),
+    "float16 overflows": (_column(-65504.0, torch.float16), _column(-65504.0, torch.float16).mT, torch.float32),
+    "bfloat16": (_column(300.0, torch.bfloat16), (A(L)[None] * 0.3).bfloat16(), torch.float32),
+    "of the scores' bfloat16": (_column(300.0, torch.bfloat16), (A(L)[None] * 0.3).bfloat16(), torch.bfloat16),
+    "of the scores' float16": (_column(3000.0, torch.float16), (A(L)[None] * 0.3).half(), torch.float16),
+    "float32, scores in bfloat16": (_column(1e6, torch.float32), -_column(1e6, torch.float32).mT, torch.bfloat16),
+}
+SPELLED = {
+    "sum": lambda q, k, v, a, b: (q @ k.mT + (a + b)).softmax(-1) @ v.to((q @ k.mT + (a + b)).dtype),
+    "three": lambda q, k, v, a, b: (q @ k.mT + ((a + b) + a)).softmax(-1) @ v.to((q @ k.mT + (a + b)).dtype),
+    "sdpa": lambda q, k, v, a, b: F.scaled_dot_product_attention(q, k, v, attn_mask=a + b),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("spelled", SPELLED)
+@pytest.mark.parametrize("name", SIDES)
+@pytest.mark.parametrize("module", ["cpu", "reference"])
+def test_sums_of_side_tensors_are_those_of_their_dtype(module, name, spelled):
+    a, b, dtype = SIDES[name]
+    fits = (a + b).dtype == dtype or ((a + b).dtype == torch.float32 and dtype != torch.float64)
+    if spelled == "sdpa" and not fits:
+        pytest.skip("a mask that scaled_dot_product_attention does not take")
+    generator = torch.Generator().manual_seed(3)
+    # products that are exact in every dtype
+    q, k = (torch.randint(-2, 3, (B, H, L, D), generator=generator).to(dtype) for _ in range(2))
+    v = torch.randn(B, H, L, D, generator=generator).to(dtype)
+    torch.compiler.reset()
+    compiled = torch.compile(SPELLED[spelled], backend="attnfuse", options={"kernel": module, **EAGER})
+    found, expected = compiled(q, k, v, a, b), SPELLED[spelled](q, k, v, a, b)
+    off = 1e-4 if dtype == torch.float32 else 0.06
+    torch.testing.assert_close(found, expected, rtol=off, atol=off, equal_nan=True)

@@ -42,7 +42,7 @@ def score_term(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled
         if number is not None:
             yield Peeled(tensor, labels, partial(_shifted, scale, number * factor, cast))
         elif is_tensor(other):
-            yield Peeled(tensor, labels, partial(_added, reader, scale, other, labels, factor, cast))
+            yield Peeled(tensor, labels, partial(_added, reader, scale, other, labels, factor, dtype_of(node)))
 
 
 def _shifted(scale: tuple[Step, ...], number: float, cast: Cast) -> tuple[Step, ...]:
@@ -50,9 +50,9 @@ def _shifted(scale: tuple[Step, ...], number: float, cast: Cast) -> tuple[Step, 
 
 
 def _added(
-    reader: Reader, scale: tuple[Step, ...], term: fx.Node, labels: Labels, factor: float, cast: Cast
+    reader: Reader, scale: tuple[Step, ...], term: fx.Node, labels: Labels, factor: float, dtype: torch.dtype
 ) -> tuple[Step, ...]:
-    return (*scale, *added_steps(reader, term, labels, factor), cast)
+    return (*scale, *added_steps(reader, term, labels, factor, dtype), Cast(dtype_name(dtype)))
 
 
 def reader_dim(reader: Reader, labels: Labels) -> int:
@@ -67,24 +67,29 @@ def _full(tensor: fx.Node, node: fx.Node) -> bool:
     return len(x) == len(y) and all(known_equal(i, j) for i, j in zip(x, y))
 
 
-def added_steps(reader: Reader, term: fx.Node, labels: Labels, factor: float, first: bool = True) -> list[Step]:
-    """The steps for adding factor * term, which is broadcast against scores with `labels`.
+def added_steps(
+    reader: Reader, term: fx.Node, labels: Labels, factor: float, dtype: torch.dtype, first: bool = True
+) -> list[Step]:
+    """The steps for adding factor * term, which is broadcast against scores with `labels`; several are one sum.
 
-    first: nothing is added before it that it is one sum with. Steps are summed in their order, so that of a sum's terms only
-    the first may be a sum itself; and (a + b) * c is a * c + b * c only if c does not round.
+    dtype: what the sum with the scores is held in. first: nothing is added before it that it is one sum with.
+    Steps are summed in their order, in float32 or better, and rounded to a narrower dtype once. So of a sum's terms only the
+    first may be a sum itself, and none in a narrow dtype; a sum in another dtype stays as it is, and so does one of integers,
+    which wrap; (a + b) * c is a * c + b * c only if c does not round.
     """
     leaf = reader.side(term, labels)
-    parts = (
-        _smaller_terms(leaf.node) if first and rounding.exact_factor(factor) and reader.passable(leaf.node) else None
-    )
+    own = dtype_of(leaf.node)
+    whole = own == dtype and own.is_floating_point and rounding.exact_factor(factor)
+    parts = _smaller_terms(leaf.node) if whole and first and reader.passable(leaf.node) else None
     if parts is None:
         return [Bias(reader.operand(leaf), factor)]
     a, b = parts
     if _is_sum(reader.side(b, leaf.labels).node) and not _is_sum(reader.side(a, leaf.labels).node):
         a, b = b, a
+    wide = dtype in (torch.float32, torch.float64)
     return [
-        *added_steps(reader, a, leaf.labels, factor),
-        *added_steps(reader, b, leaf.labels, factor, first=False),
+        *added_steps(reader, a, leaf.labels, factor, dtype, first=wide),
+        *added_steps(reader, b, leaf.labels, factor, dtype, first=False),
     ]
 
 

@@ -18,7 +18,7 @@ from attnfuse.passes.labels import Dim, Labels, is_one, known_equal
 from attnfuse.passes.operands import one_dtype, read_factor, read_value
 from attnfuse.passes.reader import Reader, Scores
 from attnfuse.passes.site import Leaf, Refusal, Site
-from attnfuse.spec import AddFill, ReplaceFill, Scale, Step
+from attnfuse.spec import AddFill, Cast, ReplaceFill, Scale, Step, dtype_name
 
 
 def read(reader: Reader) -> Site | Refusal:
@@ -92,7 +92,10 @@ def _mask_steps(reader: Reader, mask: object, labels: Labels) -> list[Step]:
         return [AddFill(fill.mask_of(reader, mask, labels, False), -math.inf)]  # type: ignore[arg-type]
     if dtype_of(mask) == torch.bool:  # type: ignore[arg-type]
         return [fill.replaced(reader, mask, labels, -math.inf, False)]  # type: ignore[arg-type]
-    return bias.added_steps(reader, mask, labels, 1.0)  # type: ignore[arg-type]
+    # the mask is added in float32 at least
+    held = torch.float64 if dtype_of(mask) == torch.float64 else torch.float32  # type: ignore[arg-type]
+    steps = bias.added_steps(reader, mask, labels, 1.0, held)  # type: ignore[arg-type]
+    return steps if len(steps) == 1 else [*steps, Cast(dtype_name(held))]
 
 
 def _out_batch(reader: Reader, shapes: list[tuple[object, ...]], grouped: bool) -> tuple[Labels, Labels, Labels] | None:

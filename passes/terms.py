@@ -161,6 +161,10 @@ def is_joint(e: Expr) -> bool:
 _COMPUTED = ELEMENTWISE - TERNARY - LIKE - {"detach"}
 
 
+#: Of integers these raise for a second argument of 0, or below it.
+_RAISING = frozenset({"div", "floor_divide", "fmod", "pow", "remainder"})
+
+
 class Terms:
     """Reads tensors of one view, for one site."""
 
@@ -363,6 +367,8 @@ class Terms:
             found = self._integer(name, call, node)
             if found is not None:
                 return self._fits(found, call.dtype)
+            if name in _RAISING and not (isinstance(numbers[-1], Const) and numbers[-1].value > 0):
+                raise NotExpressible(f"{name} of integers, which may raise where the graph does not compute it")
         call = replace(call, args=self._converted(call.args, own, call.dtypes))
         open_ = [a for a in call.args if isinstance(a, Expr) and not isinstance(a, Const)]
         joint = [a for a in dict.fromkeys(open_) if is_joint(a)]

@@ -137,3 +137,18 @@ def _check(attended: Callable[..., torch.Tensor], dynamic: bool, *given: torch.T
     torch.testing.assert_close(compiled(*given), attended(*given))
     (site,) = (s for report in attnfuse.reports() for s in report.sites)
     assert site.status == "fused", site
+
+
+def test_an_op_that_raises_for_zero_is_not_computed_where_the_graph_does_not() -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        # True everywhere, which symbolic sizes do not tell
+        near = (torch.arange(k.shape[2]) - torch.arange(q.shape[2])[:, None]).abs() <= 15
+        keep = torch.fmod(torch.arange(k.shape[2]), near) >= 0
+        return (q @ k.mT).masked_fill(~keep, -1e9).softmax(-1) @ v
+
+    given = torch.randn(3, 2, 4, 16, 8).unbind()
+    torch.compiler.reset()
+    for dynamic in (False, True):
+        options = {"inner": "eager", "kernel": "cpu", "strict": True}
+        found = torch.compile(attend, backend="attnfuse", dynamic=dynamic, options=options)(*given)
+        torch.testing.assert_close(found, attend(*given), rtol=1e-4, atol=1e-5)

@@ -34,7 +34,7 @@ def forward(spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor
     q, k, v, operands, seed, _ = inputs
     tensors = inputs.tensors
     _on_cpu(*tensors)
-    unhidden = plan.unhidden(operands) if plan.lifting or plan.lifted else None
+    unhidden = plan.unhidden(operands)
     if unhidden is not None:
         return forward(unhidden, inputs)
     key: tuple[object, ...] = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype)
@@ -87,7 +87,7 @@ def backward(
     threads = torch.get_num_threads()
     q, k, v, operands, seed, _ = inputs
     tensors = inputs.tensors
-    unhidden = plan.unhidden(operands) if plan.lifting or plan.lifted else None
+    unhidden = plan.unhidden(operands)
     if unhidden is not None:
         return backward(unhidden, inputs, dout, out, stats, needs, dlse)
     if dout.dtype != plan.out:

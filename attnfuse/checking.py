@@ -14,7 +14,7 @@ from torch import fx
 
 from attnfuse import _compat, graphs, nested
 from attnfuse.kernels import REFERENCE
-from attnfuse.passes.memory import is_hook
+from attnfuse.passes.memory import body_of, is_hook
 from attnfuse.settings import Settings
 from attnfuse.warning import said
 
@@ -131,12 +131,12 @@ def _without_hooks(gm: fx.GraphModule) -> fx.GraphModule:
 def _computed_in(gm: fx.GraphModule) -> list[set[torch.dtype]]:
     """For each output the floating dtypes of the values that it is made of, inputs aside: it has the digits of the coarsest."""
 
-    def dtypes(module: fx.GraphModule, nodes: Iterable[fx.Node]) -> set[torch.dtype]:
+    def dtypes(nodes: Iterable[fx.Node]) -> set[torch.dtype]:
         found: set[torch.dtype] = set()
         for node in nodes:
             if node.op == "get_attr":
-                body = _attribute(module, str(node.target))
-                found |= dtypes(body, body.graph.nodes) if isinstance(body, fx.GraphModule) else set()
+                body = body_of(node)
+                found |= set() if body is None else dtypes(body.graph.nodes)
             elif node.op != "placeholder":
                 values = _compat.pytree.tree_leaves(node.meta.get("example_value"))
                 found |= {x.dtype for x in values if isinstance(x, torch.Tensor)}
@@ -152,14 +152,8 @@ def _computed_in(gm: fx.GraphModule) -> list[set[torch.dtype]]:
             if isinstance(node, fx.Node) and node not in behind:
                 behind.add(node)
                 stack += node.all_input_nodes
-        made.append(dtypes(gm, behind))
+        made.append(dtypes(behind))
     return made
-
-
-def _attribute(module: Any, target: str) -> Any:
-    for part in target.split("."):
-        module = getattr(module, part, None)
-    return module
 
 
 def _differences(found: Any, expected: Any, dtypes: list[set[torch.dtype]]) -> list[str]:

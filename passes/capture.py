@@ -272,7 +272,7 @@ class Recorder:
         args: Any = fx.node.map_arg(node.args, lambda n: env[n])
         kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: env[n])
         if node.op == "get_attr":
-            value = _attribute(scope.module, str(node.target))
+            value = operator.attrgetter(str(node.target))(scope.module)
             return value if isinstance(value, fx.GraphModule) else self._opaque(node, (), {})
         if is_assertion(node):
             # it is no use of the value; the emitter drops it with the node that it is about
@@ -425,13 +425,6 @@ class Recorder:
         scope.values[node] = pytree.tree_unflatten(made, tree)
         if len(leaves) == 1 and value is leaves[0] and isinstance(made[0], fx.Node):
             scope.nodes.setdefault(made[0], node)
-
-
-def _attribute(module: fx.GraphModule, target: str) -> Any:
-    value: Any = module
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _writes_beside_nested(gm: fx.GraphModule) -> bool:

@@ -8,6 +8,7 @@ counts as one through all.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Hashable, Iterable
 from typing import Any
 
@@ -109,7 +110,7 @@ def may_write(node: fx.Node, foreign: bool) -> bool:
         if target.name() in _HARMLESS:
             # its body runs in backward
             return False
-        bodies = [b for x in node.all_input_nodes if (b := _body(x)) is not None]
+        bodies = [b for x in node.all_input_nodes if (b := body_of(x)) is not None]
         nodes = [n for body in bodies for m in body.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes]
         # one without a body, such as the call of a kernel of the user's, says nothing of what it does
         return not bodies or any(may_write(n, False) for n in nodes)
@@ -123,12 +124,11 @@ def may_write(node: fx.Node, foreign: bool) -> bool:
     return home is not None and str(home).split(".")[0] not in ("torch", "_operator", "builtins", "math")
 
 
-def _body(node: fx.Node) -> fx.GraphModule | None:
+def body_of(node: fx.Node) -> fx.GraphModule | None:
+    """The graph module that a get_attr node names, as the body of a higher-order op is."""
     if node.op != "get_attr" or node.graph.owning_module is None:
         return None
-    found: Any = node.graph.owning_module
-    for part in str(node.target).split("."):
-        found = getattr(found, part, None)
+    found = operator.attrgetter(str(node.target))(node.graph.owning_module)
     return found if isinstance(found, fx.GraphModule) else None
 
 

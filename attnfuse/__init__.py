@@ -12,19 +12,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from attnfuse.explaining import explain
     from attnfuse.exported import rewrite
-    from attnfuse.reporting import Report, reports, reset
+    from attnfuse.report.explaining import explain
+    from attnfuse.report.registry import reports, reset
+    from attnfuse.report.report import Report
     from attnfuse.verification import Verification, verify
 
 __version__ = "0.1.0"
 __all__ = ["Report", "Verification", "__version__", "explain", "reports", "reset", "rewrite", "verify"]
 
 _HOMES = {
-    "Report": "reporting",
-    "explain": "explaining",
-    "reports": "reporting",
-    "reset": "reporting",
+    "Report": "report.report",
+    "explain": "report.explaining",
+    "reports": "report.registry",
+    "reset": "report.registry",
     "rewrite": "exported",
     "Verification": "verification",
     "verify": "verification",

@@ -1,4 +1,4 @@
-"""Every private torch name that attnfuse uses, in one place; tests/test_compat.py has a test for each."""
+"""Every private torch name that attnfuse uses, in one place; tests/house/test_compat.py has a test for each."""
 
 from __future__ import annotations
 

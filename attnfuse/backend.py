@@ -12,9 +12,11 @@ from typing import Any
 
 from torch import fx
 
-from attnfuse import _compat, checking, nested, ops, reporting, settings
+from attnfuse import _compat, checking, nested, ops, settings
 from attnfuse.graphs import copied
 from attnfuse.pipeline import Work, rewrite, undone
+from attnfuse.report import registry
+from attnfuse.report.report import Report
 from attnfuse.settings import Settings
 from attnfuse.warning import said, warn
 
@@ -58,7 +60,7 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Setting
         compiled = _inner(original, example_inputs, chosen, patches)
         report = undone(report, message)
     try:
-        reporting.record(report)
+        registry.record(report)
     except Exception as error:
         if chosen.strict:
             raise
@@ -82,15 +84,15 @@ def _rewritten(gm: fx.GraphModule, chosen: Settings) -> tuple[fx.GraphModule, Wo
         message = f"a graph is left as it was: {said(error)}"
         warn(message)
         log.debug("while rewriting", exc_info=True)
-        return original, Work(reporting.Report((), "", "", "graph", (message,)), spoiled=True)
+        return original, Work(Report((), "", "", "graph", (message,)), spoiled=True)
 
 
-def _checked(compiled: Compiled, original: fx.GraphModule, chosen: Settings, report: reporting.Report) -> Compiled:
+def _checked(compiled: Compiled, original: fx.GraphModule, chosen: Settings, report: Report) -> Compiled:
     if not chosen.verify:
         return compiled
 
     def say(message: str) -> None:
-        reporting.add_warning(report, message)
+        registry.add_warning(report, message)
         if message != checking.RANDOM:
             warn(message)
 

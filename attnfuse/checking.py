@@ -14,7 +14,7 @@ from torch import fx
 
 from attnfuse import _compat, graphs, nested
 from attnfuse.kernels import REFERENCE
-from attnfuse.passes.memory import body_of, is_hook
+from attnfuse.passes.graph.memory import body_of, is_hook
 from attnfuse.settings import Settings
 from attnfuse.warning import said
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from attnfuse.reporting import SiteReport
+    from attnfuse.report.report import SiteReport
     from attnfuse.verification import Verification
 
 BATCH, LENGTH, PADDED = 2, 512, 100
@@ -150,7 +150,7 @@ CASES: dict[str, Callable[[], Case]] = {"BERT": bert, "Llama": llama, "T5": t5}
 def measure(name: str, build: Callable[[], Case], step: Callable[[str], None]) -> Result:
     """Everything about one model; `step` is told each of STAGES as it begins."""
     from attnfuse import verify
-    from attnfuse.counting import count_attention
+    from attnfuse.report.counting import count_attention
 
     step("build")
     torch.manual_seed(0)

@@ -12,11 +12,13 @@ from torch import fx
 from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import ExportGraphSignature, InputSpec, OutputSpec, TensorArgument
 
-from attnfuse import _compat, backend, pipeline, reporting, settings
+from attnfuse import _compat, backend, pipeline, settings
 from attnfuse._compat import OpOverload, pytree
 from attnfuse.graphs import copied, readable
 from attnfuse.kernels import Unsupported
-from attnfuse.passes.capture import NAME
+from attnfuse.passes.capture.view import NAME
+from attnfuse.report import registry
+from attnfuse.report.report import Report
 from attnfuse.settings import Settings
 from attnfuse.warning import said, warn
 
@@ -58,7 +60,7 @@ def rewrite(program: ExportedProgram, *, options: Mapping[str, Any] | None = Non
         for device in _compat.autocast_devices():
             torch.set_autocast_enabled(device, False)
         made, report = _attempt(program, chosen)
-    reporting.record(replace(report, name=_class_name(program) or report.name))
+    registry.record(replace(report, name=_class_name(program) or report.name))
     return made
 
 
@@ -92,7 +94,7 @@ def _settings(options: Mapping[str, Any] | None) -> Settings:
     return chosen
 
 
-def _attempt(program: ExportedProgram, chosen: Settings) -> tuple[ExportedProgram, reporting.Report]:
+def _attempt(program: ExportedProgram, chosen: Settings) -> tuple[ExportedProgram, Report]:
     """The rewritten program, or the same one where that fails, and the report."""
     report = None
     try:
@@ -112,7 +114,7 @@ def _attempt(program: ExportedProgram, chosen: Settings) -> tuple[ExportedProgra
         warn(message)
         if report is None:
             text = readable(program.graph_module)
-            return program, reporting.Report((), text, text, "exported program", (message,))
+            return program, Report((), text, text, "exported program", (message,))
         return program, pipeline.undone(report, message)
 
 

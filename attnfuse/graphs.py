@@ -6,7 +6,7 @@ import copy
 
 from torch import fx
 
-from attnfuse.passes.capture import source_line
+from attnfuse.passes.capture.view import source_line
 
 
 def copied(gm: fx.GraphModule) -> fx.GraphModule:

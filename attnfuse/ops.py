@@ -26,12 +26,13 @@ from typing import Any
 
 import torch
 
-from attnfuse import reporting, second
+from attnfuse import second
 from attnfuse._compat import has_tangent
 from attnfuse.kernels import REFERENCE, Kernel, kernel_named, statistics, successor
 from attnfuse.kernels.arguments import check_arguments, check_results
 from attnfuse.kernels.inputs import Bounds, Inputs
 from attnfuse.kernels.layout import allocate, batch_shape
+from attnfuse.report import registry
 from attnfuse.spec import Attention
 from attnfuse.warning import said, warn
 
@@ -152,7 +153,7 @@ def _note(kernel: str, spec: Attention, device: torch.device, after: str, error:
         return
     _warned.add(kernel)
     text = f"kernel {kernel!r} failed and kernel {after!r} runs instead: {message}"
-    reporting.note_failure(kernel, text)
+    registry.note_failure(kernel, text)
     warn(text, stacklevel=4)
 
 

@@ -18,17 +18,20 @@ from attnfuse import _compat, nested, tuning
 from attnfuse.graphs import name_of, readable
 from attnfuse.kernels import REFERENCE, Choice, Unsupported, choose, prepare
 from attnfuse.passes import nested as nested_calls
-from attnfuse.passes import unpad
-from attnfuse.passes.capture import CaptureError, NoTensorInput, View, capture, source_line, value_of
-from attnfuse.passes.emit import EmitError, Emitter
-from attnfuse.passes.find import find
-from attnfuse.passes.read import read
+from attnfuse.passes.capture.recorder import CaptureError, NoTensorInput, capture
+from attnfuse.passes.capture.view import View, source_line
+from attnfuse.passes.emit.edits import EmitError
+from attnfuse.passes.emit.emitter import Emitter
+from attnfuse.passes.graph.aten import value_of
+from attnfuse.passes.masks.structure import structure
+from attnfuse.passes.padding.region import find as find_regions
+from attnfuse.passes.padding.rewrite import Unpadder
+from attnfuse.passes.read.anchors import find
+from attnfuse.passes.read.fully_masked import swallowed
+from attnfuse.passes.read.peel import read
+from attnfuse.passes.read.unseen import unseen
 from attnfuse.passes.site import Refusal, Site
-from attnfuse.passes.structure import structure
-from attnfuse.passes.swallowed import swallowed
-from attnfuse.passes.unpadder import Unpadder
-from attnfuse.passes.unseen import unseen
-from attnfuse.reporting import Report, SiteReport
+from attnfuse.report.report import Report, SiteReport
 from attnfuse.settings import Settings
 from attnfuse.spec import Attention
 from attnfuse.warning import said, warn
@@ -195,7 +198,7 @@ def _unpadded(state: State) -> State:
         return state
     failures = state.failures
     try:
-        regions, reason = unpad.find(view, [x for x in state.found if isinstance(x, Site)])
+        regions, reason = find_regions(view, [x for x in state.found if isinstance(x, Site)])
     except Exception as error:
         regions, reason = [], f"padding stays: {failures.reason(error)}"
     done: set[Found] = set()

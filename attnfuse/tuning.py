@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnfuse.kernels import TRITON, Kernel, candidates, fastest, kept, measure
+from attnfuse.kernels import TRITON, Kernel, candidates
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.inputs import Bounds, Inputs
-from attnfuse.passes.capture import Scope
-from attnfuse.passes.labels import stride_hint
+from attnfuse.kernels.measured import fastest, records, timing
+from attnfuse.passes.capture.view import Scope
+from attnfuse.passes.graph.labels import stride_hint
 from attnfuse.spec import Attention
 from attnfuse.warning import said, warn
 
@@ -98,7 +99,7 @@ def _compared(found: Sequence[Kernel], job: Job, name: str | None) -> str:
 def _keep(name: str, entry: fastest.Fastest) -> None:
     try:
         fastest.add({name: entry})
-    except kept.NOT_KEPT as error:
+    except records.NOT_KEPT as error:
         warn(f"which kernel is fastest is not kept ({said(error)})")
 
 
@@ -130,7 +131,7 @@ def _measured(kernel: Kernel, job: Job) -> tuple[float, list[torch.Tensor]]:
 
     try:
         with torch.no_grad():
-            return measure.milliseconds(run, job.device), run()
+            return timing.milliseconds(run, job.device), run()
     except Exception as error:
         log.info("kernel %s is out: %s: %s", kernel.name, type(error).__name__, error)
         return math.inf, []

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnfuse import _calls
-from attnfuse._compare import Bar, Check, Kind, compare
 from attnfuse._compat import original, pytree
+from attnfuse.accuracy import calls
+from attnfuse.accuracy.compare import Bar, Check, Kind, compare
+from attnfuse.accuracy.oracle import Oracle
 from attnfuse.compile_fresh import name_of
-from attnfuse.oracle import Oracle
-from attnfuse.reporting import Report, as_text, collecting, merge
+from attnfuse.report.registry import collecting
+from attnfuse.report.report import Report, as_text, merge
 from attnfuse.spec import Bias
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def verify(
 
     Compared are all tensors returned (in containers of any kind), and the inputs and buffers that the call mutated.
     Inputs are copied, and the buffers of a module put back, so that each of the three starts from the same state; state
-    that a function keeps by other means is not. `attnfuse._compare.compare` states the bar.
+    that a function keeps by other means is not. `attnfuse.accuracy.compare.compare` states the bar.
 
     Raises ValueError where the call draws random numbers (dropout), which eager and compiled code draw differently,
     where Dynamo captures nothing of it, and for nested tensors, which eager attention does not take on every device.
@@ -109,8 +110,8 @@ def verify(
     if any(isinstance(x, torch.Tensor) and x.is_nested for x in pytree.tree_leaves((args, kwargs))):
         raise ValueError("verify takes no nested tensors: compare each sequence with the same call on it alone")
     target = original(model_or_function)
-    module = _calls.module_of(target)
-    call = _calls.Call(target, args, kwargs, grad=grad, module=module)
+    module = calls.module_of(target)
+    call = calls.Call(target, args, kwargs, grad=grad, module=module)
     oracle = Oracle(beside=_backend(options))
     with torch.set_grad_enabled(grad), collecting() as reports:
         both = oracle.compile(target, dynamic)
@@ -147,12 +148,12 @@ def _backend(options: Mapping[str, Any] | None) -> Callable[..., Any]:
 
 
 def _in_float64(
-    call: _calls.Call, oracle: Oracle, fn: Callable[..., Any], seed: int
+    call: calls.Call, oracle: Oracle, fn: Callable[..., Any], seed: int
 ) -> tuple[_Run, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The oracle's run, a cotangent by output name, and the leaves that are no inputs by name."""
     fresh = call.copy()
     with call.state_kept(), oracle, _same_numbers():
-        outputs = _calls.named(fn(*fresh.args, **fresh.kwargs))
+        outputs = calls.named(fn(*fresh.args, **fresh.kwargs))
         if oracle.random:
             raise ValueError(
                 f"{name_of(call.target)} draws random numbers ({', '.join(oracle.random)}), and eager and compiled code draw "
@@ -181,14 +182,14 @@ def _in_float64(
     return run, cotangents, leaves
 
 
-def _closed_over(oracle: Oracle, fresh: _calls.Fresh) -> dict[str, torch.Tensor]:
+def _closed_over(oracle: Oracle, fresh: calls.Fresh) -> dict[str, torch.Tensor]:
     """Leaves that a function reached by itself, a model it closes over for one."""
     given = {id(t) for t in fresh.differentiable.values()}
     return {name: leaf for name, leaf in oracle.leaves if id(leaf) not in given}
 
 
 def _run(
-    call: _calls.Call,
+    call: calls.Call,
     fn: Callable[..., Any],
     cotangents: dict[str, torch.Tensor],
     leaves: dict[str, torch.Tensor],
@@ -196,7 +197,7 @@ def _run(
     """One run in the model's own dtypes; the module's state is put back after it."""
     fresh = call.copy()
     with call.state_kept(), _same_numbers():
-        outputs = _calls.named(fn(*fresh.args, **fresh.kwargs))
+        outputs = calls.named(fn(*fresh.args, **fresh.kwargs))
         mutated = {name: t.detach().clone() for name, t in call.mutated(fresh).items()}
         gradients: dict[str, torch.Tensor | None] = {}
         used = {n: c for n, c in cotangents.items() if n in outputs and outputs[n].requires_grad}
@@ -248,7 +249,7 @@ def _gradients(exact: _Run, eager: _Run, compiled: _Run, bar: Bar) -> Iterator[C
     largest: dict[str, float] = {}
     for name, gradient in exact.gradients.items():
         if gradient is not None and gradient.numel():
-            layer = _calls.layer_of(name)
+            layer = calls.layer_of(name)
             largest[layer] = max(largest.get(layer, 0.0), float(gradient.abs().max()))
     for name in exact.gradients:
         parts = [run.gradients.get(name) for run in (exact, eager, compiled)]
@@ -257,7 +258,7 @@ def _gradients(exact: _Run, eager: _Run, compiled: _Run, bar: Bar) -> Iterator[C
             continue
         # no gradient and a gradient of zeros are the same to an optimiser's eyes
         reference, native, given = (torch.zeros_like(shaped) if p is None else p for p in parts)
-        yield compare(name, reference.double(), native, given, "gradient", largest.get(_calls.layer_of(name), 0.0), bar)
+        yield compare(name, reference.double(), native, given, "gradient", largest.get(calls.layer_of(name), 0.0), bar)
 
 
 def _missing(name: str, kind: Kind, tensor: torch.Tensor, reason: str) -> Check:

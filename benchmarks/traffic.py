@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from attnfuse import expr
 from attnfuse.expr import Expr, Load
-from attnfuse.kernels.hiding import hiding
+from attnfuse.kernels.fills import hiding
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.layout import batch_shape
 from attnfuse.kernels.triton import codegen
@@ -258,7 +258,7 @@ class _Count:
 
 
 def _bounding(kind: str, bound: Expr) -> Expr:
-    """A bound of attnfuse.kernels.bounds as the mask that it is."""
+    """A bound of attnfuse.kernels.mask_ranges as the mask that it is."""
     algebra = expr.Algebra()
     limit = algebra.add(expr.Q, bound) if kind.endswith("_q") else bound
     return algebra.compare("lt" if kind.startswith("below") else "ge", expr.K, limit)

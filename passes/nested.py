@@ -14,8 +14,8 @@ from torch import fx
 from attnfuse import _compat
 from attnfuse.kernels.dropout import SEED_LIMIT
 from attnfuse.nested import Call, cast, is_jagged, refusal, run, spec_of
+from attnfuse.passes.emit.transaction import undone_on_error
 from attnfuse.passes.site import Refusal
-from attnfuse.passes.transaction import undone_on_error
 from attnfuse.settings import Settings
 from attnfuse.spec import Attention
 

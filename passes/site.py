@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from attnfuse.expr import Expr
-from attnfuse.passes.capture import value_of
-from attnfuse.passes.labels import Dim, Labels
+from attnfuse.passes.graph.aten import value_of
+from attnfuse.passes.graph.labels import Dim, Labels
 from attnfuse.spec import Attention
 
 

@@ -48,10 +48,10 @@ def pytest_configure(config: pytest.Config) -> None:
 #: Tests whose cases cost much and are much alike: of each, so that every value of every parameter comes up, every n-th case
 #: runs always and the others in the slow suite.
 THINNED = {
-    "test_masks.py::test_decoders_masks_are_read_and_no_square_tensor_is_left": 3,
-    "test_conditions.py::test_autocast_bfloat16_fuses_within_twice_eagers_error": 5,
-    "test_conditions.py::test_decoding_with_a_cache_equals_eager_token_by_token": 3,
-    "test_models.py::test_all_attentions_of_sdpa_models_fuse_too": 2,
+    "passes/test_masks.py::test_decoders_masks_are_read_and_no_square_tensor_is_left": 3,
+    "models/test_conditions.py::test_autocast_bfloat16_fuses_within_twice_eagers_error": 5,
+    "models/test_conditions.py::test_decoding_with_a_cache_equals_eager_token_by_token": 3,
+    "models/test_models.py::test_all_attentions_of_sdpa_models_fuse_too": 2,
     "interpreted/test_kernel_triton.py::test_causal_offsets": 5,
     "interpreted/test_kernel_triton.py::test_rows_without_keys": 5,
     "interpreted/test_kernel_triton.py::test_masks_of_every_dtype_and_broadcast": 5,

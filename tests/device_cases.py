@@ -14,7 +14,7 @@ from kernel_cases import INF, make_spec, qkv
 from model_zoo import ATTENTIONS, build
 
 import attnfuse
-from attnfuse._compare import compare
+from attnfuse.accuracy.compare import compare
 from attnfuse.backend import backend
 from attnfuse.expr import causal
 from attnfuse.kernels import triton

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnfuse import nested, pipeline, reporting
+import attnfuse
+from attnfuse import nested, pipeline
 from attnfuse._compat import HigherOrderOperator, free_unbacked_symbols, pytree
+from attnfuse.report import registry
 from attnfuse.settings import Settings
 
 
@@ -38,7 +40,7 @@ class Emitted:
         for graph in _graphs(gm):
             graph.lint()
         self.works.append(work)
-        reporting.record(work.report)
+        registry.record(work.report)
         return _Checker(gm, self, given).run
 
     @property
@@ -101,3 +103,20 @@ def _described(x: torch.Tensor) -> tuple[Any, ...] | None:
 def _number(x: Any) -> int:
     """A size as it was when the graph was traced."""
     return x if isinstance(x, int) else operator.index(x.node.hint)
+
+
+def square_tensors(graph: fx.GraphModule, sizes: set[int]) -> list[str]:
+    """Nodes that hold a tensor with two dims of these sizes."""
+    found = []
+    for module in graph.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            for value in torch.utils._pytree.tree_leaves(node.meta.get("val")):
+                if isinstance(value, torch.Tensor) and sum(n in sizes for n in value.shape) >= 2:
+                    found.append(f"{node.format_node()}: {list(value.shape)}")
+    return found
+
+
+def reads(function: Callable[..., Any], *args: Any, **kwargs: Any) -> set[str]:
+    report = attnfuse.explain(function, *args, **kwargs)
+    assert report.fused == len(report.sites) > 0, report
+    return {site.reads.split(", ", 1)[-1] for site in report.sites}

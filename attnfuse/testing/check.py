@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from attnfuse._compare import Check
-from attnfuse.reporting import Report
+from attnfuse.accuracy.compare import Check
+from attnfuse.report.report import Report
 from attnfuse.testing.program import Program
 from attnfuse.verification import Verification, verify
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import attnfuse
-from attnfuse._compare import compare
+from attnfuse.accuracy.compare import compare
 from benchmarks.on_device import dense, jagged
 from benchmarks.on_device.cases import Case
 from benchmarks.on_device.machine import Machine

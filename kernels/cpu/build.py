@@ -7,7 +7,7 @@ cut short would end the process once it is mapped. Nothing there is unpickled.
 Whatever is wrong with the compiler, the cache or the library is a BuildError that says so, and other kernels run instead.
 
 $ATTNFUSE_SANITIZE compiles the kernels with sanitizers: 'address', 'undefined' or both with a comma between. AddressSanitizer's
-runtime must be the first library of the process (see tests/test_kernel_cpu_sanitized.py).
+runtime must be the first library of the process (see tests/kernels/test_kernel_cpu_sanitized.py).
 """
 
 from __future__ import annotations

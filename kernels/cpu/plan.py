@@ -16,8 +16,8 @@ import torch
 
 from attnfuse import expr, rounding
 from attnfuse.expr import Expr
-from attnfuse.kernels import dropout, hiding, layout
-from attnfuse.kernels.bounds import cut
+from attnfuse.kernels import dropout, fills, layout
+from attnfuse.kernels.mask_ranges import cut
 from attnfuse.spec import (
     AddFill,
     Attention,
@@ -114,15 +114,15 @@ class Plan:
             raise ValueError(f"at most {BATCH} batch dims and {MAX_OPERANDS} operands; got {given}")
         self.words = self._encode()
         #: Operands that could make a hidden key visible, with their factors.
-        self.lifting = hiding.lifting(spec, by_bias=True) if spec.nan_policy != "eager" else {}
-        self.lifted = spec.nan_policy != "eager" and hiding.lifts_always(spec)
+        self.lifting = fills.lifting(spec, by_bias=True) if spec.nan_policy != "eager" else {}
+        self.lifted = spec.nan_policy != "eager" and fills.lifts_always(spec)
         self._unhidden: Attention | None = None
         self.forward: dict[object, Words] = {}
         self.backward: dict[object, Reverse] = {}
 
     def unhidden(self, operands: Sequence[torch.Tensor]) -> Attention | None:
         """The spec that skips no key, where something in these operands could make a hidden key visible again."""
-        if not self.lifted and not any(_largest(operands[i], a) >= hiding.LIFTS for i, a in self.lifting.items()):
+        if not self.lifted and not any(_largest(operands[i], a) >= fills.LIFTS for i, a in self.lifting.items()):
             return None
         if self._unhidden is None:
             self._unhidden = replace(self.spec, nan_policy="eager")

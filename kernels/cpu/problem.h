@@ -162,7 +162,7 @@ inline void begin_row(const Problem& p, const i64* index, i64 query, float& m, f
 enum Depends : uint8_t { ON_QUERY = 1, ON_KEY = 2 };
 
 // What is added or filled in at most this is hidden for good. Where something else among the steps may be as large, Python asks
-// for a plan that hides nothing (kernels/hiding.py).
+// for a plan that hides nothing (kernels/fills.py).
 constexpr double HIDDEN_BELOW = -1e30;
 // exp(-VANISHES) is 0 in float32
 constexpr double VANISHES = 110.0;

@@ -28,8 +28,8 @@ import torch
 
 from attnfuse import expr, rounding
 from attnfuse.expr import Algebra, Apply, Const, Expr, Index, Linear, Load
-from attnfuse.kernels.bounds import Cut, cut
-from attnfuse.kernels.hiding import Hiding, hiding
+from attnfuse.kernels.fills import Hiding, hiding
+from attnfuse.kernels.mask_ranges import Cut, cut
 from attnfuse.spec import (
     AddFill,
     Attention,

@@ -1,4 +1,4 @@
-"""What was measured to be fast among configurations of the kernels, kept in tuning.json (kernels/kept.py).
+"""What was measured to be fast among configurations of the kernels, kept in tuning.json (kernels/measured/records.py).
 
 An entry holds the configuration that won, and what it and the shipped one took.
 """
@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from attnfuse.kernels import kept
 from attnfuse.kernels.device import Device
+from attnfuse.kernels.measured import records
 from attnfuse.kernels.triton.configs import Config, Pass
 from attnfuse.spec import Attention
 
@@ -48,13 +48,13 @@ class Entry:
         flags = [given.get(name, False) for name in _FLAGS]
         if not all(type(flag) is bool for flag in flags):
             raise ValueError(f"{' and '.join(_FLAGS)} must be true or false, got {flags}")
-        times = [kept.milliseconds(given.get(name)) for name in ("ms", "table_ms")]
+        times = [records.milliseconds(given.get(name)) for name in ("ms", "table_ms")]
         return Entry(Config(*(given[name] for name in _NUMBERS), *flags), *times)
 
 
-_table = kept.Table("tuned", Entry.of, "the shipped configurations are used")
+_table = records.Table("tuned", Entry.of, "the shipped configurations are used")
 entries, add, reset = _table.entries, _table.add, _table.reset
-_digest = functools.lru_cache(maxsize=512)(kept.digest)
+_digest = functools.lru_cache(maxsize=512)(records.digest)
 
 
 def key(
@@ -67,7 +67,7 @@ def key(
 ) -> str | None:
     """What a measurement is kept under: nothing in it but the device's name tells one machine from another.
 
-    precision: of products, where there is a choice; heads, lengths: as kept.sizes takes them. None for a device without a
+    precision: of products, where there is a choice; heads, lengths: as records.sizes takes them. None for a device without a
     name: nobody could tell it from another one.
     """
     name = "interpreter" if device.type == "cpu" else device.name
@@ -75,7 +75,7 @@ def key(
         return None
     return (
         f"{name}, {_software()}, {which} {_digest(spec)}, {spec.qk_dtype}{precision and ' ' + precision}, "
-        f"{kept.sizes(heads, lengths)}"
+        f"{records.sizes(heads, lengths)}"
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.inputs import Bounds, Inputs
 from attnfuse.kernels.layout import allocate, check_bounds
-from attnfuse.kernels.measure import milliseconds
+from attnfuse.kernels.measured.timing import milliseconds
 from attnfuse.kernels.triton import gradients, launch, tuned
 from attnfuse.kernels.triton.call import Call
 from attnfuse.kernels.triton.configs import Config, Pass, candidates

@@ -18,10 +18,11 @@ import attnfuse
 from attnfuse import backend, pipeline, settings
 from attnfuse import tuning as requests
 from attnfuse.expr import Algebra, K, Load, causal, dense, documents
-from attnfuse.kernels import kept as files
-from attnfuse.kernels import measure, reference, triton
+from attnfuse.kernels import reference, triton
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.inputs import Bounds, Inputs
+from attnfuse.kernels.measured import records as files
+from attnfuse.kernels.measured import timing
 from attnfuse.kernels.triton import call, launch, tuned, tuning
 from attnfuse.kernels.triton.call import Call
 from attnfuse.kernels.triton.configs import Config
@@ -626,7 +627,7 @@ def test_milliseconds_are_the_median_of_calls_after_the_first():
         calls.append(None)
         time.sleep(0.5 if len(calls) == 1 else 0.04)
 
-    assert 40.0 <= measure.milliseconds(run, torch.device("cpu")) < 400.0
+    assert 40.0 <= timing.milliseconds(run, torch.device("cpu")) < 400.0
     assert len(calls) == 4
 
 
@@ -635,5 +636,5 @@ def test_milliseconds_on_a_gpu_are_those_of_its_events(monkeypatch):
 
     monkeypatch.setattr(triton.testing, "do_bench", lambda run, **options: (run(), 0.25)[1])
     calls = []
-    assert measure.milliseconds(lambda: calls.append(None), torch.device("cuda", 0)) == 0.25
+    assert timing.milliseconds(lambda: calls.append(None), torch.device("cuda", 0)) == 0.25
     assert len(calls) == 1

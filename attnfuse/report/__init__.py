@@ -1,0 +1,1 @@
+"""Reports: what was done to each attention, and why."""

@@ -1,0 +1,1 @@
+"""What was measured of kernels, and kept."""

@@ -1,0 +1,1 @@
+"""Capture: a Dynamo graph as a view in canonical ATen."""

@@ -1,0 +1,1 @@
+"""Masks and biases read as expressions over the indices of queries and keys."""

@@ -1,0 +1,348 @@
+"""Padding taken out around attentions: what lies between a pad and an unpad runs on the packed rows.
+
+A region begins at pads (padding.py), goes on through ops that keep rows apart (rowwise.py) and through attentions that hide
+the padding, and ends at unpads and at attentions of dense queries. It is written anew on packed rows, as long as nothing else
+uses a padded tensor of it; otherwise nothing changes, and its attentions say why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import fx
+
+from attnfuse import _compat
+from attnfuse.expr import FALSE, TRUE, Algebra, Const, Expr, K, NotExpressible, Q, substitute
+from attnfuse.passes.capture.view import View
+from attnfuse.passes.graph.aten import is_tensor, name_of, shape_of, value_of
+from attnfuse.passes.graph.labels import Atom, Axes, Dim, is_one, known_equal
+from attnfuse.passes.graph.memory import opaque, same_memory
+from attnfuse.passes.masks.structure import Fill, structured_assuming
+from attnfuse.passes.masks.terms import Axis
+from attnfuse.passes.padding.rowwise import Carried, Mixed, Rows
+from attnfuse.passes.padding.sources import Pad, Paddings, Unpad
+from attnfuse.passes.read.isolation import read_by
+from attnfuse.passes.site import Leaf, Site
+from attnfuse.spec import AddFill, Attention, Bias, Cast, Layout, ReplaceFill, Shift
+
+#: What a hidden score must be filled with, so that no score of a token is as small.
+_HIDES = -1e9
+#: The same where a bias is added after it.
+_HIDES_WITH_BIAS = -1e30
+#: Steps after which a hidden score is hidden.
+_LEAVE_HIDDEN = (ReplaceFill, AddFill, Bias, Shift, Cast)
+
+
+@dataclass(eq=False)
+class Packed:
+    """An attention on packed rows. site: as it is in the graph, but for what is known of the padding.
+
+    q, k: the rows of the queries, and of the keys and values; None where they are dense.
+    """
+
+    site: Site
+    original: Site
+    spec: Attention
+    q: Rows | None
+    k: Rows | None
+
+
+@dataclass(eq=False)
+class Region:
+    """What is to run on packed rows, and where its results leave it."""
+
+    carried: Carried
+    pads: list[Pad]
+    attentions: list[Packed] = field(default_factory=list)
+    unpads: list[Unpad] = field(default_factory=list)
+    inside: set[fx.Node] = field(default_factory=set)
+    # the unpads, and what they make besides
+    ends: set[fx.Node] = field(default_factory=set)
+
+
+def find(view: View, sites: Sequence[Site]) -> tuple[list[Region], str]:
+    """The regions of a view that can run on packed rows, and why something padded cannot, or ''."""
+    paddings = Paddings(view)
+    if not paddings.pads or not sites:
+        return [], ""
+    problem = ""
+    # all together, or else those of each padding by themselves
+    tries = [paddings.rows] + ([[rows] for rows in paddings.rows] if len(paddings.rows) > 1 else [])
+    found: list[Region] = []
+    for rows in tries:
+        try:
+            region = _Finder(view, paddings, sites, rows).run()
+        except Mixed as reason:
+            problem = problem or f"padding stays: {reason}"
+            continue
+        if region is None:
+            continue
+        if any(region.ends & r.ends or region.inside & r.inside for r in found):
+            problem = problem or "padding stays: paddings that are taken out by themselves meet"
+            continue
+        found.append(region)
+        if rows is paddings.rows:
+            break
+    return found, problem
+
+
+class _Finder:
+    def __init__(self, view: View, paddings: Paddings, sites: Sequence[Site], rows: Sequence[Rows]) -> None:
+        self.view = view
+        self.paddings = paddings
+        self.region = Region(Carried(Axes(), list(rows)), [pad for pad in paddings.pads if pad.rows in rows])
+        self.carried = self.region.carried
+        self.pads = {pad.node: pad for pad in self.region.pads}
+        self.finals = {site.final: site for site in sites}
+        # what attentions do themselves
+        self.taken: set[fx.Node] = set().union(*(site.inside for site in sites))
+
+    def run(self) -> Region | None:
+        region, carried = self.region, self.carried
+        pads = self.pads
+        for node in self.view.graph.nodes:
+            if node not in self.view.live:
+                continue
+            if node in pads:
+                rest = [carried.axes.fresh(n) for n in shape_of(node)[2:]]
+                carried.labels[node] = ((pads[node].rows.sequence,), (pads[node].rows.place,), *rest)
+            elif node in self.finals:
+                self._attention(self.finals[node])
+            elif carried.takes(node) and node not in self.taken and node not in region.ends:
+                self._op(node)
+        if not region.attentions:
+            return None
+        self._check()
+        return region
+
+    def _op(self, node: fx.Node) -> None:
+        unpad = self.paddings.unpad(node)
+        if unpad is not None and unpad.source in self.carried.labels:
+            self._unpad(node, unpad)
+        elif node.target is opaque:
+            raise Mixed("opaque code takes padded tensors")
+        elif is_tensor(node) or isinstance(value_of(node), (list, tuple)):
+            self.carried.carry(node)
+            self._substitute(node)
+
+    def _unpad(self, node: fx.Node, unpad: Unpad) -> None:
+        labels = self.carried.labels[unpad.source]
+        rows = self.carried.rows_of(labels)
+        if labels[:2] != ((rows.sequence,), (rows.place,)) or self.carried.rows_in(labels[2:]):
+            raise Mixed("rows are taken out of a tensor whose first dims are not those of the padding")
+        if unpad.offsets is not None:
+            if not self.paddings.is_offsets(rows, unpad.offsets) or not known_equal(unpad.total, rows.total):
+                raise Mixed("rows are taken out by other offsets than they were padded by")
+        else:
+            assert unpad.mask is not None
+            if self._beyond(unpad.mask, rows) != FALSE:
+                raise Mixed("rows are taken out by a mask that is not known to leave out the padding")
+        self.region.unpads.append(unpad)
+        parts = [] if is_tensor(node) else node.users
+        self.region.ends |= {node, unpad.node, *(made for made, _ in unpad.passed), *parts}
+
+    def _beyond(self, mask: fx.Node, rows: Rows) -> Expr | None:
+        """A mask [B, N] where places are beyond their sequences; None if it is not made of indices."""
+        reader = self.paddings.terms()
+        sequence, place = Axis(rows.sequence), Axis(rows.place)
+        try:
+            e = reader.at(mask, (sequence, place))
+        except NotExpressible:
+            return None
+        return self.paddings.assumed(e, rows, sequence, place, False, reader.algebra)
+
+    def _substitute(self, node: fx.Node) -> None:
+        """Arguments that hold one number wherever there is a token need not be gathered."""
+        for position in range(len(node.args)):
+            found = self.carried.gathered.get((node, position))
+            if found is None:
+                continue
+            x: fx.Node = node.args[position]  # type: ignore[assignment]
+            reader = self.paddings.terms()
+            index = tuple(Axis(d[0]) if len(d) == 1 else None for d in found.dims)
+            if any(i is None for i, d in zip(index, found.dims) if d):
+                continue
+            if any(i is None and not is_one(n) for i, n in zip(index, shape_of(x))):
+                continue
+            try:
+                e = reader.at(x, tuple(Const(0) if i is None else i for i in index))
+            except NotExpressible:
+                continue
+            rows = found.rows
+            e = self.paddings.assumed(e, rows, Axis(rows.sequence), Axis(rows.place), True, reader.algebra)
+            if isinstance(e, Const):
+                self.carried.gathered[node, position] = replace(found, number=e.value)
+
+    # -- attentions
+
+    def _attention(self, site: Site) -> None:
+        carried = self.carried
+        own = [leaf.node in carried.labels for leaf in (site.q, site.k, site.v)]
+        if not any(own):
+            if any(n in carried.labels for leaf in site.operands for n in read_by(leaf)):
+                raise Mixed("an attention's mask or bias is made of padded tensors")
+            return
+        if own[1] != own[2]:
+            raise Mixed("keys or values are not padded alike")
+        if site.lse is not None:
+            raise Mixed("the log-sum-exp of scores is used")
+        q = self._side(site, site.q, site.q_dim) if own[0] else None
+        k = self._side(site, site.k, site.k_dim) if own[1] else None
+        if k is not None and self._side(site, site.v, site.k_dim) is not k:
+            raise Mixed("keys and values are padded by other lengths")
+        raw = site.unread or site
+        assumed, fills, algebra = structured_assuming(self.view, raw, lambda e, g: self._assume(e, g, raw, q, k))
+        if any(n in carried.labels for leaf in assumed.operands for n in read_by(leaf)):
+            raise Mixed("an attention's mask or bias is made of padded tensors")
+        problem = None if k is None else self._unhidden(raw, fills, algebra, q, k)
+        if problem is not None:
+            raise Mixed(problem)
+        try:
+            spec = _packed_spec(assumed, q, k)
+        except ValueError as error:
+            raise Mixed(f"no packed attention: {error}") from error
+        self.region.attentions.append(Packed(assumed, site, spec, q, k))
+        self.region.inside |= site.inside | {site.final}
+        if q is not None:
+            self._label_result(site, q)
+
+    def _side(self, site: Site, leaf: Leaf, dim: Dim) -> Rows:
+        """The rows of q, k or v, if its padded dims are the first batch dim and that of the queries or keys."""
+        labels = self.carried.axes.resolve(self.carried.labels[leaf.node])
+        rows = self.carried.rows_of(labels)
+        if not site.batch or len(dim) != 1:
+            raise Mixed("an attention of one sequence")
+        expected = {rows.sequence: site.batch[0], rows.place: dim[0]}
+        for have, found in zip(labels, leaf.labels, strict=True):
+            if not self.carried.rows_in([have]):
+                continue
+            if len(have) != len(found) or any(
+                (a in expected and expected[a] is not b) or not known_equal(a.size, b.size) for a, b in zip(have, found)
+            ):
+                raise Mixed("an attention whose first batch dim is not that of the sequences")
+        return rows
+
+    def _assume(self, e: Expr, algebra: Algebra, site: Site, q: Rows | None, k: Rows | None) -> Expr:
+        sequence = Axis(site.batch[0])
+        if k is not None:
+            e = self.paddings.assumed(e, k, sequence, K, True, algebra)
+        if q is not None:
+            # other queries are not read
+            e = self.paddings.assumed(e, q, sequence, Q, True, algebra)
+        return e
+
+    def _unhidden(self, site: Site, fills: list[Fill], algebra: Algebra, q: Rows | None, k: Rows) -> str | None:
+        """Why keys of padding may have a weight, or be needed for a row that sees no other; None if neither is so."""
+        sequence = Axis(site.batch[0])
+        hiding = [f for f in fills if self.paddings.assumed(f.keep, k, sequence, K, False, algebra) == FALSE]
+        if not hiding:
+            return "the attention is not known to hide keys of padding"
+        last = hiding[-1]
+        if any(not isinstance(step, _LEAVE_HIDDEN) for step in site.spec.steps[last.step + 1 :]):
+            return "what is done to hidden scores may show keys of padding"
+        later = [f.value for f in fills if f.step >= last.step]
+        if (
+            any(isinstance(x, (Bias, Shift)) for x in site.spec.steps[last.step + 1 :])
+            and max(later) > _HIDES_WITH_BIAS
+        ):
+            return "a bias is added to hidden scores, and may show keys of padding"
+        if all(value == -torch.inf for value in later) and (q is k or site.spec.hidden == "zero"):
+            return None
+        if q is not k:
+            return "a query without keys would see padding"
+        low = torch.finfo(torch.float16).min if site.spec.qk_dtype == "float16" else _HIDES
+        if any(value > low for value in later):
+            return "keys of padding are filled with a number that a score may come near to"
+        own = [substitute(self._assume(f.keep, algebra, site, q, k), {K: Q}, algebra) for f in fills]
+        if any(keep != TRUE for keep in own):
+            return "a row may hide all of its keys, and would see padding"
+        return None
+
+    def _label_result(self, site: Site, rows: Rows) -> None:
+        own = {site.batch[0]: rows.sequence, site.q_dim[0]: rows.place}
+        fresh: dict[Atom, Atom] = {}
+        self.carried.labels[site.final] = tuple(
+            tuple(own.get(a) or fresh.setdefault(a, Atom(a.size)) for a in dim) for dim in site.out_labels
+        )
+
+    # -- what must hold of the whole
+
+    def _check(self) -> None:
+        view, carried = self.view, self.carried
+        padded = [*carried.labels, *carried.parts]
+        ends = self.region.ends | {a.original.final for a in self.region.attentions if a.q is None}
+        for node in padded:
+            origin = view.origin.get(node)
+            if origin is not None and origin.scope.parent is not None:
+                raise Mixed("padded tensors go into a checkpointed region")
+            self._check_uses(node)
+        if len({view.grad.get(n, True) for n in (*padded, *ends)}) > 1:
+            raise Mixed("part of what is padded is computed without gradients")
+        first, last = min(map(view.order.__getitem__, padded)), max(map(view.order.__getitem__, ends))
+        for node in padded:
+            self._check_writes(node, last)
+        for node in self._read_late():
+            if view.writes.between(node, view.order[node], last):
+                raise Mixed("something is written in place while padded tensors are worked on")
+        self._check_modes(first, last)
+
+    def _read_late(self) -> set[fx.Node]:
+        """What is read only where the region ends: the rows of sequences, and what attentions read besides padded tensors."""
+        read = {n for rows in self.carried.rows for n in (rows.offsets, rows.lengths) if n is not None}
+        for a in self.region.attentions:
+            for leaf in (a.site.q, a.site.k, a.site.v, *a.site.operands):
+                read.update(n for n in read_by(leaf) if n not in self.carried.labels)
+        return read
+
+    def _check_uses(self, node: fx.Node) -> None:
+        known = self.region.inside | self.region.ends
+        for user in node.users:
+            if user not in self.view.live or user in known or user in self.carried.labels or user in self.carried.parts:
+                continue
+            if is_tensor(user) or user.op == "output" or user.target is opaque or not _is_number(user):
+                what = "the graph's output" if user.op == "output" else name_of(user) or "other code"
+                raise Mixed(f"a padded tensor is used by {what}")
+
+    def _check_writes(self, node: fx.Node, last: int) -> None:
+        """Nothing of the region is written in place, and nothing it reads between where it is read now and its end."""
+        order, writes = self.view.order, self.view.writes
+        if node in self.pads and node.args and any(same_memory(node, x) for x in node.all_input_nodes):
+            # padded[mask] = values: no other name of that memory is known to be read
+            target = node.args[0]
+            for other in self.view.graph.nodes:
+                if other not in (node, target) and other not in self.carried.labels and same_memory(other, node):
+                    raise Mixed("a padded tensor is written in place")
+        elif any(w not in self.pads for w in writes.to(node)):
+            raise Mixed("a padded tensor is written in place")
+        for source in node.all_input_nodes:
+            if source not in self.carried.labels and writes.between(source, order[node], last):
+                raise Mixed("something is written in place while padded tensors are worked on")
+
+    def _check_modes(self, first: int, last: int) -> None:
+        """No autocast region begins or ends in between."""
+        view = self.view
+        own = {view.origin[n].node for n in view.graph.nodes if first <= view.order[n] <= last and n in view.origin}
+        nodes = list(view.scopes[0].module.graph.nodes)
+        places = [i for i, node in enumerate(nodes) if node in own]
+        for node in nodes[places[0] : places[-1]]:
+            if node.target in (_compat.enter_autocast, _compat.exit_autocast):
+                raise Mixed("an autocast region begins or ends while tensors are padded")
+
+
+def _is_number(node: fx.Node) -> bool:
+    return isinstance(value_of(node), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def _packed_spec(site: Site, q: Rows | None, k: Rows | None) -> Attention:
+    spec = site.spec
+    layout: Layout = "packed" if q and k else "packed_queries" if q else "packed_keys"
+    sizes = list(spec.sizes)
+    rank = len(spec.batch) + 2
+    sizes[0] = None
+    for rows, at in ((q, -4), (k, -3)):
+        if rows is not None:
+            sizes[at] = None
+    order = (0, rank - 2, *range(1, rank - 2), rank - 1) if q is not None else spec.out_order
+    return replace(spec, sizes=tuple(sizes), layout=layout, out_order=order)

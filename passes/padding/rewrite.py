@@ -1,0 +1,354 @@
+"""Writes a region of padded tensors on packed rows into its graph (unpad.py finds it).
+
+A packed tensor is the padded one with 1 for its sequences and the number of packed rows for its places, so that the nodes of
+the region are written again one by one with these sizes. Attentions get the bounds of the sequences.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnfuse.passes.emit.edits import EmitError
+from attnfuse.passes.emit.emitter import Emitter
+from attnfuse.passes.emit.writer import Writer
+from attnfuse.passes.graph import views
+from attnfuse.passes.graph.aten import dtype_of, getitem_source, name_of, shape_of, value_of
+from attnfuse.passes.graph.labels import Atom, Dim, Labels, Size
+from attnfuse.passes.padding.region import Packed, Region
+from attnfuse.passes.padding.rowwise import Gathered, Rows
+from attnfuse.passes.padding.sources import Pad, Unpad
+from attnfuse.passes.site import Leaf, Site
+
+
+class Unpadder:
+    """Writes a region on packed rows into its graph. kernels: the name of one for each of its attentions."""
+
+    def __init__(self, emitter: Emitter, region: Region, kernels: Sequence[str]) -> None:
+        self.emitter = emitter
+        self.view = emitter.view
+        self.region = region
+        self.carried = region.carried
+        self.scope = self.view.scopes[0]
+        # view node -> the node with its packed rows
+        self.made: dict[fx.Node, fx.Node] = {}
+        self.calls: dict[fx.Node, fx.Node] = {}
+        self.tables: dict[tuple[Rows, str], fx.Node] = {}
+        self.sizes: dict[Atom, Size] = {}
+        for rows in self.carried.rows:
+            self.sizes[rows.sequence], self.sizes[rows.place] = 1, rows.total
+        self.pads = {pad.node: pad for pad in region.pads}
+        self.attentions = {a.original.final: (a, kernel) for a, kernel in zip(region.attentions, kernels, strict=True)}
+
+    def emit(self) -> None:
+        """Replace the results of the region, inside of `Emitter.attempt`. Raises EmitError."""
+        ends: list[tuple[fx.Node, Unpad | Packed]] = [(u.node, u) for u in self.region.unpads]
+        ends += [(a.original.final, a) for a in self.region.attentions if a.q is None]
+        ends.sort(key=lambda end: self.view.order[end[0]])
+        graph = self.scope.module.graph
+        results = []
+        for node, end in ends:
+            owner = self.view.origin[node].node
+            writer = _Writer(self, owner, value_of(node).device)
+            with graph.inserting_before(owner):
+                source = end.source if isinstance(end, Unpad) else node
+                self._write(writer, source)
+                results.append((node, owner, writer, self._result(writer, end, source)))
+            if isinstance(end, Packed) and self.scope.values[owner] is not node:
+                raise EmitError("an attention of padded keys lies inside of another call")
+        for (node, owner, writer, result), (_, end) in zip(results, ends, strict=True):
+            if isinstance(end, Unpad) and end.mask is not None:
+                self._select(writer, node, owner, end, result)
+            else:
+                self.emitter.redirect(node, self.scope, owner, result, writer)
+        self.emitter.touched.add(self.scope)
+        self.emitter.calls += [self.calls[a.original.final] for a in self.region.attentions]
+
+    @property
+    def inside(self) -> set[fx.Node]:
+        """View nodes that nothing needs any more."""
+        kept = {u.node for u in self.region.unpads if u.mask is not None}
+        own = set(self.carried.labels) | set(self.carried.parts)
+        return (self.region.inside | own | self.region.ends) - kept
+
+    # -- the order of things
+
+    def _write(self, writer: _Writer, target: fx.Node) -> None:
+        """All that `target` needs, and itself."""
+        needed: set[fx.Node] = set()
+        stack = [target]
+        while stack:
+            node = stack.pop()
+            if node not in needed and node not in self.made:
+                needed.add(node)
+                stack += self._sources(node)
+        for node in sorted(needed, key=self.view.order.__getitem__):
+            writer.written_for = self.view.origin[node].node
+            self.made[node] = self._checked(writer, node, self._written(writer, node))
+        writer.written_for = writer.owner
+
+    def _checked(self, writer: _Writer, node: fx.Node, made: fx.Node) -> fx.Node:
+        """`made`, if it is what `node` is but for the sizes of its rows. Raises EmitError."""
+        if node not in self.carried.labels:
+            return made
+        dims = self.carried.axes.resolve(self.carried.labels[node])
+        return writer.checked(made, f"{name_of(node)} of packed rows", [self._size(d) for d in dims], dtype_of(node))
+
+    def _sources(self, node: fx.Node) -> list[fx.Node]:
+        if node in self.pads:
+            return []
+        if node in self.attentions:
+            site = self.attentions[node][0].site
+            return [leaf.node for leaf in (site.q, site.k, site.v) if leaf.node in self.carried.labels]
+        return [n for n in node.all_input_nodes if n in self.carried.labels or n in self.carried.parts]
+
+    def _written(self, writer: _Writer, node: fx.Node) -> fx.Node:
+        if node in self.pads:
+            return self._values(writer, self.pads[node])
+        if node in self.attentions:
+            return self._attended(writer, *self.attentions[node])
+        source = getitem_source(node)
+        if source is not None:
+            return writer.getitem(self.made[source[0]], source[1])
+        name = name_of(node)
+        if views.is_identity(node):
+            return self.made[node.args[0]]  # type: ignore[index]
+        if name == "to":
+            return writer.method("to", self.made[node.args[0]], dtype_of(node))  # type: ignore[index]
+        if name in ("view", "expand"):
+            shape = self._shape(writer, node)
+            return writer.method("expand" if name == "expand" else "reshape", self.made[node.args[0]], *shape)  # type: ignore[index]
+        args = [self._argument(writer, node, i, x) for i, x in enumerate(node.args)]
+        kwargs = fx.node.map_arg(dict(node.kwargs), writer.node_for)
+        return writer.call(node.target, tuple(args), kwargs)  # type: ignore[arg-type]
+
+    def _argument(self, writer: _Writer, node: fx.Node, position: int, x: Any) -> Any:
+        found = self.carried.gathered.get((node, position))
+        if found is None:
+            return fx.node.map_arg(x, writer.node_for)
+        sizes = [self._size(dim) if dim else n for dim, n in zip(found.dims, shape_of(x), strict=True)]
+        if found.place is not None and (found.rows.place,) not in found.dims:
+            sizes[found.place] = found.rows.total
+        if found.number is not None:
+            sizes = [1] * len(found.dims)
+        return writer.checked(self._gathered(writer, found, x), "what packed rows read", sizes, dtype_of(x))
+
+    def _shape(self, writer: _Writer, node: fx.Node) -> list[int | fx.Node]:
+        return writer.shape([self._size(dim) for dim in self.carried.axes.resolve(self.carried.labels[node])])
+
+    def _size(self, dim: Dim) -> Any:
+        size: Any = 1
+        for a in dim:
+            size = size * self.sizes.get(a, a.size)
+        return size
+
+    # -- rows
+
+    def _values(self, writer: _Writer, pad: Pad) -> fx.Node:
+        if pad.values is not None:
+            return writer.method("unsqueeze", writer.node_for(pad.values), 0)
+        origin = self.view.origin[pad.node].node
+        return writer.method("unsqueeze", writer.method("values", origin.args[0]), 0)
+
+    def _offsets(self, writer: _Writer, rows: Rows) -> fx.Node:
+        """[B + 1]."""
+        if rows.nested is not None:
+            found = writer.method("offsets", rows.nested)
+        elif rows.offsets is not None:
+            found = writer.here(rows.offsets)
+        else:
+            assert rows.lengths is not None
+            most = {"min": 0, "max": writer.size(rows.place.size)}
+            # there may be lengths of more sequences
+            own = writer.call(torch.narrow, (writer.here(rows.lengths), 0, 0, writer.size(rows.sequence.size)))
+            sums = writer.call(torch.cumsum, (writer.call(torch.clamp, (own,), most), 0))
+            found = writer.call(torch.nn.functional.pad, (sums, (1, 0)))
+        if not self.emitter.strict:
+            return found
+        # rows of no sequence are no error, but for padded[mask] = values
+        lengths = None if rows.offsets is None else writer.call(torch.diff, (found,))
+        total = writer.size(rows.total)
+        return writer.call(torch.ops.attnfuse.checked_offsets.default, (found, lengths, total))
+
+    def table(self, writer: _Writer, rows: Rows, what: str) -> fx.Node:
+        """Made once: 'offsets' [B + 1]; 'bounds' [2, B] as the op takes them; of each packed row its 'sequence' and 'place',
+        and whether it 'lies' in the padded tensor; 'rows' [B, N], the packed row of each place."""
+        if (rows, what) not in self.tables:
+            found, sequences = self._table(writer, rows, what), rows.sequence.size
+            shapes = {"bounds": (2, sequences), "rows": (sequences, rows.place.size)}
+            # there may be offsets of more sequences
+            if what != "offsets":
+                found = writer.checked(found, f"the {what} of packed rows", shapes.get(what, (rows.total,)))
+            self.tables[rows, what] = found
+        return self.tables[rows, what]
+
+    def _table(self, writer: _Writer, rows: Rows, what: str) -> fx.Node:
+        call = writer.call
+        if what == "offsets":
+            return self._offsets(writer, rows)
+        offsets = self.table(writer, rows, "offsets")
+        start, end = (call(torch.narrow, (offsets, 0, at, writer.size(rows.sequence.size))) for at in (0, 1))
+        if what == "bounds":
+            # no kernel may read a mask or bias beyond the padded length, whatever the offsets are
+            end = call(torch.minimum, (end, call(torch.add, (start, writer.size(rows.place.size)))))
+            return call(torch.stack, ([start, end],))
+        if what == "rows":
+            places = call(torch.arange, (writer.size(rows.place.size),), {"device": writer.device})
+            return call(torch.add, (writer.method("unsqueeze", start, 1), places))
+        numbers = call(torch.arange, (writer.size(rows.total),), {"device": writer.device})
+        if what == "sequence":
+            found = call(torch.bucketize, (numbers, writer.method("contiguous", end)), {"right": True})
+            return self._below(writer, found, rows.sequence.size)
+        sequence = self.table(writer, rows, "sequence")
+        place = call(torch.sub, (numbers, call(torch.index_select, (start, 0, sequence))))
+        if what == "place":
+            return self._below(writer, place, rows.place.size)
+        ends = call(torch.index_select, (end, 0, sequence))
+        inside = call(torch.lt, (place, writer.size(rows.place.size)))
+        return call(torch.logical_and, (inside, call(torch.lt, (numbers, ends))))
+
+    def _below(self, writer: _Writer, x: fx.Node, size: Any) -> fx.Node:
+        return writer.call(torch.clamp, (x,), {"min": 0, "max": self._less(writer, size)})
+
+    def _less(self, writer: _Writer, size: Any) -> Any:
+        found = writer.size(size)
+        return found - 1 if isinstance(found, int) else writer.call(operator.sub, (found, 1))
+
+    def _gathered(self, writer: _Writer, found: Gathered, x: fx.Node) -> fx.Node:
+        """What each packed row reads of x: like x, but with 1 for the sequences and all rows for the places."""
+        rows = found.rows
+        if found.number is not None:
+            # dims keep their part in the promotion of dtypes
+            shape = (1,) * len(found.dims)
+            return writer.call(torch.full, (shape, found.number), {"dtype": dtype_of(x), "device": value_of(x).device})
+        node = writer.node_for(x)
+        at = {atoms: d for d, atoms in enumerate(found.dims) if atoms}
+        merged = (rows.sequence, rows.place)
+        if merged in at:
+            flat = writer.call(torch.add, (self._place_times(writer, rows), self.table(writer, rows, "place")))
+            return writer.call(torch.index_select, (node, at[merged], flat))
+        sequence, place = at.get((rows.sequence,)), at.get((rows.place,))
+        if sequence is None:
+            return writer.call(torch.index_select, (node, place, self.table(writer, rows, "place")))
+        if place is None:
+            node = writer.call(torch.index_select, (node, sequence, self.table(writer, rows, "sequence")))
+            # to the dim of the places, which x has one of
+            return writer.method("transpose", node, sequence, found.place)
+        rest = [d for d in range(len(found.dims)) if d not in (sequence, place)]
+        node = writer.method("permute", node, sequence, place, *rest)
+        index = [self.table(writer, rows, "sequence"), self.table(writer, rows, "place")]
+        node = writer.call(torch.ops.aten.index.Tensor, (node, index))
+        # [rows, *rest], to lie where the places were, with 1 where the sequences were
+        order = [0 if d == place else 1 + rest.index(d) for d in range(len(found.dims)) if d != sequence]
+        return writer.method("unsqueeze", writer.method("permute", node, *order), sequence)
+
+    def _place_times(self, writer: _Writer, rows: Rows) -> fx.Node:
+        return writer.call(torch.mul, (self.table(writer, rows, "sequence"), writer.size(rows.place.size)))
+
+    # -- attentions
+
+    def _attended(self, writer: _Writer, a: Packed, kernel: str) -> fx.Node:
+        site = a.site
+        q = self._side(writer, site, site.q, a.q, site.q_dim, site.d_dim)
+        k = self._side(writer, site, site.k, a.k, site.k_dim, site.d_dim)
+        v = self._side(writer, site, site.v, a.k, site.k_dim, site.e_dim)
+        operands = writer.operands(site, a.spec)
+        bounds = tuple(None if rows is None else self.table(writer, rows, "bounds") for rows in (a.q, a.k))
+        strict = self.emitter.strict
+        call = writer.attention(q, k, v, operands, bounds, a.spec, kernel, strict)  # type: ignore[arg-type]
+        self.calls[a.original.final] = call
+        out = writer.getitem(call, 0)
+        dims: Labels = (*((atom,) for atom in site.batch), site.q_dim, site.e_dim)
+        if a.q is None:
+            result = writer.shaped(out, dims, site.out_labels, value_of(site.final))
+            if self.emitter.may_be_written(site):
+                result = writer.call(torch.ops.attnfuse.own.default, (result,))
+            return result
+        out = writer.spread(out, dims, (site.batch[0], *site.q_dim))
+        if not site.e_dim:
+            out = writer.method("squeeze", out, len(dims) - 1)
+        flat = [atom for dim in dims for atom in dim]
+        order = [flat.index(atom) for dim in site.out_labels for atom in dim]
+        if order != list(range(len(order))):
+            out = writer.method("permute", out, *order)
+        return writer.method("reshape", out, *self._shape(writer, site.final))
+
+    def _side(self, writer: _Writer, site: Site, leaf: Leaf, rows: Rows | None, dim: Dim, width: Dim) -> fx.Node:
+        """q, k or v as the op takes it: [1, *batch, rows, width] where it is packed."""
+        if rows is None:
+            return writer.canonical(leaf, site.batch, dim, width)
+        places = (Atom(rows.total),)
+        sequence = site.batch[0]
+        labels = tuple(
+            tuple(b for a in d if a is not sequence for b in (places if (a,) == dim else (a,))) for d in leaf.labels
+        )
+        return writer.canonical(replace(leaf, labels=labels), site.batch, places, width)
+
+    # -- results
+
+    def _result(self, writer: _Writer, end: Unpad | Packed, source: fx.Node) -> fx.Node:
+        found = self.made[source]
+        if isinstance(end, Packed):
+            return found
+        for made, same in end.passed:
+            writer.made[made] = writer.node_for(same)
+        rows = self.carried.rows_of(self.carried.labels[source])
+        found = writer.method("squeeze", found, 0)
+        if end.mask is not None:
+            # read by _select
+            self.table(writer, rows, "rows")
+            return found
+        if end.zeros and not rows.exact:
+            lies = self.table(writer, rows, "lies")
+            rank = len(shape_of(source)) - 1
+            lies = writer.method("view", lies, -1, *([1] * (rank - 1)))
+            zero = writer.call(torch.zeros, ((),), {"dtype": dtype_of(source), "device": writer.device})
+            found = writer.call(torch.where, (lies, found, zero))
+        writer.checked(found, "what is taken out", [rows.total, *shape_of(end.node)[1:]], dtype_of(end.node))
+        # it is nobody else's memory: not the packed input's, nor what an op keeps for backward
+        return writer.call(torch.clone, (found,), {"memory_format": torch.contiguous_format})
+
+    def _select(self, writer: _Writer, node: fx.Node, owner: fx.Node, end: Unpad, packed: fx.Node) -> None:
+        """padded[mask]: the same call on the numbers of the packed rows keeps the size it makes known."""
+        rows = self.carried.rows_of(self.carried.labels[end.source])
+        users = [u for u in owner.users if not _is_size(u)]
+        owner.args = (self.table(writer, rows, "rows"), owner.args[1])
+        example = owner.meta["example_value"]
+        with self.view.fake_mode:
+            owner.meta["example_value"] = example.new_empty(example.shape[:1], dtype=torch.int64)
+        with self.scope.module.graph.inserting_after(owner):
+            chosen = writer.call(torch.index_select, (packed, 0, owner))
+            writer.checked(chosen, "the packed rows of a mask", example.shape, example.dtype)
+        for user in users:
+            user.replace_input_with(owner, chosen)
+        self.emitter.replaced[self.scope, node] = chosen
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Whether the node asks for the number of rows; other sizes are those of the rows themselves."""
+    asks = node.target is torch.ops.aten.sym_size.int or (node.op == "call_method" and node.target == "size")
+    return asks and node.args[1:] == (0,)
+
+
+class _Writer(Writer):
+    """Packed rows in the place of padded tensors."""
+
+    def __init__(self, unpadder: Unpadder, owner: fx.Node, device: torch.device) -> None:
+        super().__init__(unpadder.emitter, unpadder.scope, owner, device)
+        self.unpadder = unpadder
+
+    def node_for(self, made: fx.Node) -> fx.Node:
+        known = self.unpadder
+        if made in known.made:
+            return known.made[made]
+        if isinstance(value_of(made), torch.Tensor) and made in known.carried.labels:
+            raise EmitError("a padded tensor is needed where it is not packed")
+        if isinstance(value_of(made), torch.SymInt):
+            # made again it might be the size of a packed tensor
+            return self.size(value_of(made))  # type: ignore[return-value]
+        return super().node_for(made)

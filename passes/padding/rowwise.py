@@ -1,0 +1,352 @@
+"""Carrying padded rows through ops that treat each row by itself.
+
+A padded tensor has a dim of sequences and one of places, labelled with the two atoms of its `Rows`. As long as every op works
+on each (sequence, place) alone, the same ops on the packed rows give the same numbers where there is a token: a packed tensor
+is the padded one with 1 for the sequences and the number of packed rows for the places. What mixes rows is `Mixed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import fx
+
+from attnfuse.passes.graph import views
+from attnfuse.passes.graph.aten import arguments, getitem_source, is_tensor, name_of, shape_of, value_of
+from attnfuse.passes.graph.labels import Atom, Axes, Dim, Labels, Size, drop, insert, is_one, known_equal
+from attnfuse.passes.graph.vocabulary import ELEMENTWISE
+
+
+class Mixed(Exception):
+    """Rows do not stay by themselves; the message says where."""
+
+
+@dataclass(eq=False)
+class Rows:
+    """How padded tensors came from packed rows.
+
+    sequence, place   the padded dims [B, N]
+    total             how many packed rows there are
+    offsets, lengths  view nodes with the first row of each sequence [B + 1], and how many it has [B]; one may be None
+    nested            the Dynamo node of the nested tensor that was padded, if it was one
+    exact             no sequence is longer than N, and every packed row is of one
+    """
+
+    sequence: Atom
+    place: Atom
+    total: Size
+    offsets: fx.Node | None = None
+    lengths: fx.Node | None = None
+    nested: fx.Node | None = None
+    exact: bool = False
+
+    @property
+    def atoms(self) -> frozenset[Atom]:
+        return frozenset((self.sequence, self.place))
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """An argument that is no padded tensor but has dims of rows: what each packed row reads of it.
+
+    dims: for each of its dims the atoms of rows that it runs over, () for others. place: its dim along the places, where the
+    result has one. number: what it is wherever there is a token, if that is known.
+    """
+
+    rows: Rows
+    dims: Labels
+    place: int | None = None
+    number: float | int | None = None
+
+
+@dataclass(eq=False)
+class Carried:
+    """labels: of padded tensors, or of each of several results. gathered: arguments by (node, position in args)."""
+
+    axes: Axes
+    rows: list[Rows] = field(default_factory=list)
+    labels: dict[fx.Node, Labels] = field(default_factory=dict)
+    parts: dict[fx.Node, list[Labels]] = field(default_factory=dict)
+    gathered: dict[tuple[fx.Node, int], Gathered] = field(default_factory=dict)
+
+    def rows_in(self, dims: Sequence[Dim]) -> set[Atom]:
+        own = frozenset().union(*(r.atoms for r in self.rows)) if self.rows else frozenset()
+        return {a for d in dims for a in self.axes.atoms(d)} & own
+
+    def rows_of(self, labels: Labels) -> Rows:
+        """The rows that a tensor has: of one padding, with both of its dims."""
+        found = self.rows_in(labels)
+        for rows in self.rows:
+            if found == rows.atoms:
+                return rows
+        raise Mixed("rows of several paddings are put together")
+
+    def takes(self, node: fx.Node) -> bool:
+        return any(n in self.labels or n in self.parts for n in node.all_input_nodes)
+
+    def carry(self, node: fx.Node) -> None:
+        """Label the result of an op on padded tensors. Raises Mixed."""
+        source = getitem_source(node)
+        if source is not None:
+            self.labels[node] = self.parts[source[0]][source[1]]
+            return
+        name = name_of(node)
+        rule = _RULES.get(name)
+        if rule is None and name in POINTWISE:
+            rule = _pointwise
+        if rule is None:
+            raise Mixed(f"{name or node.target} may mix rows")
+        found = rule(self, node)
+        if isinstance(found, list):
+            self.parts[node] = found
+            each = found
+        else:
+            self.labels[node] = found
+            each = [found]
+        for labels in each:
+            self.rows_of(labels)
+            for a in self.rows_in(labels):
+                if a in self.axes.parts:
+                    raise Mixed(f"{name} splits the rows")
+
+    def first(self, node: fx.Node) -> Labels:
+        """The labels of the one padded argument, the first."""
+        if any(n in self.labels for n in node.all_input_nodes if n is not node.args[0]) or not self._is_own(
+            node.args[0]
+        ):
+            raise Mixed(f"{name_of(node)} of padded tensors")
+        return self.labels[node.args[0]]  # type: ignore[index]
+
+    def _is_own(self, x: Any) -> bool:
+        return isinstance(x, fx.Node) and x in self.labels
+
+    def features(self, labels: Labels, dims: Sequence[int], name: str) -> list[int]:
+        """Dims that run over no rows, counted from the front."""
+        found = [d % len(labels) for d in dims]
+        if self.rows_in([labels[d] for d in found]):
+            raise Mixed(f"{name} over rows")
+        return found
+
+
+#: Each row of the result is made of the same row of the arguments.
+POINTWISE = ELEMENTWISE | {"dropout"}
+
+
+def _fail(what: str) -> NoReturn:
+    raise Mixed(what)
+
+
+def _pointwise(c: Carried, node: fx.Node) -> Labels:
+    shape = shape_of(node)
+    if len(node.kwargs) and any(isinstance(v, fx.Node) and is_tensor(v) for v in node.kwargs.values()):
+        _fail(f"{name_of(node)} with a tensor as a named argument")
+    out: list[Dim] = [()] * len(shape)
+    for x in node.args:
+        if not c._is_own(x):
+            continue
+        labels = c.labels[x]  # type: ignore[index]
+        lead = len(shape) - len(labels)
+        for at, dim in enumerate(labels):
+            have = out[lead + at]
+            if not have:
+                out[lead + at] = dim
+            elif (c.rows_in([dim]) or c.rows_in([have])) and dim and not _same(c, have, dim):
+                _fail(f"{name_of(node)} of rows at other places")
+    for position, x in enumerate(node.args):
+        if is_tensor(x) and not c._is_own(x):
+            _align(c, node, position, tuple(out))
+    # others may have made a dim of 1 longer
+    return tuple(dim or c.axes.fresh(size) for dim, size in zip(out, shape))
+
+
+def _same(c: Carried, a: Dim, b: Dim) -> bool:
+    """Whether two dims run over the same rows in the same order."""
+    x, y = c.axes.atoms(a), c.axes.atoms(b)
+    own = c.rows_in([a, b])
+    return len(x) == len(y) and all(
+        i is j if i in own or j in own else known_equal(i.size, j.size) for i, j in zip(x, y)
+    )
+
+
+def _align(c: Carried, node: fx.Node, position: int, out: Labels) -> None:
+    """An argument that is no padded tensor: broadcast over the rows, or gathered for each."""
+    x: fx.Node = node.args[position]  # type: ignore[assignment]
+    own = shape_of(x)
+    dims: list[Dim] = []
+    for size, dim in zip(own, out[len(out) - len(own) :]):
+        found = tuple(a for a in c.axes.atoms(dim) if a in c.rows_in([dim]))
+        if not found or is_one(size):
+            dims.append(())
+            continue
+        whole: Any = 1
+        for a in c.axes.atoms(dim):
+            whole = whole * a.size
+        if len(found) != len(c.axes.atoms(dim)) or not known_equal(whole, size):
+            _fail(f"{name_of(node)} with a tensor for some rows")
+        dims.append(found)
+    if not any(dims):
+        return
+    rows = c.rows_of(out)
+    if (rows.place, rows.sequence) in dims:
+        _fail(f"{name_of(node)} with a tensor for all rows, those of a sequence apart")
+    mine = [c.axes.atoms(d) for d in out[len(out) - len(own) :]]
+    place = next((d for d, atoms in enumerate(mine) if atoms == (rows.place,)), None)
+    if place is None and (rows.sequence,) in dims:
+        _fail(f"{name_of(node)} with a tensor for each sequence that has no dim for its rows")
+    c.gathered[node, position] = Gathered(rows, tuple(dims), place)
+
+
+def _plain_view(c: Carried, node: fx.Node) -> Labels:
+    found = views.forward(c.axes, node, c.first(node))
+    return found if found is not None else _fail(f"a {name_of(node)} that does not keep rows apart")
+
+
+def _expand(c: Carried, node: fx.Node) -> Labels:
+    labels, shape = c.first(node), shape_of(node)
+    lead = len(shape) - len(labels)
+    own = shape_of(node.args[0])  # type: ignore[arg-type]
+    new = [c.axes.fresh(n) for n in shape[:lead]]
+    return (*new, *(d if not is_one(a) else c.axes.fresh(n) for d, a, n in zip(labels, own, shape[lead:])))
+
+
+def _cast(c: Carried, node: fx.Node) -> Labels:
+    # the other argument may be a tensor that only gives the dtype
+    if not c._is_own(node.args[0]) or value_of(node).device != value_of(node.args[0]).device:  # type: ignore[arg-type]
+        _fail("a cast to the dtype of a padded tensor, or to another device")
+    return c.labels[node.args[0]]  # type: ignore[index]
+
+
+def _linear(c: Carried, node: fx.Node) -> Labels:
+    labels = c.first(node)
+    c.features(labels, [-1], "linear")
+    return (*labels[:-1], c.axes.fresh(shape_of(node)[-1]))
+
+
+def _matmul(c: Carried, node: fx.Node) -> Labels:
+    """Rows times a matrix that is the same for all."""
+    labels = c.first(node)
+    other = shape_of(node.args[1])  # type: ignore[arg-type]
+    if len(other) > 2:
+        _fail("a product with several matrices")
+    c.features(labels, [-1], "a product")
+    return labels[:-1] if len(other) == 1 else (*labels[:-1], c.axes.fresh(other[-1]))
+
+
+def _addmm(c: Carried, node: fx.Node) -> Labels:
+    bias, rows = node.args[0], node.args[1]
+    if c._is_own(bias) or not c._is_own(rows) or c._is_own(node.args[2]) or len(shape_of(bias)) != 1:  # type: ignore[arg-type]
+        _fail("addmm of padded tensors")
+    labels = c.labels[rows]  # type: ignore[index]
+    c.features(labels, [-1], "addmm")
+    return (labels[0], c.axes.fresh(shape_of(node)[-1]))
+
+
+def _normalised(c: Carried, node: fx.Node) -> Labels:
+    labels = c.first(node)
+    c.features(labels, range(-len(arguments(node)["normalized_shape"]), 0), name_of(node))
+    return labels
+
+
+def _along(c: Carried, node: fx.Node) -> Labels:
+    """softmax and the like."""
+    labels = c.first(node)
+    c.features(labels, [arguments(node)["dim"]], name_of(node))
+    return labels
+
+
+def _reduced(c: Carried, node: fx.Node) -> Labels:
+    labels = c.first(node)
+    args = arguments(node)
+    dims = args.get("dim")
+    dims = [dims] if isinstance(dims, int) else dims
+    if not dims or not isinstance(value_of(node), torch.Tensor):
+        _fail(f"{name_of(node)} over rows")
+    gone = c.features(labels, dims, name_of(node))
+    if args.get("keepdim"):
+        return tuple(() if d in gone else dim for d, dim in enumerate(labels))
+    return tuple(dim for d, dim in enumerate(labels) if d not in gone)
+
+
+def _parts(c: Carried, node: fx.Node) -> list[Labels]:
+    labels = c.first(node)
+    (at,) = c.features(labels, [arguments(node).get("dim", 0)], name_of(node))
+    made = value_of(node)
+    if name_of(node) == "unbind":
+        return [drop(labels, at)] * len(made)
+    return [(*labels[:at], c.axes.fresh(x.shape[at]), *labels[at + 1 :]) for x in made]
+
+
+def _slice(c: Carried, node: fx.Node) -> Labels:
+    if views.is_identity(node):
+        return c.first(node)
+    labels = c.first(node)
+    (at,) = c.features(labels, [arguments(node)["dim"]], "a slice")
+    return (*labels[:at], c.axes.fresh(shape_of(node)[at]), *labels[at + 1 :])
+
+
+def _select(c: Carried, node: fx.Node) -> Labels:
+    labels = c.first(node)
+    (at,) = c.features(labels, [arguments(node)["dim"]], "a selection")
+    return drop(labels, at)
+
+
+def _cat(c: Carried, node: fx.Node) -> Labels:
+    parts = arguments(node)["tensors"]
+    if not all(map(c._is_own, parts)):
+        _fail("padded tensors are joined with others")
+    first, *rest = (c.labels[x] for x in parts)
+    (at,) = c.features(first, [arguments(node).get("dim", 0)], "cat")
+    for other in rest:
+        if len(other) != len(first) or not all(
+            _same(c, a, b) for d, (a, b) in enumerate(zip(first, other)) if d != at and c.rows_in([a, b])
+        ):
+            _fail("rows at other places are joined")
+    return (*first[:at], c.axes.fresh(shape_of(node)[at]), *first[at + 1 :])
+
+
+def _stack(c: Carried, node: fx.Node) -> Labels:
+    parts = arguments(node)["tensors"]
+    if not all(map(c._is_own, parts)):
+        _fail("padded tensors are joined with others")
+    first, *rest = (c.labels[x] for x in parts)
+    if any(
+        len(x) != len(first) or not all(_same(c, a, b) for a, b in zip(first, x) if c.rows_in([a, b])) for x in rest
+    ):
+        _fail("rows at other places are joined")
+    return insert(first, arguments(node)["dim"] % (len(first) + 1), c.axes.fresh(len(parts)))
+
+
+def _embedding(c: Carried, node: fx.Node) -> Labels:
+    args = arguments(node)
+    if c._is_own(args["weight"]) or args.get("scale_grad_by_freq") or args.get("sparse"):
+        _fail("an embedding whose gradient depends on all rows")
+    return (*c.labels[args["indices"]], c.axes.fresh(shape_of(node)[-1]))
+
+
+def _glu(c: Carried, node: fx.Node) -> Labels:
+    labels = c.first(node)
+    (at,) = c.features(labels, [arguments(node)["dim"]], "glu")
+    return (*labels[:at], c.axes.fresh(shape_of(node)[at]), *labels[at + 1 :])
+
+
+_RULES: dict[str, Callable[[Carried, fx.Node], Labels | list[Labels]]] = {
+    **dict.fromkeys(("view", "permute", "contiguous", "clone", "alias"), _plain_view),
+    "expand": _expand,
+    "to": _cast,
+    "linear": _linear,
+    **dict.fromkeys(("matmul", "mm"), _matmul),
+    "addmm": _addmm,
+    **dict.fromkeys(("layer_norm", "rms_norm"), _normalised),
+    **dict.fromkeys(("softmax", "log_softmax", "cumsum"), _along),
+    **dict.fromkeys(("sum", "mean", "amax", "amin", "var", "std", "norm", "linalg_vector_norm", "logsumexp"), _reduced),
+    **dict.fromkeys(("split", "chunk", "unbind", "split_with_sizes", "tensor_split"), _parts),
+    "slice": _slice,
+    "select": _select,
+    "cat": _cat,
+    "stack": _stack,
+    "embedding": _embedding,
+    "glu": _glu,
+}

@@ -1,0 +1,77 @@
+"""One score more than there are keys: attention sinks, softmax "off by one"; and the log-sum-exp as a result.
+
+The rules are in `passes.sinks`, `passes.find` and `passes.swallowed`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attnfuse.passes.read.idioms.example import Example, NearMiss
+
+
+def _concatenated(q: torch.Tensor, k: torch.Tensor, sink: torch.Tensor, first: bool = False) -> torch.Tensor:
+    s = q @ k.mT
+    extra = sink.reshape(1, -1, 1, 1).expand(s.shape[0], -1, s.shape[2], -1)
+    s = torch.cat([extra, s] if first else [s, extra], dim=-1)
+    return (s - s.max(dim=-1, keepdim=True).values).softmax(-1)
+
+
+def _padded(s: torch.Tensor, pads: tuple[int, int]) -> torch.Tensor:
+    return torch.nn.functional.pad(s, pads).softmax(-1)
+
+
+def _off_by_one(s: torch.Tensor, v: torch.Tensor, least: float | None = None) -> torch.Tensor:
+    top = s.amax(-1, keepdim=True)
+    top = top if least is None else top.clamp(min=least)
+    e = torch.exp(s - top)
+    return (e / (torch.exp(-top) + e.sum(-1, keepdim=True))) @ v
+
+
+def _relative(s: torch.Tensor, v: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:
+    sink = sink.view(1, -1, 1, 1)
+    top = torch.maximum(s.amax(-1, keepdim=True), sink)
+    e = torch.exp(s - top)
+    return (e @ v) / (e.sum(-1, keepdim=True) + torch.exp(sink - top))
+
+
+def _sum_and_one(s: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    e = torch.exp(s - s.amax(-1, keepdim=True).clamp(min=0))
+    return (e / (1.0 + e.sum(-1, keepdim=True))) @ v
+
+
+def _both(s: torch.Tensor, v: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    return s.softmax(-1) @ v * s.logsumexp(dim).mean()
+
+
+EXAMPLES = (
+    Example(lambda q, k, v, sink: _concatenated(q, k, sink)[..., :-1] @ v, "sink float32[1, H, 1, 1]"),
+    Example(lambda q, k, v, sink: _concatenated(q, k, sink, first=True)[..., 1:] @ v, "sink float32[1, H, 1, 1]"),
+    Example(lambda q, k, v, sink: _concatenated(q, k, sink)[..., :16].contiguous() @ v, "sink float32[1, H, 1, 1]"),
+    Example(lambda q, k, v: _padded(q @ k.mT, (0, 1))[..., :-1] @ v, "sink 0"),
+    Example(lambda q, k, v: _padded(q @ k.mT, (1, 0))[..., 1:] @ v, "sink 0"),
+    Example(lambda q, k, v: _off_by_one(q @ k.mT, v), "sink 0"),
+    Example(lambda q, k, v: _off_by_one(q @ k.mT, v, 0.0), "sink 0"),
+    Example(
+        lambda q, k, v: (lambda e: (e / (1 + e.sum(-1, keepdim=True))) @ v)((q @ k.mT).exp()),
+        "sink 0, softmax unshifted",
+    ),
+    Example(lambda q, k, v, sink: _relative(q @ k.mT, v, sink), "sink float32[1, H, 1, 1]"),
+    Example(lambda q, k, v: _both(q @ k.mT, v), "gives its log-sum-exp"),
+)
+NEAR_MISSES = (
+    NearMiss(lambda q, k, v, sink: _concatenated(q, k, sink)[..., 1:] @ v, "cat on the scores is not read"),
+    NearMiss(
+        lambda q, k, v, sink: _concatenated(q, k, sink, first=True)[..., :-1] @ v, "cat on the scores is not read"
+    ),
+    NearMiss(
+        lambda q, k, v, sink: (lambda p: p[..., :-1] @ v + p[..., -1:])(_concatenated(q, k, sink)), "cat on the scores"
+    ),
+    NearMiss(lambda q, k, v: _padded(q @ k.mT, (0, 2))[..., :-2] @ v, "pad"),
+    NearMiss(lambda q, k, v: _padded(q @ k.mT, (1, 0))[..., :-1] @ v, "pad"),
+    NearMiss(lambda q, k, v: _sum_and_one(q @ k.mT, v), "no sink"),
+    NearMiss(lambda q, k, v: _both(q @ k.mT, v, -2), "used elsewhere (logsumexp)"),
+    NearMiss(
+        lambda q, k, v, added: (lambda s: (s - s.logsumexp(-1, keepdim=True)).exp() @ v)(q @ k.mT + added), "no softmax"
+    ),
+)

@@ -1,0 +1,268 @@
+"""The Triton kernels compiled ahead of time for GPUs that are not here: matrix instructions, shared memory, no spills."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_cases import FLOAT_MIN, INF, bounds_of, make_spec, qkv, randn
+from target_cases import HALF, A, mixed
+
+from attnfuse.expr import causal, window
+from attnfuse.kernels.inputs import DENSE, Bounds, Inputs
+from attnfuse.spec import Bias, Cast, ReplaceFill, Sink
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+TARGETS = (80, 86, 89, 90, 100, 120)
+FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def check(capability, spec, q, k, v, operands=(), bounds=DENSE) -> None:
+    from attnfuse.kernels.triton import configs, targets
+
+    made = targets.compiled(spec, Inputs(q, k, v, list(operands), bounds=bounds), capability)
+    assert [c.kernel for c in made] == ["forward", "prepare", "backward_rows", "backward_columns"]
+    for c in made:
+        assert c.shared <= configs.SHARED[capability], c
+        assert c.spilled == 0, c
+        if q.element_size() == 2 and q.shape[-1] <= 128 and c.kernel != "prepare":
+            assert targets.MATRIX[capability] in c.products, c
+
+
+def plain(capability, dtype, D) -> None:
+    q, k, v = qkv(1, 2, 256, 256, D, dtype=FLOATS[dtype])
+    check(capability, make_spec(q, k, v, steps=(HALF, ReplaceFill(causal(), -INF))), q, k, v)
+
+
+@pytest.mark.parametrize(("capability", "dtype", "D"), [(80, "fp16", 64), (90, "bf16", 128), (120, "fp32", 64)])
+def test_a_causal_attention_compiles_for(capability, dtype, D):
+    plain(capability, dtype, D)
+
+
+def sunk(capability, dtype, D) -> None:
+    q, k, v = qkv(1, 2, 256, 256, D, dtype=FLOATS[dtype])
+    steps = (HALF, ReplaceFill(A.and_(causal(), window(128)), FLOAT_MIN))
+    sinks = [randn(1, 2, 1, 1, dtype=FLOATS[dtype])]
+    check(capability, make_spec(q, k, v, sinks, steps=steps, sink=Sink(operand=0), lse=True), q, k, v, sinks)
+
+
+def test_sinks_compile():
+    sunk(90, "bf16", 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_sinks_compile_for_every_target(capability, dtype):
+    sunk(capability, dtype, 64)
+
+
+def rounded(capability, dtype, D) -> None:
+    q, k, v = qkv(1, 2, 256, 256, D, dtype=FLOATS[dtype])
+    operands = [randn(1, 2, 256, 256, dtype=FLOATS[dtype]), randn(1, 1, 1, 256, dtype=FLOATS[dtype])]
+    cast = Cast({"fp16": "float16", "bf16": "bfloat16"}[dtype])
+    check(capability, make_spec(q, k, v, operands, steps=(HALF, Bias(0), Bias(1), cast)), q, k, v, operands)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(80, "fp16"), (90, "bf16")])
+def test_sums_that_are_rounded_compile(capability, dtype):
+    rounded(capability, dtype, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_sums_that_are_rounded_compile_for_every_target(capability, dtype):
+    rounded(capability, dtype, 64)
+
+
+def decoded(capability, dtype, D, queries=1) -> None:
+    from attnfuse.kernels.triton import configs, targets
+
+    q = randn(4, 8, 4, queries, D, dtype=FLOATS[dtype])
+    k = randn(4, 8, 1, 4096, D, dtype=FLOATS[dtype])
+    spec = make_spec(q, k, k, steps=(HALF, ReplaceFill(causal(4095), -INF)))
+    made = targets.compiled(spec, Inputs(q, k, k), capability, backward=False)
+    assert [c.kernel for c in made] == ["decode", "combine"]
+    for c in made:
+        assert c.shared <= configs.SHARED[capability] and c.spilled == 0, c
+        # 16 rows are too few for the instructions of warp groups
+        products = {"mma.sync", targets.MATRIX[capability]} if c.kernel == "decode" and dtype != "fp32" else set()
+        assert not products or products & set(c.products), c
+
+
+def test_decoding_compiles():
+    decoded(90, "bf16", 128)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("queries", [1, 16])
+def test_decoding_compiles_for_every_target(capability, dtype, D, queries):
+    decoded(capability, dtype, D, queries)
+
+
+def packed(capability, dtype, D) -> None:
+    lengths = (500, 20, 1000)
+    q = randn(sum(lengths), 4, D, dtype=FLOATS[dtype]).movedim(0, -2)[None]
+    spec = make_spec(q, q, q, layout="packed", steps=(HALF, ReplaceFill(causal(), -INF)), out_order=(0, 2, 1, 3))
+    check(capability, spec, q, q, q, bounds=Bounds(bounds_of(*lengths), bounds_of(*lengths)))
+
+
+def test_packed_sequences_compile():
+    packed(90, "bf16", 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("D", [64, 128])
+def test_packed_sequences_compile_for_every_target(capability, D):
+    packed(capability, "fp16", D)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("D", [32, 64, 128, 256])
+def test_every_configuration_compiles(capability, dtype, D):
+    plain(capability, dtype, D)
+
+
+@pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
+def test_a_spec_with_everything_compiles(capability):
+    from attnfuse.kernels.triton import configs, targets
+
+    spec, q, k, v, operands = mixed()
+    for c in targets.compiled(spec, Inputs(q, k, v, operands), capability):
+        assert c.shared <= configs.SHARED[capability], c
+
+
+def described(capability, D, decoded=False, specialised=False):
+    """The kernels of the shipped configurations with tensor descriptors, by name."""
+    from attnfuse.kernels.triton import configs, targets
+
+    half = torch.float16
+    q, k, v = qkv(1, 2, 256, 256, D, dtype=half)
+    if decoded:
+        q, k, v = randn(4, 8, 4, 1, D, dtype=half), *(randn(4, 8, 1, 4096, D, dtype=half) for _ in range(2))
+    passes = ("decode",) if decoded else ("forward", "backward")
+    shipped = {which: configs.config(capability, which, 16, D, D) for which in passes}
+    some = {w for w in passes if specialised and (w, capability) in configs.PARTITIONED}
+    fixed = {w: replace(c, descriptors=True, specialised=w in some) for w, c in shipped.items()}
+    spec = make_spec(q, k, v, steps=(HALF, ReplaceFill(causal(k.shape[-2] - q.shape[-2]), -INF)))
+    made = targets.compiled(spec, Inputs(q, k, v), capability, backward=not decoded, fixed=fixed)
+    for c in made:
+        assert c.shared <= configs.SHARED[capability], c
+    return {c.kernel: c for c in made}
+
+
+def by_descriptors(capability, D):
+    from attnfuse.kernels.triton import targets
+
+    made = described(capability, D)
+    assert [name for name, c in made.items() if c.bulk] == ["forward", "backward_rows", "backward_columns"]
+    for name in ("forward", "backward_rows", "backward_columns"):
+        assert targets.MATRIX[capability] in made[name].products, made[name]
+        # on 12.0 Triton 3.7 spills 48 bytes in one kernel, 3.6 spills 96 there and 8 in others
+        most = 0 if capability != 120 else 96 if (name, D) == ("backward_columns", 128) else 8
+        assert made[name].spilled <= most, made[name]
+        assert not made[name].partitioned
+
+
+def test_descriptors_compile_to_bulk_copies():
+    by_descriptors(90, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [90, 100, 120])
+@pytest.mark.parametrize("D", [64, 128])
+def test_descriptors_compile_to_bulk_copies_for_every_target_that_has_them(capability, D):
+    by_descriptors(capability, D)
+    assert described(capability, D, decoded=True)["decode"].bulk
+
+
+def specialised(capability, kernel, D):
+    made = described(capability, D, specialised=True)
+    assert {name for name, c in made.items() if c.partitioned} == {kernel}
+    # none with Triton 3.7, 8 bytes with 3.6 on 12.0
+    assert made[kernel].spilled <= 8 and made[kernel].bulk, made[kernel]
+
+
+def test_specialised_loops_share_out_their_work():
+    specialised(120, "forward", 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "kernel"), [(100, "backward_rows"), (120, "forward")])
+@pytest.mark.parametrize("D", [64, 128])
+def test_specialised_loops_share_out_their_work_where_triton_can(capability, kernel, D):
+    specialised(capability, kernel, D)
+
+
+@pytest.mark.parametrize("capability", [0, 80, 90, 100, 103, 120])
+@pytest.mark.parametrize("which", ["forward", "backward", "decode"])
+@pytest.mark.parametrize("proven", [True, False])
+def test_candidates_with_descriptors_come_last_and_only_where_they_may_help(monkeypatch, capability, which, proven):
+    from attnfuse.kernels.triton import configs
+
+    # none has run on a device yet, so that none is tried
+    assert configs.PROVEN <= configs.PARTITIONED
+    monkeypatch.setattr(configs, "PROVEN", configs.PARTITIONED if proven else frozenset())
+    for bits in (16, 32):
+        plain = configs.candidates(capability, which, bits, 64, 64)
+        assert not any(c.descriptors or c.specialised for c in plain)
+        found = configs.candidates(capability, which, bits, 64, 64, True, True)
+        more = found[len(plain) :]
+        assert found[: len(plain)] == plain and len(set(found)) == len(found)
+        if bits == 32 or capability < 90:
+            assert more == []
+            continue
+        few = configs.SPECIALISED if (which, capability) in configs.PROVEN else 0
+        assert len(more) == configs.DESCRIBED + few and sum(c.specialised for c in more) == few
+        assert all(c.descriptors and replace(c, descriptors=False, specialised=False) in plain for c in more)
+        assert more[0] == replace(plain[0], descriptors=True)
+        # where the spec's loops cannot be, none is specialised
+        assert not any(c.specialised for c in configs.candidates(capability, which, bits, 64, 64, True))
+
+
+@pytest.mark.parametrize("capability", [0, 70, *TARGETS, 121])
+@pytest.mark.parametrize("which", ["forward", "backward", "decode"])
+def test_candidates_for_tuning_are_few_and_begin_with_the_table(capability, which):
+    from attnfuse.kernels.triton.configs import MOST, candidates, config
+
+    for bits in (16, 32):
+        for D, E in ((64, 64), (128, 128), (256, 256), (40, 72)):
+            found = candidates(capability, which, bits, D, E)
+            assert found[0] == config(capability, which, bits, D, E)
+            assert 8 <= len(set(found)) == len(found) <= MOST == 24
+            assert which != "decode" or {c.BM for c in found} == {found[0].BM}
+
+
+def ahead(capability, made, monkeypatch, backward) -> None:
+    from attnfuse.kernels.triton import configs, targets
+    from attnfuse.kernels.triton.call import Call
+
+    q, k, v = qkv(1, 2, 256, 256, 128, dtype=torch.float16)
+    spec = make_spec(q, k, v, steps=(HALF, ReplaceFill(causal(), -INF)))
+    monkeypatch.setattr(Call, "config", lambda self, which: configs.Config(*made))
+    found = {c.kernel: c.shared for c in targets.compiled(spec, Inputs(q, k, v), capability, backward=backward)}
+    least = {w: configs.ahead(configs.Config(*made), w, 16, 128, 128) for w in ("forward", "backward")}
+    assert 0 < least["forward"] <= found["forward"]
+    if backward:
+        assert 0 < least["backward"] <= max(found["backward_rows"], found["backward_columns"])
+
+
+def test_candidates_need_the_shared_memory_that_is_reckoned_with(monkeypatch):
+    ahead(86, (64, 64, 8, 4), monkeypatch, backward=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("made", [(64, 64, 8, 2), (128, 32, 8, 4), (64, 128, 8, 3)])
+def test_candidates_need_the_shared_memory_that_is_reckoned_with_on_every_target(capability, made, monkeypatch):
+    ahead(capability, made, monkeypatch, backward=True)

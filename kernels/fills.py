@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from attnfuse.spec import AddFill, Attention, Bias, Cast, ReplaceFill, Scale, Shift
+from attnfuse.spec import AddFill, Attention, Bias, Cast, ReplaceFill, Scale, Shift, Step, dtype_of
 
 #: What is added or filled in at most this is hidden for good, unless something of that size is added too: scores that are
 #: products of q and k are taken to be smaller.
@@ -16,35 +17,62 @@ LIFTS = 1e29
 _LARGE_SCALE = 1e20
 #: exp(-VANISHES) is 0 in float32.
 VANISHES = 110.0
+#: No score of a token is taken to be as small, so that a key that is filled with at most this has no weight beside another.
+BELOW_ALL_SCORES = -1e9
 
 
 @dataclass(frozen=True)
 class Hiding:
-    """steps: indices of the fills that hide. doubt: a row whose maximum is not above it may see hidden keys after all."""
+    """steps: indices of the steps that hide. doubt: a row whose maximum is not above it may see hidden keys after all."""
 
     steps: frozenset[int] = frozenset()
     doubt: float = -math.inf
 
 
-def hiding(spec: Attention) -> Hiding:
-    """The fills of `spec` that leave nothing of a score, unless a later step could lift it again."""
+def hiding(spec: Attention, in_biases: bool = False) -> Hiding:
+    """The steps of `spec` that leave nothing of a score, unless a later step could lift it again.
+
+    in_biases: for a kernel that looks at the values of biases, for what hides (at most HIDDEN_BELOW) and, before it skips a key,
+    for what lifts (`lifting`). Then biases may hide as well.
+    """
     if spec.nan_policy == "eager" or any(isinstance(s, ReplaceFill) and s.value != 0.0 for s in spec.weight_steps):
         return Hiding()
-    if lifts_always(spec) or lifting(spec, by_bias=False):
+    if lifts_always(spec) or (not in_biases and lifting(spec, by_bias=False)):
         return Hiding()
     found, doubt = set(), -math.inf
     for i, step in enumerate(spec.steps):
-        if not isinstance(step, (ReplaceFill, AddFill)):
+        if isinstance(step, (ReplaceFill, AddFill)):
+            left = _left(spec.steps[i + 1 :], step.value, isinstance(step, ReplaceFill))
+        elif in_biases and _may_hide(spec, i):
+            left = _left(spec.steps[i + 1 :], HIDDEN_BELOW, False)
+        else:
             continue
-        value = _value_left(spec, i)
+        if left is None:
+            continue
+        value, exact = left
         # a score that was replaced is a known number; one that was added to is only much smaller than all others
-        if value is None or not (value[0] <= HIDDEN_BELOW or (value[1] and value[0] <= -2 * VANISHES)):
+        if value > HIDDEN_BELOW and not (exact and value <= -2 * VANISHES):
             continue
         found.add(i)
-        limit = 0.5 * value[0] if value[0] <= HIDDEN_BELOW else value[0] + VANISHES
-        if value[0] > -math.inf:
+        # every finite fill counts, the one nearest to zero most
+        limit = 0.5 * value if value <= HIDDEN_BELOW else value + VANISHES
+        if value > -math.inf:
             doubt = max(doubt, limit)
     return Hiding(frozenset(found), doubt)
+
+
+def _may_hide(spec: Attention, i: int) -> bool:
+    """Whether step i adds a tensor that hides keys where it is small enough."""
+    step = spec.steps[i]
+    if not isinstance(step, Bias) or step.alpha <= 0.0 or step.row is not None or step.col is not None:
+        return False
+    if not dtype_of(spec.operands[step.operand].dtype).is_floating_point:
+        return False
+    if step.keep is None:
+        return True
+    # with a mask of its own it hides if the fill after it hides what that mask leaves out
+    after = next((s for s in spec.steps[i + 1 :] if not isinstance(s, Cast)), None)
+    return isinstance(after, AddFill) and after.keep == step.keep and after.value <= HIDDEN_BELOW
 
 
 def lifts_always(spec: Attention) -> bool:
@@ -87,22 +115,22 @@ def lifting(spec: Attention, by_bias: bool) -> dict[int, float]:
     return found
 
 
-def _value_left(spec: Attention, i: int) -> tuple[float, bool] | None:
-    """What the last step leaves of a score that step i filled, and whether that is exact; None if it may be anything."""
-    step = spec.steps[i]
-    assert isinstance(step, (ReplaceFill, AddFill))
-    value, known = step.value, isinstance(step, ReplaceFill)
-    for later in spec.steps[i + 1 :]:
-        if isinstance(later, Scale) and later.operand is None and later.value > 0:
-            value *= later.value
-        elif isinstance(later, ReplaceFill):
-            value = max(value, later.value)
-        elif isinstance(later, AddFill):
-            if later.value > 0:
+def _left(later: Sequence[Step], value: float, exact: bool) -> tuple[float, bool] | None:
+    """What `later` steps leave of a score that is `value`, and whether that is exact; None if it may be anything.
+
+    exact: the score is that very number, not only much smaller than all others.
+    """
+    for step in later:
+        if isinstance(step, Scale) and step.operand is None and step.value > 0:
+            value *= step.value
+        elif isinstance(step, ReplaceFill):
+            value = max(value, step.value)
+        elif isinstance(step, AddFill):
+            if step.value > 0:
                 return None
-            known = False
-        elif isinstance(later, (Bias, Shift)):
-            known = False
-        elif not isinstance(later, Cast):
+            exact = False
+        elif isinstance(step, (Bias, Shift)):
+            exact = False
+        elif not isinstance(step, Cast):
             return None
-    return value, known
+    return value, exact

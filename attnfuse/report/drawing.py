@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from attnfuse import expr
+from attnfuse.kernels import fills
 from attnfuse.spec import AddFill, Attention, Bias, ReplaceFill
 
 if TYPE_CHECKING:
     from attnfuse.report.report import Report, SiteReport
 
-#: A fill, or an added value, at or below this hides its key.
-_HIDES = -1e3
 #: Masks of more elements are not kept for a picture.
 _MOST_ELEMENTS = 2**24
 _COLOURS = ("#e8e8e8", "#f2a541", "#2a6f97")
@@ -26,7 +25,7 @@ SKIPPED, PARTIAL, FULL = range(3)
 def kept_keys(
     spec: Attention, q: torch.Tensor, k: torch.Tensor, operands: Sequence[torch.Tensor]
 ) -> torch.Tensor | None:
-    """Bool [*batch, Q, K], batch dims of size 1 where all elements are alike: the keys that the masks leave to each query.
+    """Bool [*batch, Q, K], batch dims of size 1 where all elements are alike: the keys that a kernel may not skip, for each query.
 
     None for masks of more than 2**24 elements, and for packed sequences: each has a mask of its own.
     """
@@ -35,11 +34,12 @@ def kept_keys(
     rows, keys = torch.arange(q.shape[-2])[:, None], torch.arange(k.shape[-2])[None]
     kept = torch.ones(*(1 for _ in q.shape[:-2]), q.shape[-2], k.shape[-2], dtype=torch.bool)
     on_cpu = [o.detach().cpu() for o in operands]
-    for step in spec.steps:
-        if isinstance(step, (ReplaceFill, AddFill)) and step.value <= _HIDES:
+    for i in sorted(fills.hiding(spec, in_biases=True).steps):
+        step = spec.steps[i]
+        if isinstance(step, (ReplaceFill, AddFill)):
             kept = kept & expr.evaluate(step.keep, on_cpu, rows, keys)
-        elif isinstance(step, Bias) and step.row is None and step.col is None:
-            shown = step.alpha * on_cpu[step.operand].float() > _HIDES
+        elif isinstance(step, Bias):
+            shown = step.alpha * on_cpu[step.operand].float() > fills.HIDDEN_BELOW
             gate = None if step.keep is None else expr.evaluate(step.keep, on_cpu, rows, keys)
             kept = kept & (shown if gate is None else shown | ~gate)
         if kept.numel() > _MOST_ELEMENTS:

@@ -181,7 +181,7 @@ struct Masks {
                                                                           : plan.n_steps + (&s - plan.weights));
   }
   // Whether the keys that the mask of score step i leaves out are hidden for good.
-  bool cuts(int i) const { return i < p.plan->n_steps && p.hides[i] && p.plan->steps[i].kind != BIAS; }
+  bool cuts(int i) const { return i < p.plan->n_steps && p.plan->steps[i].hides && p.plan->steps[i].kind != BIAS; }
 
   void enter_element(const i64* index) {
     const Plan& plan = *p.plan;
@@ -248,7 +248,7 @@ struct Masks {
     for (int i = 0; i < steps(); ++i) {
       const Step& s = step(i);
       if (s.has_mask() && fill[i].rest == MIXED) evaluate(s, fill[i], n, !full && cuts(i), limits);
-      if (s.kind == BIAS && !full && i < p.plan->n_steps && p.hides[i]) look_through(s, n, limits);
+      if (s.kind == BIAS && !full && i < p.plan->n_steps && s.hides) look_through(s, n, limits);
     }
     limits.settle(n, count);
   }
@@ -310,7 +310,7 @@ struct Masks {
   void look_through(const Step& s, i64 n, Limits& limits) const {
     const Ref& r = p.operand[s.operand];
     const i64 rs = r.row(), width = size_of(r.dtype);
-    const float bound = static_cast<float>(HIDDEN_BELOW / s.value);
+    const float bound = static_cast<float>(p.plan->hidden_below / s.value);
     const char* at = base[s.operand] + (q0 * rs + k0 * r.col()) * width;
     if (rs == 0) {
       i64 lo = 0, hi = keys;

@@ -52,8 +52,8 @@ _DTYPES = {
 }
 _T = TypeVar("_T")
 _HIDDEN = {"nan": 0, "zero": 1, "nan_to_zero": 2}
-_PLAN = struct.Struct("=7q2d6q")
-_STEP = struct.Struct("=17q2d")
+_PLAN = struct.Struct("=7q4d6q")
+_STEP = struct.Struct("=18q2d")
 _INSTR = struct.Struct("=6q")
 
 
@@ -133,8 +133,9 @@ class Plan:
         programs = Programs()
         uniform = frozenset(i for i, o in enumerate(spec.operands) if o.dims[-2:] == ("1", "1"))
         joined = {end: end - first for first, end in rounding.joined(spec.steps).items()}
+        hiding = fills.hiding(spec, in_biases=True)
         steps = [
-            _words(s, programs, uniform, joined.get(i, 0))
+            _words(s, programs, uniform, joined.get(i, 0), i in hiding.steps)
             for i, s in enumerate(spec.steps)
             if rounding.rounds(s) or i in joined or not isinstance(s, Cast)
         ]
@@ -152,6 +153,8 @@ class Plan:
             -1 if sink is None or sink.operand is None else sink.operand,
             -math.inf if sink is None else sink.value,
             1.0 / (1.0 - p) if p < 1.0 else 0.0,
+            hiding.doubt,
+            fills.HIDDEN_BELOW,
             p > 0.0,
             dropout.threshold(p),
             len(self.operands),
@@ -465,8 +468,8 @@ _OPS = (
 )
 
 
-def _words(step: Step, programs: Programs, uniform: frozenset[int], joined: int = 0) -> bytes:
-    """joined: how many of the steps before a cast are summed on their own."""
+def _words(step: Step, programs: Programs, uniform: frozenset[int], joined: int = 0, hides: bool = False) -> bytes:
+    """joined: how many of the steps before a cast are summed on their own. hides: it hides keys for good (kernels/fills.py)."""
     spans = dict.fromkeys(("keep", "below_q", "from_q", "below", "from", "row", "col"), (0, 0))
     mask = getattr(step, "keep", None)
     if mask is not None:
@@ -496,7 +499,7 @@ def _words(step: Step, programs: Programs, uniform: frozenset[int], joined: int 
         value = rounding.COARSE.get(dtype_of(step.dtype), math.inf)
     else:
         raise ValueError(f"the CPU kernel does not know the step {step!r}")
-    return _STEP.pack(kind, operand, *itertools.chain.from_iterable(spans.values()), slides, value, high)
+    return _STEP.pack(kind, operand, *itertools.chain.from_iterable(spans.values()), slides, hides, value, high)
 
 
 def _by_key(e: Expr) -> bool:

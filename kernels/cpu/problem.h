@@ -55,6 +55,8 @@ struct Step {
   // an added table's own indices; slides: its column is k + something that does not depend on k
   Span row, col;
   i64 slides;
+  // it hides keys for good, so that these may be skipped (kernels/fills.py)
+  i64 hides;
   double value, high;
 
   bool has_mask() const {
@@ -68,7 +70,9 @@ struct Step {
 
 struct Plan {
   i64 qk_dtype, v_dtype, out_dtype, unshifted, hidden, eager_nan, sink_operand;  // -1: the number `sink`, -INF for none
-  double sink, keep_scale;
+  // a row whose maximum is not above `doubt` may see skipped keys after all; -INF where fills are -inf
+  // what an added operand with at most `hidden_below` hides
+  double sink, keep_scale, doubt, hidden_below;
   i64 dropout, threshold, n_operands, n_steps, n_weights, n_instrs;
   i64 operand_dtype[MAX_OPERANDS];
   Step steps[MAX_STEPS], weights[MAX_STEPS];
@@ -127,9 +131,8 @@ struct Problem {
   int joined[MAX_STEPS];
   // whether a cast to float16 or bfloat16 comes next
   bool held[MAX_STEPS];
-  // which score steps hide keys for good, so that these may be skipped; skips: any of them
-  bool skips, hides[MAX_STEPS];
-  // a row whose maximum is not above this may see skipped keys after all; -INF where fills are -inf
+  // some score step hides keys for good
+  bool skips;
   float doubt;
   bool fills_weights, nonlinear_weights;
   // the only fill, where a row that it hides whole weighs all keys alike; -1 for none
@@ -161,48 +164,6 @@ inline void begin_row(const Problem& p, const i64* index, i64 query, float& m, f
 
 enum Depends : uint8_t { ON_QUERY = 1, ON_KEY = 2 };
 
-// What is added or filled in at most this is hidden for good. Where something else among the steps may be as large, Python asks
-// for a plan that hides nothing (kernels/fills.py).
-constexpr double HIDDEN_BELOW = -1e30;
-// exp(-VANISHES) is 0 in float32
-constexpr double VANISHES = 110.0;
-
-// Which steps hide keys: fills and added operands that leave nothing, unless a later step could lift it again.
-inline void find_skips(Problem& p) {
-  const Plan& plan = *p.plan;
-  p.doubt = -INF;
-  p.skips = false;
-  for (int i = 0; i < MAX_STEPS; ++i) p.hides[i] = false;
-  if (plan.eager_nan || p.nonlinear_weights) return;
-  for (int i = 0; i < plan.n_steps; ++i) {
-    const Step& step = plan.steps[i];
-    const bool table = step.row.begin < step.row.end || step.col.begin < step.col.end;
-    double value = step.value;
-    // known: the score itself is a number, and not only much smaller than all others
-    bool known = step.kind == REPLACE, stays = known || step.kind == ADD;
-    if (step.kind == BIAS && !table && step.value > 0 && plan.operand_dtype[step.operand] <= F64) {
-      // with a mask of its own it hides if the fill after it hides what that mask leaves out
-      const Step* next = i + 1 < plan.n_steps ? &step + 1 : nullptr;
-      stays = !step.has_mask() || (next && next->kind == ADD && next->same_mask(step) && next->value <= HIDDEN_BELOW);
-      value = HIDDEN_BELOW;
-    }
-    for (int j = i + 1; j < plan.n_steps && stays; ++j) {
-      const Step& later = plan.steps[j];
-      if (later.kind == SCALE && later.operand < 0 && later.value > 0) value *= later.value;
-      else if (later.kind == REPLACE) value = later.value > value ? later.value : value;
-      else if (later.kind == ADD) stays = later.value <= 0, known = false;
-      else if (later.kind == BIAS || later.kind == SHIFT) known = false;
-      else stays = later.kind == HALF || later.kind == BRAIN || later.kind == SINGLE;
-    }
-    const bool low = value <= HIDDEN_BELOW;
-    if (!stays || !(low || (known && value <= -2 * VANISHES))) continue;
-    p.skips = p.hides[i] = true;
-    // every finite fill counts, the one nearest to zero most
-    const double limit = low ? 0.5 * value : value + VANISHES;
-    if (value > -INF && limit > p.doubt) p.doubt = static_cast<float>(limit);
-  }
-}
-
 // A fill that is the last step turns a row without keys into one of equal scores: surely if it replaces them, and if it
 // adds what no score of bearable size changes.
 inline void find_uniform(Problem& p) {
@@ -212,9 +173,9 @@ inline void find_uniform(Problem& p) {
   if (plan.sink_operand >= 0 || plan.sink > -INF) return;
   const int last = static_cast<int>(plan.n_steps) - 1;
   const Step& step = plan.steps[last];
-  if (!p.hides[last] || !(step.value > -INF)) return;
+  if (!step.hides || !(step.value > -INF)) return;
   for (int i = 0; i < last; ++i)
-    if (p.hides[i]) return;
+    if (plan.steps[i].hides) return;
   if (step.kind == REPLACE || (step.kind == ADD && step.value <= -1e37 && p.first == last)) p.uniform = last;
 }
 
@@ -266,7 +227,9 @@ inline void finish(Problem& p) {
     p.nonlinear_weights |= plan.weights[i].kind == REPLACE && plan.weights[i].value != 0;
   }
   p.dropout = plan.dropout != 0;
-  find_skips(p);
+  p.doubt = static_cast<float>(plan.doubt);
+  p.skips = false;
+  for (int i = 0; i < plan.n_steps; ++i) p.skips |= plan.steps[i].hides != 0;
   find_uniform(p);
   find_dependencies(p);
 }

@@ -15,6 +15,7 @@ from torch import fx
 
 from attnfuse import _compat
 from attnfuse.expr import FALSE, TRUE, Algebra, Const, Expr, K, NotExpressible, Q, substitute
+from attnfuse.kernels.fills import BELOW_ALL_SCORES, HIDDEN_BELOW
 from attnfuse.passes.capture.view import View
 from attnfuse.passes.graph.aten import is_tensor, name_of, shape_of, value_of
 from attnfuse.passes.graph.labels import Atom, Axes, Dim, is_one, known_equal
@@ -27,10 +28,6 @@ from attnfuse.passes.read.isolation import read_by
 from attnfuse.passes.site import Leaf, Site
 from attnfuse.spec import AddFill, Attention, Bias, Cast, Layout, ReplaceFill, Shift
 
-#: What a hidden score must be filled with, so that no score of a token is as small.
-_HIDES = -1e9
-#: The same where a bias is added after it.
-_HIDES_WITH_BIAS = -1e30
 #: Steps after which a hidden score is hidden.
 _LEAVE_HIDDEN = (ReplaceFill, AddFill, Bias, Shift, Cast)
 
@@ -243,16 +240,13 @@ class _Finder:
         if any(not isinstance(step, _LEAVE_HIDDEN) for step in site.spec.steps[last.step + 1 :]):
             return "what is done to hidden scores may show keys of padding"
         later = [f.value for f in fills if f.step >= last.step]
-        if (
-            any(isinstance(x, (Bias, Shift)) for x in site.spec.steps[last.step + 1 :])
-            and max(later) > _HIDES_WITH_BIAS
-        ):
+        if any(isinstance(x, (Bias, Shift)) for x in site.spec.steps[last.step + 1 :]) and max(later) > HIDDEN_BELOW:
             return "a bias is added to hidden scores, and may show keys of padding"
         if all(value == -torch.inf for value in later) and (q is k or site.spec.hidden == "zero"):
             return None
         if q is not k:
             return "a query without keys would see padding"
-        low = torch.finfo(torch.float16).min if site.spec.qk_dtype == "float16" else _HIDES
+        low = torch.finfo(torch.float16).min if site.spec.qk_dtype == "float16" else BELOW_ALL_SCORES
         if any(value > low for value in later):
             return "keys of padding are filled with a number that a score may come near to"
         own = [substitute(self._assume(f.keep, algebra, site, q, k), {K: Q}, algebra) for f in fills]

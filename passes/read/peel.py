@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from attnfuse.kernels.fills import BELOW_ALL_SCORES
 from attnfuse.passes.capture.view import View
 from attnfuse.passes.graph import contraction, views
 from attnfuse.passes.graph.aten import arguments, dtype_of, getitem_source, is_tensor, name_of, shape_of
@@ -96,7 +97,7 @@ def _moves_with_its_row(step: Step | Recentred, half: bool) -> bool:
     if isinstance(step, Cast):
         return half or step.dtype != "float16"
     if isinstance(step, ReplaceFill):
-        return step.value <= -1e9
+        return step.value <= BELOW_ALL_SCORES
     return isinstance(step, (Recentred, Shift, Bias, AddFill))
 
 

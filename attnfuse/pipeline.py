@@ -24,7 +24,7 @@ from attnfuse.passes.emit.edits import EmitError
 from attnfuse.passes.emit.emitter import Emitter
 from attnfuse.passes.graph.aten import value_of
 from attnfuse.passes.masks.structure import structure
-from attnfuse.passes.padding.region import find as find_regions
+from attnfuse.passes.padding.region import find_regions
 from attnfuse.passes.padding.rewrite import Unpadder
 from attnfuse.passes.read.anchors import find
 from attnfuse.passes.read.fully_masked import swallowed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import TypeGuard
 
 from attnfuse.rounding import visible
 from attnfuse.spec import Attention, Cast, Clamp, Scale, Shift, Softcap, Step, Tanh
@@ -33,23 +34,21 @@ def _joined(steps: tuple[Step, ...], exact: bool) -> tuple[Step, ...]:
 
 def _join_tail(out: list[Step], exact: bool) -> bool:
     """Replace the last steps of `out` by fewer ones if they can be joined."""
-    if len(out) >= 2 and _is_factor(out[-1]) and _is_factor(out[-2]):
-        first, second = out[-2].value, out[-1].value  # type: ignore[union-attr]
-        product = first * second
-        keeps = not exact or abs(first) <= 1.0 or abs(second) >= 1.0
+    third, second, last = (*[None] * 3, *out)[-3:]
+    if _is_factor(second) and _is_factor(last):
+        product = second.value * last.value
+        keeps = not exact or abs(second.value) <= 1.0 or abs(last.value) >= 1.0
         if math.isfinite(product) and product != 0.0 and keeps:
             out[-2:] = [Scale(product)]
             return True
-    if len(out) >= 2 and isinstance(out[-1], Cast) and out[-1] == out[-2]:
+    if isinstance(last, Cast) and last == second:
         out.pop()
         return True
-    if len(out) >= 3 and _is_factor(out[-1]) and isinstance(out[-2], Tanh) and _is_factor(out[-3]):
-        cap, inner = out[-1].value, out[-3].value  # type: ignore[union-attr]
-        if cap > 0.0:
-            out[-3:] = [Scale(inner * cap), Softcap(cap)]
-            return True
+    if _is_factor(last) and isinstance(second, Tanh) and _is_factor(third) and last.value > 0.0:
+        out[-3:] = [Scale(third.value * last.value), Softcap(last.value)]
+        return True
     return False
 
 
-def _is_factor(step: Step) -> bool:
+def _is_factor(step: Step | None) -> TypeGuard[Scale]:
     return isinstance(step, Scale) and step.operand is None

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from attnfuse.expr import Expr
-from attnfuse.passes.graph.aten import value_of
+from attnfuse.passes.graph.aten import dtype_of
 from attnfuse.passes.graph.labels import Dim, Labels
 from attnfuse.spec import Attention
 
@@ -51,9 +51,9 @@ class Leaf:
     @property
     def given(self) -> torch.dtype:
         """The dtype of the tensor as the op takes it."""
-        if self.dtype is not None or self.cast is not None:
-            return self.dtype or self.cast  # type: ignore[return-value]
-        return torch.float64 if self.number or self.depth else value_of(self.node).dtype  # type: ignore[no-any-return]
+        if self.number or self.depth:
+            return self.dtype or self.cast or torch.float64
+        return self.dtype or self.cast or dtype_of(self.node)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ import contextlib
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -182,7 +182,7 @@ class Recorder:
         try:
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            return FORMULAS.get(node.target, node.target)(*args, **kwargs)  # type: ignore[operator]
+            return cast("Callable[..., Any]", FORMULAS.get(node.target, node.target))(*args, **kwargs)
         except Exception:
             # Whatever cannot be run on fake tensors is not attention; what Dynamo knows of its value is enough.
             return self._opaque(node, args, kwargs)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 
@@ -46,4 +47,4 @@ def example_of(node: fx.Node, mode: FakeTensorMode) -> Any:
     with mode:
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return cast("Callable[..., Any]", node.target)(*args, **kwargs)

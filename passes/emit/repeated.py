@@ -60,7 +60,11 @@ def matching(view: View, scope: Scope, other: Scope) -> Matching | None:
         if isinstance(a, fx.Node) != isinstance(b, fx.Node):
             return None
         # one value that is given twice in one call may be two values in the other
-        if isinstance(a, fx.Node) and not (found.setdefault(a, b) is b and back.setdefault(b, a) is a):  # type: ignore[arg-type]
+        if (
+            isinstance(a, fx.Node)
+            and isinstance(b, fx.Node)
+            and not (found.setdefault(a, b) is b and back.setdefault(b, a) is a)
+        ):
             return None
     return found
 

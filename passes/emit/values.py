@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import fx
@@ -53,7 +53,7 @@ class Values:
 
     def as_tensor(self, x: Any, dtype: torch.dtype | None = None) -> fx.Node:
         if _is_tensor(x):
-            return x  # type: ignore[no-any-return]
+            return x
         return self.writer.call(torch.full, ((), x), {"dtype": dtype or torch.int64, "device": self.writer.device})
 
     def _run(self, e: Expr) -> Any:
@@ -144,7 +144,7 @@ class Values:
         return w.method("squeeze", found, 0) if known(found).dim() > len(self.dims) else found
 
 
-def _is_tensor(x: Any) -> bool:
+def _is_tensor(x: Any) -> TypeGuard[fx.Node]:
     """Whether it is a node of a tensor, as opposed to a number or the node of a symbolic one."""
     return isinstance(x, fx.Node) and isinstance(known(x), torch.Tensor)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -15,7 +15,7 @@ from attnfuse.passes.capture.view import Scope, View
 from attnfuse.passes.emit.edits import Edits, EmitError, example_of, known
 from attnfuse.passes.emit.repeated import calls_of
 from attnfuse.passes.emit.values import Values
-from attnfuse.passes.graph.aten import name_of, shape_of, value_of
+from attnfuse.passes.graph.aten import name_of, shape_of, source_of, value_of
 from attnfuse.passes.graph.labels import Atom, Dim, Distances, Labels, is_one, known_equal, stride_hint
 from attnfuse.passes.graph.memory import is_mutating, is_stale, opaque, returned_as_written, same_memory, written
 from attnfuse.passes.graph.vocabulary import functional
@@ -104,7 +104,7 @@ class Writer:
             if node.op == "placeholder":
                 placed[node] = next(given)
             elif node.op == "output":
-                return placed[node.args[0]]  # type: ignore[index,no-any-return]
+                return cast(fx.Node, placed[source_of(node)])
             else:
                 made = self.graph.node_copy(node, placed.__getitem__)
                 self._describe(made)
@@ -190,8 +190,8 @@ class Writer:
             call.args = (*call.args, node)
             return
         # the branches of a torch.cond take the same arguments
-        *rest, operands = call.args
-        call.args = (*rest, (*operands, node))  # type: ignore[misc]
+        *rest, operands = cast("tuple[Any, ...]", call.args)
+        call.args = (*rest, (*operands, node))
         for scope in others:
             last = next(n for n in reversed(scope.module.graph.nodes) if n.op == "placeholder")
             with scope.module.graph.inserting_after(last):
@@ -210,11 +210,11 @@ class Writer:
             return self.node_for(same)
         if made.op != "call_function":
             raise EmitError("a value the attention needs is not available where its result is made")
-        target = made.target
+        target: Any = made.target
         if writes_own_memory(self.edits.view, made):
-            target = functional(made.target)  # type: ignore[arg-type, assignment]
+            target = functional(target)
         elif not is_pure(made):
-            target = None  # type: ignore[assignment]
+            target = None
         if target is None:
             what = name_of(made) or "an opaque call"
             raise EmitError(f"a value the attention needs comes from code that cannot be repeated ({what})")
@@ -225,7 +225,7 @@ class Writer:
             raise EmitError("the attention is too deep inside one call")
         args = fx.node.map_arg(made.args, self.node_for)
         kwargs = fx.node.map_arg(made.kwargs, self.node_for)
-        copy, value = self.call(target, tuple(args), dict(kwargs)), value_of(made)  # type: ignore[arg-type]
+        copy, value = self.call(target, tuple(args), dict(kwargs)), value_of(made)
         if isinstance(value, torch.Tensor):
             self.checked(copy, f"{name_of(made)} made again", value.shape, value.dtype)
         self.made[made] = copy

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import fx
@@ -20,7 +20,7 @@ def value_of(node: fx.Node) -> Any:
 def getitem_source(node: fx.Node) -> tuple[fx.Node, Any] | None:
     """(sequence node, index) of an operator.getitem node."""
     if node.op == "call_function" and node.target is operator.getitem:
-        return node.args[0], node.args[1]  # type: ignore[return-value]
+        return source_of(node), node.args[1]
     return None
 
 
@@ -32,14 +32,21 @@ def name_of(node: fx.Node) -> str:
 
 def arguments(node: fx.Node) -> dict[str, Any]:
     """All arguments by their schema name, defaults included."""
-    schema = node.target._schema  # type: ignore[union-attr]
+    assert isinstance(node.target, OpOverload)
+    schema = node.target._schema
     found = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
     found.update({a.name: v for a, v in zip(schema.arguments, node.args)})
     found.update(node.kwargs)
     return found
 
 
-def is_tensor(x: Any) -> bool:
+def source_of(node: fx.Node) -> fx.Node:
+    """The first argument of an op, where it is a node."""
+    return cast(fx.Node, node.args[0])
+
+
+def is_tensor(x: Any) -> TypeGuard[fx.Node]:
+    """Whether it is a node that holds a tensor."""
     return isinstance(x, fx.Node) and isinstance(value_of(x), torch.Tensor)
 
 

@@ -61,7 +61,7 @@ def constant(x: Any, depth: int = 8) -> Number | None:
     if name == "to":
         source = x.args[0]
         number = constant(source, depth - 1)
-        return None if number is None or not is_tensor(source) else converted(number, dtype_of(source), value.dtype)  # type: ignore[arg-type]
+        return None if number is None or not is_tensor(source) else converted(number, dtype_of(source), value.dtype)
     if name in _FOLDABLE and not any(v is not None for v in x.kwargs.values()):
         return folded(x.target, [_argument(a, depth - 1) for a in x.args], value.dtype)
     return None

@@ -58,12 +58,12 @@ def parse(node: fx.Node) -> Contraction | str | None:
     a, b = node.args[0], node.args[1]
     if not (is_tensor(a) and is_tensor(b)):
         return f"{name} of something that is not a tensor"
-    rank_a, rank_b = len(shape_of(a)), len(shape_of(b))  # type: ignore[arg-type]
+    rank_a, rank_b = len(shape_of(a)), len(shape_of(b))
     if rank_a < 2 or rank_b < 2:
         return "a product with a vector"
     batch = "abcdefghijklm"[: max(rank_a, rank_b) - 2]
     tail_a, tail_b = batch[len(batch) - rank_a + 2 :], batch[len(batch) - rank_b + 2 :]
-    return Contraction(a, tail_a + "xz", b, tail_b + "zy", batch + "xy")  # type: ignore[arg-type]
+    return Contraction(a, tail_a + "xz", b, tail_b + "zy", batch + "xy")
 
 
 def _einsum(node: fx.Node) -> Contraction | str:

@@ -127,9 +127,9 @@ def hint(atom: Atom) -> int:
     return known if isinstance(known, int) else UNKNOWN
 
 
-def stride_hint(stride: object) -> int:
+def stride_hint(stride: Size) -> int:
     """The stride, or what it was when the graph was traced; 0 where that is not known."""
     if isinstance(stride, int):
         return stride
-    hint = getattr(stride.node, "hint", None)  # type: ignore[attr-defined]
+    hint = getattr(stride.node, "hint", None)
     return hint if isinstance(hint, int) else 0

@@ -10,8 +10,8 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-from collections.abc import Hashable, Iterable
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -55,18 +55,12 @@ def is_mutating(node: fx.Node) -> bool:
 
 def written(node: fx.Node) -> list[fx.Node]:
     """The nodes whose memory `node` writes to."""
-    if not is_mutating(node):
+    if not isinstance(node.target, OpOverload) or not is_mutating(node):
         return []
-    names = {a.name: a for a in node.target._schema.arguments}  # type: ignore[union-attr]
-    hit: list[fx.Node] = []
-    for argument, value in zip(node.target._schema.arguments, node.args):  # type: ignore[union-attr]
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            hit += [v for v in pytree.tree_leaves(value) if isinstance(v, fx.Node)]
-    for name, value in node.kwargs.items():
-        info = names[name].alias_info
-        if info is not None and info.is_write:
-            hit += [v for v in pytree.tree_leaves(value) if isinstance(v, fx.Node)]
-    return hit
+    schema = node.target._schema.arguments
+    given = {**dict(zip((a.name for a in schema), node.args)), **node.kwargs}
+    values = [given[a.name] for a in schema if a.alias_info is not None and a.alias_info.is_write and a.name in given]
+    return [x for x in pytree.tree_leaves(values) if isinstance(x, fx.Node)]
 
 
 def is_stale(node: fx.Node) -> bool:
@@ -190,7 +184,7 @@ def _is_known_method(name: str, node: fx.Node) -> bool:
 def _is_told_to(node: fx.Node) -> bool:
     """Whether a function is told to write: `inplace`, statistics that it keeps, a norm that it enforces."""
     try:
-        given = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
+        given = inspect.signature(cast("Callable[..., Any]", node.target)).bind(*node.args, **node.kwargs).arguments
     except (TypeError, ValueError):
         return False
     kept = _KEEPS_BOOKS.get(getattr(node.target, "__name__", ""))

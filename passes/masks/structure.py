@@ -269,9 +269,10 @@ class _Structure:
         """The steps for adding alpha * where(keep, yes, no), where one of the two is a number."""
         if isinstance(yes, Const):
             keep, yes, no = self.algebra.not_(keep), no, yes
+        assert isinstance(no, Const)
         read, keep = self._float(yes, dtype), self._lowered(keep)
         steps: list[Step] = [Bias(read.operand, alpha, read.row, read.col, keep)]
-        return [*steps, AddFill(keep, alpha * no.value)] if no.value else steps  # type: ignore[attr-defined]
+        return [*steps, AddFill(keep, alpha * no.value)] if no.value else steps
 
     def _float(self, e: Expr, dtype: torch.dtype) -> Load:
         if isinstance(e, Tensor):

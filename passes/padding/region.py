@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import fx
@@ -59,7 +60,7 @@ class Region:
     ends: set[fx.Node] = field(default_factory=set)
 
 
-def find(view: View, sites: Sequence[Site]) -> tuple[list[Region], str]:
+def find_regions(view: View, sites: Sequence[Site]) -> tuple[list[Region], str]:
     """The regions of a view that can run on packed rows, and why something padded cannot, or ''."""
     paddings = Paddings(view)
     if not paddings.pads or not sites:
@@ -156,7 +157,7 @@ class _Finder:
             found = self.carried.gathered.get((node, position))
             if found is None:
                 continue
-            x: fx.Node = node.args[position]  # type: ignore[assignment]
+            x = cast(fx.Node, node.args[position])
             reader = self.paddings.terms()
             index = tuple(Axis(d[0]) if len(d) == 1 else None for d in found.dims)
             if any(i is None for i, d in zip(index, found.dims) if d):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -17,7 +17,16 @@ from torch import fx
 from attnfuse import _compat
 from attnfuse.expr import FALSE, TRUE, Algebra, Apply, Const, Expr, Linear, NotExpressible, substitute, walk
 from attnfuse.passes.capture.view import View
-from attnfuse.passes.graph.aten import arguments, dtype_of, getitem_source, is_tensor, name_of, shape_of, value_of
+from attnfuse.passes.graph.aten import (
+    arguments,
+    dtype_of,
+    getitem_source,
+    is_tensor,
+    name_of,
+    shape_of,
+    source_of,
+    value_of,
+)
 from attnfuse.passes.graph.constants import constant
 from attnfuse.passes.graph.labels import Atom, is_one, known_equal
 from attnfuse.passes.graph.memory import is_stale, opaque
@@ -63,7 +72,7 @@ _WHOLE = (torch.int64, torch.int32)
 def _base(node: fx.Node) -> fx.Node:
     """The tensor with the same integers."""
     while name_of(node) in _PASSED and is_tensor(node.args[0]) and dtype_of(node) in _WHOLE:
-        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        source = source_of(node)
         if dtype_of(source) not in _WHOLE or is_stale(node) or is_stale(source):
             # one of the two was written to, and they differ
             break
@@ -150,8 +159,8 @@ class Paddings:
         origin = self.view.origin.get(node)
         if origin is None or origin.node.target != "to_padded_tensor" or origin.scope.parent is not None:
             return None
-        nested = origin.node.args[0]
-        x = nested.meta.get("example_value") if isinstance(nested, fx.Node) else None
+        nested = source_of(origin.node)
+        x = nested.meta.get("example_value")
         if not isinstance(x, torch.Tensor) or not x.is_nested or x.layout != torch.jagged:
             return None
         if _compat.ragged_dim(x) != 1 or _compat.offsets_and_lengths(x)[1] is not None or x.dim() < 3:
@@ -159,14 +168,14 @@ class Paddings:
         longer = origin.node.args[2:] or origin.node.kwargs.get("output_size")
         if longer:
             return None
-        return self._made(node, None, total=x.values().shape[0], nested=nested, exact=True)  # type: ignore[arg-type]
+        return self._made(node, None, total=x.values().shape[0], nested=nested, exact=True)
 
     def _of_index(self, node: fx.Node) -> Pad | None:
         """values[offsets[b] + n]; what is read beyond a sequence is another's, or the last row."""
-        values, indices = node.args[:2]
-        if not is_tensor(values) or len(indices) != 1 or not is_tensor(indices[0]):  # type: ignore[arg-type, index]
+        values, indices = cast("tuple[Any, Any]", node.args[:2])
+        if not is_tensor(values) or len(indices) != 1 or not is_tensor(indices[0]):
             return None
-        index: fx.Node = indices[0]  # type: ignore[index, assignment]
+        index = indices[0]
         if len(shape_of(index)) != 2 or dtype_of(index) not in (torch.int64, torch.int32):
             return None
         batch, place = (Axis(Atom(n)) for n in shape_of(index))
@@ -178,14 +187,14 @@ class Paddings:
         chosen: Expr = TRUE
         if isinstance(e, Apply) and e.op == "where":
             chosen, e, _ = e.args
-        start = reader.algebra.sub(_unclamped(e, shape_of(values)[0]), place)  # type: ignore[arg-type]
+        start = reader.algebra.sub(_unclamped(e, shape_of(values)[0]), place)
         if not isinstance(start, Tensor) or start.index != (batch,):
             return None
         offsets = _base(start.node)
         own = Rows(batch.atom, place.atom, None, offsets=offsets)
         if self.assumed(chosen, own, batch, place, True, reader.algebra) != TRUE:
             return None
-        return self._made(node, values, offsets=offsets)  # type: ignore[arg-type]
+        return self._made(node, values, offsets=offsets)
 
     def _of_write(self, node: fx.Node) -> Pad | None:
         """padded[mask] = values, which fails unless there is a row for each True."""
@@ -237,7 +246,7 @@ class Paddings:
             if made is None:
                 return None
             lists = [] if made is node else [u for u in node.users if u.args[1:] == (1,)]
-            passed = tuple((u, offsets[u.args[1]]) for x in lists for u in x.users)  # type: ignore[index]
+            passed = tuple((u, offsets[u.args[1]]) for x in lists for u in x.users)
             return Unpad(made, args["dense"], _base(offsets[0]), None, total, zeros, passed)
         if node.target is opaque:
             return self._masked(node)
@@ -252,9 +261,9 @@ class Paddings:
         made = values.get(origin.node)
         if not (is_tensor(source) and is_tensor(mask) and is_tensor(made)):
             return None
-        if dtype_of(mask) != torch.bool or len(shape_of(mask)) != 2:  # type: ignore[arg-type]
+        if dtype_of(mask) != torch.bool or len(shape_of(mask)) != 2:
             return None
-        return Unpad(made, source, mask=mask)  # type: ignore[arg-type]
+        return Unpad(made, source, mask=mask)
 
     # -- which tensors say where the rows are
 
@@ -330,7 +339,7 @@ def _size_of(e: Expr) -> Any:
     if isinstance(e, (Const, Symbol)):
         return e.value
     if isinstance(e, Linear) and all(isinstance(x, Symbol) for _, x in e.terms):
-        return sum((c * x.value for c, x in e.terms), e.const)  # type: ignore[attr-defined]
+        return sum((c * x.value for c, x in e.terms if isinstance(x, Symbol)), e.const)
     return None
 
 
@@ -353,7 +362,7 @@ def _differenced(node: fx.Node) -> fx.Node | None:
         return _base(args["self"]) if plain and len(shape_of(args["self"])) == 1 else None
     if name_of(node) != "sub" or constant(arguments(node).get("alpha", 1)) != 1.0:
         return None
-    later, sooner = (_base(x) if is_tensor(x) else None for x in node.args[:2])  # type: ignore[arg-type]
+    later, sooner = (_base(x) if is_tensor(x) else None for x in node.args[:2])
     if later is None or sooner is None or _cut(later, 1) is None or _cut(later, 1) is not _cut(sooner, 0):
         return None
     return _cut(later, 1)

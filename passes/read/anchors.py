@@ -6,13 +6,13 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import fx
 
 from attnfuse.passes.capture.view import View
 from attnfuse.passes.graph import contraction
-from attnfuse.passes.graph.aten import arguments, is_tensor, name_of, shape_of, value_of
+from attnfuse.passes.graph.aten import arguments, is_tensor, name_of, shape_of, source_of, value_of
 from attnfuse.passes.graph.constants import constant
 from attnfuse.passes.graph.labels import known_equal
 from attnfuse.passes.read import sinks
@@ -100,15 +100,15 @@ def _zero_for_hidden_rows(node: fx.Node) -> Anchor | None:
     """where(every score of the row is -inf, 0, softmax(scores)): what torch makes of _safe_softmax, and of sdpa with it."""
     if len(node.args) != 3 or not all(map(is_tensor, node.args)):
         return None
-    row, zero, weights = node.args
-    if name_of(weights) != "softmax" or constant(zero) != 0.0:  # type: ignore[arg-type]
+    row, zero, weights = cast("tuple[fx.Node, fx.Node, fx.Node]", node.args)
+    if name_of(weights) != "softmax" or constant(zero) != 0.0:
         return None
-    soft = arguments(weights)  # type: ignore[arg-type]
+    soft = arguments(weights)
     passed: set[Any] = {node, weights}
-    if weights in zero.all_input_nodes:  # type: ignore[union-attr]
+    if weights in zero.all_input_nodes:
         passed.add(zero)
     # every one is, or not any one is not
-    parts = ("all", "eq") if name_of(row) == "all" else ("logical_not", "any", "logical_not", "eq")  # type: ignore[arg-type]
+    parts = ("all", "eq") if name_of(row) == "all" else ("logical_not", "any", "logical_not", "eq")
     at: Any = row
     for part in parts:
         if not is_tensor(at) or name_of(at) != part:
@@ -128,17 +128,17 @@ def _exponential(view: View, node: fx.Node) -> Anchor | None:
     source = node.args[0]
     if not is_tensor(source):
         return None
-    if name_of(source) == "log_softmax":  # type: ignore[arg-type]
-        args = arguments(source)  # type: ignore[arg-type]
-        return Anchor(args["self"], args["dim"], node, frozenset({node, source}))  # type: ignore[arg-type]
-    if name_of(source) == "sub":  # type: ignore[arg-type]
-        args = arguments(source)  # type: ignore[arg-type]
+    if name_of(source) == "log_softmax":
+        args = arguments(source)
+        return Anchor(args["self"], args["dim"], node, frozenset({node, source}))
+    if name_of(source) == "sub":
+        args = arguments(source)
         norm, scores = args["other"], args["self"]
         if is_tensor(norm) and name_of(norm) == "logsumexp" and constant(args.get("alpha", 1)) == 1.0:
             normed = arguments(norm)
             if normed["self"] is scores and normed["keepdim"] and len(normed["dim"]) == 1:
                 inside = frozenset({node, source, norm})
-                return Anchor(scores, normed["dim"][0], node, inside, by_log_sum_exp=True)  # type: ignore[arg-type]
+                return Anchor(scores, normed["dim"][0], node, inside, by_log_sum_exp=True)
     return None
 
 
@@ -152,8 +152,8 @@ def _quotient(node: fx.Node) -> Anchor | None:
 def _product(node: fx.Node) -> Anchor | None:
     """e * reciprocal(sum(e)), either way round."""
     for a, b in ((node.args[0], node.args[1]), (node.args[1], node.args[0])):
-        if is_tensor(b) and name_of(b) == "reciprocal":  # type: ignore[arg-type]
-            found = _normalised(node, a, b.args[0], frozenset({node, b}))  # type: ignore[union-attr, arg-type]
+        if is_tensor(b) and name_of(b) == "reciprocal":
+            found = _normalised(node, a, b.args[0], frozenset({node, b}))
             if found is not None:
                 return found
     return None
@@ -164,12 +164,12 @@ def _normalised(node: fx.Node, top: object, bottom: object, inside: frozenset[fx
     if not (is_tensor(top) and is_tensor(bottom)):
         return None
     passed: set[fx.Node] = set()
-    total: fx.Node = bottom  # type: ignore[assignment]
+    total: fx.Node = bottom
     while name_of(total) in ("view", "permute", "expand", "to") and is_tensor(total.args[0]):
         if not value_of(total).dtype.is_floating_point:
             return None
         passed.add(total)
-        total = total.args[0]  # type: ignore[assignment]
+        total = source_of(total)
     whole, sink = total, None
     if name_of(whole) == "add":
         total = next((x for x in whole.all_input_nodes if name_of(x) == "sum"), whole)
@@ -183,14 +183,14 @@ def _normalised(node: fx.Node, top: object, bottom: object, inside: frozenset[fx
         return None
     dim = dims[0]
     between = inside | passed | {total, e}
-    if is_tensor(top) and name_of(top) == "exp" and top.args[0] is e.args[0]:  # type: ignore[arg-type, attr-defined]
+    if is_tensor(top) and name_of(top) == "exp" and source_of(top) is source_of(e):
         # the same exponentials, computed once more
-        between |= {top}  # type: ignore[arg-type]
+        between |= {top}
         top = e
     raised = True
-    scores, softmax, more = _unshifted(e.args[0], dim, raised=whole is not total)
+    scores, softmax, more = _unshifted(source_of(e), dim, raised=whole is not total)
     if whole is not total:
-        found = sinks.added(whole, None if softmax == "unshifted" else arguments(e.args[0])["other"])
+        found = sinks.added(whole, None if softmax == "unshifted" else arguments(source_of(e))["other"])
         if found is None or not summed["keepdim"] or tuple(shape_of(whole)) != tuple(shape_of(total)):
             return Anchor(
                 scores, dim, node, between | more, problem="what is added to the sum of the weights is no sink"
@@ -199,14 +199,14 @@ def _normalised(node: fx.Node, top: object, bottom: object, inside: frozenset[fx
         raised = any(raises(n) for n in more)
     if top is e:
         # the sum may get its dim back by a view, or be expanded
-        line: fx.Node = bottom.args[0] if name_of(bottom) == "expand" else bottom  # type: ignore[assignment, attr-defined, arg-type]
-        viewed = without_views(line, e, dim) if has_lines(line, e, dim, kept=True) else None  # type: ignore[arg-type]
+        line = source_of(bottom) if name_of(bottom) == "expand" else bottom
+        viewed = without_views(line, e, dim) if has_lines(line, e, dim, kept=True) else None
         if viewed is None or viewed[0] is not whole:
             return Anchor(
                 scores, dim, node, between | more, problem="cannot read what divides the exponentials of the scores"
             )
         return Anchor(scores, dim, node, between | more, softmax=softmax, sink=sink, by_own_maximum=not raised)
-    if _reaches_product_of(top, e):  # type: ignore[arg-type]
+    if _reaches_product_of(top, e):
         return Anchor(
             scores,
             dim,
@@ -229,13 +229,13 @@ def _reaches_product_of(node: fx.Node, e: fx.Node) -> bool:
             return any(_behind_views(x) is e for x in (product.a, product.b))
         if name_of(node) not in ("view", "permute", "to", "clone", "contiguous") or not is_tensor(node.args[0]):
             return False
-        node = node.args[0]  # type: ignore[assignment]
+        node = source_of(node)
     return False
 
 
 def _behind_views(node: fx.Node) -> fx.Node:
     while name_of(node) in ("view", "permute", "to", "dropout") and is_tensor(node.args[0]):
-        node = node.args[0]  # type: ignore[assignment]
+        node = source_of(node)
     return node
 
 
@@ -279,10 +279,10 @@ def _meets_product(start: fx.Node, back: bool) -> bool:
 def _sums_products(node: fx.Node) -> bool:
     """(a[..., :, None, :] * b[..., None, :, :]).sum(dim): a product of matrices, written out."""
     source = node.args[0] if name_of(node) == "sum" and node.args else None
-    if not is_tensor(source) or name_of(source) != "mul":  # type: ignore[arg-type]
+    if not is_tensor(source) or name_of(source) != "mul":
         return False
-    shape = shape_of(source)  # type: ignore[arg-type]
-    factors = [shape_of(x) for x in source.args if is_tensor(x)]  # type: ignore[union-attr, arg-type]
+    shape = shape_of(source)
+    factors = [shape_of(x) for x in source.args if is_tensor(x)]
     # neither has the whole shape: both are repeated
     return len(factors) == 2 and all(
         len(own) == len(shape) and not all(map(known_equal, own, shape)) for own in factors

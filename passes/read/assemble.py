@@ -13,6 +13,7 @@ from attnfuse.passes.simplify import simplify
 from attnfuse.passes.site import Leaf, Refusal, Site
 from attnfuse.spec import (
     Attention,
+    Hidden,
     Operand,
     Step,
     dtype_name,
@@ -29,7 +30,7 @@ def build_site(
     inside: set[fx.Node],
     weight_steps: list[Step],
     dropout: float,
-    hidden: str,
+    hidden: Hidden,
 ) -> Site | Refusal:
     """Put the parts together, in terms of unsplit atoms."""
     axes = reader.axes
@@ -56,6 +57,11 @@ def build_site(
     labels_out = axes.resolve(out_labels)
     if {a for dim in labels_out for a in dim} != set(batch) | set(q_dim) | set(e_dim):
         return Refusal("the result lacks a dim of the attention, or repeats one", final)
+
+    def absent(leaf: Leaf) -> tuple[str, ...]:
+        """The batch dims that a tensor does not have."""
+        return tuple(n for a, n in zip(batch, names) if all(a not in d for d in leaf.labels))
+
     spec = Attention(
         batch=names,
         sizes=tuple(_static(d) for d in [*((a,) for a in batch), q_dim, k_dim, d_dim, e_dim]),
@@ -66,12 +72,10 @@ def build_site(
         operands=tuple(describe_operand(leaf, batch, q_dim, k_dim, names) for leaf in fixed[3:]),
         weight_steps=tuple(weight_steps),
         softmax=reader.anchor.softmax,
-        hidden=hidden,  # type: ignore[arg-type]
+        hidden=hidden,
         sink=reader.sink,
         dropout=dropout,
-        broadcast=tuple(  # type: ignore[arg-type]
-            tuple(n for a, n in zip(batch, names) if all(a not in d for d in leaf.labels)) for leaf in fixed[:3]
-        ),
+        broadcast=(absent(fixed[0]), absent(fixed[1]), absent(fixed[2])),
         out_order=out_order(final, labels_out, batch, q_dim, e_dim),
         nan_policy="eager" if reader.exact else "skip",
     )

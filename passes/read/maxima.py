@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from attnfuse.passes.graph import views
-from attnfuse.passes.graph.aten import arguments, getitem_source, is_tensor, name_of, shape_of, value_of
+from attnfuse.passes.graph.aten import arguments, getitem_source, is_tensor, name_of, shape_of, source_of, value_of
 from attnfuse.passes.graph.constants import constant
 from attnfuse.passes.graph.labels import known_equal
 from attnfuse.passes.graph.memory import is_stale
@@ -72,8 +72,8 @@ def without_views(node: object, whole: fx.Node, dim: int) -> tuple[fx.Node, set[
     Views keep the order of elements, so that shapes alone tell that they are those of the same lines.
     """
     passed: set[fx.Node] = set()
-    while is_tensor(node) and has_lines(node, whole, dim, kept=False):  # type: ignore[arg-type]
-        at: fx.Node = node  # type: ignore[assignment]
+    while is_tensor(node) and has_lines(node, whole, dim, kept=False):
+        at: fx.Node = node
         moves = name_of(at) == "view" or (views.is_identity(at) and name_of(at) != "alias")
         if is_stale(at) or not moves:
             return at, passed
@@ -84,7 +84,7 @@ def without_views(node: object, whole: fx.Node, dim: int) -> tuple[fx.Node, set[
 
 def _looked_through(node: fx.Node) -> fx.Node:
     while name_of(node) == "view" and is_tensor(node.args[0]):
-        node = node.args[0]  # type: ignore[assignment]
+        node = source_of(node)
     return node
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from attnfuse.passes.graph import views
-from attnfuse.passes.graph.aten import arguments, dtype_of, is_tensor, name_of, value_of
+from attnfuse.passes.graph.aten import arguments, dtype_of, is_tensor, name_of, source_of, value_of
 from attnfuse.passes.graph.constants import constant
 from attnfuse.passes.graph.labels import Labels
 from attnfuse.passes.read.reader import Reader
@@ -46,7 +46,7 @@ def read_factor(reader: Reader, node: fx.Node, labels: Labels, dtype: torch.dtyp
             factor *= passed[1]
             leaf = reader.shrink(passed[0], at)
         elif may_pass and _is_widening(seen):
-            leaf = reader.shrink(seen.args[0], at)  # type: ignore[arg-type]
+            leaf = reader.shrink(source_of(seen), at)
         else:
             reader.axes.parts = kept
             break
@@ -64,7 +64,8 @@ def one_dtype(q: Leaf, k: Leaf, dtype: torch.dtype) -> tuple[Leaf, Leaf]:
     q, k = _in_dtype(q, dtype), _in_dtype(k, dtype)
     if q.given == k.given:
         return q, k
-    return tuple(x if dtype_of(x.node) == dtype else replace(x, cast=dtype) for x in (q, k))  # type: ignore[return-value]
+    q, k = (x if dtype_of(x.node) == dtype else replace(x, cast=dtype) for x in (q, k))
+    return q, k
 
 
 def _in_dtype(leaf: Leaf, dtype: torch.dtype) -> Leaf:
@@ -77,8 +78,8 @@ def _is_widening(node: fx.Node) -> bool:
     return (
         name_of(node) == "to"
         and is_tensor(node.args[0])
-        and (dtype_of(node.args[0]), dtype_of(node)) in _WIDER  # type: ignore[arg-type]
-        and value_of(node.args[0]).device == value_of(node).device  # type: ignore[arg-type]
+        and (dtype_of(node.args[0]), dtype_of(node)) in _WIDER
+        and value_of(node.args[0]).device == value_of(node).device
     )
 
 
@@ -88,7 +89,7 @@ def constant_factor(node: fx.Node) -> tuple[fx.Node, float] | None:
     if name not in ("mul", "div", "neg"):
         return None
     if name == "neg":
-        return (node.args[0], -1.0) if is_tensor(node.args[0]) else None  # type: ignore[return-value]
+        return (node.args[0], -1.0) if is_tensor(node.args[0]) else None
     args = arguments(node)
     if args.get("rounding_mode") is not None:
         return None

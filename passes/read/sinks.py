@@ -15,7 +15,7 @@ from torch import fx
 
 from attnfuse.passes.capture.view import View
 from attnfuse.passes.graph import views
-from attnfuse.passes.graph.aten import arguments, dtype_of, is_tensor, name_of, shape_of
+from attnfuse.passes.graph.aten import arguments, dtype_of, is_tensor, name_of, shape_of, source_of
 from attnfuse.passes.graph.constants import constant
 from attnfuse.passes.graph.labels import is_one, known_equal
 from attnfuse.passes.graph.memory import is_stale
@@ -42,7 +42,7 @@ def joined(node: fx.Node, dim: int) -> Joined | None:
             node = less[0]
         elif _is_cast(node) or (views.is_identity(node) and is_tensor(node.args[0])):
             inside.add(node)
-            node = node.args[0]  # type: ignore[assignment]
+            node = source_of(node)
         else:
             break
     if is_stale(node):
@@ -57,7 +57,7 @@ def _is_cast(node: fx.Node) -> bool:
         name_of(node) == "to"
         and is_tensor(node.args[0])
         and dtype_of(node) in (torch.float32, torch.float64, torch.bfloat16)
-        and dtype_of(node.args[0]).is_floating_point  # type: ignore[arg-type]
+        and dtype_of(node.args[0]).is_floating_point
     )
 
 
@@ -115,8 +115,9 @@ def _drops_one(cut: fx.Node, source: fx.Node, dim: int, first: bool) -> bool:
     if name_of(cut) == "slice" and args["step"] != 1:
         return False
     begins = 0.0 if args["start"] is None else constant(args["start"])
-    if begins is not None and begins < 0 and constant(whole) is not None:
-        begins += constant(whole)  # type: ignore[operator]
+    length = constant(whole)
+    if begins is not None and begins < 0 and length is not None:
+        begins += length
     return begins == (1.0 if first else 0.0)
 
 
@@ -144,7 +145,7 @@ def added(total: fx.Node, shift: fx.Node | None) -> tuple[fx.Node | float, froze
 def _exponent(node: Any, shift: fx.Node) -> tuple[fx.Node | float, frozenset[fx.Node]] | None:
     if not is_tensor(node) or name_of(node) != "exp":
         return None
-    power = node.args[0]
+    power = source_of(node)
     if name_of(power) == "neg" and power.args[0] is shift:
         return 0.0, frozenset({node, power})
     if name_of(power) != "sub":

@@ -137,8 +137,8 @@ def unseen(gm: fx.GraphModule, view: View | None, known: Collection[fx.Node], pr
                 continue
             done.add(origin.node)
             found.append(Unseen(_reason(origin.scope, origin.node) or problem or _UNKNOWN, origin.node))
-    order = {n: i for i, n in enumerate(_nodes(gm))}
-    return sorted(found, key=lambda x: order.get(x.node, 0))  # type: ignore[arg-type]
+    order: dict[fx.Node | None, int] = {n: i for i, n in enumerate(_nodes(gm))}
+    return sorted(found, key=lambda x: order.get(x.node, 0))
 
 
 _UNKNOWN = (

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-import attnfuse.report.report as reporting
-
 B, H, L, D = 2, 4, 16, 8
 
 
@@ -218,7 +216,7 @@ def run(function):
 @pytest.mark.parametrize("function", CASES, ids=lambda f: f.__name__)
 def test_result_and_gradients_are_those_of_eager(function, inner):
     torch.compiler.reset()
-    reporting.reset()
+    attnfuse.reset()
     expected, expected_grads = run(function)
     options = {"inner": inner, "strict": True, "kernel": "cpu"}
     found, grads = run(torch.compile(function, backend="attnfuse", options=options))
@@ -227,7 +225,7 @@ def test_result_and_gradients_are_those_of_eager(function, inner):
         assert (a is None) == (b is None)
         if b is not None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
-    assert sum(r.fused for r in reporting.reports()) == CASES[function]
+    assert sum(r.fused for r in attnfuse.reports()) == CASES[function]
 
 
 def bias_given_and_written(q, k, v, m, n):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from emitted_graphs import Emitted
 
-import attnfuse.report.report as reporting
+import attnfuse
 from attnfuse.passes.read import idioms
 from attnfuse.passes.read.idioms.example import Example, NearMiss, inputs
 
@@ -31,13 +31,13 @@ def arguments(run, seed=0):
 def compile_and_run(run, kernel, dynamic=None, checked=False):
     """(result, gradients, report) of the compiled function. checked: its nodes are held against what they give."""
     torch.compiler.reset()
-    reporting.reset()
+    attnfuse.reset()
     if checked:
         compiled = torch.compile(run, backend=Emitted(kernel=kernel), dynamic=dynamic)
     else:
         options = {"inner": "eager", "kernel": kernel, "strict": True}
         compiled = torch.compile(run, backend="attnfuse", dynamic=dynamic, options=options)
-    return *value_and_gradients(compiled, arguments(run)), reporting.reports()
+    return *value_and_gradients(compiled, arguments(run)), attnfuse.reports()
 
 
 def value_and_gradients(run, args):

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from attnfuse import backend, graphs, nested, pipeline
 from attnfuse.passes.emit.emitter import Emitter
 from attnfuse.passes.emit.writer import Writer
-from attnfuse.passes.padding import region
 from attnfuse.passes.padding.rewrite import Unpadder
 from attnfuse.settings import Settings
 
@@ -229,8 +228,8 @@ def test_a_failure_while_padding_is_taken_out_leaves_the_padding() -> None:
     gm = captured(padded, *args)
     _, work, _ = rewritten(gm)
     assert [s.spec.layout for s in work.report.sites if s.spec] == ["packed", "dense"]
-    for where in [(Unpadder, "_written"), (Unpadder, "_result"), (region, "find"), (Unpadder, "emit")]:
-        total = 1 if where[1] in ("find", "emit") else 4
+    for where in [(Unpadder, "_written"), (Unpadder, "_result"), (pipeline, "find_regions"), (Unpadder, "emit")]:
+        total = 1 if where[1] in ("find_regions", "emit") else 4
         for at in range(total):
             with failing(*where, at) as made:
                 copy, work, told = rewritten(gm)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import attnfuse
 from attnfuse import _compat, backend
-from attnfuse.passes.capture import view as capture_module
+from attnfuse.passes.capture import recorder
 
 FAST = {"inner": "eager", "kernel": "cpu", "strict": True}
 
@@ -118,7 +118,7 @@ def test_what_a_node_of_the_graph_changes_is_put_back(change: str, fails: bool, 
         def broken(*args: Any) -> Any:
             raise ArithmeticError("injected")
 
-        monkeypatch.setattr(capture_module, "_rename_written", broken)
+        monkeypatch.setattr(recorder, "follow_writes", broken)
     before = state()
     with pytest.warns(RuntimeWarning, match="injected") if fails else contextlib.nullcontext():
         backend.backend(gm, inputs, options={"inner": "eager", "kernel": "cpu"})

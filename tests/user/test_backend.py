@@ -414,7 +414,7 @@ def _called_while_compiling() -> dict[str, tuple[Any, str]]:
     import sys
 
     found: dict[str, tuple[Any, str]] = {}
-    homes = [backend_module, pipeline, backend_module.reporting, pipeline.nested_calls, pipeline.unpad]
+    homes = [backend_module, pipeline, backend_module.registry, pipeline.nested_calls]
     homes += [backend_module.checking, backend_module.nested]
     owners = {
         value.__code__: (home, name)
@@ -475,8 +475,8 @@ def test_whatever_fails_while_compiling_costs_one_warning_and_raises_in_strict_m
         "attnfuse.backend._inner",
         "attnfuse.backend._in_forward_mode",
         "attnfuse.backend._checked",
-        "attnfuse.report.report.record",
-        "attnfuse.passes.padding.region.find",
+        "attnfuse.report.registry.record",
+        "attnfuse.pipeline.find_regions",
     } <= functions.keys()
     stages = {run.__name__: (name, run) for name, run in pipeline.STAGES}
     assert {f"attnfuse.pipeline.{name}" for name in stages} <= functions.keys()

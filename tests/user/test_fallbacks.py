@@ -62,7 +62,7 @@ def in_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend_module.reporting, "record", broken)
+    monkeypatch.setattr(backend_module.registry, "record", broken)
 
 
 FAILURES = [in_structure, in_the_kernel, in_the_compiler, in_the_search, in_the_report]

@@ -19,13 +19,13 @@ def cast(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled | str
     source = node.args[0]
     if not is_tensor(source):
         return
-    if not (dtype_of(source).is_floating_point and dtype_of(node).is_floating_point):  # type: ignore[arg-type]
+    if not (dtype_of(source).is_floating_point and dtype_of(node).is_floating_point):
         yield "the scores are cast to a dtype that is not floating"
         return
-    if value_of(source).device != value_of(node).device:  # type: ignore[arg-type]
+    if value_of(source).device != value_of(node).device:
         yield "the scores move to another device"
         return
-    yield Peeled(source, labels, lambda: (Cast(dtype_name(dtype_of(node))),))  # type: ignore[arg-type]
+    yield Peeled(source, labels, lambda: (Cast(dtype_name(dtype_of(node))),))
 
 
 RULES = {"to": cast}

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from attnfuse.expr import Expr, dense
-from attnfuse.passes.graph.aten import arguments, dtype_of, is_tensor, name_of, shape_of
+from attnfuse.passes.graph.aten import arguments, dtype_of, is_tensor, name_of, shape_of, source_of
 from attnfuse.passes.graph.constants import constant, rounded
 from attnfuse.passes.graph.labels import Labels, known_equal
 from attnfuse.passes.graph.memory import is_mutating, is_stale
@@ -64,7 +64,7 @@ def mask_of(reader: Reader, condition: fx.Node, labels: Labels, inverted: bool) 
         name_of(leaf.node) in ("logical_not", "bitwise_not") and not is_mutating(leaf.node) and not is_stale(leaf.node)
     ):
         inverted = not inverted
-        leaf = reader.shrink(leaf.node.args[0], leaf.labels)  # type: ignore[arg-type]
+        leaf = reader.shrink(source_of(leaf.node), leaf.labels)
     return dense(reader.operand(leaf), dtype_name(dtype_of(leaf.node)), inverted)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -40,7 +41,7 @@ def score_factor(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peel
             continue
         if tuple(value_of(tensor).shape) != tuple(value_of(node).shape):
             continue
-        yield Peeled(tensor, labels, lambda other=other: _times(reader, other, labels, divides))  # type: ignore[misc]
+        yield Peeled(tensor, labels, functools.partial(_times, reader, other, labels, divides))
 
 
 def _times(reader: Reader, other: fx.Node, labels: Labels, divides: bool) -> tuple[Scale, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import fx
@@ -65,7 +66,7 @@ def read(reader: Reader) -> Site | Refusal:
     )
 
 
-def _scale(reader: Reader, q: fx.Node, given: object) -> Scale:
+def _scale(reader: Reader, q: fx.Node, given: Any) -> Scale:
     """The scale that was given, or 1 / sqrt(D)."""
     depth = shape_of(q)[-1]
     if given is None and not isinstance(depth, int):
@@ -74,27 +75,27 @@ def _scale(reader: Reader, q: fx.Node, given: object) -> Scale:
         return Scale(1.0 / math.sqrt(depth) if depth > 0 else 1.0)
     number = constant(given)
     if number is None:
-        return Scale(operand=reader.operand(Leaf(given, (), number=True)))  # type: ignore[arg-type]
+        return Scale(operand=reader.operand(Leaf(given, (), number=True)))
     return Scale(float(number))
 
 
-def _fits(mask: object, labels: Labels) -> bool:
+def _fits(mask: fx.Node, labels: Labels) -> bool:
     """Whether the mask broadcasts to scores with `labels` and makes them no larger. Eager raises where it would."""
-    shape = shape_of(mask)  # type: ignore[arg-type]
+    shape = shape_of(mask)
     own = labels[len(labels) - len(shape) :]
     sizes = [dim[0].size if dim else 1 for dim in own]
     return len(own) == len(shape) and all(is_one(n) or equal_by_guard(n, size) for n, size in zip(shape, sizes))
 
 
-def _mask_steps(reader: Reader, mask: object, labels: Labels) -> list[Step]:
-    if dtype_of(mask) == torch.bool and reader.exact:  # type: ignore[arg-type]
+def _mask_steps(reader: Reader, mask: fx.Node, labels: Labels) -> list[Step]:
+    if dtype_of(mask) == torch.bool and reader.exact:
         # it is made -inf and added: NaN in a hidden key stays NaN
-        return [AddFill(fill.mask_of(reader, mask, labels, False), -math.inf)]  # type: ignore[arg-type]
-    if dtype_of(mask) == torch.bool:  # type: ignore[arg-type]
-        return [fill.replaced(reader, mask, labels, -math.inf, False)]  # type: ignore[arg-type]
+        return [AddFill(fill.mask_of(reader, mask, labels, False), -math.inf)]
+    if dtype_of(mask) == torch.bool:
+        return [fill.replaced(reader, mask, labels, -math.inf, False)]
     # the mask is added in float32 at least
-    held = torch.float64 if dtype_of(mask) == torch.float64 else torch.float32  # type: ignore[arg-type]
-    steps = bias.added_steps(reader, mask, labels, 1.0, held)  # type: ignore[arg-type]
+    held = torch.float64 if dtype_of(mask) == torch.float64 else torch.float32
+    steps = bias.added_steps(reader, mask, labels, 1.0, held)
     return steps if len(steps) == 1 else [*steps, Cast(dtype_name(held))]
 
 

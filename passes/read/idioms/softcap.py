@@ -22,7 +22,7 @@ def bounded(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled | 
     if not is_tensor(source):
         return
     if name_of(node) == "tanh":
-        yield Peeled(source, labels, lambda: (Tanh(),))  # type: ignore[arg-type]
+        yield Peeled(source, labels, lambda: (Tanh(),))
         return
     args = arguments(node)
     bounds = []
@@ -37,7 +37,7 @@ def bounded(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled | 
         # every score is then the greatest one allowed (or NaN), without a gradient
         yield "the scores are clamped between bounds that are not in order"
         return
-    yield Peeled(source, labels, lambda: (Clamp(*bounds),))  # type: ignore[arg-type]
+    yield Peeled(source, labels, lambda: (Clamp(*bounds),))
 
 
 RULES = {"tanh": bounded, "clamp": bounded, "clamp_min": bounded, "clamp_max": bounded}

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import fx
 
 from attnfuse.passes.graph import contraction, views
-from attnfuse.passes.graph.aten import arguments, dtype_of, getitem_source, is_tensor, name_of, shape_of, value_of
+from attnfuse.passes.graph.aten import (
+    arguments,
+    dtype_of,
+    getitem_source,
+    is_tensor,
+    name_of,
+    shape_of,
+    source_of,
+    value_of,
+)
 from attnfuse.passes.graph.constants import constant
 from attnfuse.passes.graph.labels import Dim, Labels, insert, is_one, known_equal
 from attnfuse.passes.graph.memory import opaque
@@ -18,7 +28,7 @@ from attnfuse.passes.read.idioms.example import Example, NearMiss
 from attnfuse.passes.read.operands import constant_factor, read_value
 from attnfuse.passes.read.reader import Reader, Scores
 from attnfuse.passes.site import Leaf, Refusal, Site
-from attnfuse.spec import ReplaceFill, Scale, Step
+from attnfuse.spec import Hidden, ReplaceFill, Scale, Step
 
 
 @dataclass
@@ -29,7 +39,7 @@ class _Path:
     labels: Labels
     inside: set[fx.Node]
     steps: list[Step] = field(default_factory=list)
-    hidden: str = "nan"
+    hidden: Hidden = "nan"
     dropout: float = 0.0
 
 
@@ -210,18 +220,19 @@ def _divided(reader: Reader, path: _Path, node: fx.Node, labels: Labels) -> tupl
         node = user
     else:
         return Refusal("the unnormalised result is not divided by its sum", node)
-    bottom: fx.Node = user.args[1]  # type: ignore[assignment]
+    bottom = cast(fx.Node, user.args[1])
     at = reader.aligned(bottom, labels)
     while bottom is not anchor.total:
         step = views.back(reader.axes, bottom, at)
         if step is None:
             if bottom in anchor.inside and name_of(bottom) == "add":
                 # a sink in the sum
-                bottom = anchor.total  # type: ignore[assignment]
+                assert anchor.total is not None
+                bottom = anchor.total
                 continue
             if name_of(bottom) != "to" or not dtype_of(bottom).is_floating_point:
                 return Refusal("the result is not divided by its sum", user)
-            bottom = bottom.args[0]  # type: ignore[assignment]
+            bottom = source_of(bottom)
             continue
         bottom, at = step.source, step.labels
     args = arguments(bottom)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import attnfuse
+
 B, H, L, D = 2, 4, 16, 8
 
 

@@ -35,7 +35,7 @@ import typer
 
 import attnfuse
 from attnfuse import demo, expr, passes
-from attnfuse.reporting import Report, SiteReport
+from attnfuse.report.report import Report, SiteReport
 from benchmarks import results
 from benchmarks.coverage import cases as coverage
 from benchmarks.coverage.cases.hugging_face import Skipped

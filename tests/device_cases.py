@@ -85,7 +85,7 @@ def _pretend_resources(monkeypatch: pytest.MonkeyPatch, large: configs.Config) -
 
 
 @pytest.mark.parametrize("elements", [65535, 65536, 100000])
-def test_regression_13_batches_beyond_16_bits(device, elements):
+def test_batches_beyond_16_bits(device, elements):
     if device.type == "cpu":
         if elements != 65536:
             pytest.skip("a program takes the interpreter a tenth of a second: one number, and a small one")
@@ -106,7 +106,7 @@ def far(x: Tensor, dim: int) -> Tensor:
 
 @pytest.mark.parametrize("which", ["q", "k", "v", "bias"])
 @pytest.mark.parametrize("dim", [1, 2])
-def test_regression_21_offsets_beyond_31_bits(device, which, dim):
+def test_offsets_beyond_31_bits(device, which, dim):
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 8 << 30:
         pytest.skip("needs 8 GiB of free memory on the device")
     with device:

@@ -1,5 +1,4 @@
-"""Ways in which attention fusers have gone wrong elsewhere, each as a test. The number in a docstring counts them through;
-a six-digit one is that of an issue of PyTorch."""
+"""Ways in which attention fusers have gone wrong elsewhere, each as a test. pytorch#n is an issue of pytorch/pytorch."""
 
 from __future__ import annotations
 
@@ -96,7 +95,7 @@ PERMUTATIONS = list(itertools.permutations(range(4)))
 
 @pytest.mark.parametrize("which", range(3))
 def test_only_true_transposes_match_among_all_permutations_of_square_dims(which: int) -> None:
-    """1 (195320): B=1, H=Q=K=D, so that every permutation of q, k or v has the right shape."""
+    """pytorch#195320: B=1, H=Q=K=D, so that every permutation of q, k or v has the right shape."""
     tensors = [torch.randn(1, 4, 4, 4) for _ in range(3)]
     for order in PERMUTATIONS:
 
@@ -112,7 +111,7 @@ def test_only_true_transposes_match_among_all_permutations_of_square_dims(which:
 
 @pytest.mark.parametrize("order", PERMUTATIONS)
 def test_second_factor_is_right_under_every_permutation(order: tuple[int, ...]) -> None:
-    """1 (195320): k permuted in place of the transposition."""
+    """pytorch#195320: k permuted in place of the transposition."""
     q, k, v = (torch.randn(1, 4, 4, 4) for _ in range(3))
     assert_as_good_as_eager(
         lambda q, k, v: (q @ k.permute(order).reshape(1, 4, 4, 4)).softmax(-1) @ v, q, k, v, grad=False
@@ -121,7 +120,7 @@ def test_second_factor_is_right_under_every_permutation(order: tuple[int, ...]) 
 
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_k_permuted_across_heads_is_right(inner: str) -> None:
-    """1: q @ k.permute(0, 2, 3, 1) with B=1 and H=S, which Inductor takes for attention."""
+    """Q @ k.permute(0, 2, 3, 1) with B=1 and H=S, which Inductor takes for attention."""
     q, k, v = (torch.randn(1, 8, 8, 16), torch.randn(1, 8, 8, 16), torch.randn(1, 8, 8, 16))
     assert_as_good_as_eager(
         lambda q, k, v: (q @ k.permute(0, 2, 3, 1) / 4.0).softmax(-1) @ v, q, k, v, options={"inner": inner}
@@ -156,7 +155,7 @@ CONSTANTS: dict[str, tuple[Callable[[float], Function], list[float]]] = {
 
 @pytest.mark.parametrize(("name", "value"), [(n, c) for n, (_, cs) in CONSTANTS.items() for c in cs])
 def test_every_constant_counts(name: str, value: float) -> None:
-    """2 (191260): a graph that matches with one constant, with others in its place."""
+    """pytorch#191260: a graph that matches with one constant, with others in its place."""
     assert_as_good_as_eager(CONSTANTS[name][0](value), *qkv())
 
 
@@ -167,14 +166,14 @@ def _softmax_over(dim: int) -> Function:
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 @pytest.mark.parametrize("dim", [-4, -3, -2, -1, 0, 1, 2, 3])
 def test_softmax_over_any_dim_is_right(dim: int, inner: str) -> None:
-    """3 (196468): Inductor fuses softmax over dim -2, 1 and 0 as if it were the last."""
+    """pytorch#196468: Inductor fuses softmax over dim -2, 1 and 0 as if it were the last."""
     assert_as_good_as_eager(_softmax_over(dim), *qkv(B=3, H=4, Q=16, K=16), options={"inner": inner})
     assert fused() == (dim in (-1, 3))
 
 
 @pytest.mark.parametrize("transposed", [True, False])
 def test_attention_written_the_other_way_round_is_attention(transposed: bool) -> None:
-    """3: softmax over dim -2 of k @ q.T, read by rows of its transpose, is one; read by its own rows it is none."""
+    """Softmax over dim -2 of k @ q.T, read by rows of its transpose, is one; read by its own rows it is none."""
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         weights = (k @ q.mT * 0.3).softmax(-2)
@@ -192,7 +191,7 @@ def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
 
 
 def test_perturbed_mask_changes_the_output_as_in_eager() -> None:
-    """4: one element of the mask at a time, with one compiled graph."""
+    """One element of the mask at a time, with one compiled graph."""
     q, k, v = qkv(Q=5, K=6)
     mask = torch.randn(2, 1, 5, 6)
     call = torch.compile(_masked, backend="attnfuse", options=FAST)
@@ -207,7 +206,7 @@ def test_perturbed_mask_changes_the_output_as_in_eager() -> None:
 
 
 def test_every_captured_input_is_used() -> None:
-    """5 (155792): scale, bias, mask and head weights all come in as tensors; changing any changes the output as in eager."""
+    """pytorch#155792: scale, bias, mask and head weights all come in as tensors; changing any changes the output as in eager."""
 
     def run(q: Any, k: Any, v: Any, scale: Any, bias: Any, keep: Any, heads: Any) -> torch.Tensor:
         scores = (q @ k.mT * scale + bias).masked_fill(~keep, -1e9)
@@ -261,7 +260,7 @@ SPELLINGS: dict[str, Function] = {
 
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_commuted_and_reassociated_spellings_match(name: str) -> None:
-    """6 (195782)"""
+    """pytorch#195782"""
     mask = torch.randn(1, 1, 17, 17)
     assert_as_good_as_eager(SPELLINGS[name], *qkv(), mask)
     assert statuses() == ["fused"], [s.reason for r in attnfuse.reports() for s in r.sites]
@@ -276,7 +275,7 @@ MASK_DTYPES = ["bool", "uint8", "int8", "int16", "int32", "int64", "float16", "b
 @pytest.mark.parametrize("mask_dtype", MASK_DTYPES)
 @pytest.mark.parametrize("how", ["added", "filled", "where", "sdpa"])
 def test_every_mask_dtype_matches_or_is_refused(mask_dtype: str, dtype: torch.dtype, how: str) -> None:
-    """7 (100315): never an error that eager does not raise, never another dtype of the result."""
+    """pytorch#100315: never an error that eager does not raise, never another dtype of the result."""
     mask = (torch.rand(2, 1, 17, 17) > 0.4).to(getattr(torch, mask_dtype))
     mask[..., 0] = 1
 
@@ -330,7 +329,7 @@ def _with_fill(name: str) -> Function:
 @pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FILLS)
 def test_fully_hidden_rows_equal_eager_forward_and_backward(name: str, inner: str) -> None:
-    """8 (103963), 9 (110213): NaN where eager has it, the average over all keys where eager has that, gradients too."""
+    """pytorch#103963, pytorch#110213: NaN where eager has it, the average over all keys where eager has that, gradients too."""
     keep = torch.rand(2, 1, 17, 33) > 0.5
     keep[0, :, 3] = False
     keep[1, :, 5:9] = False
@@ -339,7 +338,7 @@ def test_fully_hidden_rows_equal_eager_forward_and_backward(name: str, inner: st
 
 
 def test_all_false_rows_of_sdpa_give_zero_and_no_gradient() -> None:
-    """8 (103963): scaled_dot_product_attention's own rule."""
+    """pytorch#103963: scaled_dot_product_attention's own rule."""
     keep = torch.rand(2, 1, 17, 33) > 0.5
     keep[:, :, 4] = False
     found = assert_as_good_as_eager(
@@ -350,7 +349,7 @@ def test_all_false_rows_of_sdpa_give_zero_and_no_gradient() -> None:
 
 
 def test_all_false_mask_as_a_whole_equals_eager() -> None:
-    """8 (103963)"""
+    """pytorch#103963"""
     keep = torch.zeros(2, 1, 1, 17, dtype=torch.bool)
     for name in FILLS:
         assert_as_good_as_eager(_with_fill(name), *qkv(), keep)
@@ -358,7 +357,7 @@ def test_all_false_mask_as_a_whole_equals_eager() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_leading_128_columns_of_minimum_give_finite_outputs_and_gradients(dtype: torch.dtype) -> None:
-    """9 (109517): the first tiles of keys are hidden by finfo.min."""
+    """pytorch#109517: the first tiles of keys are hidden by finfo.min."""
     low = torch.finfo(dtype).min
     mask = torch.zeros(1, 1, 1, 256, dtype=dtype)
     mask[..., :128] = low
@@ -375,7 +374,7 @@ def test_leading_128_columns_of_minimum_give_finite_outputs_and_gradients(dtype:
 @pytest.mark.parametrize("where", ["k", "v"])
 @pytest.mark.parametrize("name", ["masked_fill -inf", "masked_fill min", "add -inf", "add min"])
 def test_non_finite_values_in_hidden_keys_behave_as_in_eager(name: str, where: str, planted: float) -> None:
-    """10 (101967): under nan_policy='eager'."""
+    """pytorch#101967: under nan_policy='eager'."""
     q, k, v = qkv(Q=9, K=40)
     keep = torch.ones(2, 1, 1, 40, dtype=torch.bool)
     keep[..., 30:] = False
@@ -390,7 +389,7 @@ def test_non_finite_values_in_hidden_keys_behave_as_in_eager(name: str, where: s
 
 
 def test_skipping_leaves_finite_inputs_as_in_eager_and_never_spreads_what_is_hidden() -> None:
-    """10 (101967): under nan_policy='skip' a NaN in a hidden key may vanish, and may not appear in any other place."""
+    """pytorch#101967: under nan_policy='skip' a NaN in a hidden key may vanish, and may not appear in any other place."""
     q, k, v = qkv(Q=40, K=40)
     hide = torch.ones(40, 40, dtype=torch.bool).triu(1)
 
@@ -407,7 +406,7 @@ def test_skipping_leaves_finite_inputs_as_in_eager_and_never_spreads_what_is_hid
 
 
 def test_expanded_keys_and_odd_lengths_are_right() -> None:
-    """11 (191937): stride-0 k and v, K % 32 == 1."""
+    """pytorch#191937: stride-0 k and v, K % 32 == 1."""
     q = torch.randn(2, 4, 31, 16)
     k, v = (torch.randn(2, 1, 65, 16).expand(2, 4, 65, 16) for _ in range(2))
     assert k.stride(1) == 0
@@ -420,7 +419,7 @@ def test_expanded_keys_and_odd_lengths_are_right() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_wide_heads_with_a_mask_are_right(dtype: torch.dtype) -> None:
-    """11 (191937): D=512, a mask, bfloat16."""
+    """pytorch#191937: D=512, a mask, bfloat16."""
     mask = torch.zeros(1, 1, 33, 33, dtype=dtype).masked_fill(torch.ones(33, 33).triu(1) == 1, torch.finfo(dtype).min)
     q, k, v = qkv(B=1, Q=33, K=33, D=512, dtype=dtype)
 
@@ -432,7 +431,7 @@ def test_wide_heads_with_a_mask_are_right(dtype: torch.dtype) -> None:
 
 
 def test_very_negative_scores_keep_the_gradient_of_q_finite() -> None:
-    """12 (196678): L % 128 == 64 and rows whose log-sum-exp is below -88.7, with a mask."""
+    """pytorch#196678: L % 128 == 64 and rows whose log-sum-exp is below -88.7, with a mask."""
     q, k, v = qkv(B=1, H=1, Q=192, K=192)
     q, k = q.abs() + 1, -8 * (k.abs() + 1)
     hide = torch.ones(192, 192, dtype=torch.bool).triu(1)
@@ -448,7 +447,7 @@ def test_very_negative_scores_keep_the_gradient_of_q_finite() -> None:
 
 @pytest.mark.parametrize("level", [120.0, -120.0])
 def test_large_scores_do_not_overflow(level: float) -> None:
-    """12: scores around +-120, whose exponential overflows float32 without the maximum taken off."""
+    """Scores around +-120, whose exponential overflows float32 without the maximum taken off."""
     q, k, v = qkv()
     assert_as_good_as_eager(lambda q, k, v: (q @ k.mT * 0.25 + level).softmax(-1) @ v, q, k, v)
     assert fused() == 1
@@ -458,7 +457,7 @@ def test_large_scores_do_not_overflow(level: float) -> None:
 
 
 def test_dynamic_shapes_with_a_new_mask_each_step_give_no_nan() -> None:
-    """14 (186775)"""
+    """pytorch#186775"""
     call = torch.compile(_masked, backend="attnfuse", dynamic=True, options=FAST)
     for step, length in enumerate((16, 24, 33, 7, 40)):
         q, k, v = qkv(Q=length, K=length)
@@ -474,7 +473,7 @@ def test_dynamic_shapes_with_a_new_mask_each_step_give_no_nan() -> None:
 
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_length_51_compiles_with_dynamic_shapes(inner: str) -> None:
-    """14 (147756)"""
+    """pytorch#147756"""
     assert_as_good_as_eager(attend, *qkv(Q=51, K=51), dynamic=True, options={"inner": inner})
     assert fused() == 1
 
@@ -482,7 +481,7 @@ def test_length_51_compiles_with_dynamic_shapes(inner: str) -> None:
 @pytest.mark.parametrize("E", [1, 8, 24])
 @pytest.mark.parametrize("spelling", ["softmax", "sdpa"])
 def test_value_width_of_its_own_gives_eagers_shape_and_strides(E: int, spelling: str) -> None:
-    """15 (147701, 133671): E != D; compiled metadata and the fake's equal eager's."""
+    """pytorch#147701, pytorch#133671: E != D; compiled metadata and the fake's equal eager's."""
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if spelling == "sdpa":
@@ -510,7 +509,7 @@ def test_value_width_of_its_own_gives_eagers_shape_and_strides(E: int, spelling:
     ],
 )
 def test_real_strides_equal_the_fakes_in_every_layout(lay_out: Function) -> None:
-    """15 (133671): the view that follows counts on eager's strides; the op's own equal what its fake says."""
+    """pytorch#133671: the view that follows counts on eager's strides; the op's own equal what its fake says."""
     inputs = [lay_out(t) for t in qkv()]
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -535,7 +534,7 @@ def _aligned(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, corner: str) -> 
 @pytest.mark.parametrize("corner", ["top left", "bottom right"])
 @pytest.mark.parametrize(("Q", "K"), [(9, 17), (17, 9), (1, 33), (33, 33), (64, 65)])
 def test_causal_corner_is_kept_for_unequal_lengths(corner: str, Q: int, K: int) -> None:
-    """19 (110144): with more queries than keys, bottom-right rows are hidden as a whole and give eager's NaN."""
+    """pytorch#110144: with more queries than keys, bottom-right rows are hidden as a whole and give eager's NaN."""
     found = assert_as_good_as_eager(lambda q, k, v: _aligned(q, k, v, corner), *qkv(Q=Q, K=K))
     assert found.isnan().any() == (corner == "bottom right" and Q > K)
     assert fused() == 1
@@ -543,7 +542,7 @@ def test_causal_corner_is_kept_for_unequal_lengths(corner: str, Q: int, K: int) 
 
 @pytest.mark.parametrize(("Q", "K"), [(9, 17), (17, 9), (33, 33)])
 def test_is_causal_of_sdpa_is_top_left(Q: int, K: int) -> None:
-    """19 (110144)"""
+    """pytorch#110144"""
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -561,7 +560,7 @@ def test_is_causal_of_sdpa_is_top_left(Q: int, K: int) -> None:
 @pytest.mark.models
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_error_ratio_holds_for_a_model_of_many_layers(dtype: torch.dtype) -> None:
-    """18 (179578, 117957): what is within the bar in one layer must not add up over eight."""
+    """pytorch#179578, pytorch#117957: what is within the bar in one layer must not add up over eight."""
     from model_zoo import build
 
     model, inputs = build("llama", num_hidden_layers=8)
@@ -578,7 +577,7 @@ def _dropping(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, training: bool,
 
 
 def test_dropout_is_exactly_off_in_eval() -> None:
-    """20 (124464): the same bits as without dropout, call after call."""
+    """pytorch#124464: the same bits as without dropout, call after call."""
     inputs = qkv()
     off = torch.compile(lambda q, k, v: _dropping(q, k, v, False), backend="attnfuse", options=FAST)
     plain = torch.compile(lambda q, k, v: (q @ k.mT * 0.25).softmax(-1) @ v, backend="attnfuse", options=FAST)
@@ -590,7 +589,7 @@ def test_dropout_is_exactly_off_in_eval() -> None:
 
 
 def test_dropout_of_a_module_follows_train_and_eval() -> None:
-    """20 (124464)"""
+    """pytorch#124464"""
     from model_zoo import NanoAttention
 
     model = NanoAttention(dropout=0.5)
@@ -611,7 +610,7 @@ def _weights_dropped(call: Function) -> torch.Tensor:
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
 def test_same_seed_gives_the_same_dropout_and_backward_uses_it(inner: str) -> None:
-    """20 (175274): the gradient of v is that of the mask that forward drew."""
+    """pytorch#175274: the gradient of v is that of the mask that forward drew."""
     call = torch.compile(lambda q, k, v: _dropping(q, k, v, True), backend="attnfuse", options={**FAST, "inner": inner})
     first, second = (_weights_dropped(call) for _ in range(2))
     assert torch.equal(first, second)
@@ -628,7 +627,7 @@ def test_same_seed_gives_the_same_dropout_and_backward_uses_it(inner: str) -> No
 
 
 def test_dropout_keeps_the_expectation_of_every_weight() -> None:
-    """20: mean over 400 draws within five standard errors, and about p of the weights are dropped."""
+    """Mean over 400 draws within five standard errors, and about p of the weights are dropped."""
     q, k = torch.randn(1, 1, 8, 16), torch.randn(1, 1, 8, 16)
     v = torch.eye(8).expand(1, 1, 8, 8)
     call = torch.compile(lambda q, k, v: _dropping(q, k, v, True), backend="attnfuse", options=FAST)
@@ -642,7 +641,7 @@ def test_dropout_keeps_the_expectation_of_every_weight() -> None:
 
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_checkpoint_recomputes_the_dropout_of_forward(inner: str) -> None:
-    """20 (175274): under activation checkpointing the gradient of v still fits the output that was seen."""
+    """pytorch#175274: under activation checkpointing the gradient of v still fits the output that was seen."""
     from torch.utils.checkpoint import checkpoint
 
     def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -745,7 +744,7 @@ NO_GRADIENT = {_k_edited_between, _q_edited_between, _k_and_v_share_memory_and_a
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 @pytest.mark.parametrize("run", EDITS)
 def test_edits_between_the_products_are_refused_or_equal(run: Function, inner: str, grad: bool) -> None:
-    """25: results, gradients and what is left in the arguments equal eager's."""
+    """Results, gradients and what is left in the arguments equal eager's."""
     tensors = [*qkv(), torch.randn(2, 2, 17, 17)]
     if grad and inner == "aot_eager" and run in (_k_and_v_share_memory_and_are_edited, _weights_edited):
         # AOTAutograd traces the backward, which eager refuses too, while it compiles: with attnfuse or without
@@ -788,7 +787,7 @@ def test_scores_also_returned_equal_eager() -> None:
 
 
 def test_outputs_that_the_caller_edits_do_not_change_gradients_or_other_outputs() -> None:
-    """25: two views of one result are given out; the caller writes into one."""
+    """Two views of one result are given out; the caller writes into one."""
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         out = (q @ k.mT * 0.25).softmax(-1) @ v
@@ -807,7 +806,7 @@ def test_outputs_that_the_caller_edits_do_not_change_gradients_or_other_outputs(
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
 def test_output_edited_by_the_caller_before_backward_does_not_spoil_the_gradient(inner: str) -> None:
-    """25: eager needs its weights for the gradient, not its output, so that such an edit is allowed."""
+    """Eager needs its weights for the gradient, not its output, so that such an edit is allowed."""
     inputs = qkv()
     results = []
     for call in (attend, torch.compile(attend, backend="attnfuse", options={**FAST, "inner": inner})):
@@ -827,7 +826,7 @@ def test_output_edited_by_the_caller_before_backward_does_not_spoil_the_gradient
     "spoiled", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)]
 )
 def test_nan_on_one_side_only_fails_the_comparison(spoiled: tuple[bool, bool, bool], kind: Any) -> None:
-    """26: NaN in the oracle, in eager or in the compiled result alone never counts as equal."""
+    """NaN in the oracle, in eager or in the compiled result alone never counts as equal."""
     tensors = [torch.ones(4, dtype=d) for d in (torch.float64, torch.float32, torch.float32)]
     assert compare("x", *tensors, kind=kind).holds
     for tensor, spoil in zip(tensors, spoiled):
@@ -859,7 +858,7 @@ def test_small_error_in_one_element_fails_the_comparison(error: float) -> None:
 
 
 def test_verify_fails_where_the_compiled_result_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """26: the whole of verify, with a kernel that is wrong in one row."""
+    """The whole of verify, with a kernel that is wrong in one row."""
     from attnfuse import ops
     from attnfuse.kernels import CPU
 
@@ -878,7 +877,7 @@ def test_verify_fails_where_the_compiled_result_is_off(monkeypatch: pytest.Monke
 
 
 def test_helper_of_this_file_fails_on_a_wrong_result() -> None:
-    """26: assert_as_good_as_eager itself."""
+    """Assert_as_good_as_eager itself."""
 
     def unstable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return attend(q, k, v) + (1e-2 if not torch.compiler.is_compiling() else 0.0)

@@ -64,7 +64,7 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-4, atol=1e-5)
 
 
-# --- J2 ---------------------------------------------------------------------------------------------------------------
+# --- biases beside FBGEMM's operator ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("heads_of_bias", [1, HEADS])
@@ -121,7 +121,7 @@ def test_dense_queries_with_a_bias_against_jagged_keys_equal_fbgemm(fbgemm):
     assert [s.status for r in attnfuse.reports() for s in r.sites] == ["fused"]
 
 
-# --- J4 ---------------------------------------------------------------------------------------------------------------
+# --- attention that is no scaled_dot_product_attention ----------------------------------------------------------------
 
 
 def padded(x: torch.Tensor) -> torch.Tensor:
@@ -191,7 +191,7 @@ def test_softmax_over_the_longest_length_equals_fbgemm(fbgemm):
             close(a, b)
 
 
-# --- J7 ---------------------------------------------------------------------------------------------------------------
+# --- balanced tiles ---------------------------------------------------------------------------------------------------
 
 #: Streaming multiprocessors of an H100.
 PROCESSORS = 132

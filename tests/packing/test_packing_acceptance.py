@@ -125,13 +125,13 @@ class Graphs:
 SYNCS = (".item", "_local_scalar_dense", "nonzero", "masked_select", "repeat_interleave", "unique")
 
 
-# P1
+# --- positions that restart -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.models
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("name", DECODERS)
-def test_p1_positions_that_restart_anywhere_give_each_sample_its_own(name: str, attention: str) -> None:
+def test_positions_that_restart_anywhere_give_each_sample_its_own(name: str, attention: str) -> None:
     model = decoder(name, attention)
     run = compiled(model)
     with torch.no_grad():
@@ -169,7 +169,7 @@ def encode(model: nn.Module, position_ids: torch.Tensor, **inputs: torch.Tensor)
 
 @pytest.mark.models
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_p1_encoders_with_positions_from_two_on_give_each_sample_its_own(attention: str) -> None:
+def test_encoders_with_positions_from_two_on_give_each_sample_its_own(attention: str) -> None:
     model, graphs = roberta(attention), Graphs()
     run = torch.compile(encode, backend=graphs, fullgraph=True)
     for lengths in PACKINGS:
@@ -186,7 +186,7 @@ def test_p1_encoders_with_positions_from_two_on_give_each_sample_its_own(attenti
     assert all("documents" in reads for reads in graphs.reads), graphs.reads
 
 
-# P2
+# --- nothing between samples ------------------------------------------------------------------------------------------
 
 
 def assert_zero_outside(grad: torch.Tensor | None, lengths: tuple[int, ...], own: int) -> None:
@@ -199,7 +199,7 @@ def assert_zero_outside(grad: torch.Tensor | None, lengths: tuple[int, ...], own
 @pytest.mark.models
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("name", DECODERS)
-def test_p2_no_gradient_between_samples_and_no_square_tensor(name: str, attention: str) -> None:
+def test_no_gradient_between_samples_and_no_square_tensor(name: str, attention: str) -> None:
     model, graphs = decoder(name, attention), Graphs()
     run = torch.compile(model, backend=graphs, fullgraph=True)
     for lengths in PACKINGS[:3]:
@@ -219,7 +219,7 @@ def test_p2_no_gradient_between_samples_and_no_square_tensor(name: str, attentio
 
 
 @pytest.mark.models
-def test_p2_the_mask_of_a_pack_leaves_whole_tiles_to_skip() -> None:
+def test_the_mask_of_a_pack_leaves_whole_tiles_to_skip() -> None:
     batch = packed(samples_of((32,) * 4))
     report = attnfuse.explain(decoder("llama", "sdpa"), **batch)
     for site in report.sites:
@@ -236,7 +236,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position_ids: torc
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_p2_the_kernel_takes_the_time_of_the_tiles_that_are_left(training: bool) -> None:
+def test_the_kernel_takes_the_time_of_the_tiles_that_are_left(training: bool) -> None:
     """128 samples of 64 tokens have a 128th of the products that one of 8192 has; a quarter of the time is asked for."""
     tokens = 8192
     run = compiled(attend)
@@ -259,13 +259,13 @@ def test_p2_the_kernel_takes_the_time_of_the_tiles_that_are_left(training: bool)
     assert seconds["many"] < seconds["one"] / 4, seconds
 
 
-# P3
+# --- what the flattening collator adds --------------------------------------------------------------------------------
 
 
 @pytest.mark.models
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_p3_what_the_flattening_collator_adds_is_taken_without_a_break_or_a_sync(
+def test_what_the_flattening_collator_adds_is_taken_without_a_break_or_a_sync(
     name: str, attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Number of samples and longest sample change from batch to batch, and nothing is compiled anew for them."""
@@ -287,7 +287,7 @@ def test_p3_what_the_flattening_collator_adds_is_taken_without_a_break_or_a_sync
 
 @pytest.mark.models
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_p3_no_op_of_the_graphs_reads_a_value_or_makes_a_size_of_it(attention: str) -> None:
+def test_no_op_of_the_graphs_reads_a_value_or_makes_a_size_of_it(attention: str) -> None:
     model, graphs = decoder("llama", attention).train(), Graphs()
     batch = packed(samples_of(PACKINGS[0]), return_flash_attn_kwargs=True, return_labels=True)
     torch.compile(model, backend=graphs, fullgraph=True)(**batch).loss.backward()
@@ -297,17 +297,17 @@ def test_p3_no_op_of_the_graphs_reads_a_value_or_makes_a_size_of_it(attention: s
     assert not [name for name in names if any(sync in name for sync in SYNCS)]
 
 
-def test_p3_the_host_check_sees_a_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_host_check_sees_a_read(monkeypatch: pytest.MonkeyPatch) -> None:
     with nothing_read_by_the_host(monkeypatch), pytest.raises(AssertionError, match="read by the host"):
         int(torch.ones(1))
 
 
-# P4
+# --- one compilation for packed and padded batches --------------------------------------------------------------------
 
 
 @pytest.mark.models
 @pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
-def test_p4_unpacked_batches_of_the_same_compiled_model_are_eagers(attention: str) -> None:
+def test_unpacked_batches_of_the_same_compiled_model_are_eagers(attention: str) -> None:
     model = decoder("llama", attention, num_hidden_layers=1)
     run = compiled(model)
     with torch.no_grad():
@@ -338,7 +338,7 @@ SIZES = ((9, 10, 22), (40,), (1, 2), (64, 33, 2), (5, 0, 6))
         *(pytest.param(a, d, marks=pytest.mark.slow) for a, d in (("sdpa", None), ("eager", True), ("eager", None))),
     ],
 )
-def test_p4_one_compilation_serves_packs_of_all_sizes(attention: str, dynamic: bool | None) -> None:
+def test_one_compilation_serves_packs_of_all_sizes(attention: str, dynamic: bool | None) -> None:
     """At once if asked to, else from the second size on."""
     model = decoder("llama", attention, num_hidden_layers=1).train()
     run = compiled(model, dynamic=dynamic)
@@ -361,7 +361,7 @@ def test_p4_one_compilation_serves_packs_of_all_sizes(attention: str, dynamic: b
     assert all(site.status == "fused" for report in attnfuse.reports() for site in report.sites)
 
 
-# P5
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
 def padded(samples: list[torch.Tensor], length: int) -> Batch:
@@ -410,7 +410,7 @@ def texts() -> list[list[torch.Tensor]]:
         *(pytest.param(*case, marks=pytest.mark.slow) for case in (("eager", "aot_eager"), ("sdpa", "inductor"))),
     ],
 )
-def test_p5_losses_of_packed_training_are_those_of_padded_training(attention: str, inner: str) -> None:
+def test_losses_of_packed_training_are_those_of_padded_training(attention: str, inner: str) -> None:
     steps = texts()
     model = decoder("llama", attention).train()
 
@@ -444,7 +444,7 @@ def test_p5_losses_of_packed_training_are_those_of_padded_training(attention: st
 
 @pytest.mark.models
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_regression_17_other_samples_of_a_pack_stay_bit_for_bit(attention: str) -> None:
+def test_other_samples_of_a_pack_stay_bit_for_bit(attention: str) -> None:
     """177378. Also for samples of one token and with samples of none in the minibatch, which leave no trace."""
     model = decoder("mistral", attention)
     run = compiled(model)
@@ -472,7 +472,7 @@ def test_regression_17_other_samples_of_a_pack_stay_bit_for_bit(attention: str) 
 
 @pytest.mark.models
 @pytest.mark.parametrize("length", [1, 2])
-def test_regression_17_packs_of_one_sample_and_one_token(length: int) -> None:
+def test_packs_of_one_sample_and_one_token(length: int) -> None:
     """130196: a batch of one, and lengths of one."""
     model = decoder("llama", "sdpa", num_hidden_layers=1)
     samples = samples_of((length,))
@@ -481,7 +481,7 @@ def test_regression_17_packs_of_one_sample_and_one_token(length: int) -> None:
 
 
 @pytest.mark.parametrize("lengths", [(0, 0), (0,), (1,), (0, 1, 0)])
-def test_regression_17_nested_queries_without_rows_have_a_backward(lengths: tuple[int, ...]) -> None:
+def test_nested_queries_without_rows_have_a_backward(lengths: tuple[int, ...]) -> None:
     """Of a batch of one as well; keys that no query sees get zeros."""
     queries = [torch.randn(n, 2, 8, requires_grad=True) for n in lengths]
     keys, values = ([torch.randn(3, 2, 8, requires_grad=True) for _ in lengths] for _ in range(2))

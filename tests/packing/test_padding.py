@@ -1,4 +1,4 @@
-"""Padding taken out around attentions (passes/padding/region.py): J3 of the jagged systems, and what must stay as it is."""
+"""Padding taken out around attentions (passes/padding/region.py), and what must stay as it is."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def padded_tensors() -> list[str]:
 
 @pytest.mark.parametrize("pad", PADS)
 @pytest.mark.parametrize("unpad", [back_by_op, back_by_mask])
-def test_j3_pad_attend_unpad_runs_on_packed_rows(pad: Any, unpad: Any) -> None:
+def test_what_is_padded_and_unpadded_runs_on_packed_rows(pad: Any, unpad: Any) -> None:
     model = Encoder(pad, unpad).eval()
     values, offsets = inputs(nested=pad is by_nested)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_j3_pad_attend_unpad_runs_on_packed_rows(pad: Any, unpad: Any) -> None:
 
 
 @pytest.mark.parametrize("pad", [by_gather, by_write, by_nested])
-def test_j3_training(pad: Any) -> None:
+def test_training_runs_on_packed_rows(pad: Any) -> None:
     """Gradients of all parameters and of the rows are those of the padded model, in which nothing reads padding."""
     model = Encoder(pad, back_by_mask)
     values, offsets = inputs()
@@ -137,7 +137,7 @@ def test_j3_training(pad: Any) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_j3_through_inductor_with_other_lengths() -> None:
+def test_packed_rows_through_inductor_with_other_lengths() -> None:
     """Other lengths of other batches run on the graphs that are there."""
     model = Encoder(by_gather, back_by_op, blocks=1).eval()
     run = torch.compile(

@@ -105,7 +105,7 @@ class Block(nn.Module):
         return self.out(out.transpose(1, 2).flatten(-2))
 
 
-# --- J1 ---------------------------------------------------------------------------------------------------------------
+# --- attention of jagged queries, keys and values ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
@@ -252,7 +252,7 @@ def test_low_precision_and_autocast(dtype):
     assert cast.dtype == torch.bfloat16 and float((cast.values().double() - wanted).abs().max()) < 3e-2
 
 
-# --- J5 ---------------------------------------------------------------------------------------------------------------
+# --- dense beside jagged ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -286,7 +286,7 @@ def test_jagged_queries_against_dense_keys():
         torch.testing.assert_close(a.double(), row(b, *[k[i].transpose(0, 1)] * 2), rtol=1e-4, atol=1e-5)
 
 
-# --- J9 and independence ----------------------------------------------------------------------------------------------
+# --- other lengths, and independence of sequences ---------------------------------------------------------------------
 
 
 def test_other_lengths_compile_nothing_anew():

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnfuse.passes import views
+from attnfuse.passes import moves, views
 from attnfuse.passes.aten import dtype_of, name_of, shape_of
 from attnfuse.passes.capture import getitem_source, value_of
 from attnfuse.passes.emit import EmitError, Emitter, Writer
@@ -119,9 +119,9 @@ class Unpadder:
             return self.made[node.args[0]]  # type: ignore[index]
         if name == "to":
             return writer.method("to", self.made[node.args[0]], dtype_of(node))  # type: ignore[index]
-        if name in ("view", "expand"):
-            shape = self._shape(writer, node)
-            return writer.method("expand" if name == "expand" else "reshape", self.made[node.args[0]], *shape)  # type: ignore[index]
+        moved = moves.dim_map(node)
+        if moved is not None and moved.method is not None:
+            return writer.method(moved.method, self.made[moved.source], *self._shape(writer, node))
         args = [self._argument(writer, node, i, x) for i, x in enumerate(node.args)]
         kwargs = fx.node.map_arg(dict(node.kwargs), writer.node_for)
         return writer.call(node.target, tuple(args), kwargs)  # type: ignore[arg-type]

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnfuse.passes import views
+from attnfuse.passes import moves, views
 from attnfuse.passes.aten import arguments, constant, dtype_of, is_tensor, name_of, shape_of
 from attnfuse.passes.capture import View, is_stale
 from attnfuse.passes.labels import is_one, known_equal
 from attnfuse.passes.maxima import maximum_subtracted
+from attnfuse.passes.moves import Slice
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ def cut_off(view: View, weights: fx.Node, dim: int, first: bool) -> tuple[fx.Nod
             return None
         inside.add(node)
         user = users[0]
-        if name_of(user) in ("slice", "narrow"):
-            return (user, frozenset(inside | {user})) if _drops_one(user, node, dim, first) else None
+        if _drops_one(user, node, dim, first):
+            return user, frozenset(inside | {user})
         cast = name_of(user) == "to" and dtype_of(user).is_floating_point
         if not cast and not views.is_identity(user):
             return None
@@ -106,16 +107,12 @@ def cut_off(view: View, weights: fx.Node, dim: int, first: bool) -> tuple[fx.Nod
 
 
 def _drops_one(cut: fx.Node, source: fx.Node, dim: int, first: bool) -> bool:
-    args, rank = arguments(cut), len(shape_of(source))
-    whole, left = shape_of(source)[dim], shape_of(cut)[dim]
-    if args["dim"] % rank != dim % rank or not known_equal(left + 1, whole):
+    found, own = moves.dim_map(cut), shape_of(source)
+    at = dim % len(own)
+    if found is None or found.fixed or len(found.dims) != len(own) or not known_equal(found.shape[at] + 1, own[at]):
         return False
-    if name_of(cut) == "slice" and args["step"] != 1:
-        return False
-    begins = 0.0 if args["start"] is None else constant(args["start"])
-    if begins is not None and begins < 0 and constant(whole) is not None:
-        begins += constant(whole)  # type: ignore[operator]
-    return begins == (1.0 if first else 0.0)
+    taken = found.dims[at]
+    return isinstance(taken, Slice) and taken.step == 1 and known_equal(taken.start, 1 if first else 0)
 
 
 def added(total: fx.Node, shift: fx.Node | None) -> tuple[fx.Node | float, frozenset[fx.Node]] | None:

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from attnfuse.expr import Algebra, Const, Expr, substitute
-from attnfuse.passes import moves, rowwise, terms, unpadder, views, vocabulary
+from attnfuse.passes import moves, padding, rowwise, sinks, terms, unpadder, views, vocabulary
 from attnfuse.passes.aten import shape_of
 from attnfuse.passes.capture import View, value_of
 from attnfuse.passes.labels import Atom, Axes, Labels
@@ -530,7 +530,7 @@ def names_in(module: ModuleType) -> set[str]:
     return {text for text in texts if isinstance(text, str)} & moves.MOVES
 
 
-@pytest.mark.parametrize("module", [views, terms, rowwise, unpadder], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [views, terms, rowwise, unpadder, sinks, padding], ids=lambda m: m.__name__)
 def test_no_reader_names_a_moving_op_itself(module: ModuleType) -> None:
     assert names_in(module) == set()
     assert names_in(moves) >= {"view", "permute", "unbind"}

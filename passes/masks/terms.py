@@ -6,7 +6,7 @@ back through the ops that made it. Where it ends in a tensor that is not made of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,27 +15,14 @@ from torch import fx
 
 from attnfuse import expr
 from attnfuse._compat import OpOverload, symbolic_range
-from attnfuse.expr import (
-    LONGEST,
-    Algebra,
-    Apply,
-    Bounds,
-    Const,
-    Expr,
-    Index,
-    K,
-    Linear,
-    NotExpressible,
-    Q,
-    Type,
-    walk,
-)
+from attnfuse.expr import LONGEST, Algebra, Apply, Bounds, Const, Expr, Index, K, Linear, NotExpressible, Q, Type, walk
 from attnfuse.passes.capture.view import View
-from attnfuse.passes.graph import views
+from attnfuse.passes.graph import moves, views
 from attnfuse.passes.graph.aten import arguments, dtype_of, is_tensor, name_of, shape_of, value_of
 from attnfuse.passes.graph.constants import Number, constant, converted, folded, number_in, one_element
 from attnfuse.passes.graph.labels import Atom, Distances, Size, is_one, known_equal
 from attnfuse.passes.graph.memory import is_stale
+from attnfuse.passes.graph.moves import DimMap
 from attnfuse.passes.graph.vocabulary import ANDS, COMPARISONS, ELEMENTWISE, LIKE, NOTS, ORS, TERNARY, XORS, functional
 from attnfuse.spec import dtype_name
 
@@ -199,7 +186,8 @@ class Terms:
             found = self._computed(node, index, frozen)
         except NotExpressible as reason:
             found = None
-            self.reasons[node] = str(reason)
+            # that an op which moves elements could not be followed says more than that it computes nothing
+            self.reasons.setdefault(node, str(reason))
         # a small tensor that is there is better than computing it for every query and key
         inside = [] if found is None else [x for x in walk(found) if isinstance(x, (Tensor, Call))]
         thin = not {Q, K} <= set().union(*(depends(i) for i in index))
@@ -239,15 +227,18 @@ class Terms:
         source: fx.Node = node.args[0]  # type: ignore[assignment]
         if name == "detach" or views.is_identity(node):
             return self.at(source, index, frozen)
-        move = _MOVES.get(name)
-        if move is None:
-            return None
+        read, found = _READS.get(name), moves.dim_map(node)
         try:
-            found = move(self, node, source, index)
+            if read is not None:
+                at = read(self, node, source, index)
+            elif found is not None:
+                at = _through(self, found, index)
+            else:
+                return None
         except NotExpressible as reason:
             self.reasons[node] = str(reason)
             return None
-        return self.at(source, found, frozen)
+        return self.at(source, at, frozen)
 
     def inside(self, e: Expr, size: Size) -> Expr:
         """An index known to be valid in a dim of that size, counted from its beginning."""
@@ -615,113 +606,51 @@ def _dim(named: dict[str, Any], index: tuple[Expr, ...]) -> int:
 # -- where the elements of a view come from
 
 
-def _view(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
-    """A reshape: dims of the same size stay, the others are flattened and split again."""
-    have = [(n, i) for n, i in zip(shape_of(node), index) if not is_one(n)]
-    own = shape_of(source)
-    want = [d for d, n in enumerate(own) if not is_one(n)]
-    found: dict[int, Expr] = {}
-    while have or want:
-        if not have or not want:
-            raise NotExpressible("a reshape that cannot be followed")
-        if known_equal(have[0][0], own[want[0]]):
-            found[want.pop(0)] = have.pop(0)[1]
-            continue
-        size, flat = have.pop(0)
-        dims = [want.pop(0)]
-        inner = own[dims[0]]
-        while not known_equal(size, inner):
-            if not (isinstance(size, int) and isinstance(inner, int)):
-                raise NotExpressible("a reshape of symbolic sizes")
-            if size < inner:
-                if not have or not isinstance(have[0][0], int):
-                    raise NotExpressible("a reshape that cannot be followed")
-                n, i = have.pop(0)
-                flat = t.algebra.add(t.algebra.mul(flat, Const(n)), i)
-                size *= n
-            else:
-                if not want:
-                    raise NotExpressible("a reshape that cannot be followed")
-                dims.append(want.pop(0))
-                inner *= own[dims[-1]]
-        for d in reversed(dims):
-            n = Const(own[d])
-            found[d] = t.algebra.mod(flat, n) if d != dims[0] else flat
-            flat = t.algebra.floordiv(flat, n) if d != dims[0] else flat
-    return tuple(found.get(d, Const(0)) for d in range(len(own)))
+def _through(t: Terms, found: DimMap, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    """The index in the source of the element at `index` of the result."""
+    own = shape_of(found.source)
+    at: list[Expr] = [Const(0)] * len(own)
+    for d, place in found.fixed:
+        at[d] = Const(_known(place, "a selection at a symbolic place"))
+    for x, i in zip(found.dims, index, strict=True):
+        if isinstance(x, moves.Dim):
+            at[x.dim] = i
+        elif isinstance(x, moves.Slice):
+            start = Const(_known(x.start, "a slice from a symbolic place"))
+            at[x.dim] = t.algebra.add(t.algebra.mul(i, Const(x.step)), start)
+        elif isinstance(x, moves.Tile):
+            at[x.dim] = t.algebra.mod(i, Const(_known(own[x.dim], "a repeated symbolic size")))
+        elif isinstance(x, moves.Interleave):
+            at[x.dim] = t.algebra.floordiv(i, Const(_known(x.repeats, "a symbolic number of repeats")))
+    for run in found.runs:
+        dims = [(d, own[d]) for d in run.dims]
+        for d, i in _regrouped(t, dims, [(index[d], found.shape[d]) for d in run.outs]):
+            at[d] = i
+    return tuple(Const(0) if is_one(n) else i for n, i in zip(own, at, strict=True))
 
 
-def _permute(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
-    placed = list(index)
-    for out_dim, in_dim in enumerate(views.permutation(node)):
-        placed[in_dim] = index[out_dim]
-    return tuple(placed)
+def _known(number: Size | None, otherwise: str) -> int:
+    if not isinstance(number, int):
+        raise NotExpressible(otherwise)
+    return number
 
 
-def _expand(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
-    shape = shape_of(source)
-    own = index[len(index) - len(shape) :]
-    return tuple(Const(0) if is_one(n) else i for n, i in zip(shape, own))
+def _regrouped(
+    t: Terms, dims: Sequence[tuple[int, Size]], index: Sequence[tuple[Expr, Size]]
+) -> Iterator[tuple[int, Expr]]:
+    """(dim, index in it) for dims of these sizes, which are flattened and split into others: indices and sizes of those."""
+    if not all(isinstance(n, int) and n > 0 for _, n in (*dims, *index)):
+        raise NotExpressible("a reshape of symbolic sizes")
+    flat = index[0][0]
+    for i, n in index[1:]:
+        flat = t.algebra.add(t.algebra.mul(flat, Const(n)), i)
+    for d, n in reversed(dims[1:]):
+        yield d, t.algebra.mod(flat, Const(n))
+        flat = t.algebra.floordiv(flat, Const(n))
+    yield dims[0][0], flat
 
 
-def _slice(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
-    named = arguments(node)
-    dim, start, step = _dim(named, index), named["start"], named["step"]
-    size = shape_of(source)[dim]
-    if start is None:
-        start = 0
-    if not isinstance(start, int) or not isinstance(step, int):
-        raise NotExpressible("a slice from a symbolic place")
-    if start < 0:
-        if not isinstance(size, int):
-            raise NotExpressible("a slice from the end of a symbolic size")
-        start = max(start + size, 0)
-    at = t.algebra.add(t.algebra.mul(index[dim], Const(step)), Const(start))
-    return (*index[:dim], at, *index[dim + 1 :])
-
-
-def _select(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
-    named = arguments(node)
-    dim, at = named["dim"] % (len(index) + 1), named["index"]
-    size = shape_of(source)[dim]
-    if not isinstance(at, int) or (at < 0 and not isinstance(size, int)):
-        raise NotExpressible("a selection at a symbolic place")
-    return (*index[:dim], Const(at + size if at < 0 else at), *index[dim:])
-
-
-def _flip(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
-    shape = shape_of(source)
-    if not shape:
-        return index
-    dims = {d % len(shape) for d in arguments(node)["dims"]}
-    if not all(isinstance(shape[d], int) for d in dims):
-        raise NotExpressible("a flip of a symbolic size")
-    return tuple(t.algebra.sub(Const(n - 1), i) if d in dims else i for d, (n, i) in enumerate(zip(shape, index)))
-
-
-def _repeat(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
-    shape = shape_of(source)
-    own = index[len(index) - len(shape) :]
-    out: list[Expr] = []
-    for n, i, total in zip(shape, own, shape_of(node)[len(index) - len(shape) :]):
-        if is_one(n):
-            out.append(Const(0))
-        elif known_equal(n, total):
-            out.append(i)
-        elif isinstance(n, int):
-            out.append(t.algebra.mod(i, Const(n)))
-        else:
-            raise NotExpressible("a repeated symbolic size")
-    return tuple(out)
-
-
-def _repeat_interleave(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
-    named = arguments(node)
-    repeats, dim = named.get("repeats"), named.get("dim")
-    if not isinstance(repeats, int) or not isinstance(dim, int):
-        raise NotExpressible("repeats that are not a number")
-    dim %= len(index)
-    return (*index[:dim], t.algebra.floordiv(index[dim], Const(repeats)), *index[dim + 1 :])
+# -- tensors that are read by tensors of indices
 
 
 def _index(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
@@ -763,15 +692,7 @@ def _embedding(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]
     return (t.at(named["indices"], index[:-1], True), index[-1])
 
 
-_MOVES: dict[str, Callable[[Terms, fx.Node, fx.Node, tuple[Expr, ...]], tuple[Expr, ...]]] = {
-    "view": _view,
-    "permute": _permute,
-    "expand": _expand,
-    "slice": _slice,
-    "select": _select,
-    "flip": _flip,
-    "repeat": _repeat,
-    "repeat_interleave": _repeat_interleave,
+_READS: dict[str, Callable[[Terms, fx.Node, fx.Node, tuple[Expr, ...]], tuple[Expr, ...]]] = {
     "index": _index,
     "gather": _gather,
     "index_select": _index_select,

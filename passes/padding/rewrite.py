@@ -17,7 +17,7 @@ from torch import fx
 from attnfuse.passes.emit.edits import EmitError
 from attnfuse.passes.emit.emitter import Emitter
 from attnfuse.passes.emit.writer import Writer
-from attnfuse.passes.graph import views
+from attnfuse.passes.graph import moves, views
 from attnfuse.passes.graph.aten import dtype_of, getitem_source, name_of, shape_of, value_of
 from attnfuse.passes.graph.labels import Atom, Dim, Labels, Size
 from attnfuse.passes.padding.region import Packed, Region
@@ -120,9 +120,9 @@ class Unpadder:
             return self.made[node.args[0]]  # type: ignore[index]
         if name == "to":
             return writer.method("to", self.made[node.args[0]], dtype_of(node))  # type: ignore[index]
-        if name in ("view", "expand"):
-            shape = self._shape(writer, node)
-            return writer.method("expand" if name == "expand" else "reshape", self.made[node.args[0]], *shape)  # type: ignore[index]
+        moved = moves.dim_map(node)
+        if moved is not None and moved.method is not None:
+            return writer.method(moved.method, self.made[moved.source], *self._shape(writer, node))
         args = [self._argument(writer, node, i, x) for i, x in enumerate(node.args)]
         kwargs = fx.node.map_arg(dict(node.kwargs), writer.node_for)
         return writer.call(node.target, tuple(args), kwargs)  # type: ignore[arg-type]

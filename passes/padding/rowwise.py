@@ -14,9 +14,10 @@ from typing import Any, NoReturn
 import torch
 from torch import fx
 
-from attnfuse.passes.graph import views
+from attnfuse.passes.graph import moves, views
 from attnfuse.passes.graph.aten import arguments, getitem_source, is_tensor, name_of, shape_of, value_of
-from attnfuse.passes.graph.labels import Atom, Axes, Dim, Labels, Size, drop, insert, is_one, known_equal
+from attnfuse.passes.graph.labels import Atom, Axes, Dim, Labels, Size, insert, is_one, known_equal
+from attnfuse.passes.graph.moves import DimMap
 from attnfuse.passes.graph.vocabulary import ELEMENTWISE
 
 
@@ -94,11 +95,7 @@ class Carried:
             self.labels[node] = self.parts[source[0]][source[1]]
             return
         name = name_of(node)
-        rule = _RULES.get(name)
-        if rule is None and name in POINTWISE:
-            rule = _pointwise
-        if rule is None:
-            raise Mixed(f"{name or node.target} may mix rows")
+        rule = _RULES.get(name) or (_pointwise if name in POINTWISE else _moved)
         found = rule(self, node)
         if isinstance(found, list):
             self.parts[node] = found
@@ -199,17 +196,20 @@ def _align(c: Carried, node: fx.Node, position: int, out: Labels) -> None:
     c.gathered[node, position] = Gathered(rows, tuple(dims), place)
 
 
-def _plain_view(c: Carried, node: fx.Node) -> Labels:
-    found = views.forward(c.axes, node, c.first(node))
-    return found if found is not None else _fail(f"a {name_of(node)} that does not keep rows apart")
+def _moved(c: Carried, node: fx.Node) -> Labels | list[Labels]:
+    """Ops that only move, repeat or cut elements, and not those of rows."""
+    each = moves.part_maps(node)
+    if each is not None:
+        return [_through(c, node, found) for found in each]
+    whole = moves.dim_map(node)
+    return _through(c, node, whole) if whole is not None else _fail(f"{name_of(node) or node.target} may mix rows")
 
 
-def _expand(c: Carried, node: fx.Node) -> Labels:
-    labels, shape = c.first(node), shape_of(node)
-    lead = len(shape) - len(labels)
-    own = shape_of(node.args[0])  # type: ignore[arg-type]
-    new = [c.axes.fresh(n) for n in shape[:lead]]
-    return (*new, *(d if not is_one(a) else c.axes.fresh(n) for d, a, n in zip(labels, own, shape[lead:])))
+def _through(c: Carried, node: fx.Node, found: DimMap) -> Labels:
+    labels = c.first(node)
+    c.features(labels, found.altered, name_of(node))
+    carried = views.onward(c.axes, found, labels)
+    return carried if carried is not None else _fail(f"a {name_of(node)} that does not keep rows apart")
 
 
 def _cast(c: Carried, node: fx.Node) -> Labels:
@@ -270,29 +270,6 @@ def _reduced(c: Carried, node: fx.Node) -> Labels:
     return tuple(dim for d, dim in enumerate(labels) if d not in gone)
 
 
-def _parts(c: Carried, node: fx.Node) -> list[Labels]:
-    labels = c.first(node)
-    (at,) = c.features(labels, [arguments(node).get("dim", 0)], name_of(node))
-    made = value_of(node)
-    if name_of(node) == "unbind":
-        return [drop(labels, at)] * len(made)
-    return [(*labels[:at], c.axes.fresh(x.shape[at]), *labels[at + 1 :]) for x in made]
-
-
-def _slice(c: Carried, node: fx.Node) -> Labels:
-    if views.is_identity(node):
-        return c.first(node)
-    labels = c.first(node)
-    (at,) = c.features(labels, [arguments(node)["dim"]], "a slice")
-    return (*labels[:at], c.axes.fresh(shape_of(node)[at]), *labels[at + 1 :])
-
-
-def _select(c: Carried, node: fx.Node) -> Labels:
-    labels = c.first(node)
-    (at,) = c.features(labels, [arguments(node)["dim"]], "a selection")
-    return drop(labels, at)
-
-
 def _cat(c: Carried, node: fx.Node) -> Labels:
     parts = arguments(node)["tensors"]
     if not all(map(c._is_own, parts)):
@@ -333,8 +310,6 @@ def _glu(c: Carried, node: fx.Node) -> Labels:
 
 
 _RULES: dict[str, Callable[[Carried, fx.Node], Labels | list[Labels]]] = {
-    **dict.fromkeys(("view", "permute", "contiguous", "clone", "alias"), _plain_view),
-    "expand": _expand,
     "to": _cast,
     "linear": _linear,
     **dict.fromkeys(("matmul", "mm"), _matmul),
@@ -342,9 +317,6 @@ _RULES: dict[str, Callable[[Carried, fx.Node], Labels | list[Labels]]] = {
     **dict.fromkeys(("layer_norm", "rms_norm"), _normalised),
     **dict.fromkeys(("softmax", "log_softmax", "cumsum"), _along),
     **dict.fromkeys(("sum", "mean", "amax", "amin", "var", "std", "norm", "linalg_vector_norm", "logsumexp"), _reduced),
-    **dict.fromkeys(("split", "chunk", "unbind", "split_with_sizes", "tensor_split"), _parts),
-    "slice": _slice,
-    "select": _select,
     "cat": _cat,
     "stack": _stack,
     "embedding": _embedding,

@@ -17,6 +17,7 @@ from torch import fx
 from attnfuse import _compat
 from attnfuse.expr import FALSE, TRUE, Algebra, Apply, Const, Expr, Linear, NotExpressible, substitute, walk
 from attnfuse.passes.capture.view import View
+from attnfuse.passes.graph import moves
 from attnfuse.passes.graph.aten import (
     arguments,
     dtype_of,
@@ -30,6 +31,8 @@ from attnfuse.passes.graph.aten import (
 from attnfuse.passes.graph.constants import constant
 from attnfuse.passes.graph.labels import Atom, is_one, known_equal
 from attnfuse.passes.graph.memory import is_stale, opaque
+from attnfuse.passes.graph.moves import Slice
+from attnfuse.passes.graph.vocabulary import COPIES
 from attnfuse.passes.masks.terms import Axis, Symbol, Tensor, Terms
 from attnfuse.passes.padding.rowwise import Rows
 
@@ -38,7 +41,7 @@ _PAD_OPS = {
     "jagged_2d_to_dense",
 }
 _UNPAD_OPS = {"_padded_dense_to_jagged_forward", "dense_to_jagged", "dense_to_jagged_forward"}
-_PASSED = ("to", "contiguous", "clone", "alias", "detach")
+_PASSED = COPIES | {"to", "detach"}
 
 
 @dataclass(frozen=True)
@@ -370,15 +373,13 @@ def _differenced(node: fx.Node) -> fx.Node | None:
 
 def _cut(node: fx.Node, start: int) -> fx.Node | None:
     """The offsets of which node is all but the first (start 1), or all but the last (start 0)."""
-    if name_of(node) != "slice" or is_stale(node):
+    found = moves.dim_map(node)
+    if found is None or len(found.dims) != 1 or is_stale(node):
         return None
-    args = arguments(node)
-    source = args["self"]
-    if len(shape_of(source)) != 1 or args["step"] != 1 or (args["start"] or 0) != start:
+    cut, source = found.dims[0], found.source
+    if not isinstance(cut, Slice) or cut.step != 1 or not known_equal(cut.start, start):
         return None
-    if not known_equal(shape_of(node)[0], shape_of(source)[0] - 1):
-        return None
-    return _base(source)
+    return _base(source) if known_equal(found.shape[0], shape_of(source)[0] - 1) else None
 
 
 def _summed(node: fx.Node) -> fx.Node | None:

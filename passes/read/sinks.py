@@ -14,11 +14,12 @@ import torch
 from torch import fx
 
 from attnfuse.passes.capture.view import View
-from attnfuse.passes.graph import views
+from attnfuse.passes.graph import moves, views
 from attnfuse.passes.graph.aten import arguments, dtype_of, is_tensor, name_of, shape_of, source_of
 from attnfuse.passes.graph.constants import constant
 from attnfuse.passes.graph.labels import is_one, known_equal
 from attnfuse.passes.graph.memory import is_stale
+from attnfuse.passes.graph.moves import Slice
 from attnfuse.passes.read.maxima import maximum_subtracted
 
 
@@ -98,8 +99,8 @@ def cut_off(view: View, weights: fx.Node, dim: int, first: bool) -> tuple[fx.Nod
             return None
         inside.add(node)
         user = users[0]
-        if name_of(user) in ("slice", "narrow"):
-            return (user, frozenset(inside | {user})) if _drops_one(user, node, dim, first) else None
+        if _drops_one(user, node, dim, first):
+            return user, frozenset(inside | {user})
         cast = name_of(user) == "to" and dtype_of(user).is_floating_point
         if not cast and not views.is_identity(user):
             return None
@@ -108,17 +109,12 @@ def cut_off(view: View, weights: fx.Node, dim: int, first: bool) -> tuple[fx.Nod
 
 
 def _drops_one(cut: fx.Node, source: fx.Node, dim: int, first: bool) -> bool:
-    args, rank = arguments(cut), len(shape_of(source))
-    whole, left = shape_of(source)[dim], shape_of(cut)[dim]
-    if args["dim"] % rank != dim % rank or not known_equal(left + 1, whole):
+    found, own = moves.dim_map(cut), shape_of(source)
+    at = dim % len(own)
+    if found is None or found.fixed or len(found.dims) != len(own) or not known_equal(found.shape[at] + 1, own[at]):
         return False
-    if name_of(cut) == "slice" and args["step"] != 1:
-        return False
-    begins = 0.0 if args["start"] is None else constant(args["start"])
-    length = constant(whole)
-    if begins is not None and begins < 0 and length is not None:
-        begins += length
-    return begins == (1.0 if first else 0.0)
+    taken = found.dims[at]
+    return isinstance(taken, Slice) and taken.step == 1 and known_equal(taken.start, 1 if first else 0)
 
 
 def added(total: fx.Node, shift: fx.Node | None) -> tuple[fx.Node | float, frozenset[fx.Node]] | None:

@@ -68,12 +68,18 @@ APART: dict[str, Op] = {
     "outer": lambda x, t: x + x.sum(-1, keepdim=True) * t["b"],
     "ones": lambda x, t: x + torch.ones_like(x) - torch.zeros_like(x[..., :1]),
     "length": lambda x, t: x / x.shape[1],
+    "turned": lambda x, t: x.flip(-1) * t["b"],
+    "narrowed": lambda x, t: torch.cat([x.narrow(-1, C // 2, C // 2), x.narrow(-1, 0, C // 2)], -1),
+    "interleaved": lambda x, t: x[..., : C // 2].repeat_interleave(2, -1),
+    "tiled": lambda x, t: x[..., : C // 2].repeat(1, 1, 2),
 }
 #: What mixes rows, or depends on where padding is.
 MIXING: dict[str, Op] = {
     "mean": lambda x, t: x - x.mean(1, keepdim=True),
     "shift": lambda x, t: torch.roll(x, 1, 1),
     "flip": lambda x, t: x + x.flip(1),
+    "twice": lambda x, t: x.repeat(1, 2, 1)[:, 1 : x.shape[1] + 1],
+    "doubled": lambda x, t: x.repeat_interleave(2, 1)[:, : x.shape[1]],
     "sums": lambda x, t: x.cumsum(1),
     "softmax": lambda x, t: x * x.softmax(1),
     "first": lambda x, t: x + x[:, :1],

@@ -24,6 +24,7 @@ from attnfuse.passes.capture.view import View
 from attnfuse.passes.graph import moves, views, vocabulary
 from attnfuse.passes.graph.aten import shape_of, value_of
 from attnfuse.passes.graph.labels import Atom, Axes, Labels
+from attnfuse.passes.graph.memory import Writes
 from attnfuse.passes.graph.moves import Dim, DimMap, Interleave, New, Regroup, Slice, Tile, dim_map
 from attnfuse.passes.graph.vocabulary import COPIES
 from attnfuse.passes.masks import terms
@@ -408,7 +409,7 @@ def test_rows_are_carried_to_the_same_elements(name: str) -> None:
 
 
 def reader() -> Terms:
-    return Terms(View(fx.Graph(), [], {}, {}, FakeTensorMode(), False), Algebra(), {}, False)
+    return Terms(View(fx.Graph(), [], {}, {}, FakeTensorMode(), False, Writes({}, {}), set()), Algebra(), {}, False)
 
 
 def read(node: fx.Node) -> tuple[Tensor, tuple[Axis, ...]]:

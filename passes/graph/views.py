@@ -8,7 +8,7 @@ from torch import fx
 
 from attnfuse._compat import alias_key
 from attnfuse.passes.graph import moves
-from attnfuse.passes.graph.aten import arguments, dtype_of, is_tensor, name_of, shape_of, value_of
+from attnfuse.passes.graph.aten import arguments, dtype_of, is_tensor, name_of, shape_of, source_of, value_of
 from attnfuse.passes.graph.labels import Axes, Dim, Labels
 from attnfuse.passes.graph.memory import is_stale
 from attnfuse.passes.graph.moves import DimMap
@@ -27,7 +27,7 @@ def is_identity(node: fx.Node) -> bool:
     """The op gives its first argument's elements in the same places: copies, full-range slices, views of the same shape."""
     name = name_of(node)
     if name == "to":
-        return dtype_of(node) == dtype_of(node.args[0])  # type: ignore[arg-type]
+        return dtype_of(node) == dtype_of(source_of(node))
     if name == "dropout":
         args = arguments(node)
         return not args["train"] or args["p"] == 0.0
@@ -39,7 +39,7 @@ def back(axes: Axes, node: fx.Node, labels: Labels) -> Step | None:
     """From the labels of a view's result to those of its input; None if `node` is not such an op."""
     if not node.args or not is_tensor(node.args[0]) or is_stale(node):
         return None
-    source: fx.Node = node.args[0]  # type: ignore[assignment]
+    source = source_of(node)
     found = moves.dim_map(node)
     if found is None:
         placed = labels if is_identity(node) else None

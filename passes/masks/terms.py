@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -18,7 +18,7 @@ from attnfuse._compat import OpOverload, symbolic_range
 from attnfuse.expr import LONGEST, Algebra, Apply, Bounds, Const, Expr, Index, K, Linear, NotExpressible, Q, Type, walk
 from attnfuse.passes.capture.view import View
 from attnfuse.passes.graph import moves, views
-from attnfuse.passes.graph.aten import arguments, dtype_of, is_tensor, name_of, shape_of, value_of
+from attnfuse.passes.graph.aten import arguments, dtype_of, is_tensor, name_of, shape_of, source_of, value_of
 from attnfuse.passes.graph.constants import Number, constant, converted, folded, number_in, one_element
 from attnfuse.passes.graph.labels import Atom, Distances, Size, is_one, known_equal
 from attnfuse.passes.graph.memory import is_stale
@@ -224,7 +224,7 @@ class Terms:
         name = name_of(node)
         if not node.args or not is_tensor(node.args[0]):
             return None
-        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        source = source_of(node)
         if name == "detach" or views.is_identity(node):
             return self.at(source, index, frozen)
         read, found = _READS.get(name), moves.dim_map(node)
@@ -263,7 +263,7 @@ class Terms:
             made = special(self, node, index, frozen)
             return self._fits(made, dtype_of(node)) if made.type == "int" else made
         if name == "to":
-            source: fx.Node = node.args[0]  # type: ignore[assignment]
+            source = source_of(node)
             return self.cast(self.operand(source, index, frozen), dtype_of(source), dtype_of(node))
         if name in _COMPUTED:
             return self._pointwise(node, index, frozen)
@@ -304,20 +304,19 @@ class Terms:
         raise NotExpressible("a symbolic number that is not a size")
 
     def _pointwise(self, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
-        name, target = name_of(node), functional(node.target)  # type: ignore[arg-type]
+        name, target = name_of(node), functional(cast(OpOverload, node.target))
         if target is None:
             raise NotExpressible(f"{node.target} is not made of indices")
         args: list[Any] = []
         own: list[torch.dtype | None] = []
         for x in node.args:
-            tensor = is_tensor(x)
-            if tensor or isinstance(x, (bool, int, float, fx.Node)):
+            if is_tensor(x) or isinstance(x, (bool, int, float, fx.Node)):
                 args.append(self.operand(x, index, frozen))
             elif x is None or isinstance(x, str):
                 args.append(x)
             else:
                 raise NotExpressible("an argument that is not a number")
-            own.append(dtype_of(x) if tensor else None)  # type: ignore[arg-type]
+            own.append(dtype_of(x) if is_tensor(x) else None)
         if any(isinstance(v, fx.Node) for v in node.kwargs.values()):
             raise NotExpressible("a computed keyword argument")
         common, scalars = _common_dtype(node, target), _scalars(node)
@@ -559,7 +558,7 @@ def _is_whole(e: Expr) -> bool:
         return named and e.parts[0].type != "float" and e.dtype != torch.float16  # type: ignore[attr-defined]
     if not isinstance(e, Tensor) or name_of(e.node) != "to" or is_stale(e.node):
         return False
-    return type_of(dtype_of(e.node.args[0])) != "float" and dtype_of(e.node) != torch.float16  # type: ignore[arg-type]
+    return type_of(dtype_of(source_of(e.node))) != "float" and dtype_of(e.node) != torch.float16
 
 
 def _common_dtype(node: fx.Node, target: OpOverload) -> torch.dtype:
@@ -568,7 +567,7 @@ def _common_dtype(node: fx.Node, target: OpOverload) -> torch.dtype:
     if name_of(node) in ("where", "masked_fill"):
         return dtype_of(node)
     tensors = [x for x in values if is_tensor(x)]
-    sample = [one_element(0, dtype_of(x), not shape_of(x)) if is_tensor(x) else _sample(x) for x in values[:2]]  # type: ignore[arg-type]
+    sample = [one_element(0, dtype_of(x), not shape_of(x)) if is_tensor(x) else _sample(x) for x in values[:2]]
     common = torch.result_type(*sample) if len(sample) == 2 and None not in sample else dtype_of(tensors[0])  # type: ignore[arg-type]
     if target is not node.target and common != dtype_of(node) and dtype_of(node) != torch.bool:
         raise NotExpressible("a result that is converted as it is written")
@@ -580,8 +579,8 @@ def _scalars(node: fx.Node) -> tuple[bool, ...]:
     if name_of(node) in ("where", "masked_fill"):
         return ()
     tensors = [x for x in node.args if is_tensor(x)]
-    dtypes = {dtype_of(x) for x in tensors}  # type: ignore[arg-type]
-    found = tuple(is_tensor(x) and not shape_of(x) for x in node.args)  # type: ignore[arg-type]
+    dtypes = {dtype_of(x) for x in tensors}
+    found = tuple(is_tensor(x) and not shape_of(x) for x in node.args)
     return found if len(dtypes) > 1 and 0 < sum(found) < len(tensors) else ()
 
 
@@ -655,7 +654,7 @@ def _regrouped(
 
 def _index(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
     """Advanced indexing: the dims of the index tensors stand where the first one was, or in front."""
-    given = list(node.args[1])  # type: ignore[arg-type]
+    given = list(cast("Sequence[Any]", node.args[1]))
     shape = shape_of(source)
     given += [None] * (len(shape) - len(given))
     tensors = [x for x in given if x is not None]

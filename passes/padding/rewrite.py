@@ -7,9 +7,9 @@ the region are written again one by one with these sizes. Attentions get the bou
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -18,7 +18,7 @@ from attnfuse.passes.emit.edits import EmitError
 from attnfuse.passes.emit.emitter import Emitter
 from attnfuse.passes.emit.writer import Writer
 from attnfuse.passes.graph import moves, views
-from attnfuse.passes.graph.aten import dtype_of, getitem_source, name_of, shape_of, value_of
+from attnfuse.passes.graph.aten import dtype_of, getitem_source, name_of, shape_of, source_of, value_of
 from attnfuse.passes.graph.labels import Atom, Dim, Labels, Size
 from attnfuse.passes.padding.region import Packed, Region
 from attnfuse.passes.padding.rowwise import Gathered, Rows
@@ -117,15 +117,15 @@ class Unpadder:
             return writer.getitem(self.made[source[0]], source[1])
         name = name_of(node)
         if views.is_identity(node):
-            return self.made[node.args[0]]  # type: ignore[index]
+            return self.made[source_of(node)]
         if name == "to":
-            return writer.method("to", self.made[node.args[0]], dtype_of(node))  # type: ignore[index]
+            return writer.method("to", self.made[source_of(node)], dtype_of(node))
         moved = moves.dim_map(node)
         if moved is not None and moved.method is not None:
             return writer.method(moved.method, self.made[moved.source], *self._shape(writer, node))
         args = [self._argument(writer, node, i, x) for i, x in enumerate(node.args)]
         kwargs = fx.node.map_arg(dict(node.kwargs), writer.node_for)
-        return writer.call(node.target, tuple(args), kwargs)  # type: ignore[arg-type]
+        return writer.call(cast("Callable[..., Any]", node.target), tuple(args), kwargs)
 
     def _argument(self, writer: _Writer, node: fx.Node, position: int, x: Any) -> Any:
         found = self.carried.gathered.get((node, position))

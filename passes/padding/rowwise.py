@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import fx
 
 from attnfuse.passes.graph import moves, views
-from attnfuse.passes.graph.aten import arguments, getitem_source, is_tensor, name_of, shape_of, value_of
+from attnfuse.passes.graph.aten import arguments, getitem_source, is_tensor, name_of, shape_of, source_of, value_of
 from attnfuse.passes.graph.labels import Atom, Axes, Dim, Labels, Size, insert, is_one, known_equal
 from attnfuse.passes.graph.moves import DimMap
 from attnfuse.passes.graph.vocabulary import ELEMENTWISE
@@ -115,7 +115,7 @@ class Carried:
             node.args[0]
         ):
             raise Mixed(f"{name_of(node)} of padded tensors")
-        return self.labels[node.args[0]]  # type: ignore[index]
+        return self.labels[source_of(node)]
 
     def _is_own(self, x: Any) -> bool:
         return isinstance(x, fx.Node) and x in self.labels
@@ -142,9 +142,9 @@ def _pointwise(c: Carried, node: fx.Node) -> Labels:
         _fail(f"{name_of(node)} with a tensor as a named argument")
     out: list[Dim] = [()] * len(shape)
     for x in node.args:
-        if not c._is_own(x):
+        if not isinstance(x, fx.Node) or not c._is_own(x):
             continue
-        labels = c.labels[x]  # type: ignore[index]
+        labels = c.labels[x]
         lead = len(shape) - len(labels)
         for at, dim in enumerate(labels):
             have = out[lead + at]
@@ -170,7 +170,7 @@ def _same(c: Carried, a: Dim, b: Dim) -> bool:
 
 def _align(c: Carried, node: fx.Node, position: int, out: Labels) -> None:
     """An argument that is no padded tensor: broadcast over the rows, or gathered for each."""
-    x: fx.Node = node.args[position]  # type: ignore[assignment]
+    x = cast(fx.Node, node.args[position])
     own = shape_of(x)
     dims: list[Dim] = []
     for size, dim in zip(own, out[len(out) - len(own) :]):
@@ -214,9 +214,9 @@ def _through(c: Carried, node: fx.Node, found: DimMap) -> Labels:
 
 def _cast(c: Carried, node: fx.Node) -> Labels:
     # the other argument may be a tensor that only gives the dtype
-    if not c._is_own(node.args[0]) or value_of(node).device != value_of(node.args[0]).device:  # type: ignore[arg-type]
+    if not c._is_own(source_of(node)) or value_of(node).device != value_of(source_of(node)).device:
         _fail("a cast to the dtype of a padded tensor, or to another device")
-    return c.labels[node.args[0]]  # type: ignore[index]
+    return c.labels[source_of(node)]
 
 
 def _linear(c: Carried, node: fx.Node) -> Labels:
@@ -228,7 +228,7 @@ def _linear(c: Carried, node: fx.Node) -> Labels:
 def _matmul(c: Carried, node: fx.Node) -> Labels:
     """Rows times a matrix that is the same for all."""
     labels = c.first(node)
-    other = shape_of(node.args[1])  # type: ignore[arg-type]
+    other = shape_of(cast(fx.Node, node.args[1]))
     if len(other) > 2:
         _fail("a product with several matrices")
     c.features(labels, [-1], "a product")
@@ -236,10 +236,10 @@ def _matmul(c: Carried, node: fx.Node) -> Labels:
 
 
 def _addmm(c: Carried, node: fx.Node) -> Labels:
-    bias, rows = node.args[0], node.args[1]
-    if c._is_own(bias) or not c._is_own(rows) or c._is_own(node.args[2]) or len(shape_of(bias)) != 1:  # type: ignore[arg-type]
+    bias, rows = cast("tuple[fx.Node, fx.Node]", node.args[:2])
+    if c._is_own(bias) or not c._is_own(rows) or c._is_own(node.args[2]) or len(shape_of(bias)) != 1:
         _fail("addmm of padded tensors")
-    labels = c.labels[rows]  # type: ignore[index]
+    labels = c.labels[rows]
     c.features(labels, [-1], "addmm")
     return (labels[0], c.axes.fresh(shape_of(node)[-1]))
 

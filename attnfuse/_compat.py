@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnfuse import reasons
+from attnfuse.reasons import Reason
+
 try:
     import torch.utils._pytree as pytree
     from torch._ops import HigherOrderOperator, OpOverload
@@ -82,12 +85,12 @@ __all__ = [
 ]
 
 
-def unsupported_torch() -> str | None:
+def unsupported_torch() -> Reason | None:
     """Why this torch is not supported, or None if it is."""
     version: Any = torch.torch_version.TorchVersion(torch.__version__)
     if version >= (2, 11) and version < (2, 16):
         return None
-    return f"torch {torch.__version__} is not supported (attnfuse supports 2.11 to 2.15)"
+    return reasons.UNSUPPORTED_TORCH(version=torch.__version__, supported="2.11 to 2.15")
 
 
 def trace(

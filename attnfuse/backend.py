@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import fx
 
-from attnfuse import _compat, checking, nested, ops, settings
+from attnfuse import _compat, checking, nested, ops, reasons, settings
 from attnfuse.graphs import copied
 from attnfuse.pipeline import Work, rewrite, undone
+from attnfuse.reasons import Reason
 from attnfuse.report import registry
 from attnfuse.report.report import Report
 from attnfuse.settings import Settings
@@ -55,10 +56,10 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Setting
     except Exception as error:
         if chosen.strict or not report.fused or _compat.is_restart(error):
             raise
-        message = f"the rewritten graph did not compile ({said(error)}); the original is used"
-        warn(message)
+        reason = reasons.NOT_COMPILED(error=said(error))
+        warn(str(reason))
         compiled = _inner(original, example_inputs, chosen, patches)
-        report = undone(report, message)
+        report = undone(report, reason)
     try:
         registry.record(report)
     except Exception as error:
@@ -81,7 +82,7 @@ def _rewritten(gm: fx.GraphModule, chosen: Settings) -> tuple[fx.GraphModule, Wo
     except Exception as error:
         if chosen.strict or _compat.is_restart(error):
             raise
-        message = f"a graph is left as it was: {said(error)}"
+        message = str(reasons.GRAPH_LEFT(error=said(error)))
         warn(message)
         log.debug("while rewriting", exc_info=True)
         return original, Work(Report((), "", "", "graph", (message,)), spoiled=True)
@@ -91,10 +92,11 @@ def _checked(compiled: Compiled, original: fx.GraphModule, chosen: Settings, rep
     if not chosen.verify:
         return compiled
 
-    def say(message: str) -> None:
-        registry.add_warning(report, message)
-        if message != checking.RANDOM:
-            warn(message)
+    def say(reason: Reason) -> None:
+        registry.add_warning(report, str(reason))
+        # a model with dropout is no fault
+        if reason.cause is not reasons.VERIFY_RANDOM:
+            warn(str(reason))
 
     return checking.checking(compiled, original, chosen, say)
 

@@ -12,18 +12,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnfuse import _compat, graphs, nested
+from attnfuse import _compat, graphs, nested, reasons
 from attnfuse.kernels import REFERENCE
 from attnfuse.passes.graph.memory import body_of, is_hook
+from attnfuse.reasons import Reason
 from attnfuse.settings import Settings
 from attnfuse.warning import said
 
 Compiled = Callable[..., Any]
 
-RANDOM = "verify compares nothing: the graph draws random numbers (dropout), and eager draws others"
 
-
-def checking(compiled: Compiled, original: fx.GraphModule, chosen: Settings, say: Callable[[str], None]) -> Compiled:
+def checking(compiled: Compiled, original: fx.GraphModule, chosen: Settings, say: Callable[[Reason], None]) -> Compiled:
     """`compiled`, whose first `chosen.verify` calls are compared with `original` on copies of the inputs.
 
     say: called with what differs, or why nothing was compared. Where chosen.strict is set, a difference raises RuntimeError, and
@@ -44,25 +43,25 @@ def checking(compiled: Compiled, original: fx.GraphModule, chosen: Settings, say
         except Exception as error:
             if strict:
                 raise
-            say(f"verify compares nothing: {said(error)}")
+            say(reasons.VERIFY_FAILED(error=said(error)))
             return compiled(*args)
         found = compiled(*args)
         if drew:
             # the other calls draw too
             left = 0
-            say(RANDOM)
+            say(reasons.VERIFY_RANDOM())
             return found
         try:
-            messages = _differences(found, expected, dtypes)
+            differing = _differences(found, expected, dtypes)
         except Exception as error:
             if strict:
                 raise
-            messages = [f"verify compares nothing: {said(error)}"]
+            differing = [reasons.VERIFY_FAILED(error=said(error))]
         else:
-            if strict and messages:
-                raise RuntimeError(f"attnfuse: {messages[0]}")
-        for message in messages:
-            say(message)
+            if strict and differing:
+                raise RuntimeError(f"attnfuse: {differing[0]}")
+        for reason in differing:
+            say(reason)
         return found
 
     return checked
@@ -156,12 +155,12 @@ def _computed_in(gm: fx.GraphModule) -> list[set[torch.dtype]]:
     return made
 
 
-def _differences(found: Any, expected: Any, dtypes: list[set[torch.dtype]]) -> list[str]:
+def _differences(found: Any, expected: Any, dtypes: list[set[torch.dtype]]) -> list[Reason]:
     leaves, wanted = _compat.pytree.tree_leaves(found), _compat.pytree.tree_leaves(expected)
     if len(dtypes) != len(leaves):
         dtypes = [set().union(*dtypes)] * len(leaves)
     return [
-        f"output {index} of a compiled graph differs from eager"
+        reasons.VERIFY_DIFFERS(index=index)
         for index, (a, b, computed) in enumerate(zip(leaves, wanted, dtypes))
         if isinstance(a, torch.Tensor) and not _same(a, b, computed)
     ]

@@ -12,7 +12,7 @@ from torch import fx
 from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import ExportGraphSignature, InputSpec, OutputSpec, TensorArgument
 
-from attnfuse import _compat, backend, pipeline, settings
+from attnfuse import _compat, backend, pipeline, reasons, settings
 from attnfuse._compat import OpOverload, pytree
 from attnfuse.graphs import copied, readable
 from attnfuse.kernels import Unsupported
@@ -110,12 +110,12 @@ def _attempt(program: ExportedProgram, chosen: Settings) -> tuple[ExportedProgra
     except Exception as error:
         if chosen.strict:
             raise
-        message = f"the program is left as it was: {said(error)}"
-        warn(message)
+        reason = reasons.PROGRAM_LEFT(error=said(error))
+        warn(str(reason))
         if report is None:
             text = readable(program.graph_module)
-            return program, Report((), text, text, "exported program", (message,))
-        return program, pipeline.undone(report, message)
+            return program, Report((), text, text, "exported program", (str(reason),))
+        return program, pipeline.undone(report, reason)
 
 
 class _Draft:

@@ -15,6 +15,9 @@ from typing import ClassVar, Literal
 
 import torch
 
+from attnfuse import reasons
+from attnfuse.reasons import ReasonError
+
 Type = Literal["bool", "int", "float"]
 
 Bounds = tuple[float, float]
@@ -40,7 +43,7 @@ def type_of(dtype: str) -> Type:
     if dtype in _RANGES:
         return "bool" if dtype == "bool" else "int"
     if "float" not in dtype:
-        raise NotExpressible(f"a tensor of dtype {dtype}")
+        raise NotExpressible(reasons.MASK_DTYPE(dtype=dtype))
     return "float"
 
 
@@ -170,8 +173,8 @@ TRUE, FALSE = Const(1, "bool"), Const(0, "bool")
 Q, K = Index("q"), Index("k")
 
 
-class NotExpressible(Exception):
-    """There is no expression for it; what it is stays a tensor."""
+class NotExpressible(ReasonError):
+    """Cannot be expressed; the value stays a tensor."""
 
 
 def walk(e: Expr) -> Iterator[Expr]:
@@ -304,7 +307,7 @@ class Algebra:
         for x, y in ((a, b), (b, a)):
             if isinstance(x, Const):
                 return self.add(Const(0), y, int(x.value))
-        raise NotExpressible("a product of two indices")
+        raise NotExpressible(reasons.MASK_INDEX_PRODUCT())
 
     def floordiv(self, a: Expr, b: Expr) -> Expr:
         quotient, rest, by = self._divided(a, b)
@@ -321,7 +324,7 @@ class Algebra:
     def _divided(self, a: Expr, b: Expr) -> tuple[Expr, Expr, int]:
         """a = quotient * by + rest, with all in the quotient that is surely divisible."""
         if not isinstance(b, Const) or b.value <= 0:
-            raise NotExpressible("a division by something other than a positive constant")
+            raise NotExpressible(reasons.MASK_DIVISION())
         by = int(b.value)
         terms, const = _lin(a)
         whole = {t: c // by for t, c in terms.items() if c % by == 0}, const // by
@@ -672,7 +675,7 @@ def load(e: Load, operands: Sequence[torch.Tensor], q: torch.Tensor, k: torch.Te
     col = evaluate(e.col, operands, q, k) if e.col is not None else (k if x.shape[-1] > 1 else torch.zeros_like(k))
     row, col = torch.broadcast_tensors(row, col)
     if row.dim() > 2:
-        raise NotExpressible("an index that differs between batch elements")
+        raise NotExpressible(reasons.MASK_INDEX_OF_BATCH())
     return x[..., row, col]
 
 

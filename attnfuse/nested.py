@@ -19,10 +19,11 @@ from typing import Any, Literal
 
 import torch
 
-from attnfuse import _compat
+from attnfuse import _compat, reasons
 from attnfuse.expr import causal, dense
 from attnfuse.kernels import REFERENCE, Unsupported, choose
 from attnfuse.kernels.dropout import SEED_LIMIT
+from attnfuse.reasons import Reason
 from attnfuse.settings import Settings
 from attnfuse.spec import Attention, Bias, Layout, Operand, ReplaceFill, Scale, Step, dtype_name
 from attnfuse.warning import warn
@@ -67,40 +68,40 @@ def is_jagged(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.is_nested and x.layout == torch.jagged
 
 
-def refusal(call: Call) -> str | None:
+def refusal(call: Call) -> Reason | None:
     """Why the call is not taken; None if it is. Sizes of sequences are not looked at."""
     q, k, v = call.qkv
     if any(x.is_nested and not is_jagged(x) for x in call.qkv):
-        return "strided nested tensors"
+        return reasons.NESTED_STRIDED()
     if not any(map(is_jagged, call.qkv)):
-        return "no jagged tensor"
+        return reasons.NESTED_NONE()
     if is_jagged(k) != is_jagged(v):
-        return "one of key and value is jagged, the other dense"
+        return reasons.NESTED_HALF()
     if len({x.dim() for x in call.qkv}) != 1 or q.dim() < 3:
-        return f"query, key and value of {q.dim()}, {k.dim()} and {v.dim()} dims"
+        return reasons.NESTED_RANKS(query=q.dim(), key=k.dim(), value=v.dim())
     if any(is_jagged(x) and _compat.ragged_dim(x) != x.dim() - 2 for x in call.qkv):
-        return "a jagged dim that is not the one of the sequence"
+        return reasons.NESTED_OTHER_DIM()
     if is_jagged(k) and not _compat.same_raggedness(k, v):
-        return "key and value of other lengths"
+        return reasons.NESTED_LENGTHS()
     if len({x.dtype for x in call.qkv}) != 1 or len({x.device for x in call.qkv}) != 1:
-        return "query, key and value of other dtypes or devices"
+        return reasons.NESTED_DTYPES()
     if _width(q) != _width(k):
-        return f"query and key of head sizes {_width(q)} and {_width(k)}"
+        return reasons.NESTED_HEAD_SIZES(query=_width(q), key=_width(k))
     mask = call.attn_mask
     if mask is not None:
         if mask.is_nested:
-            return "a nested attn_mask: give one that is padded to the longest sequence"
+            return reasons.NESTED_MASK()
         if call.is_causal:
-            return "both attn_mask and is_causal"
+            return reasons.NESTED_MASK_AND_CAUSAL()
         if mask.dim() > q.dim() or (mask.dtype != torch.bool and not mask.dtype.is_floating_point):
-            return f"an attn_mask of dtype {mask.dtype} with {mask.dim()} dims"
+            return reasons.NESTED_MASK_KIND(dtype=mask.dtype, count=mask.dim())
     batch = next(x.shape[0] for x in call.qkv if is_jagged(x))
     if any(x.shape[0] != batch and (is_jagged(x) or x.shape[0] != 1) for x in call.qkv):
-        return "query, key and value of other numbers of sequences"
+        return reasons.NESTED_BATCHES()
     return _heads_problem(call) or _mask_problem(call)
 
 
-def _mask_problem(call: Call) -> str | None:
+def _mask_problem(call: Call) -> Reason | None:
     """Whether attn_mask [B or 1, *heads or 1, Q, K] is for other sequences or heads."""
     if call.attn_mask is None or call.attn_mask.dim() <= 2:
         return None
@@ -109,7 +110,7 @@ def _mask_problem(call: Call) -> str | None:
     own = tuple(call.attn_mask.shape[:-2])
     if all(_is_one(a) or a == b for a, b in zip(reversed(own), reversed(whole))):
         return None
-    return f"an attn_mask {list(call.attn_mask.shape)} for {list(whole)} sequences and heads"
+    return reasons.NESTED_MASK_SHAPE(shape=list(call.attn_mask.shape), wanted=list(whole))
 
 
 def _width(x: torch.Tensor) -> int:
@@ -117,15 +118,15 @@ def _width(x: torch.Tensor) -> int:
     return int(x.shape[-1])
 
 
-def _heads_problem(call: Call) -> str | None:
+def _heads_problem(call: Call) -> Reason | None:
     q, k, v = (x.shape[1:-2] for x in call.qkv)
     if k != v:
-        return "key and value of other heads"
+        return reasons.NESTED_VALUE_HEADS()
     if q == k or all(a == b or b == 1 for a, b in zip(q, k)):
         return None
     if call.enable_gqa and len(q) == 1 and all(isinstance(n, int) for n in (*q, *k)) and q[0] % k[0] == 0:
         return None
-    return f"{list(q)} query heads and {list(k)} key heads"
+    return reasons.NESTED_HEADS(query=list(q), key=list(k))
 
 
 def spec_of(call: Call) -> Attention:
@@ -261,7 +262,7 @@ def _handled(original: Callable[..., Any], function: Callable[..., Any], *args: 
         choice = choose(spec, call.query.device, REFERENCE.name if options.fuel == 0 else options.kernel)
         if choice.kernel is not None:
             return attend(call, choice.kernel.name, options.strict, options.nan_policy)
-        reason = "; ".join(choice.reasons)
+        reason = choice.reason
     if _active.get() is not None and options is not None and options.strict:
         raise Unsupported(f"an attention on nested tensors: {reason}")
     warn(f"an attention on nested tensors is left to PyTorch: {reason}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
-from attnfuse import _compat, nested, tuning
+from attnfuse import _compat, nested, reasons, tuning
 from attnfuse.graphs import name_of, readable
 from attnfuse.kernels import REFERENCE, Choice, Unsupported, choose, prepare
 from attnfuse.passes import nested as nested_calls
@@ -31,7 +31,8 @@ from attnfuse.passes.read.fully_masked import swallowed
 from attnfuse.passes.read.peel import read
 from attnfuse.passes.read.unseen import unseen
 from attnfuse.passes.site import Refusal, Site
-from attnfuse.report.report import Report, SiteReport
+from attnfuse.reasons import Reason
+from attnfuse.report.report import Report, SiteReport, told
 from attnfuse.settings import Settings
 from attnfuse.spec import Attention
 from attnfuse.warning import said, warn
@@ -43,7 +44,7 @@ log = logging.getLogger("attnfuse")
 class Refused:
     """An attention that is not rewritten: the anchor it was found at, the user's line, and why."""
 
-    reason: str
+    reason: Reason
     anchor: fx.Node
     where: str
 
@@ -58,11 +59,11 @@ class Failures:
     strict: bool
     notes: list[str] = field(default_factory=list)
 
-    def reason(self, error: Exception) -> str:
+    def reason(self, error: Exception) -> Reason:
         """The reason for leaving what the error concerns, with a warning. Raises it in strict mode."""
         if self.strict or isinstance(error, Unsupported) or _compat.is_restart(error):
             raise error
-        reason = f"unexpected error ({said(error)})"
+        reason = reasons.UNEXPECTED_ERROR(error=said(error))
         log.debug("while rewriting an attention", exc_info=error)
         note = f"an attention is left as it was: {reason}"
         if note not in self.notes:
@@ -88,7 +89,7 @@ class State:
     settings: Settings
     failures: Failures
     view: View | None = None
-    problem: str = ""
+    problem: Reason | None = None
     found: tuple[Found, ...] = ()
     nested: tuple[SiteReport, ...] = ()
     settled: tuple[SiteReport, ...] = ()
@@ -125,7 +126,7 @@ def _nested(state: State) -> State:
             try:
                 done.append(_nested_report(node, call, replace(state, nested=tuple(done)), report))
             except Exception as error:
-                done.append(report("refused", state.failures.reason(error), None, None))
+                done.append(report("refused", kernel=None, spec=None, **told(state.failures.reason(error))))
     except Exception as error:
         state.failures.reason(error)
     if done:
@@ -138,11 +139,11 @@ def _captured(state: State) -> State:
     try:
         return replace(state, view=capture(state.gm))
     except CaptureError as error:
-        problem = f"the graph could not be viewed: {error}"
+        problem = reasons.NOT_VIEWED(why=error.reason)
         if not isinstance(error, NoTensorInput):
             if state.settings.strict:
                 raise
-            state.failures.notes.append(problem)
+            state.failures.notes.append(str(problem))
         return replace(state, problem=problem)
 
 
@@ -153,7 +154,7 @@ def _read(state: State) -> State:
         return state
     found: list[Found] = []
 
-    def refused(node: fx.Node, reason: str) -> None:
+    def refused(node: fx.Node, reason: Reason) -> None:
         found.append(Refused(reason, node, view.where(node)))
 
     for anchor in find(view, lambda node, error: refused(node, failures.reason(error))):
@@ -179,11 +180,13 @@ def _unseen(state: State) -> State:
         if state.settings.strict:
             raise
         log.debug("while looking for what is not viewed", exc_info=True)
-        note = f"what the view does not show was not searched for attentions: {said(error)}"
+        note = str(reasons.NOT_SEARCHED(error=said(error)))
         warn(note)
         state.failures.notes.append(note)
         return state
-    reports = (SiteReport("refused", x.reason, None, None, x.where, x.name) for x in others)
+    reports = (
+        SiteReport("refused", kernel=None, spec=None, where=x.where, node=x.name, **told(x.reason)) for x in others
+    )
     return replace(state, unseen=tuple(reports))
 
 
@@ -200,27 +203,27 @@ def _unpadded(state: State) -> State:
     try:
         regions, reason = find_regions(view, [x for x in state.found if isinstance(x, Site)])
     except Exception as error:
-        regions, reason = [], f"padding stays: {failures.reason(error)}"
+        regions, reason = [], reasons.PADDING_STAYS(why=failures.reason(error))
     done: set[Found] = set()
     for region in regions:
         own = [a.original for a in region.attentions]
         if state.fuel is not None and len(own) > state.fuel:
-            reason = reason or "padding stays: too little fuel"
+            reason = reason or reasons.PADDING_STAYS(why=reasons.PADDING_FUEL())
             continue
         try:
             kernels = [_kernel(a.spec, a.site, state.settings) for a in region.attentions]
-            told = [_report(a.site, emitter, a.spec) for a in region.attentions]
+            made = [_report(a.site, emitter, a.spec) for a in region.attentions]
             unpadder = Unpadder(emitter, region, kernels)
             with emitter.attempt(own[0].final):
                 unpadder.emit()
         except EmitError as error:
-            reason = reason or f"padding stays: {error}"
+            reason = reason or reasons.PADDING_STAYS(why=error.reason)
             continue
         except Exception as error:
-            reason = reason or f"padding stays: {failures.reason(error)}"
+            reason = reason or reasons.PADDING_STAYS(why=failures.reason(error))
             continue
         done.update(own)
-        reports = (report(status="fused", reason=None, kernel=name) for report, name in zip(told, kernels))
+        reports = (report(status="fused", reason=None, kernel=name) for report, name in zip(made, kernels))
         state = replace(
             state,
             settled=(*state.settled, *reports),
@@ -228,7 +231,7 @@ def _unpadded(state: State) -> State:
             gone=state.gone | unpadder.inside,
         )
     left = [x for x in state.found if x not in done]
-    if reason:
+    if reason is not None:
         left = [replace(x, notes=(*x.notes, reason)) if isinstance(x, Site) else x for x in left]
     return replace(state, found=tuple(left))
 
@@ -294,9 +297,9 @@ def rewrite(gm: fx.GraphModule, settings: Settings) -> Work:
     unsupported = _compat.unsupported_torch()
     if unsupported is not None:
         if settings.strict:
-            raise RuntimeError(unsupported)
+            raise RuntimeError(str(unsupported))
         warn(f"graphs are left as they were: {unsupported}")
-        return Work(Report((), before, before, name, (unsupported,)))
+        return Work(Report((), before, before, name, (str(unsupported),)))
     seconds: dict[str, float] = {}
     state = State(gm, settings, Failures(settings.strict))
     notes = state.failures.notes
@@ -311,24 +314,23 @@ def rewrite(gm: fx.GraphModule, settings: Settings) -> Work:
     except Exception as error:
         if settings.strict or _compat.is_restart(error):
             raise
-        message = said(error)
-        warn(f"a graph is left as it was: {message}")
+        reason = reasons.GRAPH_LEFT(error=said(error))
+        warn(str(reason))
         log.debug("while rewriting", exc_info=True)
-        notes.append(f"left as it was after an unexpected error: {message}")
         # those that the stage was at, too
-        left = (replace(_refusal(x), reason=message) for x in state.found)
+        left = (replace(_refusal(x), **told(reason)) for x in state.found)
         report = Report((*state.reports, *left), before, before, name, tuple(notes), seconds)
-        return Work(undone(report, message), spoiled=True)
+        return Work(undone(report, reason), spoiled=True)
     after = readable(gm) if any(r.status == "fused" for r in state.reports) else before
     return Work(Report(state.reports, before, after, name, tuple(notes), seconds), state.fused)
 
 
-def undone(report: Report, message: str) -> Report:
+def undone(report: Report, reason: Reason) -> Report:
     """The report of a graph whose rewrites were taken back."""
     sites = tuple(
-        replace(s, status="refused", kernel=None, reason=message) if s.status == "fused" else s for s in report.sites
+        replace(s, status="refused", kernel=None, **told(reason)) if s.status == "fused" else s for s in report.sites
     )
-    return replace(report, sites=sites, after=report.before, warnings=(*report.warnings, message))
+    return replace(report, sites=sites, after=report.before, warnings=(*report.warnings, str(reason)))
 
 
 def _may_hold_attention(gm: fx.GraphModule) -> bool:
@@ -349,22 +351,25 @@ def _settled(found: Found, state: State, emitter: Emitter) -> tuple[SiteReport, 
         # the rewrite of another call of its region may have done it, as it is or with its mask as a tensor
         done = found in emitter.done or found.unread in emitter.done
         if not state.has_fuel and not done:
-            reason = f"fuel: {state.settings.fuel} rewrites are done"
-            return _report(found, emitter)(status="left", reason=reason, kernel=None), None
+            out = reasons.FUEL(fuel=state.settings.fuel)
+            return _report(found, emitter)(status="left", kernel=None, **told(out)), None
         report, site = _tried(found, state, emitter)
         if site is None and found.unread is not None:
             # a kernel may take a mask as a tensor that it does not take as an expression
             again, site = _tried(found.unread, state, emitter)
             if site is not None:
-                return replace(again, notes=(*again.notes, report.reason or "")), site
+                notes, causes = (*again.notes, report.reason or ""), (*again.note_causes, report.cause or "")
+                return replace(again, notes=notes, note_causes=causes), site
     except Exception as error:
-        return replace(_refusal(found), reason=state.failures.reason(error)), None
+        return replace(_refusal(found), **told(state.failures.reason(error))), None
     return report, site
 
 
 def _refusal(found: Found) -> SiteReport:
     if isinstance(found, Refused):
-        return SiteReport("refused", found.reason, None, None, found.where, found.anchor.name)
+        return SiteReport(
+            "refused", kernel=None, spec=None, where=found.where, node=found.anchor.name, **told(found.reason)
+        )
     return SiteReport("refused", None, None, found.spec, found.where, found.anchor.name)
 
 
@@ -374,8 +379,8 @@ def _tried(site: Site, state: State, emitter: Emitter) -> tuple[SiteReport, Site
         kernel = _kernel(site.spec, site, state.settings)
         with emitter.attempt(site.final):
             emitter.emit(site, kernel)
-    except EmitError as problem:
-        return report(status="refused", reason=str(problem), kernel=None), None
+    except EmitError as error:
+        return report(status="refused", kernel=None, **told(error.reason)), None
     return report(status="fused", reason=None, kernel=kernel), site
 
 
@@ -384,16 +389,17 @@ def _nested_report(node: fx.Node, call: nested.Call, state: State, report: Calla
     settings = state.settings
     spec = nested_calls.read(node, call)
     if isinstance(spec, Refusal):
-        return report("refused", spec.reason, None, None)
+        return report("refused", kernel=None, spec=None, **told(spec.reason))
     spec = replace(spec, nan_policy=settings.nan_policy)
     if not state.has_fuel:
         # PyTorch has no compiled form of it to leave it to
         nested_calls.emit(node, call, REFERENCE.name, settings)
-        return report("left", f"fuel: {settings.fuel} rewrites are done", REFERENCE.name, spec)
+        out = reasons.FUEL(fuel=settings.fuel)
+        return report("left", kernel=REFERENCE.name, spec=spec, **told(out))
     choice = choose(spec, call.query.device, settings.kernel)
     problem = _problem(choice, settings)
     if problem is not None:
-        return report("refused", problem, None, spec)
+        return report("refused", kernel=None, spec=spec, **told(problem))
     assert choice.kernel is not None
     nested_calls.emit(node, call, choice.kernel.name, settings)
     return report("fused", None, choice.kernel.name, spec)
@@ -407,7 +413,8 @@ def _report(site: Site, emitter: Emitter, spec: Attention | None = None) -> Call
         where=site.where,
         node=site.anchor.name,
         names=tuple(emitter.view.input_of(leaf.node) for leaf in site.operands),
-        notes=site.notes,
+        notes=tuple(map(str, site.notes)),
+        note_causes=tuple(note.root.cause.name for note in site.notes),
     )
 
 
@@ -421,10 +428,9 @@ def _kernel(spec: Attention, site: Site, settings: Settings) -> str:
     return choice.kernel.name
 
 
-def _problem(choice: Choice, settings: Settings) -> str | None:
+def _problem(choice: Choice, settings: Settings) -> Reason | None:
     if choice.kernel is not None:
         return None
-    text = "; ".join(choice.reasons)
     if settings.strict and settings.kernel is not None:
-        raise Unsupported(text)
-    return text
+        raise Unsupported(str(choice.reason))
+    return choice.reason

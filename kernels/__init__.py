@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from attnfuse import reasons
 from attnfuse.kernels.capability import Capability
 from attnfuse.kernels.device import Device
+from attnfuse.reasons import Reason
 from attnfuse.spec import Attention, ReplaceFill
 
 FLOATS = frozenset({"float32", "bfloat16", "float16"})
@@ -21,26 +23,28 @@ WEIGHT_STEPS = frozenset({"scale", "replace"})
 LAYOUTS = frozenset({"dense", "packed", "packed_queries", "packed_keys"})
 
 
-def _cpu_available() -> str | None:
+def _cpu_available() -> Reason | None:
     from attnfuse.kernels import cpu
 
-    return cpu.available()
+    missing = cpu.available()
+    return None if missing is None else reasons.KERNEL_NOT_AVAILABLE(error=missing)
 
 
-def _triton_available() -> str | None:
+def _triton_available() -> Reason | None:
     from attnfuse.kernels import triton
 
-    return triton.available()
+    missing = triton.available()
+    return None if missing is None else reasons.KERNEL_NOT_AVAILABLE(error=missing)
 
 
-def _weights_filled(spec: Attention) -> list[str]:
+def _weights_filled(spec: Attention) -> list[Reason]:
     filled = any(isinstance(s, ReplaceFill) and s.value != 0.0 for s in spec.weight_steps)
-    return ["weights filled with a number other than 0"] if filled else []
+    return [reasons.KERNEL_FILLED_WEIGHTS()] if filled else []
 
 
-def _sink_and_filled_weights(spec: Attention) -> list[str]:
+def _sink_and_filled_weights(spec: Attention) -> list[Reason]:
     # the sink's gradient is made of the result, which filled weights have a part in
-    return [f"a sink with {x}" for x in _weights_filled(spec)] if spec.sink is not None else []
+    return [reasons.KERNEL_SINK_AND_FILLED_WEIGHTS()] if spec.sink is not None and _weights_filled(spec) else []
 
 
 @dataclass(frozen=True)
@@ -114,12 +118,12 @@ def _library(
 ) -> Kernel:
     """One of ATen's kernels: never chosen but by name and by PLAIN_FIRST, since what is faster depends on the device."""
 
-    def against(spec: Attention) -> list[str]:
+    def against(spec: Attention) -> list[Reason]:
         from attnfuse.kernels import library
 
         return list(library.limits(spec, groups))
 
-    def missing() -> str | None:
+    def missing() -> Reason | None:
         from attnfuse.kernels import library
 
         found: library.Library = getattr(library, name.upper())
@@ -145,7 +149,7 @@ def _library(
     )
 
 
-def _switched_off(name: str) -> str | None:
+def _switched_off(name: str) -> Reason | None:
     """Whether the user has told torch not to use it."""
     enabled = {
         "flash": torch.backends.cuda.flash_sdp_enabled,
@@ -153,9 +157,9 @@ def _switched_off(name: str) -> str | None:
         "efficient": torch.backends.cuda.mem_efficient_sdp_enabled,
     }.get(name)
     if enabled is not None and not enabled():
-        return f"torch.backends.cuda has {name} attention switched off"
+        return reasons.KERNEL_SWITCHED_OFF(kernel=name)
     if name == "cudnn" and torch.cuda.is_available() and not torch.backends.cudnn.is_available():
-        return "cuDNN is not there"
+        return reasons.KERNEL_WITHOUT_CUDNN()
     return None
 
 
@@ -180,16 +184,16 @@ PLAIN_FIRST: dict[int, tuple[Kernel, ...]] = {
 }
 
 
-def _no_bfloat16_casts(spec: Attention) -> list[str]:
-    return [] if spec.out_dtype == spec.v_dtype == spec.qk_dtype else ["inputs and result of several dtypes"]
+def _no_bfloat16_casts(spec: Attention) -> list[Reason]:
+    return [] if spec.out_dtype == spec.v_dtype == spec.qk_dtype else [reasons.KERNEL_SEVERAL_DTYPES()]
 
 
-def _ascend_limits(spec: Attention) -> list[str]:
-    found = ["an unshifted softmax"] if spec.softmax != "plain" else []
-    found += ["a sink"] if spec.sink is not None else []
-    found += ["the log-sum-exp as a result"] if spec.lse else []
+def _ascend_limits(spec: Attention) -> list[Reason]:
+    found = [reasons.KERNEL_UNSHIFTED()] if spec.softmax != "plain" else []
+    found += [reasons.KERNEL_SINK()] if spec.sink is not None else []
+    found += [reasons.KERNEL_LOG_SUM_EXP()] if spec.lse else []
     heads = spec.groups
-    return found + ([] if heads is not None and heads <= 256 else ["more than 256 query heads to a key head"])
+    return found + ([] if heads is not None and heads <= 256 else [reasons.KERNEL_MANY_GROUPS(most=256)])
 
 
 #: What the kernels to come will take, so that every spec is held against it from the beginning; they are not chosen yet.
@@ -233,10 +237,15 @@ class Unsupported(ValueError):
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel to use, or the reasons for none."""
+    """The kernel to use, or why there is none: what speaks against each that was asked."""
 
     kernel: Kernel | None
-    reasons: tuple[str, ...] = ()
+    reasons: tuple[Reason, ...] = ()
+
+    @property
+    def reason(self) -> Reason:
+        """All reasons as one."""
+        return self.reasons[0] if len(self.reasons) == 1 else reasons.NO_KERNEL(kernels=self.reasons)
 
 
 def kernel_named(name: str) -> Kernel:
@@ -261,14 +270,14 @@ def choose(spec: Attention, device: torch.device | Device, forced: str | None = 
     """The kernel for `spec` on `device`: the first that can run it, or `forced` by name if that can."""
     device = Device.of(device)
     tried: Sequence[Kernel] = [kernel_named(forced)] if forced else _ordered(device)
-    reasons = []
+    against = []
     for kernel in tried:
         found = kernel.capability.reasons(spec, device)
         if not found:
             return Choice(kernel)
         if forced or not kernel.on_request:
-            reasons.append(f"kernel {kernel.name} cannot: {'; '.join(found)}")
-    return Choice(None, tuple(reasons))
+            against.append(reasons.KERNEL_CANNOT(kernel=kernel.name, limits=found))
+    return Choice(None, tuple(against))
 
 
 def successor(name: str, spec: Attention, device: torch.device) -> Kernel:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from attnfuse import reasons
 from attnfuse.kernels.device import Device
+from attnfuse.reasons import Reason
 from attnfuse.spec import Attention, Step
 
 
@@ -40,52 +42,56 @@ class Capability:
     least: int = 0
     most: int = 0
     chips: frozenset[str] = frozenset()
-    also: Callable[[Attention], Iterable[str]] = lambda spec: ()
-    available: Callable[[], str | None] = lambda: None
+    also: Callable[[Attention], Iterable[Reason]] = lambda spec: ()
+    available: Callable[[], Reason | None] = lambda: None
 
-    def reasons(self, spec: Attention, device: torch.device | Device) -> tuple[str, ...]:
+    def reasons(self, spec: Attention, device: torch.device | Device) -> tuple[Reason, ...]:
         """Why the kernel cannot run `spec` on `device`; empty if it can."""
         found = self._of_device(Device.of(device))
         for name, dtype in (("q and k", spec.qk_dtype), ("v", spec.v_dtype), ("the result", spec.out_dtype)):
             if dtype not in self.dtypes:
-                found.append(f"{name} in {dtype} (takes {_list(self.dtypes)})")
+                found.append(reasons.KERNEL_DTYPE(what=name, dtype=dtype, taken=_list(self.dtypes)))
         for index, operand in enumerate(spec.operands):
             if operand.dtype not in self.operand_dtypes:
-                found.append(f"operand {index} in {operand.dtype} (takes {_list(self.operand_dtypes)})")
+                taken = _list(self.operand_dtypes)
+                found.append(reasons.KERNEL_OPERAND_DTYPE(index=index, dtype=operand.dtype, taken=taken))
         found += _unknown("score step", spec.steps, self.steps)
         found += _unknown("weight step", spec.weight_steps, self.weight_steps)
         if spec.dropout and not self.dropout:
-            found.append("dropout")
+            found.append(reasons.KERNEL_DROPOUT())
         if len(spec.batch) > self.max_batch_rank:
-            found.append(f"{len(spec.batch)} batch dims (takes {self.max_batch_rank})")
+            found.append(reasons.KERNEL_BATCH_DIMS(count=len(spec.batch), taken=self.max_batch_rank))
         for what, size in (("D", spec.D), ("E", spec.E)):
             if self.head_dims and (size is None or size > self.head_dims):
-                found.append(f"head size {what} {'unknown' if size is None else size} (takes {self.head_dims})")
+                known = "unknown" if size is None else size
+                found.append(reasons.KERNEL_HEAD_SIZE(dim=what, size=known, taken=self.head_dims))
         found += self.also(spec)
         if spec.layout not in self.layouts:
-            found.append(f"layout {spec.layout} (takes {_list(self.layouts)})")
+            found.append(reasons.KERNEL_LAYOUT(layout=spec.layout, taken=_list(self.layouts)))
         if not found:
             missing = self.available()
             if missing is not None:
                 found.append(missing)
         return tuple(found)
 
-    def _of_device(self, device: Device) -> list[str]:
+    def _of_device(self, device: Device) -> list[Reason]:
         if device.type not in self.devices:
-            return [f"device {device} (runs on {_list(self.devices)})"]
+            return [reasons.KERNEL_DEVICE(device=device, taken=_list(self.devices))]
         if self.chips and device.name not in self.chips:
-            return [f"chip {device.name or 'unknown'} (runs on {_list(self.chips)})"]
+            return [reasons.KERNEL_CHIP(chip=device.name or "unknown", taken=_list(self.chips))]
         # other vendors' devices of the same type have no compute capability
         least, most = self.least, self.most or device.capability
         if device.capability and not least <= device.capability <= most:
             limits = f"from {least / 10:.1f} on" if not self.most else f"{least / 10:.1f} to {most / 10:.1f}"
-            return [f"compute capability {device.capability / 10:.1f} (takes {limits})"]
-        return [f"a device of type {device.type} that is not NVIDIA's"] if self.most and not device.capability else []
+            return [reasons.KERNEL_COMPUTE_CAPABILITY(found=f"{device.capability / 10:.1f}", taken=limits)]
+        return [reasons.KERNEL_OTHER_VENDOR(device=device.type)] if self.most and not device.capability else []
 
 
 def _list(names: frozenset[str]) -> str:
     return ", ".join(sorted(names))
 
 
-def _unknown(what: str, steps: tuple[Step, ...], known: frozenset[str]) -> list[str]:
-    return [f"{what} {step.kind} (takes {_list(known)})" for step in steps if step.kind not in known]
+def _unknown(what: str, steps: tuple[Step, ...], known: frozenset[str]) -> list[Reason]:
+    return [
+        reasons.KERNEL_STEP(what=what, kind=step.kind, taken=_list(known)) for step in steps if step.kind not in known
+    ]

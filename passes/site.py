@@ -11,6 +11,7 @@ from torch import fx
 from attnfuse.expr import Expr
 from attnfuse.passes.graph.aten import dtype_of
 from attnfuse.passes.graph.labels import Dim, Labels
+from attnfuse.reasons import Reason
 from attnfuse.spec import Attention
 
 
@@ -18,7 +19,7 @@ from attnfuse.spec import Attention
 class Refusal:
     """Why something was not read as attention. An ordinary result: the graph stays as it was."""
 
-    reason: str
+    reason: Reason
     node: fx.Node | None = None
 
 
@@ -90,6 +91,6 @@ class Site:
     by_own_maximum: bool = False
     lse_labels: Labels = ()
     # why masks stay tensors
-    notes: tuple[str, ...] = ()
+    notes: tuple[Reason, ...] = ()
     # the same site with its masks as the tensors they are in the graph
     unread: Site | None = None

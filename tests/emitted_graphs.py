@@ -51,6 +51,10 @@ class Emitted:
     def reasons(self) -> list[str | None]:
         return [site.reason for work in self.works for site in work.report.sites]
 
+    @property
+    def causes(self) -> list[str | None]:
+        return [site.cause for work in self.works for site in work.report.sites]
+
 
 def _graphs(gm: fx.GraphModule) -> list[fx.Graph]:
     return [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from attnfuse import _compat, ops
+from attnfuse import _compat, ops, reasons
 from attnfuse._compat import original
 from attnfuse.backend import backend
 from attnfuse.compile_fresh import compile_fresh, name_of
 from attnfuse.exported import rewrite
 from attnfuse.passes.read.graph_breaks import split
+from attnfuse.reasons import Reason
 from attnfuse.report.drawing import kept_keys
 from attnfuse.report.registry import collecting
 from attnfuse.report.report import Report, merge
@@ -50,25 +51,27 @@ def explain(model_or_function: Callable[..., Any] | ExportedProgram, /, *args: A
         positional, keywords = _by_name(model_or_function, args, kwargs)
         compile_fresh(model_or_function, explaining)(*positional, **keywords)
     name = name_of(model_or_function)
-    notes = (*_strided(args, kwargs), *(_SPLIT.format(f" ({at})" if at else "") for at in broken if len(collected) > 1))
+    notes = (*_strided(args, kwargs), *map(_split, broken if len(collected) > 1 else ()))
     if not collected:
-        skipped = "no graph was compiled: is torch.compile disabled, or did Dynamo skip the call?"
-        return Report((), "", "", name, (skipped, *notes))
+        return Report((), "", "", name, (_with_advice(reasons.NO_GRAPH()), *notes))
     found = merge(collected, name)
     return _with_masks(replace(found, warnings=(*found.warnings, *notes)), calls)
 
 
-_SPLIT = (
-    "the softmax{} looks like that of an attention whose products are in other graphs: without the graph break between them it "
-    "would be read (TORCH_LOGS=graph_breaks says where it is)"
-)
+def _split(at: str) -> str:
+    return _with_advice(reasons.GRAPH_BREAK(at=f" ({at})" if at else ""))
+
+
+def _with_advice(reason: Reason) -> str:
+    """A warning is all that is said: there is no site that has the cause."""
+    return f"{reason}. {reason.cause.advice}"
 
 
 def _strided(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
     leaves = _compat.pytree.tree_leaves((args, kwargs))
     if not any(isinstance(x, torch.Tensor) and x.is_nested and x.layout == torch.strided for x in leaves):
         return ()
-    return ("strided nested tensors reach no compiler: torch.nested tensors with layout=torch.jagged do",)
+    return (_with_advice(reasons.STRIDED_REACH_NO_COMPILER()),)
 
 
 def _explain_exported(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:

@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from attnfuse import reasons
+from attnfuse.reasons import Reason
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -35,6 +38,8 @@ class SiteReport:
     where    'file.py:123', the user's line that made the node `node` of the graph
     names    for each operand of the spec, the input of the graph it comes from, '' where it is none or several
     notes    why masks and biases stay tensors, and padding stays, where they do
+    cause    what the reason comes down to, by its name in docs/refusals.md; note_causes likewise, one for each note
+    limits   where no kernel can run it: what speaks against those that were asked, by name
     kept     bool [*batch, Q, K], the keys that masks leave, on the inputs of the call; from `explain` only
     """
 
@@ -46,6 +51,9 @@ class SiteReport:
     node: str
     names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    cause: str | None = None
+    limits: tuple[str, ...] = ()
+    note_causes: tuple[str, ...] = ()
     kept: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -53,18 +61,36 @@ class SiteReport:
         """The spec in words, '' where there is none."""
         return "" if self.spec is None else self.spec.describe(self.names)
 
+    @property
+    def advice(self) -> dict[str, str]:
+        """What to do about the reason, by cause; where no kernel can run it, by limit."""
+        names = self.limits or ((self.cause,) if self.cause else ())
+        # that a kernel is for another device helps only where nothing else is said
+        helpful = [name for name in names if name != reasons.KERNEL_DEVICE.name] or names
+        return {name: reasons.CATALOGUE[name].advice for name in helpful}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; the spec as the object that its text holds, and `reads`, the spec in words."""
         return {
             "status": self.status,
             "reason": self.reason,
+            "cause": self.cause,
+            "limits": list(self.limits),
+            "advice": self.advice,
             "kernel": self.kernel,
             "reads": None if self.spec is None else self.reads,
             "spec": None if self.spec is None else json.loads(self.spec.text),
             "where": self.where,
             "node": self.node,
             "notes": list(self.notes),
+            "note_causes": list(self.note_causes),
         }
+
+
+def told(reason: Reason) -> dict[str, Any]:
+    """The fields of a `SiteReport` that say why it is not fused."""
+    root = reason.root
+    return {"reason": str(reason), "cause": root.cause.name, "limits": tuple(c.name for c in root.limits)}
 
 
 @dataclass(frozen=True)
@@ -131,7 +157,9 @@ class Report:
         from rich.text import Text
 
         # Text, not str: what a graph holds (names, dtypes with brackets) must not be taken for markup
-        caption = "\n".join(f"warning: {w}" for w in self.warnings)
+        advice = {name: what for site in self.sites for name, what in site.advice.items()}
+        lines = [*(f"{name}: {what}" for name, what in advice.items()), *(f"warning: {w}" for w in self.warnings)]
+        caption = "\n".join(lines)
         table = Table(title=Text(self.summary), caption=Text(caption) if caption else None, caption_justify="left")
         table.add_column("site", justify="right", no_wrap=True)
         for column in ("where", "what was read", "kernel", "status", "reason"):

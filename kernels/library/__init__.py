@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
+from attnfuse import reasons
 from attnfuse._compat import aten_attention
 from attnfuse.expr import causal
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.layout import allocate, check_bounds
+from attnfuse.reasons import Reason
 from attnfuse.spec import AddFill, Attention, Cast, ReplaceFill, Scale
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -46,34 +48,34 @@ def plain(spec: Attention) -> Plain | None:
     return Plain(scale, cut)
 
 
-def limits(spec: Attention, groups: bool, same_heads: bool = True) -> Iterable[str]:
+def limits(spec: Attention, groups: bool, same_heads: bool = True) -> Iterable[Reason]:
     """What speaks against ATen's kernels; groups: whether they take fewer key heads than query heads."""
     found = plain(spec)
     if found is None:
-        yield "more than a scale and a causal mask of -inf"
+        yield reasons.KERNEL_NOT_PLAIN()
         return
     if not (math.isfinite(found.scale) and found.scale > 0.0):
-        yield f"scale {found.scale:g} (takes positive ones)"
+        yield reasons.KERNEL_SCALE(scale=f"{found.scale:g}")
     if found.causal and (spec.Q is None or spec.Q != spec.K):
-        yield "a causal mask without as many keys as queries"
+        yield reasons.KERNEL_CAUSAL_RECTANGLE()
     if spec.nan_policy == "eager":
-        yield "nan_policy 'eager'"
+        yield reasons.KERNEL_NAN_POLICY()
     if spec.sink is not None:
-        yield "a sink"
+        yield reasons.KERNEL_SINK()
     if spec.lse:
-        yield "the log-sum-exp as a result"
+        yield reasons.KERNEL_LOG_SUM_EXP()
     if len({spec.qk_dtype, spec.v_dtype, spec.out_dtype}) > 1:
-        yield "inputs and result of several dtypes"
+        yield reasons.KERNEL_SEVERAL_DTYPES()
     if same_heads and spec.D != spec.E:
-        yield f"head sizes {spec.D} and {spec.E}"
+        yield reasons.KERNEL_HEAD_SIZES(first=spec.D, second=spec.E)
     if spec.D is not None and spec.D % 8:
-        yield f"head size {spec.D} (takes multiples of 8)"
+        yield reasons.KERNEL_HEAD_MULTIPLE(size=spec.D)
     q, k, v = spec.broadcast
     shared = 1 if _grouped(spec) else 0
     if q or k != v or len(k) > shared or len(spec.batch) - shared > 2:
-        yield "batch dims that are not B, H or B, Hkv, group"
+        yield reasons.KERNEL_BATCH_ORDER()
     elif shared and not groups:
-        yield "groups of query heads"
+        yield reasons.KERNEL_GROUPS()
 
 
 def _grouped(spec: Attention) -> bool:
@@ -93,14 +95,14 @@ class Library:
     run: Callable[[Any, Tensors, Plain], tuple[torch.Tensor, torch.Tensor]]
     reverse: Callable[[Any, torch.Tensor, Tensors, torch.Tensor, torch.Tensor, Plain], Sequence[torch.Tensor]]
 
-    def missing(self) -> str | None:
+    def missing(self) -> Reason | None:
         """None if this torch has the ops, else that it has not."""
-        return None if aten_attention(self.name) else f"this torch has no {self.name}"
+        return None if aten_attention(self.name) else reasons.KERNEL_NOT_IN_TORCH(kernel=self.name)
 
     def _ops(self) -> tuple[Any, Any]:
         found = aten_attention(self.name)
         if found is None:
-            raise RuntimeError(self.missing())
+            raise RuntimeError(str(self.missing()))
         return found
 
     def forward(self, spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:

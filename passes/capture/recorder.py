@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from attnfuse import _compat
+from attnfuse import _compat, reasons
 from attnfuse._compat import HigherOrderOperator, pytree
 from attnfuse.passes.capture import vmap
 from attnfuse.passes.capture.encoder_layer import FORMULAS
@@ -33,9 +33,10 @@ from attnfuse.passes.graph.memory import (
     opaque,
     writes_by_name,
 )
+from attnfuse.reasons import ReasonError
 
 
-class CaptureError(Exception):
+class CaptureError(ReasonError):
     """The graph cannot be viewed; it is left as it is."""
 
 
@@ -72,10 +73,10 @@ def capture(gm: fx.GraphModule) -> View:
     examples = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
     fake_mode = _compat.detect_fake_mode(examples)
     if fake_mode is None:
-        raise NoTensorInput("the graph has no tensor input")
+        raise NoTensorInput(reasons.NO_TENSOR_INPUT())
     recorder = Recorder(fake_mode)
     if _writes_beside_nested(gm):
-        raise CaptureError("something is written in place beside nested tensors, whose memory is not followed")
+        raise CaptureError(reasons.WRITES_BESIDE_NESTED())
     plain = stand_ins(examples, fake_mode)
 
     def run(*args: Any) -> Any:
@@ -143,7 +144,7 @@ class Recorder:
                 self._claim(scope, node)
             self._note(scope, node, env[node])
             self._follow(scope, node, env)
-        raise CaptureError("the graph has no output")
+        raise CaptureError(reasons.NO_OUTPUT())
 
     def _run_node(self, scope: Scope, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         args: Any = fx.node.map_arg(node.args, lambda n: env[n])
@@ -174,7 +175,7 @@ class Recorder:
         if self.maps_dims:
             mapped = _is_mapped(node) or any(isinstance(x, Batched) for x in leaves)
             if mapped and writes_by_name(node.target, kwargs):
-                raise CaptureError("a write to a tensor inside of torch.vmap")
+                raise CaptureError(reasons.WRITE_IN_VMAP())
             if vmap.takes_part(node.target, leaves) and not any(x is UNKNOWN for x in leaves):
                 return self._run_batched(node, args, kwargs)
         if self._must_stay_opaque(node, args, kwargs):
@@ -371,7 +372,7 @@ def _unbacked(value: Any) -> set[Any]:
 def _proxy(tensor: torch.Tensor) -> fx.Proxy:
     node = _compat.traced_node(tensor)
     if node is None:
-        raise CaptureError("a tensor is not part of the trace")
+        raise CaptureError(reasons.NOT_TRACED())
     return fx.Proxy(node)
 
 

@@ -8,12 +8,14 @@ from typing import Any, cast
 
 from torch import fx
 
+from attnfuse import reasons
 from attnfuse._compat import FakeTensorMode, pytree
 from attnfuse.passes.capture.view import Scope, View
+from attnfuse.reasons import ReasonError
 
 
-class EmitError(Exception):
-    """A site cannot be written into its graph; its message is the reason."""
+class EmitError(ReasonError):
+    """A site cannot be written into its graph."""
 
 
 @dataclass(eq=False)
@@ -32,7 +34,7 @@ class Edits:
 def known(node: fx.Node) -> Any:
     """The fake value of a Dynamo node. Raises EmitError where it has none."""
     if "example_value" not in node.meta:
-        raise EmitError(f"nothing is known of the value of {node.name}")
+        raise EmitError(reasons.VALUE_UNKNOWN(node=node.name))
     return node.meta["example_value"]
 
 

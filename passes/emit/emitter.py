@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnfuse import reasons
 from attnfuse._compat import pytree
 from attnfuse.kernels.statistics import log_sum_exp
 from attnfuse.passes.capture.recorder import is_assertion, is_choice
@@ -45,12 +46,9 @@ class Emitter(Edits):
             self.calls.append(self.done[site])
             return
         if self._trains_a_branch(site, scope):
-            raise EmitError(
-                "the attention is trained in a branch of torch.cond, where PyTorch wants the gradients of both branches to lie "
-                "in memory alike; without gradients it would be fused"
-            )
+            raise EmitError(reasons.TRAINED_BRANCH())
         if any(self._is_overwritten(leaf, site) for leaf in (site.q, site.k, site.v, *site.operands)):
-            raise EmitError("a tensor that the attention keeps for backward is written to after it")
+            raise EmitError(reasons.KEPT_TENSOR_WRITTEN())
         others = partners(self.view, site, self.sites)
         if isinstance(others, Refusal):
             raise EmitError(others.reason)
@@ -144,7 +142,7 @@ class Emitter(Edits):
             return
         for user in list(owner.users):
             if user.target is not operator.getitem:
-                raise EmitError("the attention lies inside a call whose results cannot be taken apart")
+                raise EmitError(reasons.CALL_NOT_TAKEN_APART())
         for user in list(owner.users):
             part = new[user.args[1]]
             user.replace_all_uses_with(part)
@@ -161,14 +159,14 @@ class Emitter(Edits):
             return call, []
         origin = self.view.origin[lse]
         if origin.scope is not scope or scope.values.get(origin.node) != lse:
-            raise EmitError("the log-sum-exp of the scores is made inside of another call")
+            raise EmitError(reasons.LOG_SUM_EXP_IN_CALL())
         later = []
         for user in origin.node.users:
             parts = [n for n, o in self.view.origin.items() if o.node is user and o.scope is scope]
             if owner < user:
                 later.append(user)
             elif not parts or not site.inside.issuperset(parts):
-                raise EmitError("the log-sum-exp of the scores is used before the attention is done")
+                raise EmitError(reasons.LOG_SUM_EXP_USED_EARLY())
         stats = writer.getitem(call, 1)
         top, total = (writer.call(torch.select, (stats, 0, i)) for i in (0, 1))
         # its gradient goes to the maximum alone, as attnfuse.ops says

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx
 
+from attnfuse import reasons
 from attnfuse.passes.capture.view import Scope, View
 from attnfuse.passes.graph.labels import Atom, Labels
 from attnfuse.passes.site import Leaf, Refusal, Site
@@ -24,9 +25,6 @@ def calls_of(view: View, scope: Scope) -> list[Scope]:
     return [s for s in view.scopes if s.module is scope.module]
 
 
-_TWICE = "the attention lies in a region that is called more than once, and"
-
-
 def partners(view: View, site: Site, sites: Iterable[Site]) -> list[Site] | Refusal:
     """The same attention in each other call of the site's region, from among `sites`."""
     scope = view.origin[site.final].scope
@@ -37,12 +35,12 @@ def partners(view: View, site: Site, sites: Iterable[Site]) -> list[Site] | Refu
             continue
         same = matching(view, scope, other)
         if same is None:
-            return Refusal(f"{_TWICE} its calls differ", site.final)
+            return Refusal(reasons.CALLS_DIFFER(), site.final)
         if not same.keys() >= {*site.inside, *(leaf.node for leaf in _leaves(site))}:
-            return Refusal(f"{_TWICE} depends on values from outside of it that are not its arguments", site.final)
+            return Refusal(reasons.CALLS_READ_OUTSIDE(), site.final)
         partner = next((c for c in candidates if _is_same(site, c, same)), None)
         if partner is None:
-            return Refusal(f"{_TWICE} is another one in another call", site.final)
+            return Refusal(reasons.CALLS_OF_OTHERS(), site.final)
         found.append(partner)
     return found
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import fx
 
+from attnfuse import reasons
 from attnfuse.expr import Algebra, Apply, Const, Expr, Index, Linear
 from attnfuse.passes.emit.edits import EmitError, known
 
@@ -140,7 +141,7 @@ class Values:
             args.append(x)
         found = w.call(e.target, tuple(args), dict(e.kwargs))
         if known(found).dtype != e.dtype:
-            raise EmitError(f"{e.target} gives {known(found).dtype} for elements of a mask, and {e.dtype} in the graph")
+            raise EmitError(reasons.MASK_DTYPE_DIFFERS(op=e.target, found=known(found).dtype, wanted=e.dtype))
         return w.method("squeeze", found, 0) if known(found).dim() > len(self.dims) else found
 
 

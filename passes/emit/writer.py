@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+from attnfuse import reasons
 from attnfuse._compat import OpOverload, is_functorch_tensor, save_for_backward
 from attnfuse.kernels.dropout import SEED_LIMIT
 from attnfuse.passes.capture.view import Scope, View
@@ -94,7 +95,7 @@ class Writer:
         try:
             return self.call(op, (q, k, v, list(operands), seed, *bounds, spec.argument, kernel, strict))
         except ValueError as error:
-            raise EmitError(f"the op does not take it ({error})") from error
+            raise EmitError(reasons.OP_REFUSES(error=error)) from error
 
     def inline(self, function: Callable[..., Any], *args: fx.Node) -> fx.Node:
         """The calls that `function`, of tensors to a tensor and without branches, makes of these nodes."""
@@ -119,11 +120,11 @@ class Writer:
         """
         value = known(node)
         if not isinstance(value, torch.Tensor):
-            raise EmitError(f"{what} is not a tensor")
+            raise EmitError(reasons.NOT_A_TENSOR(what=what))
         fits = len(value.shape) == len(shape) and all(map(known_equal, value.shape, shape))
         if not fits or dtype not in (None, value.dtype):
             wanted = f"{list(shape)}" if dtype is None else f"{dtype} {list(shape)}"
-            raise EmitError(f"{what} is {value.dtype} {list(value.shape)} where it was to be {wanted}")
+            raise EmitError(reasons.NOT_AS_STATED(what=what, found=f"{value.dtype} {list(value.shape)}", wanted=wanted))
         return node
 
     def getitem(self, node: fx.Node, index: int) -> fx.Node:
@@ -170,7 +171,7 @@ class Writer:
         parent, call = self.scope.parent, self.scope.call
         assert parent is not None and call is not None
         if len(calls_of(self.edits.view, self.scope)) > 1:
-            raise EmitError("a value the attention needs is made outside of its region, which is called more than once")
+            raise EmitError(reasons.MADE_OUTSIDE())
         outer = Writer(self.edits, parent, call, self.device)
         with parent.module.graph.inserting_before(call):
             node = outer.node_for(made)
@@ -209,20 +210,19 @@ class Writer:
             # x.op_() leaves its result in x
             return self.node_for(same)
         if made.op != "call_function":
-            raise EmitError("a value the attention needs is not available where its result is made")
+            raise EmitError(reasons.NOT_AVAILABLE())
         target: Any = made.target
         if writes_own_memory(self.edits.view, made):
             target = functional(target)
         elif not is_pure(made):
             target = None
         if target is None:
-            what = name_of(made) or "an opaque call"
-            raise EmitError(f"a value the attention needs comes from code that cannot be repeated ({what})")
+            raise EmitError(reasons.NOT_REPEATABLE(op=name_of(made) or "an opaque call"))
         if is_stale(made) or self._overwritten_since(made):
-            raise EmitError("a value the attention needs was made from memory that is written before the result")
+            raise EmitError(reasons.MADE_FROM_WRITTEN())
         self.depth += 1
         if self.depth > 200:
-            raise EmitError("the attention is too deep inside one call")
+            raise EmitError(reasons.TOO_DEEP())
         args = fx.node.map_arg(made.args, self.node_for)
         kwargs = fx.node.map_arg(made.kwargs, self.node_for)
         copy, value = self.call(target, tuple(args), dict(kwargs)), value_of(made)
@@ -257,7 +257,7 @@ class Writer:
                 for dim, size in enumerate(example.shape):
                     if not isinstance(size, int) and known_equal(size, wanted):
                         return self.method("size", node, dim)
-        raise EmitError(f"no tensor of the graph has the size {wanted}")
+        raise EmitError(reasons.NO_SUCH_SIZE(size=wanted))
 
     def size_of(self, atom: Atom) -> int | fx.Node:
         """The number of values of an index, as an argument."""

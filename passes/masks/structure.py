@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from attnfuse import rounding
+from attnfuse import reasons, rounding
 from attnfuse.expr import (
     TRUE,
     Algebra,
@@ -38,6 +38,7 @@ from attnfuse.passes.read.assemble import describe_operand
 from attnfuse.passes.read.isolation import isolated
 from attnfuse.passes.simplify import simplify
 from attnfuse.passes.site import Leaf, Refusal, Site
+from attnfuse.reasons import Reason
 from attnfuse.spec import AddFill, Bias, Cast, ReplaceFill, Scale, Shift, Step, dtype_name
 
 #: A mask of more operations, or operands, than this stays a tensor.
@@ -93,11 +94,11 @@ class _Structure:
         trains = view.trains and view.grad.get(site.final, True)
         self.terms = Terms(view, self.algebra, self.sizes, trains)
         self.leaves: list[Leaf] = []
-        # what is read now, in words
-        self.what = "a bias"
+        # what is said of what is read now, if it stays a tensor
+        self.stays = reasons.BIAS_STAYS
         # whether a sum that is read now may be taken apart
         self.may_split = True
-        self.notes: list[str] = []
+        self.notes: list[Reason] = []
         # the dim of tables of distances
         self.line: Distances | None = None
 
@@ -153,7 +154,7 @@ class _Structure:
         return not joined and Cast(dtype_name(dtype)) in spec.steps[i + 1 : i + 2]
 
     @property
-    def said(self) -> tuple[str, ...]:
+    def said(self) -> tuple[Reason, ...]:
         """Why masks stay tensors, each reason once."""
         return tuple(dict.fromkeys(self.notes))
 
@@ -168,15 +169,15 @@ class _Structure:
 
     def _step(self, step: Step) -> list[Step]:
         kept = list(self.leaves)
-        self.what = "a bias" if isinstance(step, Bias) else "a mask"
+        self.stays = reasons.BIAS_STAYS if isinstance(step, Bias) else reasons.MASK_STAYS
         try:
             if isinstance(step, (ReplaceFill, AddFill)):
                 return self._fill(step)
             if isinstance(step, Bias) and step.row is None and step.col is None:
                 return self._bias(step)
-        except NotExpressible as reason:
+        except NotExpressible as error:
             self.leaves = kept
-            self.notes.append(f"{self.what} stays a tensor: {reason}")
+            self.notes.append(self.stays(why=error.reason))
         return [self._unread(step)]
 
     def _unread(self, step: Step) -> Step:
@@ -199,14 +200,14 @@ class _Structure:
     def _term(self, leaf: Leaf) -> Expr:
         """What an operand is at (q, k), in terms of the graph's tensors."""
         if leaf.cast is not None or leaf.inverse or leaf.number or leaf.depth or leaf.made is not None:
-            raise NotExpressible("an operand that is computed for the op")
+            raise NotExpressible(reasons.MASK_OPERAND_COMPUTED())
         return self.terms.at(leaf.node, tuple(self._index(dim) for dim in leaf.labels))
 
     def _index(self, dim: Dim) -> Expr:
         total: Expr = Const(0)
         for atom in dim:
             if len(dim) > 1 and not isinstance(atom.size, int):
-                raise NotExpressible("a merged dim of symbolic size")
+                raise NotExpressible(reasons.MASK_SYMBOLIC(what="a merged dim"))
             step = self.algebra.mul(total, Const(atom.size)) if len(dim) > 1 else total
             total = self.algebra.add(step, self._variable(atom))
         return total
@@ -292,14 +293,14 @@ class _Structure:
             if isinstance(x, Call):
                 return self._hoisted(x, x.dtype)
             if isinstance(x, Axis):
-                raise NotExpressible("a mask that depends on the number of a batch element")
+                raise NotExpressible(reasons.MASK_OF_BATCH_NUMBER())
             return None
 
         found = transform(e, leaf, self.algebra)
         if any(x.type == "float" for x in walk(found)):
-            raise NotExpressible("a mask that compares fractions")
+            raise NotExpressible(reasons.MASK_FLOATING())
         if sum(1 for _ in walk(found)) > _MOST_PARTS:
-            raise NotExpressible("a mask of very many parts")
+            raise NotExpressible(reasons.MASK_TOO_MANY_PARTS(most=_MOST_PARTS))
         return found
 
     def _symbol(self, x: Symbol) -> Load:
@@ -318,8 +319,8 @@ class _Structure:
             except NotExpressible:
                 return self._table(x)
         whole = {self.site.q_dim, self.site.k_dim} <= set(labels) and self.site.q_dim != self.site.k_dim
-        if whole and (self.what == "a mask" or x.node.op == "call_function"):
-            self.notes.append(f"{self.what} stays a tensor: {self.terms.why(x.node)}")
+        if whole and (self.stays is reasons.MASK_STAYS or x.node.op == "call_function"):
+            self.notes.append(self.stays(why=self.terms.why(x.node)))
         leaf = Leaf(x.node, labels, starts=starts)
         return Load(self._register(leaf), dtype_name(dtype_of(x.node)))
 
@@ -332,7 +333,7 @@ class _Structure:
             starts.append(start)
         atoms = [a for dim in labels for a in dim]
         if len(set(atoms)) != len(atoms):
-            raise NotExpressible("a diagonal of a tensor")
+            raise NotExpressible(reasons.MASK_DIAGONAL())
         return tuple(labels), self._cut(x, labels, starts)
 
     def _cut(self, x: Tensor, labels: Sequence[Dim], starts: Sequence[int]) -> tuple[int, ...]:
@@ -353,10 +354,10 @@ class _Structure:
         for variable, coefficient in sorted(terms.items(), key=lambda tc: tc[1]):
             atom = self._atom(variable)
             if coefficient != expected:
-                raise NotExpressible("an index that is not plain")
+                raise NotExpressible(reasons.MASK_INDEX_NOT_PLAIN())
             if len(terms) > 1:
                 if not isinstance(atom.size, int):
-                    raise NotExpressible("a merged dim of symbolic size")
+                    raise NotExpressible(reasons.MASK_SYMBOLIC(what="a merged dim"))
                 expected *= atom.size
             dim.insert(0, atom)
         if isinstance(size, int):
@@ -364,9 +365,9 @@ class _Structure:
             for atom in dim:
                 extent *= atom.size if isinstance(atom.size, int) else size
             if start < 0 or start + extent > size:
-                raise NotExpressible("an index that leaves its tensor")
+                raise NotExpressible(reasons.MASK_INDEX_OUTSIDE())
         elif start or len(dim) != 1 or not known_equal(dim[0].size, size):
-            raise NotExpressible("a part of a dim of symbolic size")
+            raise NotExpressible(reasons.MASK_SYMBOLIC(what="a part of a dim"))
         return tuple(dim), start
 
     def _atom(self, variable: Expr) -> Atom:
@@ -376,13 +377,13 @@ class _Structure:
             dim = self.site.q_dim if variable == Q else self.site.k_dim
             if dim:
                 return dim[0]
-        raise NotExpressible("an index that is not plain")
+        raise NotExpressible(reasons.MASK_INDEX_NOT_PLAIN())
 
     def _table(self, x: Tensor) -> Load:
         """A tensor whose one dim is read at a computed index."""
         computed = [d for d, at in enumerate(x.index) if is_joint(at)]
         if len(computed) != 1:
-            raise NotExpressible("a tensor that is read at several computed indices")
+            raise NotExpressible(reasons.MASK_SEVERAL_INDICES())
         at, size = computed[0], shape_of(x.node)[computed[0]]
         column = Atom(size)
         labels, starts = [], []
@@ -392,10 +393,10 @@ class _Structure:
             starts.append(start)
         atoms = {a for dim in labels for a in dim}
         if self.site.q_dim and self.site.k_dim and atoms >= {self.site.q_dim[0], self.site.k_dim[0]}:
-            raise NotExpressible("a table with a row for every query and key")
+            raise NotExpressible(reasons.MASK_TABLE_PER_PAIR())
         low, high = self.algebra.bounds(x.index[at])
         if not isinstance(size, int) or low < 0 or high >= size:
-            raise NotExpressible("an index that may be outside of its table")
+            raise NotExpressible(reasons.MASK_INDEX_OUTSIDE())
         by_key = bool(self.site.k_dim) and self.site.k_dim[0] in atoms
         row = self.site.k_dim if by_key else self.site.q_dim
         leaf = Leaf(x.node, tuple(labels), starts=self._cut(x, labels, starts), row=row, column=(column,))
@@ -413,7 +414,7 @@ class _Structure:
             line = self.site.q_dim if Q in found else self.site.k_dim
         batch = [a for a in self.site.batch if Axis(a) in depends(e)]
         if any(isinstance(x, (Index, Axis)) and not self._is_known(x, line) for x in walk(e)):
-            raise NotExpressible("a value that depends on an index the attention does not have")
+            raise NotExpressible(reasons.MASK_OTHER_INDEX())
         labels = (*((a,) for a in batch), line) if line else tuple((a,) for a in batch)
         node = next((x.node for x in walk(e) if isinstance(x, Tensor)), self.site.q.node)
         if type_of(dtype) == "int":
@@ -435,5 +436,5 @@ class _Structure:
         difference = self.algebra.sub(Axis(line), last)
         moved = substitute(e, {K: self.algebra.add(Q, difference)}, self.algebra)
         if Q in depends(moved):
-            raise NotExpressible("a tensor with a value of its own for every query and key")
+            raise NotExpressible(reasons.MASK_VALUE_PER_PAIR())
         return (line,), moved, self._lowered(self.algebra.add(self.algebra.sub(K, Q), last))

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from attnfuse import expr
+from attnfuse import expr, reasons
 from attnfuse._compat import OpOverload, symbolic_range
 from attnfuse.expr import LONGEST, Algebra, Apply, Bounds, Const, Expr, Index, K, Linear, NotExpressible, Q, Type, walk
 from attnfuse.passes.capture.view import View
@@ -24,6 +24,7 @@ from attnfuse.passes.graph.labels import Atom, Distances, Size, is_one, known_eq
 from attnfuse.passes.graph.memory import is_stale
 from attnfuse.passes.graph.moves import DimMap
 from attnfuse.passes.graph.vocabulary import ANDS, COMPARISONS, ELEMENTWISE, LIKE, NOTS, ORS, TERNARY, XORS, functional
+from attnfuse.reasons import Reason
 from attnfuse.spec import dtype_name
 
 
@@ -155,7 +156,7 @@ class Terms:
         self.budget = 2000
         self._known: dict[tuple[fx.Node, tuple[Expr, ...], bool], Expr] = {}
         #: why tensors that are computed in the graph could not be read further
-        self.reasons: dict[fx.Node, str] = {}
+        self.reasons: dict[fx.Node, Reason] = {}
 
     def at(self, node: fx.Node, index: tuple[Expr, ...], frozen: bool = False) -> Expr:
         """The element of `node` at `index`. Raises NotExpressible.
@@ -166,13 +167,13 @@ class Terms:
         if key not in self._known:
             self.budget -= 1
             if self.budget < 0:
-                raise NotExpressible("the mask is too large to read")
+                raise NotExpressible(reasons.MASK_TOO_LARGE())
             self._known[key] = self._read(node, index, frozen)
         return self._known[key]
 
     def _read(self, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
         if not is_tensor(node) or value_of(node).layout != torch.strided:
-            raise NotExpressible("not a dense tensor")
+            raise NotExpressible(reasons.MASK_NOT_DENSE())
         number = constant(node)
         if number is not None:
             return self.number(number, dtype_of(node))
@@ -184,10 +185,10 @@ class Terms:
             return moved
         try:
             found = self._computed(node, index, frozen)
-        except NotExpressible as reason:
+        except NotExpressible as error:
             found = None
             # that an op which moves elements could not be followed says more than that it computes nothing
-            self.reasons.setdefault(node, str(reason))
+            self.reasons.setdefault(node, error.reason)
         # a small tensor that is there is better than computing it for every query and key
         inside = [] if found is None else [x for x in walk(found) if isinstance(x, (Tensor, Call))]
         thin = not {Q, K} <= set().union(*(depends(i) for i in index))
@@ -199,20 +200,18 @@ class Terms:
     def _taken(self, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
         """The element as it lies in memory, where no gradient would flow that is stopped in the graph."""
         if frozen and self.trains and dtype_of(node).is_floating_point:
-            raise NotExpressible(f"a gradient stops behind {node.name}")
+            raise NotExpressible(reasons.MASK_GRADIENT(node=node.name))
         return Tensor(node, index)
 
-    def why(self, node: fx.Node) -> str:
+    def why(self, node: fx.Node) -> Reason:
         """Why a tensor is read as it lies in memory."""
         if node in self.reasons:
             return self.reasons[node]
         if is_stale(node):
-            return "its memory is written to"
-        return (
-            "it comes from outside of the graph"
-            if node.op != "call_function"
-            else f"{name_of(node) or node.name} gives it"
-        )
+            return reasons.MASK_WRITTEN()
+        if node.op != "call_function":
+            return reasons.MASK_FROM_OUTSIDE()
+        return reasons.MASK_MADE_BY(op=name_of(node) or node.name)
 
     def number(self, value: Number, dtype: torch.dtype) -> Const:
         """A number that `dtype` holds."""
@@ -235,8 +234,8 @@ class Terms:
                 at = _through(self, found, index)
             else:
                 return None
-        except NotExpressible as reason:
-            self.reasons[node] = str(reason)
+        except NotExpressible as error:
+            self.reasons[node] = error.reason
             return None
         return self.at(source, at, frozen)
 
@@ -252,7 +251,7 @@ class Terms:
             own = e.atom.size if isinstance(e, Axis) else self.sizes.get(e)
             if own is not None and known_equal(own, size):
                 return e
-        raise NotExpressible("an index that may be outside of its tensor")
+        raise NotExpressible(reasons.MASK_INDEX_OUTSIDE())
 
     # -- ops that compute
 
@@ -267,7 +266,7 @@ class Terms:
             return self.cast(self.operand(source, index, frozen), dtype_of(source), dtype_of(node))
         if name in _COMPUTED:
             return self._pointwise(node, index, frozen)
-        raise NotExpressible(f"{name or node.target} is not made of indices")
+        raise NotExpressible(reasons.MASK_OP(op=name or node.target))
 
     def operand(self, x: Any, index: tuple[Expr, ...], frozen: bool) -> Expr:
         """A tensor broadcast against one read at `index`, or a number."""
@@ -276,7 +275,7 @@ class Terms:
         if isinstance(x, (int, float)):
             return Const(x, "float" if isinstance(x, float) else "int")
         if not isinstance(x, fx.Node):
-            raise NotExpressible("an argument that is not a number")
+            raise NotExpressible(reasons.MASK_NOT_A_NUMBER())
         value = value_of(x)
         if isinstance(value, torch.Tensor):
             shape = shape_of(x)
@@ -299,14 +298,14 @@ class Terms:
             if any(not isinstance(own, int) and known_equal(own, value) for own in self.sizes.values()):
                 low, high = max(low, 0), min(high, LONGEST)
             if low > high:
-                raise NotExpressible("a number that int64 does not hold")
+                raise NotExpressible(reasons.MASK_NUMBER_RANGE(dtype=torch.int64))
             return Symbol(str(value), value, (low, high))
-        raise NotExpressible("a symbolic number that is not a size")
+        raise NotExpressible(reasons.MASK_SYMBOLIC_NUMBER())
 
     def _pointwise(self, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
         name, target = name_of(node), functional(cast(OpOverload, node.target))
         if target is None:
-            raise NotExpressible(f"{node.target} is not made of indices")
+            raise NotExpressible(reasons.MASK_OP(op=node.target))
         args: list[Any] = []
         own: list[torch.dtype | None] = []
         for x in node.args:
@@ -315,10 +314,10 @@ class Terms:
             elif x is None or isinstance(x, str):
                 args.append(x)
             else:
-                raise NotExpressible("an argument that is not a number")
+                raise NotExpressible(reasons.MASK_NOT_A_NUMBER())
             own.append(dtype_of(x) if is_tensor(x) else None)
         if any(isinstance(v, fx.Node) for v in node.kwargs.values()):
-            raise NotExpressible("a computed keyword argument")
+            raise NotExpressible(reasons.MASK_KEYWORD())
         common, scalars = _common_dtype(node, target), _scalars(node)
         chooses = {"where": 0, "masked_fill": 1}.get(name)
         dtypes = [d if d is None or i == chooses or scalars else common for i, d in enumerate(own)]
@@ -348,7 +347,7 @@ class Terms:
             if found is not None:
                 return self._fits(found, call.dtype)
             if name in _RAISING and not (isinstance(numbers[-1], Const) and numbers[-1].value > 0):
-                raise NotExpressible(f"{name} of integers, which may raise where the graph does not compute it")
+                raise NotExpressible(reasons.MASK_MAY_RAISE(op=name))
         call = replace(call, args=self._converted(call.args, own, call.dtypes))
         open_ = [a for a in call.args if isinstance(a, Expr) and not isinstance(a, Const)]
         joint = [a for a in dict.fromkeys(open_) if is_joint(a)]
@@ -374,7 +373,7 @@ class Terms:
         if isinstance(e, Const):
             number = converted(e.value, source, dtype)
             if number is None:
-                raise NotExpressible(f"a number that {dtype} does not hold")
+                raise NotExpressible(reasons.MASK_NUMBER_RANGE(dtype=dtype))
             return self.number(number, dtype)
         call = Call(torch.ops.aten.to.dtype, (e, dtype), (source, None), (), dtype)
         if e.type == "float" or call.type == "float":
@@ -404,7 +403,7 @@ class Terms:
         ]
         number = folded(call.target, given, call.dtype, {k: v for k, v in call.kwargs if k != "device"})
         if number is None:
-            raise NotExpressible(f"{call.target} of numbers that gives another dtype, or none")
+            raise NotExpressible(reasons.MASK_NUMBER_DTYPE(op=call.target))
         return self.number(number, call.dtype)
 
     def _pushed(self, call: Call, only: Expr) -> Expr | None:
@@ -473,13 +472,13 @@ class Terms:
         number = bool(x.value) if x.type == "bool" else x.value
         found = folded(torch.full, [(), number], dtype, {"dtype": dtype})
         if found is None:
-            raise NotExpressible(f"a number that {dtype} does not hold")
+            raise NotExpressible(reasons.MASK_NUMBER_RANGE(dtype=dtype))
         return self.number(found, dtype)
 
     def _fits(self, e: Expr, dtype: torch.dtype) -> Expr:
         """e, if it surely is in the range of dtype. What an expression is lies in that of int64."""
         if e.type == "int" and not expr.within(self.algebra.bounds(e), range_of(dtype)):
-            raise NotExpressible(f"arithmetic that may leave the range of {dtype}")
+            raise NotExpressible(reasons.MASK_OVERFLOW(dtype=dtype))
         return e
 
     def _integer(self, name: str, call: Call, node: fx.Node) -> Expr | None:
@@ -537,7 +536,7 @@ class Terms:
             if named.get(bound) is not None:
                 number = constant(named[bound])
                 if isinstance(number, float):
-                    raise NotExpressible("a clamp to a fraction")
+                    raise NotExpressible(reasons.MASK_CLAMP_FRACTION())
                 limit = self.size(named[bound]) if number is None else Const(number)
                 x = apply(x, self._fits(limit, dtype_of(node)))
         return x
@@ -570,7 +569,7 @@ def _common_dtype(node: fx.Node, target: OpOverload) -> torch.dtype:
     sample = [one_element(0, dtype_of(x), not shape_of(x)) if is_tensor(x) else _sample(x) for x in values[:2]]
     common = torch.result_type(*sample) if len(sample) == 2 and None not in sample else dtype_of(tensors[0])  # type: ignore[arg-type]
     if target is not node.target and common != dtype_of(node) and dtype_of(node) != torch.bool:
-        raise NotExpressible("a result that is converted as it is written")
+        raise NotExpressible(reasons.MASK_CONVERTED_WRITE())
     return common
 
 
@@ -598,7 +597,7 @@ def _dtype_in(call: Call, x: Expr) -> torch.dtype | None:
 def _dim(named: dict[str, Any], index: tuple[Expr, ...]) -> int:
     """The dim that an op works along, counted from the front."""
     if not index:
-        raise NotExpressible("an op along a dim of a tensor that has none")
+        raise NotExpressible(reasons.MASK_WITHOUT_DIMS())
     return int(named["dim"]) % len(index)
 
 
@@ -610,17 +609,17 @@ def _through(t: Terms, found: DimMap, index: tuple[Expr, ...]) -> tuple[Expr, ..
     own = shape_of(found.source)
     at: list[Expr] = [Const(0)] * len(own)
     for d, place in found.fixed:
-        at[d] = Const(_known(place, "a selection at a symbolic place"))
+        at[d] = Const(_known(place, "a selection"))
     for x, i in zip(found.dims, index, strict=True):
         if isinstance(x, moves.Dim):
             at[x.dim] = i
         elif isinstance(x, moves.Slice):
-            start = Const(_known(x.start, "a slice from a symbolic place"))
+            start = Const(_known(x.start, "a slice"))
             at[x.dim] = t.algebra.add(t.algebra.mul(i, Const(x.step)), start)
         elif isinstance(x, moves.Tile):
-            at[x.dim] = t.algebra.mod(i, Const(_known(own[x.dim], "a repeated symbolic size")))
+            at[x.dim] = t.algebra.mod(i, Const(_known(own[x.dim], "a repeat")))
         elif isinstance(x, moves.Interleave):
-            at[x.dim] = t.algebra.floordiv(i, Const(_known(x.repeats, "a symbolic number of repeats")))
+            at[x.dim] = t.algebra.floordiv(i, Const(_known(x.repeats, "repeat_interleave")))
     for run in found.runs:
         dims = [(d, own[d]) for d in run.dims]
         for d, i in _regrouped(t, dims, [(index[d], found.shape[d]) for d in run.outs]):
@@ -628,9 +627,9 @@ def _through(t: Terms, found: DimMap, index: tuple[Expr, ...]) -> tuple[Expr, ..
     return tuple(Const(0) if is_one(n) else i for n, i in zip(own, at, strict=True))
 
 
-def _known(number: Size | None, otherwise: str) -> int:
+def _known(number: Size | None, what: str) -> int:
     if not isinstance(number, int):
-        raise NotExpressible(otherwise)
+        raise NotExpressible(reasons.MASK_SYMBOLIC(what=what))
     return number
 
 
@@ -639,7 +638,7 @@ def _regrouped(
 ) -> Iterator[tuple[int, Expr]]:
     """(dim, index in it) for dims of these sizes, which are flattened and split into others: indices and sizes of those."""
     if not all(isinstance(n, int) and n > 0 for _, n in (*dims, *index)):
-        raise NotExpressible("a reshape of symbolic sizes")
+        raise NotExpressible(reasons.MASK_SYMBOLIC(what="a reshape"))
     flat = index[0][0]
     for i, n in index[1:]:
         flat = t.algebra.add(t.algebra.mul(flat, Const(n)), i)
@@ -659,7 +658,7 @@ def _index(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) ->
     given += [None] * (len(shape) - len(given))
     tensors = [x for x in given if x is not None]
     if any(not is_tensor(x) or dtype_of(x) not in (torch.int64, torch.int32) for x in tensors):
-        raise NotExpressible("indexing by a mask")
+        raise NotExpressible(reasons.MASK_INDEXED_BY_MASK())
     at = [d for d, x in enumerate(given) if x is not None]
     rank = max(len(shape_of(x)) for x in tensors)
     together = at == list(range(at[0], at[-1] + 1))
@@ -687,7 +686,7 @@ def _index_select(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, .
 def _embedding(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
     named = arguments(node)
     if named.get("scale_grad_by_freq") or named.get("sparse") or named.get("padding_idx", -1) >= 0:
-        raise NotExpressible("an embedding with a gradient of its own kind")
+        raise NotExpressible(reasons.MASK_EMBEDDING())
     return (t.at(named["indices"], index[:-1], True), index[-1])
 
 
@@ -706,7 +705,7 @@ def _arange(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> E
     named = arguments(node)
     start, step = named.get("start", 0), named.get("step", 1)
     if isinstance(start, float) or not isinstance(step, int):
-        raise NotExpressible("an arange of fractions")
+        raise NotExpressible(reasons.MASK_ARANGE())
     at = t.algebra.add(t.algebra.mul(index[0], Const(step)), t.size(start))
     return at if type_of(dtype_of(node)) == "int" else t.cast(at, torch.int64, dtype_of(node))
 
@@ -724,7 +723,7 @@ def _triangle(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) ->
 
 def _full(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
     if type_of(dtype_of(node)) != "int":
-        raise NotExpressible("a full tensor of something that is not a constant")
+        raise NotExpressible(reasons.MASK_FULL())
     return t.size(arguments(node)["fill_value"])
 
 
@@ -744,7 +743,7 @@ def _pieces(t: Terms, parts: Sequence[fx.Node], dim: int, index: tuple[Expr, ...
         found = t.algebra.where(t.algebra.compare("lt", at, t.size(size)), low, high)
     if any(isinstance(x, (Tensor, Call)) for x in walk(found)):
         # each part would be read outside of its bounds
-        raise NotExpressible("a concatenation of tensors that are not made of indices")
+        raise NotExpressible(reasons.MASK_CAT())
     return found
 
 
@@ -752,14 +751,14 @@ def _cat(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr
     named = arguments(node)
     parts = [x for x in named["tensors"] if len(shape_of(x)) == len(index)]
     if any(dtype_of(x) != dtype_of(node) for x in parts):
-        raise NotExpressible("a concatenation of several dtypes")
+        raise NotExpressible(reasons.MASK_CAT_DTYPES())
     return _pieces(t, parts, _dim(named, index), index, frozen)
 
 
 def _diff(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
     named = arguments(node)
     if named["n"] != 1 or type_of(dtype_of(node)) != "int":
-        raise NotExpressible("a difference of higher order or of bools")
+        raise NotExpressible(reasons.MASK_DIFF())
     parts = [x for x in (named["prepend"], named["self"], named["append"]) if x is not None]
     dim = _dim(named, index)
     after = (*index[:dim], t.algebra.add(index[dim], Const(1)), *index[dim + 1 :])
@@ -773,7 +772,7 @@ def _cumsum(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> E
     anywhere = Axis(Atom(shape_of(node)[dim]))
     value = t.at(named["self"], (*index[:dim], anywhere, *index[dim + 1 :]), frozen)
     if not isinstance(value, Const) or value.type == "float" or dtype_of(node) != torch.int64:
-        raise NotExpressible("a running sum of something that is not a constant")
+        raise NotExpressible(reasons.MASK_RUNNING_SUM())
     return t.algebra.mul(t.algebra.add(index[dim], Const(1)), Const(int(value.value)))
 
 

@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import fx
 
-from attnfuse import _compat
+from attnfuse import _compat, reasons
 from attnfuse.expr import FALSE, TRUE, Algebra, Const, Expr, K, NotExpressible, Q, substitute
 from attnfuse.kernels.fills import BELOW_ALL_SCORES, HIDDEN_BELOW
 from attnfuse.passes.capture.view import View
@@ -27,6 +27,7 @@ from attnfuse.passes.padding.rowwise import Carried, Mixed, Rows
 from attnfuse.passes.padding.sources import Pad, Paddings, Unpad
 from attnfuse.passes.read.isolation import read_by
 from attnfuse.passes.site import Leaf, Site
+from attnfuse.reasons import Reason
 from attnfuse.spec import AddFill, Attention, Bias, Cast, Layout, ReplaceFill, Shift
 
 #: Steps after which a hidden score is hidden.
@@ -60,25 +61,25 @@ class Region:
     ends: set[fx.Node] = field(default_factory=set)
 
 
-def find_regions(view: View, sites: Sequence[Site]) -> tuple[list[Region], str]:
-    """The regions of a view that can run on packed rows, and why something padded cannot, or ''."""
+def find_regions(view: View, sites: Sequence[Site]) -> tuple[list[Region], Reason | None]:
+    """The regions of a view that can run on packed rows, and why something padded cannot, if that is so."""
     paddings = Paddings(view)
     if not paddings.pads or not sites:
-        return [], ""
-    problem = ""
+        return [], None
+    problem: Reason | None = None
     # all together, or else those of each padding by themselves
     tries = [paddings.rows] + ([[rows] for rows in paddings.rows] if len(paddings.rows) > 1 else [])
     found: list[Region] = []
     for rows in tries:
         try:
             region = _Finder(view, paddings, sites, rows).run()
-        except Mixed as reason:
-            problem = problem or f"padding stays: {reason}"
+        except Mixed as error:
+            problem = problem or reasons.PADDING_STAYS(why=error.reason)
             continue
         if region is None:
             continue
         if any(region.ends & r.ends or region.inside & r.inside for r in found):
-            problem = problem or "padding stays: paddings that are taken out by themselves meet"
+            problem = problem or reasons.PADDING_STAYS(why=reasons.PADDINGS_MEET())
             continue
         found.append(region)
         if rows is paddings.rows:
@@ -120,7 +121,7 @@ class _Finder:
         if unpad is not None and unpad.source in self.carried.labels:
             self._unpad(node, unpad)
         elif node.target is opaque:
-            raise Mixed("opaque code takes padded tensors")
+            raise Mixed(reasons.PADDING_OPAQUE())
         elif is_tensor(node) or isinstance(value_of(node), (list, tuple)):
             self.carried.carry(node)
             self._substitute(node)
@@ -129,14 +130,14 @@ class _Finder:
         labels = self.carried.labels[unpad.source]
         rows = self.carried.rows_of(labels)
         if labels[:2] != ((rows.sequence,), (rows.place,)) or self.carried.rows_in(labels[2:]):
-            raise Mixed("rows are taken out of a tensor whose first dims are not those of the padding")
+            raise Mixed(reasons.PADDING_OUT_OF_DIMS())
         if unpad.offsets is not None:
             if not self.paddings.is_offsets(rows, unpad.offsets) or not known_equal(unpad.total, rows.total):
-                raise Mixed("rows are taken out by other offsets than they were padded by")
+                raise Mixed(reasons.PADDING_OTHER_OFFSETS())
         else:
             assert unpad.mask is not None
             if self._beyond(unpad.mask, rows) != FALSE:
-                raise Mixed("rows are taken out by a mask that is not known to leave out the padding")
+                raise Mixed(reasons.PADDING_OTHER_MASK())
         self.region.unpads.append(unpad)
         parts = [] if is_tensor(node) else node.users
         self.region.ends |= {node, unpad.node, *(made for made, _ in unpad.passed), *parts}
@@ -180,27 +181,27 @@ class _Finder:
         own = [leaf.node in carried.labels for leaf in (site.q, site.k, site.v)]
         if not any(own):
             if any(n in carried.labels for leaf in site.operands for n in read_by(leaf)):
-                raise Mixed("an attention's mask or bias is made of padded tensors")
+                raise Mixed(reasons.PADDING_IN_MASK())
             return
         if own[1] != own[2]:
-            raise Mixed("keys or values are not padded alike")
+            raise Mixed(reasons.PADDING_OF_KEYS_ALONE())
         if site.lse is not None:
-            raise Mixed("the log-sum-exp of scores is used")
+            raise Mixed(reasons.PADDING_LOG_SUM_EXP())
         q = self._side(site, site.q, site.q_dim) if own[0] else None
         k = self._side(site, site.k, site.k_dim) if own[1] else None
         if k is not None and self._side(site, site.v, site.k_dim) is not k:
-            raise Mixed("keys and values are padded by other lengths")
+            raise Mixed(reasons.PADDING_OTHER_LENGTHS())
         raw = site.unread or site
         assumed, fills, algebra = structured_assuming(self.view, raw, lambda e, g: self._assume(e, g, raw, q, k))
         if any(n in carried.labels for leaf in assumed.operands for n in read_by(leaf)):
-            raise Mixed("an attention's mask or bias is made of padded tensors")
+            raise Mixed(reasons.PADDING_IN_MASK())
         problem = None if k is None else self._unhidden(raw, fills, algebra, q, k)
         if problem is not None:
             raise Mixed(problem)
         try:
             spec = _packed_spec(assumed, q, k)
         except ValueError as error:
-            raise Mixed(f"no packed attention: {error}") from error
+            raise Mixed(reasons.PADDING_NO_SPEC(error=error)) from error
         self.region.attentions.append(Packed(assumed, site, spec, q, k))
         self.region.inside |= site.inside | {site.final}
         if q is not None:
@@ -211,7 +212,7 @@ class _Finder:
         labels = self.carried.axes.resolve(self.carried.labels[leaf.node])
         rows = self.carried.rows_of(labels)
         if not site.batch or len(dim) != 1:
-            raise Mixed("an attention of one sequence")
+            raise Mixed(reasons.PADDING_ONE_SEQUENCE())
         expected = {rows.sequence: site.batch[0], rows.place: dim[0]}
         for have, found in zip(labels, leaf.labels, strict=True):
             if not self.carried.rows_in([have]):
@@ -219,7 +220,7 @@ class _Finder:
             if len(have) != len(found) or any(
                 (a in expected and expected[a] is not b) or not known_equal(a.size, b.size) for a, b in zip(have, found)
             ):
-                raise Mixed("an attention whose first batch dim is not that of the sequences")
+                raise Mixed(reasons.PADDING_OTHER_BATCH())
         return rows
 
     def _assume(self, e: Expr, algebra: Algebra, site: Site, q: Rows | None, k: Rows | None) -> Expr:
@@ -231,28 +232,28 @@ class _Finder:
             e = self.paddings.assumed(e, q, sequence, Q, True, algebra)
         return e
 
-    def _unhidden(self, site: Site, fills: list[Fill], algebra: Algebra, q: Rows | None, k: Rows) -> str | None:
+    def _unhidden(self, site: Site, fills: list[Fill], algebra: Algebra, q: Rows | None, k: Rows) -> Reason | None:
         """Why keys of padding may have a weight, or be needed for a row that sees no other; None if neither is so."""
         sequence = Axis(site.batch[0])
         hiding = [f for f in fills if self.paddings.assumed(f.keep, k, sequence, K, False, algebra) == FALSE]
         if not hiding:
-            return "the attention is not known to hide keys of padding"
+            return reasons.PADDING_NOT_HIDDEN()
         last = hiding[-1]
         if any(not isinstance(step, _LEAVE_HIDDEN) for step in site.spec.steps[last.step + 1 :]):
-            return "what is done to hidden scores may show keys of padding"
+            return reasons.PADDING_SHOWN()
         later = [f.value for f in fills if f.step >= last.step]
         if any(isinstance(x, (Bias, Shift)) for x in site.spec.steps[last.step + 1 :]) and max(later) > HIDDEN_BELOW:
-            return "a bias is added to hidden scores, and may show keys of padding"
+            return reasons.PADDING_BIAS_AFTER()
         if all(value == -torch.inf for value in later) and (q is k or site.spec.hidden == "zero"):
             return None
         if q is not k:
-            return "a query without keys would see padding"
+            return reasons.PADDING_QUERY_WITHOUT_KEYS()
         low = torch.finfo(torch.float16).min if site.spec.qk_dtype == "float16" else BELOW_ALL_SCORES
         if any(value > low for value in later):
-            return "keys of padding are filled with a number that a score may come near to"
+            return reasons.PADDING_NEAR_FILL()
         own = [substitute(self._assume(f.keep, algebra, site, q, k), {K: Q}, algebra) for f in fills]
         if any(keep != TRUE for keep in own):
-            return "a row may hide all of its keys, and would see padding"
+            return reasons.PADDING_MASKED_ROW()
         return None
 
     def _label_result(self, site: Site, rows: Rows) -> None:
@@ -271,16 +272,16 @@ class _Finder:
         for node in padded:
             origin = view.origin.get(node)
             if origin is not None and origin.scope.parent is not None:
-                raise Mixed("padded tensors go into a checkpointed region")
+                raise Mixed(reasons.PADDING_CHECKPOINT())
             self._check_uses(node)
         if len({view.grad.get(n, True) for n in (*padded, *ends)}) > 1:
-            raise Mixed("part of what is padded is computed without gradients")
+            raise Mixed(reasons.PADDING_PARTLY_NO_GRAD())
         first, last = min(map(view.order.__getitem__, padded)), max(map(view.order.__getitem__, ends))
         for node in padded:
             self._check_writes(node, last)
         for node in self._read_late():
             if view.writes.between(node, view.order[node], last):
-                raise Mixed("something is written in place while padded tensors are worked on")
+                raise Mixed(reasons.PADDING_WRITES_NEAR())
         self._check_modes(first, last)
 
     def _read_late(self) -> set[fx.Node]:
@@ -298,7 +299,7 @@ class _Finder:
                 continue
             if is_tensor(user) or user.op == "output" or user.target is opaque or not _is_number(user):
                 what = "the graph's output" if user.op == "output" else name_of(user) or "other code"
-                raise Mixed(f"a padded tensor is used by {what}")
+                raise Mixed(reasons.PADDING_USED(user=what))
 
     def _check_writes(self, node: fx.Node, last: int) -> None:
         """Nothing of the region is written in place, and nothing it reads between where it is read now and its end."""
@@ -308,12 +309,12 @@ class _Finder:
             target = node.args[0]
             for other in self.view.graph.nodes:
                 if other not in (node, target) and other not in self.carried.labels and same_memory(other, node):
-                    raise Mixed("a padded tensor is written in place")
+                    raise Mixed(reasons.PADDING_WRITTEN())
         elif any(w not in self.pads for w in writes.to(node)):
-            raise Mixed("a padded tensor is written in place")
+            raise Mixed(reasons.PADDING_WRITTEN())
         for source in node.all_input_nodes:
             if source not in self.carried.labels and writes.between(source, order[node], last):
-                raise Mixed("something is written in place while padded tensors are worked on")
+                raise Mixed(reasons.PADDING_WRITES_NEAR())
 
     def _check_modes(self, first: int, last: int) -> None:
         """No autocast region begins or ends in between."""
@@ -323,7 +324,7 @@ class _Finder:
         places = [i for i, node in enumerate(nodes) if node in own]
         for node in nodes[places[0] : places[-1]]:
             if node.target in (_compat.enter_autocast, _compat.exit_autocast):
-                raise Mixed("an autocast region begins or ends while tensors are padded")
+                raise Mixed(reasons.PADDING_AUTOCAST())
 
 
 def _is_number(node: fx.Node) -> bool:

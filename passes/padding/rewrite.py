@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+from attnfuse import reasons
 from attnfuse.passes.emit.edits import EmitError
 from attnfuse.passes.emit.emitter import Emitter
 from attnfuse.passes.emit.writer import Writer
@@ -60,7 +61,7 @@ class Unpadder:
                 self._write(writer, source)
                 results.append((node, owner, writer, self._result(writer, end, source)))
             if isinstance(end, Packed) and self.scope.values[owner] is not node:
-                raise EmitError("an attention of padded keys lies inside of another call")
+                raise EmitError(reasons.PADDED_KEYS_IN_CALL())
         for (node, owner, writer, result), (_, end) in zip(results, ends, strict=True):
             if isinstance(end, Unpad) and end.mask is not None:
                 self._select(writer, node, owner, end, result)
@@ -347,7 +348,7 @@ class _Writer(Writer):
         if made in known.made:
             return known.made[made]
         if isinstance(value_of(made), torch.Tensor) and made in known.carried.labels:
-            raise EmitError("a padded tensor is needed where it is not packed")
+            raise EmitError(reasons.PADDED_NEEDED())
         if isinstance(value_of(made), torch.SymInt):
             # made again it might be the size of a packed tensor
             return self.size(value_of(made))  # type: ignore[return-value]

@@ -14,15 +14,17 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import fx
 
+from attnfuse import reasons
 from attnfuse.passes.graph import moves, views
 from attnfuse.passes.graph.aten import arguments, getitem_source, is_tensor, name_of, shape_of, source_of, value_of
 from attnfuse.passes.graph.labels import Atom, Axes, Dim, Labels, Size, insert, is_one, known_equal
 from attnfuse.passes.graph.moves import DimMap
 from attnfuse.passes.graph.vocabulary import ELEMENTWISE
+from attnfuse.reasons import Reason, ReasonError
 
 
-class Mixed(Exception):
-    """Rows do not stay by themselves; the message says where."""
+class Mixed(ReasonError):
+    """Rows do not stay by themselves; the reason says where."""
 
 
 @dataclass(eq=False)
@@ -83,7 +85,7 @@ class Carried:
         for rows in self.rows:
             if found == rows.atoms:
                 return rows
-        raise Mixed("rows of several paddings are put together")
+        raise Mixed(reasons.PADDINGS_TOGETHER())
 
     def takes(self, node: fx.Node) -> bool:
         return any(n in self.labels or n in self.parts for n in node.all_input_nodes)
@@ -107,14 +109,14 @@ class Carried:
             self.rows_of(labels)
             for a in self.rows_in(labels):
                 if a in self.axes.parts:
-                    raise Mixed(f"{name} splits the rows")
+                    raise Mixed(reasons.PADDING_SPLIT(op=name))
 
     def first(self, node: fx.Node) -> Labels:
         """The labels of the one padded argument, the first."""
         if any(n in self.labels for n in node.all_input_nodes if n is not node.args[0]) or not self._is_own(
             node.args[0]
         ):
-            raise Mixed(f"{name_of(node)} of padded tensors")
+            raise Mixed(reasons.PADDING_ARGUMENTS(op=name_of(node)))
         return self.labels[source_of(node)]
 
     def _is_own(self, x: Any) -> bool:
@@ -124,7 +126,7 @@ class Carried:
         """Dims that run over no rows, counted from the front."""
         found = [d % len(labels) for d in dims]
         if self.rows_in([labels[d] for d in found]):
-            raise Mixed(f"{name} over rows")
+            raise Mixed(reasons.PADDING_ALONG(op=name))
         return found
 
 
@@ -132,14 +134,14 @@ class Carried:
 POINTWISE = ELEMENTWISE | {"dropout"}
 
 
-def _fail(what: str) -> NoReturn:
-    raise Mixed(what)
+def _fail(reason: Reason) -> NoReturn:
+    raise Mixed(reason)
 
 
 def _pointwise(c: Carried, node: fx.Node) -> Labels:
     shape = shape_of(node)
     if len(node.kwargs) and any(isinstance(v, fx.Node) and is_tensor(v) for v in node.kwargs.values()):
-        _fail(f"{name_of(node)} with a tensor as a named argument")
+        _fail(reasons.PADDING_KEYWORD(op=name_of(node)))
     out: list[Dim] = [()] * len(shape)
     for x in node.args:
         if not isinstance(x, fx.Node) or not c._is_own(x):
@@ -151,7 +153,7 @@ def _pointwise(c: Carried, node: fx.Node) -> Labels:
             if not have:
                 out[lead + at] = dim
             elif (c.rows_in([dim]) or c.rows_in([have])) and dim and not _same(c, have, dim):
-                _fail(f"{name_of(node)} of rows at other places")
+                _fail(reasons.PADDING_OTHER_PLACES(op=name_of(node)))
     for position, x in enumerate(node.args):
         if is_tensor(x) and not c._is_own(x):
             _align(c, node, position, tuple(out))
@@ -182,17 +184,17 @@ def _align(c: Carried, node: fx.Node, position: int, out: Labels) -> None:
         for a in c.axes.atoms(dim):
             whole = whole * a.size
         if len(found) != len(c.axes.atoms(dim)) or not known_equal(whole, size):
-            _fail(f"{name_of(node)} with a tensor for some rows")
+            _fail(reasons.PADDING_SOME_ROWS(op=name_of(node)))
         dims.append(found)
     if not any(dims):
         return
     rows = c.rows_of(out)
     if (rows.place, rows.sequence) in dims:
-        _fail(f"{name_of(node)} with a tensor for all rows, those of a sequence apart")
+        _fail(reasons.PADDING_BY_POSITION(op=name_of(node)))
     mine = [c.axes.atoms(d) for d in out[len(out) - len(own) :]]
     place = next((d for d, atoms in enumerate(mine) if atoms == (rows.place,)), None)
     if place is None and (rows.sequence,) in dims:
-        _fail(f"{name_of(node)} with a tensor for each sequence that has no dim for its rows")
+        _fail(reasons.PADDING_PER_SEQUENCE(op=name_of(node)))
     c.gathered[node, position] = Gathered(rows, tuple(dims), place)
 
 
@@ -202,20 +204,20 @@ def _moved(c: Carried, node: fx.Node) -> Labels | list[Labels]:
     if each is not None:
         return [_through(c, node, found) for found in each]
     whole = moves.dim_map(node)
-    return _through(c, node, whole) if whole is not None else _fail(f"{name_of(node) or node.target} may mix rows")
+    return _through(c, node, whole) if whole is not None else _fail(reasons.PADDING_OP(op=name_of(node) or node.target))
 
 
 def _through(c: Carried, node: fx.Node, found: DimMap) -> Labels:
     labels = c.first(node)
     c.features(labels, found.altered, name_of(node))
     carried = views.onward(c.axes, found, labels)
-    return carried if carried is not None else _fail(f"a {name_of(node)} that does not keep rows apart")
+    return carried if carried is not None else _fail(reasons.PADDING_VIEW(op=name_of(node)))
 
 
 def _cast(c: Carried, node: fx.Node) -> Labels:
     # the other argument may be a tensor that only gives the dtype
     if not c._is_own(source_of(node)) or value_of(node).device != value_of(source_of(node)).device:
-        _fail("a cast to the dtype of a padded tensor, or to another device")
+        _fail(reasons.PADDING_CAST())
     return c.labels[source_of(node)]
 
 
@@ -230,7 +232,7 @@ def _matmul(c: Carried, node: fx.Node) -> Labels:
     labels = c.first(node)
     other = shape_of(cast(fx.Node, node.args[1]))
     if len(other) > 2:
-        _fail("a product with several matrices")
+        _fail(reasons.PADDING_MATRICES())
     c.features(labels, [-1], "a product")
     return labels[:-1] if len(other) == 1 else (*labels[:-1], c.axes.fresh(other[-1]))
 
@@ -238,7 +240,7 @@ def _matmul(c: Carried, node: fx.Node) -> Labels:
 def _addmm(c: Carried, node: fx.Node) -> Labels:
     bias, rows = cast("tuple[fx.Node, fx.Node]", node.args[:2])
     if c._is_own(bias) or not c._is_own(rows) or c._is_own(node.args[2]) or len(shape_of(bias)) != 1:
-        _fail("addmm of padded tensors")
+        _fail(reasons.PADDING_ARGUMENTS(op="addmm"))
     labels = c.labels[rows]
     c.features(labels, [-1], "addmm")
     return (labels[0], c.axes.fresh(shape_of(node)[-1]))
@@ -263,7 +265,7 @@ def _reduced(c: Carried, node: fx.Node) -> Labels:
     dims = args.get("dim")
     dims = [dims] if isinstance(dims, int) else dims
     if not dims or not isinstance(value_of(node), torch.Tensor):
-        _fail(f"{name_of(node)} over rows")
+        _fail(reasons.PADDING_ALONG(op=name_of(node)))
     gone = c.features(labels, dims, name_of(node))
     if args.get("keepdim"):
         return tuple(() if d in gone else dim for d, dim in enumerate(labels))
@@ -273,33 +275,33 @@ def _reduced(c: Carried, node: fx.Node) -> Labels:
 def _cat(c: Carried, node: fx.Node) -> Labels:
     parts = arguments(node)["tensors"]
     if not all(map(c._is_own, parts)):
-        _fail("padded tensors are joined with others")
+        _fail(reasons.PADDING_JOINED())
     first, *rest = (c.labels[x] for x in parts)
     (at,) = c.features(first, [arguments(node).get("dim", 0)], "cat")
     for other in rest:
         if len(other) != len(first) or not all(
             _same(c, a, b) for d, (a, b) in enumerate(zip(first, other)) if d != at and c.rows_in([a, b])
         ):
-            _fail("rows at other places are joined")
+            _fail(reasons.PADDING_JOINED_PLACES())
     return (*first[:at], c.axes.fresh(shape_of(node)[at]), *first[at + 1 :])
 
 
 def _stack(c: Carried, node: fx.Node) -> Labels:
     parts = arguments(node)["tensors"]
     if not all(map(c._is_own, parts)):
-        _fail("padded tensors are joined with others")
+        _fail(reasons.PADDING_JOINED())
     first, *rest = (c.labels[x] for x in parts)
     if any(
         len(x) != len(first) or not all(_same(c, a, b) for a, b in zip(first, x) if c.rows_in([a, b])) for x in rest
     ):
-        _fail("rows at other places are joined")
+        _fail(reasons.PADDING_JOINED_PLACES())
     return insert(first, arguments(node)["dim"] % (len(first) + 1), c.axes.fresh(len(parts)))
 
 
 def _embedding(c: Carried, node: fx.Node) -> Labels:
     args = arguments(node)
     if c._is_own(args["weight"]) or args.get("scale_grad_by_freq") or args.get("sparse"):
-        _fail("an embedding whose gradient depends on all rows")
+        _fail(reasons.PADDING_EMBEDDING())
     return (*c.labels[args["indices"]], c.axes.fresh(shape_of(node)[-1]))
 
 

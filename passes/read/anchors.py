@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 from torch import fx
 
+from attnfuse import reasons
 from attnfuse.passes.capture.view import View
 from attnfuse.passes.graph import contraction
 from attnfuse.passes.graph.aten import arguments, is_tensor, name_of, shape_of, source_of, value_of
@@ -17,6 +18,7 @@ from attnfuse.passes.graph.constants import constant
 from attnfuse.passes.graph.labels import known_equal
 from attnfuse.passes.read import sinks
 from attnfuse.passes.read.maxima import has_lines, maximum_subtracted, raises, without_views
+from attnfuse.reasons import Reason
 from attnfuse.spec import Hidden, Softmax
 
 
@@ -38,7 +40,7 @@ class Anchor:
     kind: Literal["softmax", "late", "sdpa"] = "softmax"
     total: fx.Node | None = None
     sink: fx.Node | float | None = None
-    problem: str = ""
+    problem: Reason | None = None
     by_log_sum_exp: bool = False
     by_own_maximum: bool = False
 
@@ -192,9 +194,7 @@ def _normalised(node: fx.Node, top: object, bottom: object, inside: frozenset[fx
     if whole is not total:
         found = sinks.added(whole, None if softmax == "unshifted" else arguments(source_of(e))["other"])
         if found is None or not summed["keepdim"] or tuple(shape_of(whole)) != tuple(shape_of(total)):
-            return Anchor(
-                scores, dim, node, between | more, problem="what is added to the sum of the weights is no sink"
-            )
+            return Anchor(scores, dim, node, between | more, problem=reasons.DENOMINATOR_TERM())
         sink, more = found[0], more | found[1]
         raised = any(raises(n) for n in more)
     if top is e:
@@ -202,9 +202,7 @@ def _normalised(node: fx.Node, top: object, bottom: object, inside: frozenset[fx
         line = source_of(bottom) if name_of(bottom) == "expand" else bottom
         viewed = without_views(line, e, dim) if has_lines(line, e, dim, kept=True) else None
         if viewed is None or viewed[0] is not whole:
-            return Anchor(
-                scores, dim, node, between | more, problem="cannot read what divides the exponentials of the scores"
-            )
+            return Anchor(scores, dim, node, between | more, problem=reasons.DENOMINATOR_UNREAD())
         return Anchor(scores, dim, node, between | more, softmax=softmax, sink=sink, by_own_maximum=not raised)
     if _reaches_product_of(top, e):
         return Anchor(

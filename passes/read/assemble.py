@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import fx
 
+from attnfuse import reasons
 from attnfuse.passes.graph.aten import dtype_of, value_of
 from attnfuse.passes.graph.labels import UNKNOWN, Axes, Dim, Labels, hint, stride_hint
 from attnfuse.passes.read.reader import Reader, Scores
@@ -35,7 +36,7 @@ def build_site(
     """Put the parts together, in terms of unsplit atoms."""
     axes = reader.axes
     if not reader.whole():
-        return Refusal("a view splits the queries, keys or features of the attention", final)
+        return Refusal(reasons.VIEW_SPLITS_ATTENTION(), final)
     q_dim, k_dim, d_dim = axes.atoms(scores.q_dim), axes.atoms(reader.k_dim), axes.atoms(scores.d_dim)
     e_dim = axes.atoms(e_dim)
     rows = set(q_dim + k_dim)
@@ -46,17 +47,17 @@ def build_site(
     for leaf, dims in zip(leaves, own, strict=True):
         found = [a for dim in axes.resolve(leaf.labels) for a in dim]
         if leaf is v and set(found) & set(q_dim):
-            return Refusal("the values differ from query to query", leaf.node)
+            return Refusal(reasons.ROWS_DIFFER(what="values", other="query"), leaf.node)
         if len(set(found)) != len(found) or not set(found) <= {*batch, *dims}:
-            return Refusal("an operand runs over an index that the scores do not have", leaf.node)
+            return Refusal(reasons.OPERAND_DIMS(), leaf.node)
     fixed = [replace(leaf, labels=axes.resolve(leaf.labels)) for leaf in leaves]
     for leaf, other, what in zip(fixed, (k_dim, q_dim, q_dim), ("queries", "keys", "values")):
         if any(a in other for dim in leaf.labels for a in dim):
-            return Refusal(f"the {what} are other ones for each {'key' if what == 'queries' else 'query'}", leaf.node)
+            return Refusal(reasons.ROWS_DIFFER(what=what, other="key" if what == "queries" else "query"), leaf.node)
     names = batch_names(axes, batch, fixed[1])
     labels_out = axes.resolve(out_labels)
     if {a for dim in labels_out for a in dim} != set(batch) | set(q_dim) | set(e_dim):
-        return Refusal("the result lacks a dim of the attention, or repeats one", final)
+        return Refusal(reasons.RESULT_DIMS(), final)
 
     def absent(leaf: Leaf) -> tuple[str, ...]:
         """The batch dims that a tensor does not have."""

@@ -1,4 +1,4 @@
-"""Sites that give something else than a kernel's softmax in rows that are hidden whole: these are left alone."""
+"""Sites that give something else than a kernel's softmax in fully masked rows: these are left alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from attnfuse import reasons
 from attnfuse.expr import Apply, Const, Expr, K, Q, sum_of
 from attnfuse.passes.graph.aten import name_of, value_of
 from attnfuse.passes.site import Refusal, Site
@@ -26,11 +27,9 @@ def swallowed(site: Site) -> Refusal | None:
     K times softmax's, and the result is the sum of the values instead of their mean.
     """
     if site.by_own_maximum and any(_may_hide_all(s) for s in site.spec.steps):
-        return Refusal("a sink relative to the scores' own maximum is NaN in rows that are hidden whole", site.anchor)
+        return Refusal(reasons.SINK_BY_OWN_MAXIMUM(), site.anchor)
     if _in_float64(site):
-        return Refusal(
-            "a mask is added in float64, which keeps scores that a kernel's float32 loses beside it", site.anchor
-        )
+        return Refusal(reasons.MASK_IN_FLOAT64(), site.anchor)
     if not site.by_log_sum_exp:
         return None
     for step in site.spec.steps:
@@ -39,7 +38,7 @@ def swallowed(site: Site) -> Refusal | None:
         else:
             lost = isinstance(step, Bias)
         if lost:
-            return Refusal("exp(s - logsumexp(s)) is no softmax in rows that a finite fill hides whole", site.anchor)
+            return Refusal(reasons.LOG_SUM_EXP_OF_MASKED_ROWS(), site.anchor)
     return None
 
 

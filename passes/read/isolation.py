@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from attnfuse import reasons
 from attnfuse.expr import walk
 from attnfuse.passes.capture.view import View
 from attnfuse.passes.graph.aten import name_of
@@ -19,19 +20,19 @@ def isolated(view: View, site: Site) -> Refusal | None:
         for user in node.users:
             if user in view.live and user not in site.inside and not _takes_shape_only(view, user, node, site):
                 what = "a hook or opaque code" if user.target is opaque else name_of(user) or user.op
-                return Refusal(f"the {_role(site, node)} are used elsewhere ({what})", user)
+                return Refusal(reasons.USED_ELSEWHERE(what=_role(site, node), user=what), user)
     leaves = (site.q, site.k, site.v, *site.operands)
     for leaf in leaves:
         if leaf.node in site.inside:
-            return Refusal("the scores or weights are used elsewhere (as an operand)", leaf.node)
+            return Refusal(reasons.USED_ELSEWHERE(what="scores or weights", user="as an operand"), leaf.node)
     problem = _overwritten(view, site)
     if problem is not None:
         return problem
     grad = view.grad.get(site.final, True)
     if any(view.grad.get(n, True) != grad for n in site.inside):
-        return Refusal("part of the attention is computed without gradients", site.final)
+        return Refusal(reasons.PARTLY_NO_GRAD(), site.final)
     if is_mutating(site.final) and written(site.final):
-        return Refusal("the result is written into an existing tensor", site.final)
+        return Refusal(reasons.RESULT_WRITTEN(), site.final)
     return None
 
 
@@ -41,14 +42,14 @@ def _overwritten(view: View, site: Site) -> Refusal | None:
     for node in site.inside:
         for writer in view.writes.between(node, view.order[node], end):
             if writer not in site.inside:
-                return Refusal("the scores or weights are written in place before they are used", writer)
+                return Refusal(reasons.SCORES_WRITTEN(), writer)
     for leaf in (site.q, site.k, site.v, *site.operands):
         for source in read_by(leaf):
             first = _first_read(view, source, site)
             # the first that reads it may write to it as well
             writers = view.writes.between(source, first - 1, end)
             if writers:
-                return Refusal("a tensor of the attention is written in place before it is done", writers[0])
+                return Refusal(reasons.OPERAND_WRITTEN(), writers[0])
     return None
 
 

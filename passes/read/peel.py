@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from attnfuse import reasons
 from attnfuse.kernels.fills import BELOW_ALL_SCORES
 from attnfuse.passes.capture.view import View
 from attnfuse.passes.graph import contraction, views
@@ -24,6 +25,7 @@ from attnfuse.passes.read.isolation import isolated
 from attnfuse.passes.read.operands import one_dtype, read_factor
 from attnfuse.passes.read.reader import Peeled, Reader, Recentred, Rule, Scores
 from attnfuse.passes.site import Refusal, Site
+from attnfuse.reasons import Reason
 from attnfuse.spec import (
     AddFill,
     Bias,
@@ -43,7 +45,7 @@ def read(view: View, anchor: Anchor, exact: bool = False) -> Site | Refusal | No
         # of one number
         return None
     reader = Reader(view, anchor, exact)
-    if anchor.problem:
+    if anchor.problem is not None:
         result: Site | Refusal = Refusal(anchor.problem, anchor.weights)
     else:
         result = sdpa.read(reader) if anchor.kind == "sdpa" else _read_softmax(reader)
@@ -63,7 +65,7 @@ def _read_softmax(reader: Reader) -> Site | Refusal:
     reader.start = labels
     reader.k_dim = labels[anchor.dim % len(labels)]
     if not reader.k_dim:
-        return Refusal("softmax over a single key", anchor.scores)
+        return Refusal(reasons.SOFTMAX_OVER_ONE_KEY(), anchor.scores)
     reader.protected.append(reader.k_dim)
     scores = read_scores(reader, anchor.scores, labels)
     if isinstance(scores, Refusal):
@@ -81,11 +83,11 @@ def _without_maxima(reader: Reader, scores: Scores) -> Refusal | None:
         return None
     reader.recentred = True
     if reader.anchor.sink is not None or reader.anchor.softmax != "plain":
-        return Refusal("a row's maximum is subtracted from scores that are summed with something else", scores.product)
+        return Refusal(reasons.MAXIMUM_BESIDE_SUM(), scores.product)
     half = [step.dtype for step in scores.steps[:at] if isinstance(step, Cast)][-1:] == ["float16"]
     for step in scores.steps[at + 1 :]:
         if not _moves_with_its_row(step, half):
-            return Refusal("what is done to the scores after their maximum is subtracted depends on it", scores.product)
+            return Refusal(reasons.SCORES_DEPEND_ON_MAXIMUM(), scores.product)
     scores.steps = [step for step in scores.steps if not isinstance(step, Recentred)]
     return None
 
@@ -126,9 +128,9 @@ def _read_sink(reader: Reader, labels: Labels) -> Refusal | None:
     sink = reader.anchor.sink
     if isinstance(sink, fx.Node):
         if not dtype_of(sink).is_floating_point:
-            return Refusal("the sink is not floating", sink)
+            return Refusal(reasons.SINK_NOT_FLOATING(), sink)
         if dtype_of(reader.anchor.weights) == torch.float16 != dtype_of(sink):
-            return Refusal("the softmax is in float16, which the sink is cast to", sink)
+            return Refusal(reasons.SINK_IN_FLOAT16(), sink)
         leaf = reader.side(sink, tuple(() if dim == reader.k_dim else dim for dim in labels))
         reader.sink = Sink(operand=reader.operand(leaf))
     elif sink is not None:
@@ -140,21 +142,19 @@ def read_scores(reader: Reader, node: fx.Node, labels: Labels) -> Scores | Refus
     """Peel back from `node` to the product of q and k."""
     reader.budget -= 1
     if reader.budget < 0:
-        return Refusal("the score path is too long", node)
+        return Refusal(reasons.SCORE_PATH_TOO_LONG(), node)
     if is_stale(node) and not is_hooked(node):
-        return Refusal("the scores are written in place through a view, which is used elsewhere", node)
+        return Refusal(reasons.SCORES_WRITTEN_BY_VIEW(), node)
     if node.target is opaque or is_hooked(node) or getitem_source(node) is not None:
-        return Refusal(
-            "the scores pass through code that cannot be viewed (autograd.Function, hook or functorch)", node
-        )
+        return Refusal(reasons.SCORES_NOT_VIEWABLE(), node)
     product = contraction.parse(node)
-    if isinstance(product, str):
+    if isinstance(product, Reason):
         return Refusal(product, node)
     if product is not None:
         return _read_product(reader, node, product, labels)
     problem: Refusal | None = None
     for peeled in _ways_on(reader, node, labels, SCORE_RULES):
-        if isinstance(peeled, str):
+        if isinstance(peeled, Reason):
             problem = problem or Refusal(peeled, node)
             continue
         kept = dict(reader.axes.parts)
@@ -165,22 +165,22 @@ def read_scores(reader: Reader, node: fx.Node, labels: Labels) -> Scores | Refus
             return found
         reader.axes.parts = kept
         problem = problem if problem and not _deeper(found, problem) else found
-    return problem or Refusal(f"{name_of(node) or node.target} on the scores is not read", node)
+    return problem or Refusal(reasons.UNREAD_ON_SCORES(op=name_of(node) or node.target), node)
 
 
 def _deeper(a: Refusal, b: Refusal) -> bool:
     """Prefer a reason that says more than that an op is not read."""
-    return "is not read" in b.reason and "is not read" not in a.reason
+    return b.reason.cause.says_only_unread and not a.reason.cause.says_only_unread
 
 
-def _ways_on(reader: Reader, node: fx.Node, labels: Labels, rules: dict[str, Rule]) -> Iterator[Peeled | str]:
+def _ways_on(reader: Reader, node: fx.Node, labels: Labels, rules: dict[str, Rule]) -> Iterator[Peeled | Reason]:
     if name_of(node) == "expand" and not views.is_identity(node):
-        yield "the scores are expanded"
+        yield reasons.SCORES_EXPANDED()
         return
     step = views.back(reader.axes, node, labels)
     if step is not None:
         if not reader.whole():
-            yield "a view splits the keys"
+            yield reasons.VIEW_SPLITS_KEYS()
             return
         yield Peeled(step.source, step.labels)
         return
@@ -195,23 +195,23 @@ def _read_product(reader: Reader, node: fx.Node, product: contraction.Contractio
     k_atoms = axes.atoms(reader.k_dim)
     at = [c for c in product.out if set(axes.atoms(dims[c])) & set(k_atoms)]
     if len(at) != 1 or axes.atoms(dims[at[0]]) != k_atoms:
-        return Refusal("the softmax runs over something other than one dim of the product", node)
+        return Refusal(reasons.SOFTMAX_OVER_SEVERAL_DIMS(), node)
     key = at[0]
     in_a, in_b = key in product.a_dims, key in product.b_dims
     if in_a and in_b:
-        return Refusal("softmax over a batch dim of the product, not over the keys", node)
+        return Refusal(reasons.SOFTMAX_OVER_BATCH(), node)
     q_node, q_letters = (product.a, product.a_dims) if in_b else (product.b, product.b_dims)
     k_node, k_letters = (product.b, product.b_dims) if in_b else (product.a, product.a_dims)
     if len(product.summed) != 1:
-        return Refusal("q and k are contracted over more than one dim", node)
+        return Refusal(reasons.PRODUCT_SUMS_SEVERAL(count=len(product.summed)), node)
     inner = product.summed
     size_d = shape_of(q_node)[q_letters.index(inner)]
     d_dim = axes.fresh(size_d)
     dims[inner] = d_dim
     if any(c not in k_letters + q_letters for c in product.out):
-        return Refusal("the product has a dim of neither q nor k", node)
+        return Refusal(reasons.PRODUCT_WITH_OTHER_DIM(), node)
     if _are_scores(reader, k_node, _letters(k_node, k_letters, dims), _letters(q_node, q_letters, dims)):
-        return Refusal("the scores of several heads are mixed before the softmax", node)
+        return Refusal(reasons.HEADS_MIXED(), node)
     q_only = [c for c in product.out if c in q_letters and (c not in k_letters or _absent(k_node, k_letters, c))]
     q_dim = _choose_rows(axes, [a for c in q_only for a in axes.atoms(dims[c])])
     reader.q_dim = q_dim

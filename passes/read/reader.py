@@ -15,6 +15,7 @@ from attnfuse.passes.graph.labels import Axes, Dim, Labels, is_one
 from attnfuse.passes.graph.memory import is_mutating, is_stale
 from attnfuse.passes.read.anchors import Anchor
 from attnfuse.passes.site import Leaf
+from attnfuse.reasons import Reason
 from attnfuse.spec import (
     Sink,
     Step,
@@ -41,8 +42,8 @@ class Peeled:
     inside: frozenset[fx.Node] = frozenset()
 
 
-#: A rule reads one kind of op: all the ways to go on from it, the likeliest first. A string says why there is none.
-Rule = Callable[["Reader", fx.Node, Labels], "Iterator[Peeled | str]"]
+#: A rule reads one kind of op: all the ways to go on from it, the likeliest first. A reason says why there is none.
+Rule = Callable[["Reader", fx.Node, Labels], "Iterator[Peeled | Reason]"]
 
 
 @dataclass

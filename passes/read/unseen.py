@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnfuse import _compat
+from attnfuse import _compat, reasons
 from attnfuse._compat import HigherOrderOperator, pytree
 from attnfuse.passes.capture.foreign import holds_foreign, is_foreign, is_nested
 from attnfuse.passes.capture.recorder import (
@@ -34,6 +34,7 @@ from attnfuse.passes.graph.aten import name_of
 from attnfuse.passes.graph.memory import opaque
 from attnfuse.passes.read.anchors import BARRIERS, find, looks_like_attention
 from attnfuse.passes.site import Refusal
+from attnfuse.reasons import Reason
 
 #: Dynamo's names of what holds a softmax.
 _SOFTMAX = {
@@ -41,10 +42,7 @@ _SOFTMAX = {
     *("scaled_dot_product_attention", "multi_head_attention_forward"),
     *("_transformer_encoder_layer_fwd", "_native_multi_head_attention"),
 }
-_BY_NAME = (
-    "one of PyTorch's fused attentions is called by its own name; as scaled_dot_product_attention it would be read"
-)
-#: Ops that are an attention each, and what to do about them.
+#: Ops that are an attention each, and why they are not rewritten.
 _ATTENTIONS = {
     **dict.fromkeys(
         (
@@ -55,30 +53,21 @@ _ATTENTIONS = {
             *("_flash_attention_forward", "_efficient_attention_forward", "_cudnn_attention_forward"),
             *("varlen_attn", "_varlen_attn"),
         ),
-        _BY_NAME,
+        reasons.CALLED_BY_OWN_NAME(),
     ),
-    "flex_attention": "flex_attention is left to Inductor; written as scaled_dot_product_attention, or as matmul, softmax and "
-    "matmul, the attention would be read",
+    "flex_attention": reasons.FLEX_ATTENTION(),
 }
-_FORWARD_MODE = (
-    "the attention lies inside of forward-mode differentiation (torch.func.jvp or jacfwd, torch.autograd.forward_ad), "
-)
-_FORWARD_MODE += "and kernels have no forward-mode derivative"
 #: What opens a transform in Dynamo's graph, what closes it, and what is said of an attention in it.
 _TRANSFORMS = {
-    "_vmap": "the attention lies inside of torch.vmap; called on tensors that have the mapped dim as a batch dim it would be read",
-    "_grad": "the attention lies inside of torch.func.grad, vjp or the like; differentiated by torch.autograd outside of what is "
-    "compiled it would be read",
-    "_jvp": _FORWARD_MODE,
-    "_dual": _FORWARD_MODE,
-    "_func": "the attention lies inside of torch.func.functionalize; without it it would be read",
+    "_vmap": reasons.IN_VMAP(),
+    "_grad": reasons.IN_FUNC_GRAD(),
+    "_jvp": reasons.IN_FORWARD_MODE(),
+    "_dual": reasons.IN_FORWARD_MODE(),
+    "_func": reasons.IN_FUNCTIONALIZE(),
 }
 _TORCH = f"{Path(torch.__file__).parent}/"
 _OPENS, _CLOSES = "_increment_nesting", "_decrement_nesting"
-_REGIONS = {
-    "autograd_function_apply": "the attention lies inside of a torch.autograd.Function, whose backward is its own; as plain ops "
-    "it would be read",
-}
+_REGIONS = {"autograd_function_apply": reasons.IN_AUTOGRAD_FUNCTION()}
 
 
 @dataclass(frozen=True)
@@ -122,7 +111,9 @@ def _bodies(node: fx.Node, args: Any, kwargs: Any) -> list[fx.GraphModule]:
     return found[:1] if _name(node) == "autograd_function_apply" else found
 
 
-def unseen(gm: fx.GraphModule, view: View | None, known: Collection[fx.Node], problem: str = "") -> list[Unseen]:
+def unseen(
+    gm: fx.GraphModule, view: View | None, known: Collection[fx.Node], problem: Reason | None = None
+) -> list[Unseen]:
     """The attentions of a Dynamo graph besides those at the view nodes `known`, before it is edited.
 
     view: None where there is none, for the reason `problem`.
@@ -136,14 +127,11 @@ def unseen(gm: fx.GraphModule, view: View | None, known: Collection[fx.Node], pr
             if origin is None or origin.node in done or not looks_like_attention(sketch, anchor):
                 continue
             done.add(origin.node)
-            found.append(Unseen(_reason(origin.scope, origin.node) or problem or _UNKNOWN, origin.node))
+            found.append(
+                Unseen(_reason(origin.scope, origin.node) or problem or reasons.OF_UNKNOWN_VALUES(), origin.node)
+            )
     order: dict[fx.Node | None, int] = {n: i for i, n in enumerate(_nodes(gm))}
     return sorted(found, key=lambda x: order.get(x.node, 0))
-
-
-_UNKNOWN = (
-    "the attention is made of values that are not known here (an opaque call, or code that a trace cannot follow)"
-)
 
 
 def _name(node: fx.Node) -> str:
@@ -194,8 +182,8 @@ def _sketched(gm: fx.GraphModule) -> View:
     return recorder.view(run, plain, False)
 
 
-def _reason(scope: Scope, node: fx.Node) -> str:
-    """What lies around a Dynamo node that is not looked into; '' if nothing does."""
+def _reason(scope: Scope, node: fx.Node) -> Reason | None:
+    """What lies around a Dynamo node that is not looked into; None if nothing does."""
     around = _transform(scope, node)
     if around:
         return _TRANSFORMS[around]
@@ -204,15 +192,15 @@ def _reason(scope: Scope, node: fx.Node) -> str:
         if name in _REGIONS:
             return _REGIONS[name]
         if name not in _VIEWED:
-            return f"the attention lies inside of a region that is not looked into (torch.ops.higher_order.{name})"
+            return reasons.IN_REGION(op=name)
         return _reason(scope.parent, scope.call)
     values = [n.meta.get("example_value") for n in (node, *node.all_input_nodes)]
     if any(map(is_nested, values)):
-        return "the attention is computed on nested tensors by ops that are not looked into; scaled_dot_product_attention is"
+        return reasons.ON_NESTED_BY_OPS()
     foreign = next((type(x).__name__ for x in values if is_foreign(x)), None)
     if foreign is not None:
-        return f"the attention is computed on tensors of class {foreign}; on plain tensors it would be read"
-    return ""
+        return reasons.ON_TENSOR_CLASS(kind=foreign)
+    return None
 
 
 _VIEWED = {"tag_activation_checkpoint", "invoke_subgraph", "wrap_with_set_grad_enabled", "wrap_with_autocast", "cond"}

@@ -36,6 +36,7 @@ from repository import ROOT
 from torch import nn
 
 import attnfuse
+from attnfuse import reasons
 
 
 @pytest.fixture(autouse=True)
@@ -471,17 +472,17 @@ def _by_a_mask_that_comes_in(values: torch.Tensor, offsets: torch.Tensor) -> tor
 
 
 STAYS = {
-    _not_hidden: "not known to hide keys of padding",
-    _hidden_by_others: "not known to hide keys of padding",
-    _taken_out_by_others: "a mask that is not known to leave out the padding",
-    _mixed: "mean over rows",
-    _shifted: "roll may mix rows",
-    _kept: "used by the graph's output",
-    _near: "a number that a score may come near to",
-    _whole_rows: "a row may hide all of its keys",
-    _written: "written in place",
-    _read_later: "something is written in place while padded tensors are worked on",
-    _by_a_mask_that_comes_in: "not known to hide keys of padding",
+    _not_hidden: reasons.PADDING_NOT_HIDDEN,
+    _hidden_by_others: reasons.PADDING_NOT_HIDDEN,
+    _taken_out_by_others: reasons.PADDING_OTHER_MASK,
+    _mixed: reasons.PADDING_ALONG,
+    _shifted: reasons.PADDING_OP,
+    _kept: reasons.PADDING_USED,
+    _near: reasons.PADDING_NEAR_FILL,
+    _whole_rows: reasons.PADDING_MASKED_ROW,
+    _written: reasons.PADDING_WRITTEN,
+    _read_later: reasons.PADDING_WRITES_NEAR,
+    _by_a_mask_that_comes_in: reasons.PADDING_NOT_HIDDEN,
 }
 
 
@@ -493,7 +494,8 @@ def test_what_stays_padded_says_why(function: Callable[..., Any]) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     (site,) = sites()
     assert site.status == "fused" and site.spec.layout == "dense"
-    assert any(STAYS[function] in note and note.startswith("padding stays") for note in site.notes), site.notes
+    (note,) = (note for note, cause in zip(site.notes, site.note_causes) if cause == STAYS[function].name)
+    assert note.startswith("padding stays: ")
 
 
 def _clamped_to_a_lower_row(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

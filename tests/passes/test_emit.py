@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from model_zoo import ATTENTIONS, build
 
 import attnfuse
+from attnfuse import reasons
 from attnfuse.passes.emit import writer
 
 A = torch.arange
@@ -230,7 +231,7 @@ def test_a_mask_of_sdpa_that_is_wider_than_q_is_refused() -> None:
             run(q, k, v, torch.zeros(shape))
         with pytest.raises(RuntimeError):
             torch.compile(run, backend=emitted)(q, k, v, torch.zeros(shape))
-        assert emitted.reasons == ["the mask has dims that q and k do not have", None]
+        assert emitted.causes == [reasons.SDPA_MASK.name, None]
 
 
 @pytest.mark.parametrize("wrong", ["shape", "dtype", "nothing"])
@@ -266,9 +267,9 @@ def test_a_node_that_is_not_what_was_wanted_costs_the_site(
     assert changed
     (site,) = emitted.works[0].report.sites
     # without the table it may still be written, with the bias as the tensor that it is
-    why = site.notes[-1] if site.status == "fused" else site.reason
+    why = site.note_causes[-1] if site.status == "fused" else site.cause
     assert site.status == ("fused" if target == "expand" else "refused")
-    assert "where it was to be" in str(why) or "nothing is known of" in str(why)
+    assert why in (reasons.NOT_AS_STATED.name, reasons.VALUE_UNKNOWN.name)
     torch.testing.assert_close(found, run(*given))
 
 

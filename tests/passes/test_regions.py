@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import attnfuse
+from attnfuse import reasons
 from attnfuse.accuracy.compare import compare
 
 Tensor = torch.Tensor
@@ -128,7 +129,7 @@ def test_masks_of_one_structure_are_read_outside_of_a_region() -> None:
 def test_masks_of_other_structures_are_the_tensors_they_are() -> None:
     assert_holds_the_bar(stacked(masked_region, later, far), *qkv())
     assert reads() == ["scale 0.3, not mask bool[1, 1, Q, K] else -1e+09"] * 3
-    assert all("another one in another call" in note for s in sites() for note in s.notes)
+    assert {cause for s in sites() for cause in s.note_causes} == {reasons.CALLS_OF_OTHERS.name}
 
 
 def test_a_mask_of_values_from_outside_is_the_tensor_it_is() -> None:
@@ -139,7 +140,7 @@ def test_a_mask_of_values_from_outside_is_the_tensor_it_is() -> None:
 
     assert_holds_the_bar(run, *qkv())
     assert len(set(reads())) == 1 and "not mask bool[B, 1, Q, K]" in reads()[0]
-    assert all("outside of it that are not its arguments" in note for s in sites() for note in s.notes)
+    assert {cause for s in sites() for cause in s.note_causes} == {reasons.CALLS_READ_OUTSIDE.name}
 
 
 def test_keys_that_are_repeated_outside_are_taken_as_they_come_in() -> None:
@@ -151,13 +152,7 @@ def test_keys_that_are_repeated_outside_are_taken_as_they_come_in() -> None:
     given = qkv()
     call = torch.compile(run, backend="attnfuse", options=FAST)
     torch.testing.assert_close(call(*given), run(*given), rtol=1e-4, atol=1e-5)
-    assert [(s.status, s.reason) for s in sites()] == [
-        (
-            "refused",
-            "the attention lies in a region that is called more than once, and depends on values from outside of it "
-            "that are not its arguments",
-        )
-    ] * 2
+    assert [(s.status, s.cause) for s in sites()] == [("refused", reasons.CALLS_READ_OUTSIDE.name)] * 2
 
 
 def test_a_region_that_is_called_once_takes_what_it_reads_from_outside() -> None:
@@ -319,7 +314,7 @@ def test_branches_that_are_trained_are_left(other: Callable[..., Tensor]) -> Non
     run = choosing(attend, other)
     assert_holds_the_bar(lambda q, k, v: run(q, k, v) + attend(q, k, v), q.abs(), k, v)
     assert sorted(s.status for s in sites()) == ["fused", "refused", "refused"]
-    assert any("trained in a branch of torch.cond" in s.reason for s in sites() if s.status == "refused")
+    assert {s.cause for s in sites() if s.status == "refused"} >= {reasons.TRAINED_BRANCH.name}
 
 
 def test_what_a_cond_gives_is_not_read_through() -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from kernel_cases import make_spec, qkv, randn
 
 import attnfuse
-from attnfuse import ops
+from attnfuse import ops, reasons
 from attnfuse.kernels import CPU, REFERENCE, TRITON, library
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.reference import kernel as reference
@@ -99,7 +99,7 @@ def test_a_log_sum_exp_that_is_used_before_the_attention_is_left():
         return s.softmax(-1) @ (v + lse), lse
 
     report = run(model, leaves(*HEADS))
-    assert [s.reason for s in report.sites] == ["the log-sum-exp of the scores is used before the attention is done"]
+    assert [s.cause for s in report.sites] == [reasons.LOG_SUM_EXP_USED_EARLY.name]
 
 
 def test_rows_hidden_by_a_finite_fill_keep_what_eager_makes_of_its_own_logarithm():
@@ -167,15 +167,13 @@ def test_the_op_and_its_gradients_are_consistent(keys):
 def test_what_cannot_take_sinks_or_give_log_sum_exps_says_so():
     q, k, v = qkv(1, 2, 16, 16, 8)
     sunk, summed = make_spec(q, k, v, sink=Sink()), make_spec(q, k, v, lse=True)
-    assert "a sink" in list(library.limits(sunk, False))
-    assert "the log-sum-exp as a result" in list(library.limits(summed, False))
+    assert reasons.KERNEL_SINK() in list(library.limits(sunk, False))
+    assert reasons.KERNEL_LOG_SUM_EXP() in list(library.limits(summed, False))
     filled = make_spec(q, k, v, [randn(1, 1, 16, 16) > 0], sink=Sink(), weight_steps=(ReplaceFill(_dense(), 0.5),))
-    assert CPU.capability.reasons(filled, torch.device("cpu")) == (
-        "a sink with weights filled with a number other than 0",
-    )
+    assert CPU.capability.reasons(filled, torch.device("cpu")) == (reasons.KERNEL_SINK_AND_FILLED_WEIGHTS(),)
     for kernel, device in ((REFERENCE, "cpu"), (TRITON, "cuda")):
-        reasons = kernel.capability.reasons(sunk, torch.device(device))
-        assert not any("sink" in r for r in reasons)
+        against = kernel.capability.reasons(sunk, torch.device(device))
+        assert not any("sink" in r.cause.name for r in against)
 
 
 def _dense():

@@ -595,7 +595,7 @@ def test_missing_compiler_is_found_out_by_running_it(tmp_path: Any) -> None:
         "out = torch.compile(f, backend='attnfuse', options={'inner': 'eager'})(*x)\n"
         "torch.testing.assert_close(out, f(*x))\n"
         "sites = [s for r in attnfuse.reports() for s in r.sites]\n"
-        "print(sites[0].status, sites[0].reason)\n"
+        "print(sites[0].status, sites[0].cause, sites[0].reason)\n"
     )
     environment = {
         "PATH": str(tmp_path),
@@ -604,7 +604,7 @@ def test_missing_compiler_is_found_out_by_running_it(tmp_path: Any) -> None:
         "CXX": "/nonexistent/c++",
     }
     printed = run_python(code, environment)
-    assert printed.startswith("refused kernel cpu cannot:"), printed
+    assert printed.startswith("refused no-kernel") and "kernel cpu cannot: it does not work here" in printed, printed
     assert "compiler" in printed
 
 

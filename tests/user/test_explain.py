@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import attnfuse
+from attnfuse import reasons
 from attnfuse.report.registry import EXPLAIN_VARIABLE, record
 from attnfuse.report.report import Report, SiteReport, merge
 from attnfuse.spec import Attention, Bias, Operand, Scale
@@ -136,6 +137,36 @@ def test_text_shows_every_site_with_what_was_read():
     ):
         assert piece in text
     assert "a [bold]reason[/bold]" in text, "what looks like markup is shown as it is"
+
+
+def summed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(q @ k.transpose(-2, -1), dim=-1).cumsum(-1) @ v
+
+
+def test_what_to_do_stands_below_the_table_once_for_each_cause():
+    both = attnfuse.explain(lambda q, k, v: summed(q, k, v) + summed(v, k, q), *qkv())
+    cause = reasons.UNREAD_ON_WEIGHTS
+    assert [s.cause for s in both.sites] == [cause.name] * 2
+    assert both.sites[0].advice == {cause.name: cause.advice} and both.sites[0].limits == ()
+    assert str(both).count(f"{cause.name}: {cause.advice[:30]}") == 1
+    (data, _) = json.loads(both.to_json())["sites"]
+    assert (data["cause"], data["limits"], data["advice"]) == (cause.name, [], both.sites[0].advice)
+
+
+def test_a_site_that_no_kernel_can_run_has_the_limits_of_all():
+    (site,) = attnfuse.explain(attend, *(x.double() for x in qkv())).sites
+    assert site.cause == "no-kernel" and {"kernel-dtype", "kernel-device"} <= set(site.limits)
+    # a kernel of another device is no help
+    assert list(site.advice) == ["kernel-dtype"]
+
+
+def test_a_fused_site_has_a_cause_for_each_note_alone():
+    def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        return (q @ k.mT).masked_fill(~keep, -1e9).softmax(-1) @ v
+
+    (site,) = attnfuse.explain(masked, *qkv(), torch.ones(8, 8, dtype=torch.bool)).sites
+    assert (site.status, site.cause, site.advice) == ("fused", None, {})
+    assert site.note_causes == ("mask-from-outside",) and len(site.notes) == 1
 
 
 def test_text_is_the_same_on_every_terminal(monkeypatch):

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import fx
 
-from attnfuse import rounding
+from attnfuse import reasons, rounding
 from attnfuse.passes.graph.aten import arguments, dtype_of, is_tensor, name_of, shape_of
 from attnfuse.passes.graph.constants import constant
 from attnfuse.passes.graph.labels import Labels, known_equal
@@ -16,16 +16,17 @@ from attnfuse.passes.graph.memory import is_mutating, is_stale
 from attnfuse.passes.read.idioms.example import Example, NearMiss
 from attnfuse.passes.read.maxima import maximum_subtracted
 from attnfuse.passes.read.reader import Peeled, Reader, Recentred
+from attnfuse.reasons import Reason
 from attnfuse.spec import Bias, Cast, Scale, Shift, Step, dtype_name
 
 
-def score_term(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled | str]:
+def score_term(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled | Reason]:
     """Read add, sub and rsub."""
     name = name_of(node)
     args = arguments(node)
     alpha = constant(args.get("alpha", 1))
     if alpha is None:
-        yield "a term is added to the scores with a factor that is not a constant"
+        yield reasons.TERM_FACTOR()
         return
     stable = maximum_subtracted(node, reader_dim(reader, labels))
     if stable is not None:
@@ -144,6 +145,8 @@ EXAMPLES = (
     ),
 )
 NEAR_MISSES = (
-    NearMiss(lambda q, k, v: (lambda s: (s + s.mT).softmax(-1) @ v)(q @ k.mT), "used elsewhere"),
-    NearMiss(lambda q, k, v: (lambda s: (s + s.mean(-1, keepdim=True)).softmax(-1) @ v)(q @ k.mT), "used elsewhere"),
+    NearMiss(lambda q, k, v: (lambda s: (s + s.mT).softmax(-1) @ v)(q @ k.mT), reasons.USED_ELSEWHERE),
+    NearMiss(
+        lambda q, k, v: (lambda s: (s + s.mean(-1, keepdim=True)).softmax(-1) @ v)(q @ k.mT), reasons.USED_ELSEWHERE
+    ),
 )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from attnfuse.reasons import Cause
+
 #: The inputs an example may name as its parameters: [B=2, H=4, Q=K=16, D=8], two key heads in kg and vg.
 B, H, L, D = 2, 4, 16, 8
 
@@ -23,12 +25,12 @@ class Example:
 
 @dataclass(frozen=True)
 class NearMiss:
-    """run      a function that is no attention, or none that is read
-    reason   a part of the reason that must be given; None where the report must not mention it at all
+    """run     a function that is no attention, or none that is read
+    cause   the cause of the reason that must be given; None where the report must not mention it at all
     """
 
     run: Callable[..., torch.Tensor]
-    reason: str | None
+    cause: Cause | None
 
 
 def inputs(seed: int = 0) -> dict[str, torch.Tensor]:

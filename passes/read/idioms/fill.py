@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
+from attnfuse import reasons
 from attnfuse.expr import Expr, dense
 from attnfuse.passes.graph.aten import arguments, dtype_of, is_tensor, name_of, shape_of, source_of
 from attnfuse.passes.graph.constants import constant, rounded
@@ -14,16 +15,17 @@ from attnfuse.passes.graph.labels import Labels, known_equal
 from attnfuse.passes.graph.memory import is_mutating, is_stale
 from attnfuse.passes.read.idioms.example import Example, NearMiss
 from attnfuse.passes.read.reader import Peeled, Reader
+from attnfuse.reasons import Reason
 from attnfuse.spec import Cast, ReplaceFill, Step, dtype_name
 
 
-def parts(node: fx.Node) -> tuple[fx.Node, fx.Node, float, bool] | str | None:
+def parts(node: fx.Node) -> tuple[fx.Node, fx.Node, float, bool] | Reason | None:
     """(x, condition, value, inverted) for where(condition, x, value), or its opposite if inverted."""
     args = arguments(node)
     if name_of(node) == "masked_fill":
         value = constant(args["value"])
         if value is None:
-            return "scores are filled with something that is not a constant"
+            return reasons.FILL_NOT_CONSTANT()
         return args["self"], args["mask"], value, True
     x, y = args.get("self"), args.get("other")
     if x is None or y is None:
@@ -32,20 +34,20 @@ def parts(node: fx.Node) -> tuple[fx.Node, fx.Node, float, bool] | str | None:
         value = constant(other)
         if is_tensor(tensor) and value is not None and constant(tensor) is None:
             return tensor, args["condition"], value, inverted
-    return "where between two tensors"
+    return reasons.WHERE_OF_TENSORS()
 
 
-def filled(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled | str]:
+def filled(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled | Reason]:
     """Read masked_fill and where."""
     found = parts(node)
-    if found is None or isinstance(found, str):
-        yield found or "where with one argument"
+    if found is None or isinstance(found, Reason):
+        yield found or reasons.WHERE_WITHOUT_VALUES()
         return
     tensor, condition, value, inverted = found
     if len(shape_of(tensor)) != len(shape_of(node)) or not all(
         known_equal(a, b) for a, b in zip(shape_of(tensor), shape_of(node))
     ):
-        yield "a fill makes the scores larger"
+        yield reasons.FILL_BROADCASTS()
         return
     value = rounded(value, dtype_of(node))
     cast = Cast(dtype_name(dtype_of(node)))
@@ -99,8 +101,6 @@ EXAMPLES = (
     ),
 )
 NEAR_MISSES = (
-    NearMiss(
-        lambda q, k, v, added: torch.where(added > 0, q @ k.mT, added).softmax(-1) @ v, "where between two tensors"
-    ),
-    NearMiss(lambda q, k, v: (lambda s: s.masked_fill(s < 0, -1e9).softmax(-1) @ v)(q @ k.mT), "used elsewhere"),
+    NearMiss(lambda q, k, v, added: torch.where(added > 0, q @ k.mT, added).softmax(-1) @ v, reasons.WHERE_OF_TENSORS),
+    NearMiss(lambda q, k, v: (lambda s: s.masked_fill(s < 0, -1e9).softmax(-1) @ v)(q @ k.mT), reasons.USED_ELSEWHERE),
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from attnfuse import reasons
 from attnfuse.passes.read.idioms.example import Example, NearMiss
 
 
@@ -51,26 +52,26 @@ EXAMPLES = (
     ),
 )
 NEAR_MISSES = (
-    NearMiss(lambda q, kg, vg: (q @ _repeat_kv(kg).mT).softmax(1) @ _repeat_kv(vg), "batch dim"),
+    NearMiss(lambda q, kg, vg: (q @ _repeat_kv(kg).mT).softmax(1) @ _repeat_kv(vg), reasons.SOFTMAX_OVER_BATCH),
     # heads that are mixed before the softmax, or after it
     NearMiss(
         lambda q, v: torch.einsum("hg,bgqk->bhqk", torch.ones(4, 4).triu(), q @ q.mT).softmax(-1) @ v,
-        "the scores of several heads are mixed before the softmax",
+        reasons.HEADS_MIXED,
     ),
     NearMiss(
         lambda q, k, v: (
             ((q @ k.mT / 3 + 1).permute(0, 2, 3, 1) @ torch.ones(4, 4).triu()).permute(0, 3, 1, 2).softmax(-1) @ v
         ),
-        "the scores of several heads are mixed before the softmax",
+        reasons.HEADS_MIXED,
     ),
     NearMiss(
         lambda q, k1, v1: (
             torch.einsum("hg,bgqk->bhqk", torch.ones(4, 4).triu(), q @ k1[:, None].mT).softmax(-1) @ v1[:, None]
         ),
-        "the scores of several heads are mixed before the softmax",
+        reasons.HEADS_MIXED,
     ),
     NearMiss(
         lambda q, k, v: torch.einsum("hg,bgqk->bhqk", torch.ones(4, 4).triu(), (q @ k.mT).softmax(-1)) @ v,
-        "the weights are not summed over the keys",
+        reasons.NOT_SUMMED_OVER_KEYS,
     ),
 )

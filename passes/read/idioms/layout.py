@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from attnfuse import reasons
 from attnfuse.passes.read.idioms.example import Example, NearMiss
 
 
@@ -45,14 +46,15 @@ EXAMPLES = (
     Example(lambda k1, v1: torch.tensordot(v1[0], torch.inner(k1[0], k1[1]).softmax(0), ([0], [0])).mT, "plain"),
 )
 NEAR_MISSES = (
-    NearMiss(lambda q, k, v: (q @ k.mT).softmax(-2) @ v, "not summed over the keys"),
-    NearMiss(lambda q, k, v: (q @ k.mT).softmax(1) @ v, "batch dim"),
-    NearMiss(lambda q, k, v: (q @ k.mT).flatten(2).softmax(-1).view(2, 4, 16, 16) @ v, "splits the keys"),
+    NearMiss(lambda q, k, v: (q @ k.mT).softmax(-2) @ v, reasons.NOT_SUMMED_OVER_KEYS),
+    NearMiss(lambda q, k, v: (q @ k.mT).softmax(1) @ v, reasons.SOFTMAX_OVER_BATCH),
+    NearMiss(lambda q, k, v: (q @ k.mT).flatten(2).softmax(-1).view(2, 4, 16, 16) @ v, reasons.VIEW_SPLITS_KEYS),
     NearMiss(
-        lambda q, k1, v1: torch.tensordot((q @ k1[0].mT).softmax(-1), v1[0], ([2], [0])), "not summed over the keys"
+        lambda q, k1, v1: torch.tensordot((q @ k1[0].mT).softmax(-1), v1[0], ([2], [0])), reasons.NOT_SUMMED_OVER_KEYS
     ),
     NearMiss(
-        lambda q, k1, v1: torch.tensordot((q @ k1[0].mT).softmax(-1), v1[0, :1], ([3], [0])), "may differ in size"
+        lambda q, k1, v1: torch.tensordot((q @ k1[0].mT).softmax(-1), v1[0, :1], ([3], [0])),
+        reasons.PRODUCT_OF_UNEQUAL_DIMS,
     ),
-    NearMiss(lambda k1, v1: torch.inner((k1[0] @ k1[1, 0]).softmax(0), v1[0, :, 0]), "a product with a vector"),
+    NearMiss(lambda k1, v1: torch.inner((k1[0] @ k1[1, 0]).softmax(0), v1[0, :, 0]), reasons.PRODUCT_WITH_VECTOR),
 )

@@ -10,16 +10,18 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from attnfuse import reasons
 from attnfuse.passes.graph.aten import arguments, dtype_of, is_tensor, name_of, value_of
 from attnfuse.passes.graph.labels import Labels
 from attnfuse.passes.read.idioms.example import Example, NearMiss
 from attnfuse.passes.read.operands import constant_factor
 from attnfuse.passes.read.reader import Peeled, Reader
 from attnfuse.passes.site import Leaf
+from attnfuse.reasons import Reason
 from attnfuse.spec import Scale
 
 
-def score_factor(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled | str]:
+def score_factor(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled | Reason]:
     """Read mul, div and neg."""
     found = constant_factor(node)
     if found is not None:
@@ -30,7 +32,7 @@ def score_factor(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peel
         return
     args = arguments(node)
     if args.get("rounding_mode") is not None:
-        yield "the scores are divided with rounding"
+        yield reasons.DIVIDED_WITH_ROUNDING()
         return
     divides = name_of(node) == "div"
     pairs = [(args["self"], args["other"])]
@@ -72,6 +74,6 @@ EXAMPLES = (
     ),
 )
 NEAR_MISSES = (
-    NearMiss(lambda q, k, v: (lambda s: (s * s).softmax(-1) @ v)(q @ k.mT), "used elsewhere"),
-    NearMiss(lambda q, k, v: (q @ k.mT).div(4, rounding_mode="floor").softmax(-1) @ v, "rounding"),
+    NearMiss(lambda q, k, v: (lambda s: (s * s).softmax(-1) @ v)(q @ k.mT), reasons.USED_ELSEWHERE),
+    NearMiss(lambda q, k, v: (q @ k.mT).div(4, rounding_mode="floor").softmax(-1) @ v, reasons.DIVIDED_WITH_ROUNDING),
 )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnfuse import reasons
 from attnfuse._compat import equal_by_guard
 from attnfuse.expr import causal
 from attnfuse.passes.graph.aten import arguments, dtype_of, is_tensor, shape_of, value_of
@@ -28,20 +29,20 @@ def read(reader: Reader) -> Site | Refusal:
     args = arguments(node)
     q, k, v, mask = args["query"], args["key"], args["value"], args["attn_mask"]
     if any(not is_tensor(x) or value_of(x).layout != torch.strided or value_of(x).is_nested for x in (q, k, v)):
-        return Refusal("nested tensors are not supported yet", node)
+        return Refusal(reasons.SDPA_NOT_DENSE(), node)
     if len(shape_of(q)) < 2:
-        return Refusal("q has fewer than two dims", node)
+        return Refusal(reasons.SDPA_RANK(), node)
     axes = reader.axes
     labels = _out_batch(reader, [shape_of(x)[:-2] for x in (q, k, v)], bool(args["enable_gqa"]))
     if labels is None:
-        return Refusal("the batch dims of q, k and v do not line up", node)
+        return Refusal(reasons.SDPA_BATCH(), node)
     q_dim, k_dim = axes.fresh(shape_of(q)[-2]), axes.fresh(shape_of(k)[-2])
     d_dim, e_dim = axes.fresh(shape_of(q)[-1]), axes.fresh(shape_of(v)[-1])
     if not k_dim:
-        return Refusal("softmax over a single key", node)
+        return Refusal(reasons.SOFTMAX_OVER_ONE_KEY(), node)
     # PyTorch's own check comes when the call runs
     if not equal_by_guard(shape_of(k)[-2], shape_of(v)[-2]):
-        return Refusal("k and v have different numbers of keys", node)
+        return Refusal(reasons.SDPA_KEYS(), node)
     reader.q_dim, reader.k_dim = q_dim, k_dim
     reader.protected += [q_dim, k_dim, d_dim, e_dim]
     batch, key_batch, value_batch = labels
@@ -56,7 +57,7 @@ def read(reader: Reader) -> Site | Refusal:
     if args["is_causal"]:
         steps.append(ReplaceFill(causal(), -math.inf))
     if mask is not None and not _fits(mask, score_labels):
-        return Refusal("the mask has dims that q and k do not have", node)
+        return Refusal(reasons.SDPA_MASK(), node)
     if mask is not None:
         steps += _mask_steps(reader, mask, score_labels)
     weight_steps: list[Step] = [Scale(factor)] if factor != 1.0 else []
@@ -146,4 +147,4 @@ EXAMPLES = (
     Example(lambda q, kg, vg: _attend(q, kg, vg, enable_gqa=True), "scale 0.353553, GQA 2:1"),
     Example(lambda q, k, v: _attend(q[0], k[0], v[0]), "scale 0.353553"),
 )
-NEAR_MISSES = (NearMiss(lambda q, k, v: _attend(q, k[:, :, :1], v[:, :, :1]), "single key"),)
+NEAR_MISSES = (NearMiss(lambda q, k, v: _attend(q, k[:, :, :1], v[:, :, :1]), reasons.SOFTMAX_OVER_ONE_KEY),)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from attnfuse import reasons
 from attnfuse.passes.read.idioms.example import Example, NearMiss
 
 
@@ -60,18 +61,18 @@ EXAMPLES = (
     Example(lambda q, k, v: _both(q @ k.mT, v), "gives its log-sum-exp"),
 )
 NEAR_MISSES = (
-    NearMiss(lambda q, k, v, sink: _concatenated(q, k, sink)[..., 1:] @ v, "cat on the scores is not read"),
+    NearMiss(lambda q, k, v, sink: _concatenated(q, k, sink)[..., 1:] @ v, reasons.UNREAD_ON_SCORES),
+    NearMiss(lambda q, k, v, sink: _concatenated(q, k, sink, first=True)[..., :-1] @ v, reasons.UNREAD_ON_SCORES),
     NearMiss(
-        lambda q, k, v, sink: _concatenated(q, k, sink, first=True)[..., :-1] @ v, "cat on the scores is not read"
+        lambda q, k, v, sink: (lambda p: p[..., :-1] @ v + p[..., -1:])(_concatenated(q, k, sink)),
+        reasons.UNREAD_ON_SCORES,
     ),
+    NearMiss(lambda q, k, v: _padded(q @ k.mT, (0, 2))[..., :-2] @ v, reasons.UNREAD_ON_SCORES),
+    NearMiss(lambda q, k, v: _padded(q @ k.mT, (1, 0))[..., :-1] @ v, reasons.UNREAD_ON_SCORES),
+    NearMiss(lambda q, k, v: _sum_and_one(q @ k.mT, v), reasons.DENOMINATOR_TERM),
+    NearMiss(lambda q, k, v: _both(q @ k.mT, v, -2), reasons.USED_ELSEWHERE),
     NearMiss(
-        lambda q, k, v, sink: (lambda p: p[..., :-1] @ v + p[..., -1:])(_concatenated(q, k, sink)), "cat on the scores"
-    ),
-    NearMiss(lambda q, k, v: _padded(q @ k.mT, (0, 2))[..., :-2] @ v, "pad"),
-    NearMiss(lambda q, k, v: _padded(q @ k.mT, (1, 0))[..., :-1] @ v, "pad"),
-    NearMiss(lambda q, k, v: _sum_and_one(q @ k.mT, v), "no sink"),
-    NearMiss(lambda q, k, v: _both(q @ k.mT, v, -2), "used elsewhere (logsumexp)"),
-    NearMiss(
-        lambda q, k, v, added: (lambda s: (s - s.logsumexp(-1, keepdim=True)).exp() @ v)(q @ k.mT + added), "no softmax"
+        lambda q, k, v, added: (lambda s: (s - s.logsumexp(-1, keepdim=True)).exp() @ v)(q @ k.mT + added),
+        reasons.LOG_SUM_EXP_OF_MASKED_ROWS,
     ),
 )

@@ -8,15 +8,17 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
+from attnfuse import reasons
 from attnfuse.passes.graph.aten import arguments, is_tensor, name_of
 from attnfuse.passes.graph.constants import constant
 from attnfuse.passes.graph.labels import Labels
 from attnfuse.passes.read.idioms.example import Example, NearMiss
 from attnfuse.passes.read.reader import Peeled, Reader
+from attnfuse.reasons import Reason
 from attnfuse.spec import Clamp, Tanh
 
 
-def bounded(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled | str]:
+def bounded(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled | Reason]:
     """Read tanh, clamp, clamp_min and clamp_max."""
     source = node.args[0]
     if not is_tensor(source):
@@ -30,12 +32,12 @@ def bounded(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled | 
         bound = args.get(name)
         number = default if bound is None else constant(bound)
         if number is None:
-            yield "the scores are clamped to something that is not a constant"
+            yield reasons.CLAMP_NOT_CONSTANT()
             return
         bounds.append(float(number))
     if not bounds[0] <= bounds[1]:
         # every score is then the greatest one allowed (or NaN), without a gradient
-        yield "the scores are clamped between bounds that are not in order"
+        yield reasons.CLAMP_OUT_OF_ORDER()
         return
     yield Peeled(source, labels, lambda: (Clamp(*bounds),))
 
@@ -49,8 +51,8 @@ EXAMPLES = (
     Example(lambda q, k, v: (q @ k.mT).clamp_min(-5).softmax(-1) @ v, "clamp [-5, inf]"),
 )
 NEAR_MISSES = (
-    NearMiss(lambda q, k, v: (q @ k.mT).sigmoid().softmax(-1) @ v, "sigmoid on the scores is not read"),
-    NearMiss(lambda q, k, v: (q @ k.mT).relu().softmax(-1) @ v, "relu on the scores is not read"),
-    NearMiss(lambda q, k, v: (q @ k.mT).clamp(2, -1).softmax(-1) @ v, "bounds that are not in order"),
-    NearMiss(lambda q, k, v: (q @ k.mT).pow(2).softmax(-1) @ v, "pow on the scores is not read"),
+    NearMiss(lambda q, k, v: (q @ k.mT).sigmoid().softmax(-1) @ v, reasons.UNREAD_ON_SCORES),
+    NearMiss(lambda q, k, v: (q @ k.mT).relu().softmax(-1) @ v, reasons.UNREAD_ON_SCORES),
+    NearMiss(lambda q, k, v: (q @ k.mT).clamp(2, -1).softmax(-1) @ v, reasons.CLAMP_OUT_OF_ORDER),
+    NearMiss(lambda q, k, v: (q @ k.mT).pow(2).softmax(-1) @ v, reasons.UNREAD_ON_SCORES),
 )

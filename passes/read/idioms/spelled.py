@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from attnfuse import reasons
 from attnfuse.passes.read.idioms.example import Example, NearMiss
 
 
@@ -56,14 +57,14 @@ EXAMPLES = (
     Example(lambda q, k, v: (lambda s: (s - s.amax(-1, keepdim=True).detach()).softmax(-1) @ v)(q @ k.mT), "plain"),
 )
 NEAR_MISSES = (
-    NearMiss(lambda q, k, v: _early(q @ k.mT, v, dim=-2), "not summed over the keys"),
-    NearMiss(lambda q, k, v: _by_views(q @ k.mT, v, back=-2), "cannot read what divides the exponentials"),
+    NearMiss(lambda q, k, v: _early(q @ k.mT, v, dim=-2), reasons.NOT_SUMMED_OVER_KEYS),
+    NearMiss(lambda q, k, v: _by_views(q @ k.mT, v, back=-2), reasons.DENOMINATOR_UNREAD),
     NearMiss(
-        lambda q, k, v: (lambda s: (s - s.amax(-1).unsqueeze(-2)).softmax(-1) @ v)(q @ k.mT), "used elsewhere (amax)"
+        lambda q, k, v: (lambda s: (s - s.amax(-1).unsqueeze(-2)).softmax(-1) @ v)(q @ k.mT), reasons.USED_ELSEWHERE
     ),
     NearMiss(
         lambda q, k, v: _summed(q @ k.mT, v, lambda e: e.sum(-1).double().unsqueeze(-1).float()),
-        "cannot read what divides the exponentials",
+        reasons.DENOMINATOR_UNREAD,
     ),
     NearMiss(lambda q, k, v: _summed(q @ k.mT, v, lambda e: e.sum(-1, keepdim=True).amax(-2, keepdim=True)), None),
     NearMiss(lambda q, k, v: (q @ k.mT).log_softmax(-1) @ v, None),

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import fx
 
+from attnfuse import reasons
 from attnfuse.passes.graph import contraction, views
 from attnfuse.passes.graph.aten import (
     arguments,
@@ -28,6 +29,7 @@ from attnfuse.passes.read.idioms.example import Example, NearMiss
 from attnfuse.passes.read.operands import constant_factor, read_value
 from attnfuse.passes.read.reader import Reader, Scores
 from attnfuse.passes.site import Leaf, Refusal, Site
+from attnfuse.reasons import Reason
 from attnfuse.spec import Hidden, ReplaceFill, Scale, Step
 
 
@@ -53,7 +55,7 @@ def read(reader: Reader, scores: Scores, labels: Labels) -> Site | Refusal:
         if isinstance(user, Refusal):
             return user
         product = contraction.parse(user)
-        if isinstance(product, str):
+        if isinstance(product, Reason):
             return Refusal(product, user)
         if product is not None:
             return _finish(reader, scores, path, user, product)
@@ -62,7 +64,7 @@ def read(reader: Reader, scores: Scores, labels: Labels) -> Site | Refusal:
             return Refusal(problem, user)
         path.inside.add(user)
         path.node = user
-    return Refusal("the path from the softmax to v is too long", path.node)
+    return Refusal(reasons.WEIGHT_PATH_TOO_LONG(), path.node)
 
 
 def _next(reader: Reader, path: _Path) -> fx.Node | Refusal:
@@ -71,25 +73,25 @@ def _next(reader: Reader, path: _Path) -> fx.Node | Refusal:
     if len(users) == 1:
         return users[0]
     if not users:
-        return Refusal("the weights are not multiplied with a value", path.node)
+        return Refusal(reasons.WEIGHTS_WITHOUT_V(), path.node)
     names = ", ".join(sorted(name_of(u) or ("a hook or opaque code" if u.target is opaque else u.op) for u in users))
-    return Refusal(f"the weights are used more than once ({names})", path.node)
+    return Refusal(reasons.WEIGHTS_USED_TWICE(users=names), path.node)
 
 
-def _advance(reader: Reader, path: _Path, user: fx.Node) -> str | None:
+def _advance(reader: Reader, path: _Path, user: fx.Node) -> Reason | None:
     """Take one op on the weights into `path`; a reason if it cannot be taken."""
     if user.target is opaque:
-        return "the weights pass through code that cannot be viewed (autograd.Function, hook or functorch)"
+        return reasons.WEIGHTS_NOT_VIEWABLE()
     name = name_of(user)
     moved = views.forward(reader.axes, user, path.labels)
     if moved is not None:
         if not reader.whole():
-            return "a view of the weights splits the keys or queries"
+            return reasons.VIEW_SPLITS_WEIGHTS()
         path.labels = moved
         return None
     if name == "to":
         ok = dtype_of(user).is_floating_point and value_of(user).device == value_of(path.node).device
-        return None if ok else "the weights are cast to a dtype that is not floating, or moved"
+        return None if ok else reasons.WEIGHTS_CAST()
     if name == "dropout":
         return _drop(path, float(arguments(user)["p"]))
     if name == "native_dropout":
@@ -99,41 +101,41 @@ def _advance(reader: Reader, path: _Path, user: fx.Node) -> str | None:
     if pair is not None and name_of(pair[0]) == "native_dropout" and pair[1] == 0:
         return None
     if path.dropout and name in ("masked_fill", "where", "mul", "div"):
-        return "the weights are masked after dropout"
+        return reasons.MASKED_AFTER_DROPOUT()
     if name == "nan_to_num":
         args = arguments(user)
         if args.get("nan") not in (None, 0, 0.0) or path.steps:
-            return "nan_to_num with another value than 0"
+            return reasons.NAN_TO_NUM_VALUE()
         if reader.exact and reader.view.trains and reader.view.grad.get(user, True):
-            return "nan_to_num on the weights: its gradient is NaN in eager, which kernels make 0"
+            return reasons.NAN_TO_NUM_GRADIENT()
         path.hidden = "nan_to_zero"
         return None
     if name in ("masked_fill", "where"):
         return _mask(reader, path, user)
     if name in ("mul", "div"):
         return _multiply(reader, path, user)
-    return f"{name or user.target} on the weights is not read"
+    return reasons.UNREAD_ON_WEIGHTS(op=name or user.target)
 
 
-def _drop(path: _Path, p: float) -> str | None:
+def _drop(path: _Path, p: float) -> Reason | None:
     if path.dropout:
-        return "dropout is applied twice"
+        return reasons.DROPOUT_TWICE()
     path.dropout = p
     return None
 
 
-def _mask(reader: Reader, path: _Path, user: fx.Node) -> str | None:
+def _mask(reader: Reader, path: _Path, user: fx.Node) -> Reason | None:
     found = fill.parts(user)
-    if found is None or isinstance(found, str):
-        return found or "where with one argument"
+    if found is None or isinstance(found, Reason):
+        return found or reasons.WHERE_WITHOUT_VALUES()
     tensor, condition, value, inverted = found
     if tensor is not path.node or value != 0.0 or tuple(shape_of(user)) != tuple(shape_of(path.node)):
-        return "the weights are filled with something other than 0"
+        return reasons.WEIGHTS_FILLED()
     path.steps.append(ReplaceFill(fill.mask_of(reader, condition, path.labels, inverted), 0.0))
     return None
 
 
-def _multiply(reader: Reader, path: _Path, user: fx.Node) -> str | None:
+def _multiply(reader: Reader, path: _Path, user: fx.Node) -> Reason | None:
     found = constant_factor(user)
     if found is not None and found[0] is path.node:
         path.steps.append(Scale(found[1]))
@@ -141,12 +143,12 @@ def _multiply(reader: Reader, path: _Path, user: fx.Node) -> str | None:
     args = arguments(user)
     other = args["other"] if args["self"] is path.node else args["self"]
     if name_of(user) == "div" or not is_tensor(other) or other is path.node:
-        return "the weights are divided or squared"
+        return reasons.WEIGHTS_FACTOR()
     if tuple(shape_of(user)) != tuple(shape_of(path.node)):
-        return "a product makes the weights larger"
+        return reasons.FACTOR_BROADCASTS()
     leaf = reader.side(other, path.labels)
     if not value_of(leaf.node).dtype.is_floating_point:
-        return "the weights are multiplied by something that is not floating"
+        return reasons.FACTOR_NOT_FLOATING()
     path.steps.append(Scale(operand=reader.operand(leaf)))
     return None
 
@@ -157,9 +159,9 @@ def _finish(
     """The product with v."""
     axes = reader.axes
     if product.added is not None or product.alpha != 1.0:
-        return Refusal("something is added to the product with v", node)
+        return Refusal(reasons.RESULT_ADDED_TO(), node)
     if product.a is path.node and product.b is path.node:
-        return Refusal("the weights are multiplied with themselves", node)
+        return Refusal(reasons.WEIGHTS_SQUARED(), node)
     p_letters, v_letters = (
         (product.a_dims, product.b_dims) if product.a is path.node else (product.b_dims, product.a_dims)
     )
@@ -168,17 +170,17 @@ def _finish(
     keys = axes.atoms(reader.k_dim)
     summed = product.summed
     if len(summed) != 1 or axes.atoms(dims.get(summed, ())) != keys:
-        return Refusal("the weights are not summed over the keys", node)
+        return Refusal(reasons.NOT_SUMMED_OVER_KEYS(), node)
     if not known_equal(shape_of(v_node)[v_letters.index(summed)], keys[0].size):
-        return Refusal("v is broadcast over the keys", node)
+        return Refusal(reasons.V_BROADCAST(), node)
     own = [c for c in v_letters if c not in p_letters]
     if len(own) != 1:
-        return Refusal("v has dims of its own besides the features", node)
+        return Refusal(reasons.V_DIMS(count=len(own)), node)
     widened = [
         c for c in v_letters if c in p_letters and not dims[c] and not is_one(shape_of(v_node)[v_letters.index(c)])
     ]
     if widened:
-        return Refusal("v has a batch dim that the scores do not have", node)
+        return Refusal(reasons.V_BATCH(), node)
     e_dim = axes.fresh(shape_of(v_node)[v_letters.index(own[0])])
     dims[own[0]] = e_dim
     reader.protected.append(e_dim)
@@ -204,22 +206,22 @@ def _divided(reader: Reader, path: _Path, node: fx.Node, labels: Labels) -> tupl
     """The division of exp(s) @ v by the sum of exp(s), which the anchor promised, over the right dims."""
     anchor = reader.anchor
     if path.dropout or path.steps:
-        return Refusal("unnormalised weights are changed before v", node)
+        return Refusal(reasons.DENOMINATOR_LATE_CHANGED(), node)
     for _ in range(8):
         users = [u for u in node.users if u in reader.view.live]
         if len(users) != 1:
-            return Refusal("the unnormalised result is used elsewhere", node)
+            return Refusal(reasons.DENOMINATOR_LATE_USED(), node)
         user = users[0]
         if name_of(user) == "div" and user.args[0] is node:
             break
         moved = views.forward(reader.axes, user, labels)
         if moved is None and not (name_of(user) == "to" and dtype_of(user).is_floating_point):
-            return Refusal("the unnormalised result is not divided by its sum", user)
+            return Refusal(reasons.DENOMINATOR_LATE_UNREAD(), user)
         labels = labels if moved is None else moved
         path.inside.add(user)
         node = user
     else:
-        return Refusal("the unnormalised result is not divided by its sum", node)
+        return Refusal(reasons.DENOMINATOR_LATE_UNREAD(), node)
     bottom = cast(fx.Node, user.args[1])
     at = reader.aligned(bottom, labels)
     while bottom is not anchor.total:
@@ -231,7 +233,7 @@ def _divided(reader: Reader, path: _Path, node: fx.Node, labels: Labels) -> tupl
                 bottom = anchor.total
                 continue
             if name_of(bottom) != "to" or not dtype_of(bottom).is_floating_point:
-                return Refusal("the result is not divided by its sum", user)
+                return Refusal(reasons.DENOMINATOR_LATE_UNREAD(), user)
             bottom = source_of(bottom)
             continue
         bottom, at = step.source, step.labels
@@ -242,9 +244,9 @@ def _divided(reader: Reader, path: _Path, node: fx.Node, labels: Labels) -> tupl
     axes = reader.axes
     start = reader.start
     if axes.resolve(full) != axes.resolve(start):
-        return Refusal("the result is divided by a sum over other dims", user)
+        return Refusal(reasons.DENOMINATOR_LATE_DIMS(), user)
     if not torch.is_tensor(value_of(user)) or constant(args.get("dtype") or 0) is None:
-        return Refusal("the sum is taken in another dtype", user)
+        return Refusal(reasons.DENOMINATOR_LATE_DTYPE(), user)
     return user, labels
 
 
@@ -262,11 +264,11 @@ EXAMPLES = (
     Example(lambda q, k, v: (q @ k.mT).softmax(-1) @ (v * 2), "weights scale 2"),
 )
 NEAR_MISSES = (
-    NearMiss(lambda q, k, v: (lambda p: p @ v + p.sum())((q @ k.mT).softmax(-1)), "used more than once"),
-    NearMiss(lambda q, k, v: (q @ k.mT).softmax(-1).mT @ v, "not summed over the keys"),
-    NearMiss(lambda q, k, v: (q @ k.mT).softmax(-1).cumsum(-1) @ v, "cumsum on the weights is not read"),
-    NearMiss(lambda q, k, v: (q @ k.mT).softmax(-1).flip(-1) @ v, "flip on the weights is not read"),
-    NearMiss(lambda q, k, v: (q @ k.mT).softmax(-1).pow(2) @ v, "pow on the weights is not read"),
-    NearMiss(lambda q, k, v: torch.einsum("bhqk,bhld->bhqd", (q @ k.mT).softmax(-1), v), "sums over one tensor alone"),
-    NearMiss(lambda q, k, v: torch.baddbmm(v[0], (q @ k.mT).softmax(-1)[0], v[0]), "not read"),
+    NearMiss(lambda q, k, v: (lambda p: p @ v + p.sum())((q @ k.mT).softmax(-1)), reasons.WEIGHTS_USED_TWICE),
+    NearMiss(lambda q, k, v: (q @ k.mT).softmax(-1).mT @ v, reasons.NOT_SUMMED_OVER_KEYS),
+    NearMiss(lambda q, k, v: (q @ k.mT).softmax(-1).cumsum(-1) @ v, reasons.UNREAD_ON_WEIGHTS),
+    NearMiss(lambda q, k, v: (q @ k.mT).softmax(-1).flip(-1) @ v, reasons.UNREAD_ON_WEIGHTS),
+    NearMiss(lambda q, k, v: (q @ k.mT).softmax(-1).pow(2) @ v, reasons.UNREAD_ON_WEIGHTS),
+    NearMiss(lambda q, k, v: torch.einsum("bhqk,bhld->bhqd", (q @ k.mT).softmax(-1), v), reasons.EINSUM_SUMS_ONE),
+    NearMiss(lambda q, k, v: torch.baddbmm(v[0], (q @ k.mT).softmax(-1)[0], v[0]), reasons.UNREAD_ON_WEIGHTS),
 )

@@ -200,7 +200,7 @@ def _site(site: SiteReport, call: Call) -> dict[str, Any]:
         "masks": masks,
         "reason": reason.get("text"),
         **({"cause": reason["cause"]} if "cause" in reason else {}),
-        "notes": [_said(note) for note in site.notes],
+        "notes": [_said(note, cause) for note, cause in zip_longest(site.notes, site.note_causes)],
         "names": list(site.names),
         "spec": None if spec is None else json.loads(spec.text),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import string
 from collections.abc import Iterator
@@ -97,3 +98,8 @@ def test_an_exception_says_its_reason() -> None:
     with pytest.raises(ReasonError, match=r"^the graph has no output$") as raised:
         raise ReasonError(reasons.NO_OUTPUT())
     assert raised.value.reason.cause is reasons.NO_OUTPUT
+
+
+def test_old_texts_are_mapped_to_causes_that_there_are() -> None:
+    mapping = json.loads((ROOT / "benchmarks" / "reasons.json").read_text())
+    assert set(mapping.values()) <= set(CATALOGUE)

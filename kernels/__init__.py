@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,40 +10,12 @@ from typing import Any
 import torch
 
 from attnfuse import reasons
-from attnfuse.kernels.capability import Capability
+from attnfuse.kernels import cpu, library, triton
+from attnfuse.kernels.capability import FLOATS, NUMBERS, STEPS, WEIGHT_STEPS, Capability, filled_weights
 from attnfuse.kernels.device import Device
+from attnfuse.kernels.reference.kernel import CAPABILITY as REFERENCE_CAPABILITY
 from attnfuse.reasons import Reason
-from attnfuse.spec import Attention, ReplaceFill
-
-FLOATS = frozenset({"float32", "bfloat16", "float16"})
-NUMBERS = FLOATS | {"float64", "bool", "uint8", "int32", "int64"}
-STEPS = frozenset({"scale", "bias", "shift", "softcap", "tanh", "clamp", "replace", "add", "cast"})
-WEIGHT_STEPS = frozenset({"scale", "replace"})
-LAYOUTS = frozenset({"dense", "packed", "packed_queries", "packed_keys"})
-
-
-def _cpu_available() -> Reason | None:
-    from attnfuse.kernels import cpu
-
-    missing = cpu.available()
-    return None if missing is None else reasons.KERNEL_NOT_AVAILABLE(error=missing)
-
-
-def _triton_available() -> Reason | None:
-    from attnfuse.kernels import triton
-
-    missing = triton.available()
-    return None if missing is None else reasons.KERNEL_NOT_AVAILABLE(error=missing)
-
-
-def _weights_filled(spec: Attention) -> list[Reason]:
-    filled = any(isinstance(s, ReplaceFill) and s.value != 0.0 for s in spec.weight_steps)
-    return [reasons.KERNEL_FILLED_WEIGHTS()] if filled else []
-
-
-def _sink_and_filled_weights(spec: Attention) -> list[Reason]:
-    # the sink's gradient is made of the result, which filled weights have a part in
-    return [reasons.KERNEL_SINK_AND_FILLED_WEIGHTS()] if spec.sink is not None and _weights_filled(spec) else []
+from attnfuse.spec import Attention
 
 
 @dataclass(frozen=True)
@@ -66,108 +37,14 @@ class Kernel:
         return getattr(found, name) if name else found
 
 
-CPU = Kernel(
-    "cpu",
-    Capability(
-        frozenset({"cpu"}),
-        FLOATS,
-        NUMBERS,
-        STEPS,
-        WEIGHT_STEPS,
-        layouts=LAYOUTS,
-        also=_sink_and_filled_weights,
-        available=_cpu_available,
-    ),
-    "attnfuse.kernels.cpu",
+CPU = Kernel("cpu", cpu.CAPABILITY, "attnfuse.kernels.cpu")
+TRITON = Kernel("triton", triton.CAPABILITY, "attnfuse.kernels.triton")
+REFERENCE = Kernel("reference", REFERENCE_CAPABILITY, "attnfuse.kernels.reference.kernel", on_request=True)
+# ATen's are never chosen but by name and by PLAIN_FIRST, since what is faster depends on the device
+FLASH, CUDNN, EFFICIENT, FLASH_CPU = (
+    Kernel(x.name, x.capability, f"attnfuse.kernels.library:{x.name.upper()}", on_request=True)
+    for x in (library.FLASH, library.CUDNN, library.EFFICIENT, library.FLASH_CPU)
 )
-TRITON = Kernel(
-    "triton",
-    Capability(
-        # Triton's interpreter, for tests, takes tensors of the CPU
-        frozenset({"cuda", "xpu"} | ({"cpu"} if os.environ.get("TRITON_INTERPRET") == "1" else set())),
-        FLOATS,
-        NUMBERS | {"int16", "int8"},
-        STEPS,
-        WEIGHT_STEPS,
-        layouts=LAYOUTS,
-        head_dims=256,
-        # below, Triton has no tensor cores and Inductor's own kernels are faster
-        least=80,
-        also=_weights_filled,
-        available=_triton_available,
-    ),
-    "attnfuse.kernels.triton",
-)
-REFERENCE = Kernel(
-    "reference",
-    Capability(
-        frozenset({"cpu", "cuda", "npu", "xpu", "mps"}),
-        FLOATS | {"float64"},
-        NUMBERS | {"int16", "int8"},
-        STEPS,
-        WEIGHT_STEPS,
-        layouts=LAYOUTS,
-    ),
-    "attnfuse.kernels.reference.kernel",
-    on_request=True,
-)
-
-
-def _library(
-    name: str, dtypes: frozenset[str], head_dims: int, least: int, groups: bool = False, devices: str = "cuda"
-) -> Kernel:
-    """One of ATen's kernels: never chosen but by name and by PLAIN_FIRST, since what is faster depends on the device."""
-
-    def against(spec: Attention) -> list[Reason]:
-        from attnfuse.kernels import library
-
-        return list(library.limits(spec, groups))
-
-    def missing() -> Reason | None:
-        from attnfuse.kernels import library
-
-        found: library.Library = getattr(library, name.upper())
-        return found.missing() or _switched_off(name)
-
-    return Kernel(
-        name,
-        Capability(
-            frozenset({devices}),
-            dtypes,
-            NUMBERS | {"int16", "int8"},
-            STEPS,
-            WEIGHT_STEPS,
-            dropout=False,
-            max_batch_rank=3,
-            head_dims=head_dims,
-            least=least,
-            also=against,
-            available=missing,
-        ),
-        f"attnfuse.kernels.library:{name.upper()}",
-        on_request=True,
-    )
-
-
-def _switched_off(name: str) -> Reason | None:
-    """Whether the user has told torch not to use it."""
-    enabled = {
-        "flash": torch.backends.cuda.flash_sdp_enabled,
-        "cudnn": torch.backends.cuda.cudnn_sdp_enabled,
-        "efficient": torch.backends.cuda.mem_efficient_sdp_enabled,
-    }.get(name)
-    if enabled is not None and not enabled():
-        return reasons.KERNEL_SWITCHED_OFF(kernel=name)
-    if name == "cudnn" and torch.cuda.is_available() and not torch.backends.cudnn.is_available():
-        return reasons.KERNEL_WITHOUT_CUDNN()
-    return None
-
-
-_HALVES = frozenset({"float16", "bfloat16"})
-FLASH = _library("flash", _HALVES, 256, 80, groups=True)
-CUDNN = _library("cudnn", _HALVES, 128, 80)
-EFFICIENT = _library("efficient", FLOATS, 256, 50)
-FLASH_CPU = _library("flash_cpu", FLOATS, 0, 0, devices="cpu")
 
 #: All kernels, the preferred ones first.
 KERNELS: tuple[Kernel, ...] = (CPU, TRITON, FLASH, CUDNN, EFFICIENT, FLASH_CPU, REFERENCE)
@@ -208,7 +85,7 @@ PLANNED: dict[str, Capability] = {
         head_dims=128,
         least=70,
         most=75,
-        also=lambda spec: [*_weights_filled(spec), *_no_bfloat16_casts(spec)],
+        also=lambda spec: [*filled_weights(spec), *_no_bfloat16_casts(spec)],
     ),
     # torch-npu's fused attention: scale, added bias, hidden keys, in this order
     "ascend": Capability(
@@ -226,8 +103,6 @@ PLANNED: dict[str, Capability] = {
 
 def prepare() -> None:
     """Begin to build what kernels need built, in the background, while the graph is still being read."""
-    from attnfuse.kernels import cpu
-
     cpu.warm_up()
 
 

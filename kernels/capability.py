@@ -10,7 +10,14 @@ import torch
 from attnfuse import reasons
 from attnfuse.kernels.device import Device
 from attnfuse.reasons import Reason
-from attnfuse.spec import Attention, Step
+from attnfuse.spec import Attention, ReplaceFill, Step
+
+#: Dtypes, kinds of steps and layouts that most kernels take.
+FLOATS = frozenset({"float32", "bfloat16", "float16"})
+NUMBERS = FLOATS | {"float64", "bool", "uint8", "int32", "int64"}
+STEPS = frozenset({"scale", "bias", "shift", "softcap", "tanh", "clamp", "replace", "add", "cast"})
+WEIGHT_STEPS = frozenset({"scale", "replace"})
+LAYOUTS = frozenset({"dense", "packed", "packed_queries", "packed_keys"})
 
 
 @dataclass(frozen=True)
@@ -95,3 +102,9 @@ def _unknown(what: str, steps: tuple[Step, ...], known: frozenset[str]) -> list[
     return [
         reasons.KERNEL_STEP(what=what, kind=step.kind, taken=_list(known)) for step in steps if step.kind not in known
     ]
+
+
+def filled_weights(spec: Attention) -> list[Reason]:
+    """What speaks against a spec whose weights are filled with a number other than 0."""
+    filled = any(isinstance(s, ReplaceFill) and s.value != 0.0 for s in spec.weight_steps)
+    return [reasons.KERNEL_FILLED_WEIGHTS()] if filled else []

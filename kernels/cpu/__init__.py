@@ -12,15 +12,33 @@ from typing import NamedTuple
 
 import torch
 
+from attnfuse import reasons
 from attnfuse.kernels import sink
 from attnfuse.kernels.cache import BuildError
+from attnfuse.kernels.capability import FLOATS, LAYOUTS, NUMBERS, STEPS, WEIGHT_STEPS, Capability, filled_weights
 from attnfuse.kernels.cpu.build import available, load, warm_up
 from attnfuse.kernels.cpu.plan import Plan, Reverse, plan_of, reverse_words
 from attnfuse.kernels.inputs import DENSE, Bounds, Inputs
 from attnfuse.kernels.layout import check_bounds
+from attnfuse.reasons import Reason
 from attnfuse.spec import Attention
 
-__all__ = ["BuildError", "available", "backward", "forward", "warm_up"]
+__all__ = ["CAPABILITY", "BuildError", "available", "backward", "forward", "warm_up"]
+
+
+def _missing() -> Reason | None:
+    missing = available()
+    return None if missing is None else reasons.KERNEL_NOT_AVAILABLE(error=missing)
+
+
+def _limits(spec: Attention) -> list[Reason]:
+    # the sink's gradient is made of the result, which filled weights have a part in
+    return [reasons.KERNEL_SINK_AND_FILLED_WEIGHTS()] if spec.sink is not None and filled_weights(spec) else []
+
+
+CAPABILITY = Capability(
+    frozenset({"cpu"}), FLOATS, NUMBERS, STEPS, WEIGHT_STEPS, layouts=LAYOUTS, also=_limits, available=_missing
+)
 
 
 def forward(spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ import torch
 from attnfuse import reasons
 from attnfuse._compat import aten_attention
 from attnfuse.expr import causal
+from attnfuse.kernels.capability import FLOATS, NUMBERS, STEPS, WEIGHT_STEPS, Capability
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.layout import allocate, check_bounds
 from attnfuse.reasons import Reason
@@ -48,7 +49,7 @@ def plain(spec: Attention) -> Plain | None:
     return Plain(scale, cut)
 
 
-def limits(spec: Attention, groups: bool, same_heads: bool = True) -> Iterable[Reason]:
+def limits(spec: Attention, groups: bool) -> Iterable[Reason]:
     """What speaks against ATen's kernels; groups: whether they take fewer key heads than query heads."""
     found = plain(spec)
     if found is None:
@@ -66,7 +67,7 @@ def limits(spec: Attention, groups: bool, same_heads: bool = True) -> Iterable[R
         yield reasons.KERNEL_LOG_SUM_EXP()
     if len({spec.qk_dtype, spec.v_dtype, spec.out_dtype}) > 1:
         yield reasons.KERNEL_SEVERAL_DTYPES()
-    if same_heads and spec.D != spec.E:
+    if spec.D != spec.E:
         yield reasons.KERNEL_HEAD_SIZES(first=spec.D, second=spec.E)
     if spec.D is not None and spec.D % 8:
         yield reasons.KERNEL_HEAD_MULTIPLE(size=spec.D)
@@ -88,12 +89,33 @@ class Library:
     """One of ATen's kernels.
 
     run(op, (q, k, v), plain) gives (out, log-sum-exp [B, H, Q]); reverse(op, dout, (q, k, v), out, log-sum-exp, plain) the
-    gradients of q, k and v.
+    gradients of q, k and v. groups: whether it takes fewer key heads than query heads; the others as in `Capability`.
     """
 
     name: str
     run: Callable[[Any, Tensors, Plain], tuple[torch.Tensor, torch.Tensor]]
     reverse: Callable[[Any, torch.Tensor, Tensors, torch.Tensor, torch.Tensor, Plain], Sequence[torch.Tensor]]
+    dtypes: frozenset[str]
+    head_dims: int = 0
+    least: int = 0
+    groups: bool = False
+    device: str = "cuda"
+
+    @property
+    def capability(self) -> Capability:
+        return Capability(
+            frozenset({self.device}),
+            self.dtypes,
+            NUMBERS | {"int16", "int8"},
+            STEPS,
+            WEIGHT_STEPS,
+            dropout=False,
+            max_batch_rank=3,
+            head_dims=self.head_dims,
+            least=self.least,
+            also=lambda spec: limits(spec, self.groups),
+            available=lambda: self.missing() or _switched_off(self.name),
+        )
 
     def missing(self) -> Reason | None:
         """None if this torch has the ops, else that it has not."""
@@ -252,7 +274,22 @@ def _cpu_reverse(
     return found
 
 
-FLASH = Library("flash", _flash, _flash_reverse)
-CUDNN = Library("cudnn", _cudnn, _cudnn_reverse)
-EFFICIENT = Library("efficient", _efficient, _efficient_reverse)
-FLASH_CPU = Library("flash_cpu", _cpu, _cpu_reverse)
+def _switched_off(name: str) -> Reason | None:
+    """Whether the user has told torch not to use it."""
+    enabled = {
+        "flash": torch.backends.cuda.flash_sdp_enabled,
+        "cudnn": torch.backends.cuda.cudnn_sdp_enabled,
+        "efficient": torch.backends.cuda.mem_efficient_sdp_enabled,
+    }.get(name)
+    if enabled is not None and not enabled():
+        return reasons.KERNEL_SWITCHED_OFF(kernel=name)
+    if name == "cudnn" and torch.cuda.is_available() and not torch.backends.cudnn.is_available():
+        return reasons.KERNEL_WITHOUT_CUDNN()
+    return None
+
+
+_HALVES = frozenset({"float16", "bfloat16"})
+FLASH = Library("flash", _flash, _flash_reverse, _HALVES, head_dims=256, least=80, groups=True)
+CUDNN = Library("cudnn", _cudnn, _cudnn_reverse, _HALVES, head_dims=128, least=80)
+EFFICIENT = Library("efficient", _efficient, _efficient_reverse, FLOATS, head_dims=256, least=50)
+FLASH_CPU = Library("flash_cpu", _cpu, _cpu_reverse, FLOATS, device="cpu")

@@ -9,10 +9,20 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from attnfuse.kernels import reference, sink
+from attnfuse.kernels.capability import FLOATS, LAYOUTS, NUMBERS, STEPS, WEIGHT_STEPS, Capability
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.layout import allocate, precision
 from attnfuse.kernels.reference import attend
 from attnfuse.spec import Attention, ReplaceFill
+
+CAPABILITY = Capability(
+    frozenset({"cpu", "cuda", "npu", "xpu", "mps"}),
+    FLOATS | {"float64"},
+    NUMBERS | {"int16", "int8"},
+    STEPS,
+    WEIGHT_STEPS,
+    layouts=LAYOUTS,
+)
 
 #: How far the weights of all keys of a row may be from 1 in sum.
 _WHOLE = 1e-6

@@ -7,19 +7,23 @@ IEEE, or TF32 where torch.backends.cuda.matmul.allow_tf32 says so.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Sequence
 
 import torch
 
+from attnfuse import reasons
 from attnfuse.kernels import sink
+from attnfuse.kernels.capability import FLOATS, LAYOUTS, NUMBERS, STEPS, WEIGHT_STEPS, Capability, filled_weights
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.layout import allocate, check_bounds
 from attnfuse.kernels.triton import gradients, launch
 from attnfuse.kernels.triton.call import Call, interpreted
+from attnfuse.reasons import Reason
 from attnfuse.spec import Attention
 
-__all__ = ["available", "backward", "forward", "interpreted"]
+__all__ = ["CAPABILITY", "available", "backward", "forward", "interpreted"]
 
 
 def available() -> str | None:
@@ -27,6 +31,27 @@ def available() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     return None
+
+
+def _missing() -> Reason | None:
+    missing = available()
+    return None if missing is None else reasons.KERNEL_NOT_AVAILABLE(error=missing)
+
+
+CAPABILITY = Capability(
+    # the interpreter, for tests, takes tensors of the CPU
+    frozenset({"cuda", "xpu"} | ({"cpu"} if os.environ.get("TRITON_INTERPRET") == "1" else set())),
+    FLOATS,
+    NUMBERS | {"int16", "int8"},
+    STEPS,
+    WEIGHT_STEPS,
+    layouts=LAYOUTS,
+    head_dims=256,
+    # below, Triton has no tensor cores and Inductor's own kernels are faster
+    least=80,
+    also=filled_weights,
+    available=_missing,
+)
 
 
 def forward(spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:

@@ -37,23 +37,13 @@ def build_site(
     axes = reader.axes
     if not reader.whole():
         return Refusal(reasons.VIEW_SPLITS_ATTENTION(), final)
-    q_dim, k_dim, d_dim = axes.atoms(scores.q_dim), axes.atoms(reader.k_dim), axes.atoms(scores.d_dim)
-    e_dim = axes.atoms(e_dim)
+    q_dim, k_dim, d_dim, e_dim = map(axes.atoms, (scores.q_dim, reader.k_dim, scores.d_dim, e_dim))
     rows = set(q_dim + k_dim)
     batch = tuple(a for dim in axes.resolve(scores.labels) for a in dim if a not in rows)
-    leaves = [scores.q, scores.k, v, *reader.leaves]
-    # which of the dims of the attention each may have besides those of the batch
-    own = [(*q_dim, *d_dim), (*k_dim, *d_dim), (*k_dim, *e_dim), *[(*q_dim, *k_dim)] * len(reader.leaves)]
-    for leaf, dims in zip(leaves, own, strict=True):
-        found = [a for dim in axes.resolve(leaf.labels) for a in dim]
-        if leaf is v and set(found) & set(q_dim):
-            return Refusal(reasons.ROWS_DIFFER(what="values", other="query"), leaf.node)
-        if len(set(found)) != len(found) or not set(found) <= {*batch, *dims}:
-            return Refusal(reasons.OPERAND_DIMS(), leaf.node)
-    fixed = [replace(leaf, labels=axes.resolve(leaf.labels)) for leaf in leaves]
-    for leaf, other, what in zip(fixed, (k_dim, q_dim, q_dim), ("queries", "keys", "values")):
-        if any(a in other for dim in leaf.labels for a in dim):
-            return Refusal(reasons.ROWS_DIFFER(what=what, other="key" if what == "queries" else "query"), leaf.node)
+    fixed = [replace(x, labels=axes.resolve(x.labels)) for x in (scores.q, scores.k, v, *reader.leaves)]
+    problem = _misplaced(fixed, batch, q_dim, k_dim, d_dim, e_dim)
+    if problem is not None:
+        return problem
     names = batch_names(axes, batch, fixed[1])
     labels_out = axes.resolve(out_labels)
     if {a for dim in labels_out for a in dim} != set(batch) | set(q_dim) | set(e_dim):
@@ -104,6 +94,22 @@ def build_site(
             for n, d in zip([*names, "Q", "K", "D", "E"], [*((a,) for a in batch), q_dim, k_dim, d_dim, e_dim])
         },
     )
+
+
+def _misplaced(leaves: list[Leaf], batch: Dim, q_dim: Dim, k_dim: Dim, d_dim: Dim, e_dim: Dim) -> Refusal | None:
+    """Why q, k, v and the operands, in this order, do not have the dims that the op takes; None if they do."""
+    # which of the dims of the attention each may have besides those of the batch
+    own = [(*q_dim, *d_dim), (*k_dim, *d_dim), (*k_dim, *e_dim), *[(*q_dim, *k_dim)] * (len(leaves) - 3)]
+    for place, (leaf, dims) in enumerate(zip(leaves, own, strict=True)):
+        found = [a for dim in leaf.labels for a in dim]
+        if place == 2 and set(found) & set(q_dim):
+            return Refusal(reasons.ROWS_DIFFER(what="values", other="query"), leaf.node)
+        if len(set(found)) != len(found) or not set(found) <= {*batch, *dims}:
+            return Refusal(reasons.OPERAND_DIMS(), leaf.node)
+    for leaf, other, what in zip(leaves, (k_dim, q_dim), ("queries", "keys")):
+        if any(a in other for dim in leaf.labels for a in dim):
+            return Refusal(reasons.ROWS_DIFFER(what=what, other="key" if what == "queries" else "query"), leaf.node)
+    return None
 
 
 def batch_names(axes: Axes, batch: Dim, k: Leaf) -> tuple[str, ...]:

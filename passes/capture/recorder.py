@@ -33,6 +33,7 @@ from attnfuse.passes.graph.memory import (
     opaque,
     writes_by_name,
 )
+from attnfuse.passes.graph.vocabulary import called
 from attnfuse.reasons import ReasonError
 
 
@@ -204,7 +205,7 @@ class Recorder:
         leaves = pytree.tree_leaves((args, kwargs))
         if any(x is UNKNOWN or isinstance(x, fx.GraphModule) for x in leaves):
             return True
-        name = getattr(node.target, "__name__", "")
+        name = called(node)
         self._dual_levels += (name == ENTERS_DUAL_LEVEL) - (name == EXITS_DUAL_LEVEL)
         if name in _DUAL or self._is_transformed(node):
             return True

@@ -50,6 +50,11 @@ def known_equal(a: Size, b: Size) -> bool:
     return a is b or statically_known_true(a == b)
 
 
+def same_sizes(a: Sequence[Size], b: Sequence[Size]) -> bool:
+    """Whether two shapes, or strides, are known to be the same."""
+    return len(a) == len(b) and all(map(known_equal, a, b))
+
+
 def is_one(size: Size) -> bool:
     return known_equal(size, 1)
 

@@ -19,6 +19,8 @@ from torch import fx
 from attnfuse import _compat
 from attnfuse._compat import HigherOrderOperator, OpOverload, alias_key, pytree
 from attnfuse.passes.graph.aten import value_of
+from attnfuse.passes.graph.labels import known_equal, same_sizes
+from attnfuse.passes.graph.vocabulary import called, name_called
 
 _HOOKS = {"register_hook", "register_post_accumulate_grad_hook", "retain_grad"}
 #: What leaves a tensor's elements alone, whatever its name says or its body does.
@@ -38,7 +40,7 @@ _WRITING |= {operator.iand, operator.ior, operator.iconcat, operator.setitem}
 
 def writes_by_name(target: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a call writes to its arguments, by its name."""
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    name = name_called(target)
     # operator.and_ and its like only avoid Python's keywords
     by_name = name.endswith("_") and not name.endswith("__") and getattr(target, "__module__", "") != "_operator"
     return "out" in kwargs or target in _WRITING or by_name
@@ -187,7 +189,7 @@ def _is_told_to(node: fx.Node) -> bool:
         given = inspect.signature(cast("Callable[..., Any]", node.target)).bind(*node.args, **node.kwargs).arguments
     except (TypeError, ValueError):
         return False
-    kept = _KEEPS_BOOKS.get(getattr(node.target, "__name__", ""))
+    kept = _KEEPS_BOOKS.get(called(node))
     # what is a node may be anything
     return given.get("inplace", False) is not False or (kept is not None and given.get(kept) is not None)
 
@@ -226,8 +228,9 @@ def returned_as_written(node: fx.Node) -> fx.Node | None:
     if len(targets) != 1 or not isinstance(value, torch.Tensor):
         return None
     other = value_of(targets[0])
-    same = same_memory(targets[0], node) and other.stride() == value.stride() and other.shape == value.shape
-    return targets[0] if same and other.storage_offset() == value.storage_offset() else None
+    same = same_memory(targets[0], node) and same_sizes(other.stride(), value.stride())
+    same = same and same_sizes(other.shape, value.shape) and known_equal(other.storage_offset(), value.storage_offset())
+    return targets[0] if same else None
 
 
 def follow_writes(graph: fx.Graph, memory: Memory) -> Writes:

@@ -6,10 +6,12 @@ A class holds canonical names. A reader that takes fewer ops than a class has su
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
+from torch import fx
 
-from attnfuse._compat import OpOverload
+from attnfuse._compat import HigherOrderOperator, OpOverload
 
 #: ATen's own aliases: the same op under another name.
 _SPELLINGS = {
@@ -177,6 +179,18 @@ def is_elementwise(target: OpOverload) -> bool:
     if torch.Tag.nondeterministic_seeded in target.tags:
         return False
     return torch.Tag.pointwise in target.tags or kind(target) in ELEMENTWISE | {"to"}
+
+
+def name_called(target: Any) -> str:
+    """The name of a method, a function, an op or a higher-order op, without its overload or module; '' if it has none."""
+    if isinstance(target, HigherOrderOperator):
+        return str(target.name())
+    return target if isinstance(target, str) else str(getattr(target, "__name__", "")).split(".")[0]
+
+
+def called(node: fx.Node) -> str:
+    """The name of what a Dynamo node calls; '' if it calls nothing, or a module."""
+    return name_called(node.target) if node.op in ("call_function", "call_method") else ""
 
 
 def _names(target: OpOverload) -> list[str]:

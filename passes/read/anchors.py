@@ -15,7 +15,7 @@ from attnfuse.passes.capture.view import View
 from attnfuse.passes.graph import contraction
 from attnfuse.passes.graph.aten import arguments, is_tensor, name_of, shape_of, source_of, value_of
 from attnfuse.passes.graph.constants import constant
-from attnfuse.passes.graph.labels import known_equal
+from attnfuse.passes.graph.labels import known_equal, same_sizes
 from attnfuse.passes.read import sinks
 from attnfuse.passes.read.maxima import has_lines, maximum_subtracted, raises, without_views
 from attnfuse.reasons import Reason
@@ -193,7 +193,7 @@ def _normalised(node: fx.Node, top: object, bottom: object, inside: frozenset[fx
     scores, softmax, more = _unshifted(source_of(e), dim, raised=whole is not total)
     if whole is not total:
         found = sinks.added(whole, None if softmax == "unshifted" else arguments(source_of(e))["other"])
-        if found is None or not summed["keepdim"] or tuple(shape_of(whole)) != tuple(shape_of(total)):
+        if found is None or not summed["keepdim"] or not same_sizes(shape_of(whole), shape_of(total)):
             return Anchor(scores, dim, node, between | more, problem=reasons.DENOMINATOR_TERM())
         sink, more = found[0], more | found[1]
         raised = any(raises(n) for n in more)

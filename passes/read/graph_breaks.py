@@ -9,6 +9,8 @@ import torch
 from torch import fx
 
 from attnfuse.passes.capture.view import source_line
+from attnfuse.passes.graph.labels import same_sizes
+from attnfuse.passes.graph.vocabulary import called
 
 _SOFTMAX = {"softmax", "_softmax", "_safe_softmax"}
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum"}
@@ -24,23 +26,17 @@ def split(gm: fx.GraphModule) -> list[str]:
     """
     found = []
     for node in gm.graph.nodes:
-        if _name(node) not in _SOFTMAX:
+        if called(node) not in _SOFTMAX:
             continue
         before = _reached(node, lambda n: n.all_input_nodes)
         after = _reached(node, lambda n: n.users)
-        made = [n for n in before if _name(n) in _PRODUCTS]
+        made = [n for n in before if called(n) in _PRODUCTS]
         leaves = any(n.op == "output" for n in after)
-        weighs = any(_name(n) in _PRODUCTS for n in after)
+        weighs = any(called(n) in _PRODUCTS for n in after)
         comes_in = not made and any(_is_scores(n, node) for n in before)
         if (comes_in and weighs) or (leaves and not weighs and any(map(_of_two_values, made))):
             found.append(source_line(node))
     return found
-
-
-def _name(node: fx.Node) -> str:
-    if node.op not in ("call_function", "call_method"):
-        return ""
-    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
 
 
 def _reached(start: fx.Node, next_to: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
@@ -57,7 +53,7 @@ def _reached(start: fx.Node, next_to: Callable[[fx.Node], Iterable[fx.Node]]) ->
 
 
 def _makes_other(node: fx.Node) -> bool:
-    return _name(node) in _PRODUCTS or any(part in _name(node) for part in _OTHERS)
+    return called(node) in _PRODUCTS or any(part in called(node) for part in _OTHERS)
 
 
 def _value(node: fx.Node) -> Any:
@@ -73,7 +69,7 @@ def _is_scores(node: fx.Node, softmax: fx.Node) -> bool:
     value, scores = _value(node), _value(softmax)
     if node.op != "placeholder" or _is_parameter(node) or not isinstance(value, torch.Tensor):
         return False
-    return isinstance(scores, torch.Tensor) and value.is_floating_point() and value.shape == scores.shape
+    return isinstance(scores, torch.Tensor) and value.is_floating_point() and same_sizes(value.shape, scores.shape)
 
 
 def _of_two_values(product: fx.Node) -> bool:

@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from attnfuse.passes.graph import views
-from attnfuse.passes.graph.aten import arguments, dtype_of, is_tensor, name_of, source_of, value_of
+from attnfuse.passes.graph.aten import arguments, dtype_of, is_tensor, name_of, shape_of, source_of, value_of
 from attnfuse.passes.graph.constants import constant
-from attnfuse.passes.graph.labels import Labels
+from attnfuse.passes.graph.labels import Labels, same_sizes
 from attnfuse.passes.read.reader import Reader
 from attnfuse.passes.site import Leaf
 
@@ -99,7 +99,7 @@ def constant_factor(node: fx.Node) -> tuple[fx.Node, float] | None:
         number = constant(other)
         if not is_tensor(tensor) or number is None or constant(tensor) is not None:
             continue
-        if value_of(tensor).dtype != value_of(node).dtype or value_of(tensor).shape != value_of(node).shape:
+        if dtype_of(tensor) != dtype_of(node) or not same_sizes(shape_of(tensor), shape_of(node)):
             continue
         if name == "div":
             if number == 0.0:

@@ -32,6 +32,7 @@ from attnfuse.passes.capture.view import Scope, View, source_line
 from attnfuse.passes.graph import contraction
 from attnfuse.passes.graph.aten import name_of
 from attnfuse.passes.graph.memory import opaque
+from attnfuse.passes.graph.vocabulary import called
 from attnfuse.passes.read.anchors import BARRIERS, find, looks_like_attention
 from attnfuse.passes.site import Refusal
 from attnfuse.reasons import Reason
@@ -108,7 +109,7 @@ class _Sketch(Recorder):
 def _bodies(node: fx.Node, args: Any, kwargs: Any) -> list[fx.GraphModule]:
     """The graphs of a higher-order op that compute what it gives; not its backward."""
     found = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, fx.GraphModule)]
-    return found[:1] if _name(node) == "autograd_function_apply" else found
+    return found[:1] if called(node) == "autograd_function_apply" else found
 
 
 def unseen(
@@ -119,8 +120,8 @@ def unseen(
     view: None where there is none, for the reason `problem`.
     """
     done = {view.origin[n].node for n in known if n in view.origin} if view else set()
-    found = [Unseen(_ATTENTIONS[_name(n)], n) for n in _nodes(gm) if _name(n) in _ATTENTIONS]
-    if any(_name(n) in _SOFTMAX and n not in done and _is_doubtful(view, n) for n in _nodes(gm)):
+    found = [Unseen(_ATTENTIONS[called(n)], n) for n in _nodes(gm) if called(n) in _ATTENTIONS]
+    if any(called(n) in _SOFTMAX and n not in done and _is_doubtful(view, n) for n in _nodes(gm)):
         sketch = _sketched(gm)
         for anchor in find(sketch):
             origin = sketch.origin.get(anchor.weights)
@@ -132,13 +133,6 @@ def unseen(
             )
     order: dict[fx.Node | None, int] = {n: i for i, n in enumerate(_nodes(gm))}
     return sorted(found, key=lambda x: order.get(x.node, 0))
-
-
-def _name(node: fx.Node) -> str:
-    target = node.target
-    if isinstance(target, HigherOrderOperator):
-        return str(target.name())
-    return target if isinstance(target, str) else str(getattr(target, "__name__", "")).split(".")[0]
 
 
 def _nodes(gm: fx.GraphModule) -> Iterator[fx.Node]:
@@ -188,7 +182,7 @@ def _reason(scope: Scope, node: fx.Node) -> Reason | None:
     if around:
         return _TRANSFORMS[around]
     if scope.call is not None and scope.parent is not None:
-        name = _name(scope.call)
+        name = called(scope.call)
         if name in _REGIONS:
             return _REGIONS[name]
         if name not in _VIEWED:
@@ -212,7 +206,7 @@ def _transform(scope: Scope, node: fx.Node) -> str:
     for at in scope.module.graph.nodes:
         if at is node:
             break
-        name = _name(at)
+        name = called(at)
         if name.endswith(_OPENS) and name.removesuffix(_OPENS) in _TRANSFORMS:
             stack.append(name.removesuffix(_OPENS))
         elif name == ENTERS_DUAL_LEVEL:

@@ -11,7 +11,7 @@ from attnfuse import reasons
 from attnfuse.expr import Expr, dense
 from attnfuse.passes.graph.aten import arguments, dtype_of, is_tensor, name_of, shape_of, source_of
 from attnfuse.passes.graph.constants import constant, rounded
-from attnfuse.passes.graph.labels import Labels, known_equal
+from attnfuse.passes.graph.labels import Labels, same_sizes
 from attnfuse.passes.graph.memory import is_mutating, is_stale
 from attnfuse.passes.read.idioms.example import Example, NearMiss
 from attnfuse.passes.read.reader import Peeled, Reader
@@ -44,9 +44,7 @@ def filled(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peeled | R
         yield found or reasons.WHERE_WITHOUT_VALUES()
         return
     tensor, condition, value, inverted = found
-    if len(shape_of(tensor)) != len(shape_of(node)) or not all(
-        known_equal(a, b) for a, b in zip(shape_of(tensor), shape_of(node))
-    ):
+    if not same_sizes(shape_of(tensor), shape_of(node)):
         yield reasons.FILL_BROADCASTS()
         return
     value = rounded(value, dtype_of(node))

@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from attnfuse import reasons
-from attnfuse.passes.graph.aten import arguments, dtype_of, is_tensor, name_of, value_of
-from attnfuse.passes.graph.labels import Labels
+from attnfuse.passes.graph.aten import arguments, dtype_of, is_tensor, name_of, shape_of, value_of
+from attnfuse.passes.graph.labels import Labels, same_sizes
 from attnfuse.passes.read.idioms.example import Example, NearMiss
 from attnfuse.passes.read.operands import constant_factor
 from attnfuse.passes.read.reader import Peeled, Reader
@@ -41,7 +41,7 @@ def score_factor(reader: Reader, node: fx.Node, labels: Labels) -> Iterator[Peel
     for tensor, other in pairs:
         if not is_tensor(tensor) or not isinstance(other, fx.Node):
             continue
-        if tuple(value_of(tensor).shape) != tuple(value_of(node).shape):
+        if not same_sizes(shape_of(tensor), shape_of(node)):
             continue
         yield Peeled(tensor, labels, functools.partial(_times, reader, other, labels, divides))
 

@@ -21,7 +21,7 @@ from attnfuse.passes.graph.aten import (
     value_of,
 )
 from attnfuse.passes.graph.constants import constant
-from attnfuse.passes.graph.labels import Dim, Labels, insert, is_one, known_equal
+from attnfuse.passes.graph.labels import Dim, Labels, insert, is_one, known_equal, same_sizes
 from attnfuse.passes.graph.memory import opaque
 from attnfuse.passes.read.assemble import build_site
 from attnfuse.passes.read.idioms import fill
@@ -129,7 +129,7 @@ def _mask(reader: Reader, path: _Path, user: fx.Node) -> Reason | None:
     if found is None or isinstance(found, Reason):
         return found or reasons.WHERE_WITHOUT_VALUES()
     tensor, condition, value, inverted = found
-    if tensor is not path.node or value != 0.0 or tuple(shape_of(user)) != tuple(shape_of(path.node)):
+    if tensor is not path.node or value != 0.0 or not same_sizes(shape_of(user), shape_of(path.node)):
         return reasons.WEIGHTS_FILLED()
     path.steps.append(ReplaceFill(fill.mask_of(reader, condition, path.labels, inverted), 0.0))
     return None
@@ -144,7 +144,7 @@ def _multiply(reader: Reader, path: _Path, user: fx.Node) -> Reason | None:
     other = args["other"] if args["self"] is path.node else args["self"]
     if name_of(user) == "div" or not is_tensor(other) or other is path.node:
         return reasons.WEIGHTS_FACTOR()
-    if tuple(shape_of(user)) != tuple(shape_of(path.node)):
+    if not same_sizes(shape_of(user), shape_of(path.node)):
         return reasons.FACTOR_BROADCASTS()
     leaf = reader.side(other, path.labels)
     if not value_of(leaf.node).dtype.is_floating_point:

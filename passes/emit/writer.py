@@ -12,6 +12,7 @@ from torch import fx
 from attnfuse import reasons
 from attnfuse._compat import OpOverload, is_functorch_tensor, save_for_backward
 from attnfuse.kernels.dropout import SEED_LIMIT
+from attnfuse.passes import limits
 from attnfuse.passes.capture.view import Scope, View
 from attnfuse.passes.emit.edits import Edits, EmitError, example_of, known
 from attnfuse.passes.emit.repeated import calls_of
@@ -221,7 +222,7 @@ class Writer:
         if is_stale(made) or self._overwritten_since(made):
             raise EmitError(reasons.MADE_FROM_WRITTEN())
         self.depth += 1
-        if self.depth > 200:
+        if self.depth > limits.REPEATED_NODES:
             raise EmitError(reasons.TOO_DEEP())
         args = fx.node.map_arg(made.args, self.node_for)
         kwargs = fx.node.map_arg(made.kwargs, self.node_for)

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from attnfuse._compat import OpOverload
+from attnfuse.passes import limits
 from attnfuse.passes.graph.aten import arguments, dtype_of, is_tensor, name_of, shape_of, value_of
 from attnfuse.passes.graph.memory import is_stale
 from attnfuse.passes.graph.vocabulary import COPIES
@@ -22,7 +23,7 @@ _FOLDABLE = (*("sqrt", "rsqrt", "mul", "div", "add", "sub", "neg", "reciprocal",
 Number = int | float
 
 
-def constant(x: Any, depth: int = 8) -> Number | None:
+def constant(x: Any, depth: int = limits.CONSTANT_OPS) -> Number | None:
     """The number that `x` is wherever it is used: a Python number, or a tensor all of whose elements are one number.
 
     A tensor's number is what its dtype holds, found by the ops themselves: an int for integers and bools.

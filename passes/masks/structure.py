@@ -30,6 +30,7 @@ from attnfuse.expr import (
     transform,
     walk,
 )
+from attnfuse.passes import limits
 from attnfuse.passes.capture.view import View
 from attnfuse.passes.graph.aten import dtype_of, shape_of, value_of
 from attnfuse.passes.graph.labels import Atom, Dim, Distances, Labels, known_equal
@@ -41,9 +42,6 @@ from attnfuse.passes.site import Leaf, Refusal, Site
 from attnfuse.reasons import Reason
 from attnfuse.spec import AddFill, Bias, Cast, ReplaceFill, Scale, Shift, Step, dtype_name
 
-#: A mask of more operations, or operands, than this stays a tensor.
-_MOST_PARTS = 60
-_MOST_OPERANDS = 12
 _WIDE = (torch.float32, torch.float64)
 
 
@@ -132,7 +130,7 @@ class _Structure:
         if before != after:
             # the mask alone has that batch dim
             return None
-        if len(self.leaves) > max(_MOST_OPERANDS, len(site.operands)):
+        if len(self.leaves) > max(limits.MASK_OPERANDS, len(site.operands)):
             return None
         operands = tuple(
             describe_operand(leaf, site.batch, site.q_dim, site.k_dim, site.spec.batch) for leaf in self.leaves
@@ -299,8 +297,8 @@ class _Structure:
         found = transform(e, leaf, self.algebra)
         if any(x.type == "float" for x in walk(found)):
             raise NotExpressible(reasons.MASK_FLOATING())
-        if sum(1 for _ in walk(found)) > _MOST_PARTS:
-            raise NotExpressible(reasons.MASK_TOO_MANY_PARTS(most=_MOST_PARTS))
+        if sum(1 for _ in walk(found)) > limits.MASK_PARTS:
+            raise NotExpressible(reasons.MASK_TOO_MANY_PARTS(most=limits.MASK_PARTS))
         return found
 
     def _symbol(self, x: Symbol) -> Load:

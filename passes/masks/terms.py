@@ -16,6 +16,7 @@ from torch import fx
 from attnfuse import expr, reasons
 from attnfuse._compat import OpOverload, symbolic_range
 from attnfuse.expr import LONGEST, Algebra, Apply, Bounds, Const, Expr, Index, K, Linear, NotExpressible, Q, Type, walk
+from attnfuse.passes import limits
 from attnfuse.passes.capture.view import View
 from attnfuse.passes.graph import moves, views
 from attnfuse.passes.graph.aten import arguments, dtype_of, is_tensor, name_of, shape_of, source_of, value_of
@@ -153,7 +154,7 @@ class Terms:
         self.sizes = sizes
         # whether gradients flow through the site
         self.trains = trains
-        self.budget = 2000
+        self.budget = limits.MASK_ELEMENTS
         self._known: dict[tuple[fx.Node, tuple[Expr, ...], bool], Expr] = {}
         #: why tensors that are computed in the graph could not be read further
         self.reasons: dict[fx.Node, Reason] = {}

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 from torch import fx
 
 from attnfuse import reasons
+from attnfuse.passes import limits
 from attnfuse.passes.capture.view import View
 from attnfuse.passes.graph import contraction
 from attnfuse.passes.graph.aten import arguments, is_tensor, name_of, shape_of, source_of, value_of
@@ -221,7 +222,7 @@ def _normalised(node: fx.Node, top: object, bottom: object, inside: frozenset[fx
 
 def _reaches_product_of(node: fx.Node, e: fx.Node) -> bool:
     """Whether node, looked through casts and views, is a product with e."""
-    for _ in range(6):
+    for _ in range(limits.CASTS):
         product = contraction.parse(node)
         if isinstance(product, contraction.Contraction):
             return any(_behind_views(x) is e for x in (product.a, product.b))
@@ -265,7 +266,7 @@ def _meets_product(start: fx.Node, back: bool) -> bool:
         node, depth = queue.popleft()
         if (back or node is not start) and (name_of(node) in contraction.NAMES or _sums_products(node)):
             return True
-        if depth > 24 or name_of(node) in BARRIERS:
+        if depth > limits.NEARBY_OPS or name_of(node) in BARRIERS:
             continue
         for other in node.all_input_nodes if back else node.users:
             if other not in seen:

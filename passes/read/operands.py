@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from attnfuse.passes import limits
 from attnfuse.passes.graph import views
 from attnfuse.passes.graph.aten import arguments, dtype_of, is_tensor, name_of, shape_of, source_of, value_of
 from attnfuse.passes.graph.constants import constant
@@ -28,7 +29,7 @@ def read_factor(reader: Reader, node: fx.Node, labels: Labels, dtype: torch.dtyp
     """q, k or v behind copies, exact casts and constant factors: the leaf, and the factor to multiply by."""
     factor = 1.0
     leaf = reader.shrink(node, labels)
-    for _ in range(16):
+    for _ in range(limits.FACTORS):
         # constant factors and widening casts are looked for behind views, and taken only if they are there
         kept, seen, at = dict(reader.axes.parts), leaf.node, leaf.labels
         while True:

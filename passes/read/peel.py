@@ -13,6 +13,7 @@ from torch import fx
 
 from attnfuse import reasons
 from attnfuse.kernels.fills import BELOW_ALL_SCORES
+from attnfuse.passes import limits
 from attnfuse.passes.capture.view import View
 from attnfuse.passes.graph import contraction, views
 from attnfuse.passes.graph.aten import arguments, dtype_of, getitem_source, is_tensor, name_of, shape_of
@@ -242,7 +243,7 @@ def _are_scores(reader: Reader, node: fx.Node, labels: Labels, other: Labels) ->
     axes, kept = reader.axes, dict(reader.axes.parts)
     lacking = {a for d in other for a in axes.atoms(d)}
     found = False
-    for _ in range(16):
+    for _ in range(limits.FACTORS):
         product = contraction.parse(node)
         if isinstance(product, contraction.Contraction):
             dims = {c: set(axes.atoms(d)) for c, d in zip(product.out, labels)}

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from attnfuse.passes import limits
 from attnfuse.passes.capture.view import View
 from attnfuse.passes.graph import views
 from attnfuse.passes.graph.aten import shape_of
@@ -73,7 +74,7 @@ class Reader:
         self.k_dim: Dim = ()
         self.protected: list[Dim] = []
         self.start: Labels = ()
-        self.budget = 400
+        self.budget = limits.SCORE_OPS
         self.sink: Sink | None = None
         self.recentred = False
 

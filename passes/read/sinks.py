@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnfuse.passes import limits
 from attnfuse.passes.capture.view import View
 from attnfuse.passes.graph import moves, views
 from attnfuse.passes.graph.aten import arguments, dtype_of, is_tensor, name_of, shape_of, source_of
@@ -36,7 +37,7 @@ class Joined:
 def joined(node: fx.Node, dim: int) -> Joined | None:
     """What `node` is made of, if that is scores with one more along `dim`, looked through casts and a subtracted maximum."""
     inside: set[fx.Node] = set()
-    for _ in range(6):
+    for _ in range(limits.CASTS):
         less = maximum_subtracted(node, dim)
         if less is not None:
             inside |= less[1]
@@ -93,7 +94,7 @@ def cut_off(view: View, weights: fx.Node, dim: int, first: bool) -> tuple[fx.Nod
     """(the weights without the first or last one along `dim`, nodes passed), if nothing else is done with them but casts."""
     inside: set[fx.Node] = set()
     node = weights
-    for _ in range(6):
+    for _ in range(limits.CASTS):
         users = [u for u in node.users if u in view.live]
         if len(users) != 1:
             return None

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from attnfuse import reasons
+from attnfuse.passes import limits
 from attnfuse.passes.graph import contraction, views
 from attnfuse.passes.graph.aten import (
     arguments,
@@ -50,7 +51,7 @@ def read(reader: Reader, scores: Scores, labels: Labels) -> Site | Refusal:
     anchor = reader.anchor
     inside = scores.inside | set(anchor.inside)
     path = _Path(anchor.weights, labels, inside, hidden=anchor.hidden)
-    for _ in range(40):
+    for _ in range(limits.WEIGHT_OPS):
         user = _next(reader, path)
         if isinstance(user, Refusal):
             return user
@@ -207,7 +208,7 @@ def _divided(reader: Reader, path: _Path, node: fx.Node, labels: Labels) -> tupl
     anchor = reader.anchor
     if path.dropout or path.steps:
         return Refusal(reasons.DENOMINATOR_LATE_CHANGED(), node)
-    for _ in range(8):
+    for _ in range(limits.LATE_OPS):
         users = [u for u in node.users if u in reader.view.live]
         if len(users) != 1:
             return Refusal(reasons.DENOMINATOR_LATE_USED(), node)

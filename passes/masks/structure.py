@@ -66,6 +66,7 @@ def structured_assuming(
 
 
 def _is_sum(e: Expr) -> bool:
+    """Whether it is a sum or difference of floating tensors, which stays a call of the op."""
     return isinstance(e, Call) and e.target in (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor)
 
 
@@ -79,6 +80,8 @@ class Fill:
 
 
 class _Structure:
+    """Reads the masks and biases of one site, step by step."""
+
     def __init__(self, view: View, site: Site, assume: Callable[[Expr, Algebra], Expr]) -> None:
         self.view = view
         self.site = site
@@ -101,6 +104,7 @@ class _Structure:
         self.line: Distances | None = None
 
     def run(self) -> Site | None:
+        """The site with what could be read; None where nothing is gained."""
         site = self.site
         steps: list[Step] = []
         sums = rounding.joined(site.spec.steps)
@@ -157,15 +161,18 @@ class _Structure:
         return tuple(dict.fromkeys(self.notes))
 
     def _all(self, operands: Sequence[Leaf] | None = None) -> list[Leaf]:
+        """q, k, v and the operands."""
         site = self.site
         return [site.q, site.k, site.v, *(site.operands if operands is None else operands)]
 
     def _batch(self, leaf: Leaf) -> set[Atom]:
+        """The atoms of the batch that a tensor has."""
         return {a for dim in leaf.labels for a in dim} & set(self.site.batch)
 
     # -- steps
 
     def _step(self, step: Step) -> list[Step]:
+        """The steps that one of the spec becomes: itself, with its operands as they were, where it cannot be read."""
         kept = list(self.leaves)
         self.stays = reasons.BIAS_STAYS if isinstance(step, Bias) else reasons.MASK_STAYS
         try:
@@ -191,6 +198,7 @@ class _Structure:
         return step
 
     def _register(self, leaf: Leaf) -> int:
+        """The number of an operand, which is added if it is new."""
         if leaf not in self.leaves:
             self.leaves.append(leaf)
         return self.leaves.index(leaf)
@@ -202,6 +210,7 @@ class _Structure:
         return self.terms.at(leaf.node, tuple(self._index(dim) for dim in leaf.labels))
 
     def _index(self, dim: Dim) -> Expr:
+        """The index in a dim, of the atoms it is made of."""
         total: Expr = Const(0)
         for atom in dim:
             if len(dim) > 1 and not isinstance(atom.size, int):
@@ -211,11 +220,13 @@ class _Structure:
         return total
 
     def _variable(self, atom: Atom) -> Expr:
+        """What expressions call an atom: Q, K, or an axis of the batch."""
         if (atom,) == self.site.q_dim:
             return Q
         return K if (atom,) == self.site.k_dim else Axis(atom)
 
     def _fill(self, step: ReplaceFill | AddFill) -> list[Step]:
+        """A fill whose mask is read; none where that keeps every key."""
         terms: dict[Expr, Expr] = {}
         for x in loads(step.keep):
             terms[x] = self.algebra.truth(self._term(self.site.operands[x.operand]))
@@ -229,6 +240,7 @@ class _Structure:
         return self._lowered(self.assume(keep, self.algebra))
 
     def _bias(self, step: Bias) -> list[Step]:
+        """An added tensor as fills and as what is left of it."""
         leaf = self.site.operands[step.operand]
         return self._added(self._term(leaf), step.alpha, dtype_of(leaf.node))
 
@@ -261,6 +273,7 @@ class _Structure:
         return [Bias(read.operand, alpha, read.row, read.col)]
 
     def _masked(self, keep: Expr, value: float) -> list[Step]:
+        """What a mask that is added where a condition fails becomes: a fill."""
         keep = self._kept(keep, value)
         return [] if keep == TRUE else [AddFill(keep, value)]
 
@@ -274,6 +287,7 @@ class _Structure:
         return [*steps, AddFill(keep, alpha * no.value)] if no.value else steps
 
     def _float(self, e: Expr, dtype: torch.dtype) -> Load:
+        """A floating expression as an operand: the tensor itself, or one that is made of it."""
         if isinstance(e, Tensor):
             return self._load(e)
         return self._hoisted(e, dtype)
@@ -302,6 +316,7 @@ class _Structure:
         return found
 
     def _symbol(self, x: Symbol) -> Load:
+        """A symbolic number as an operand."""
         for node in self.view.graph.nodes:
             if isinstance(value_of(node), torch.SymInt) and known_equal(value_of(node), x.value):
                 return Load(self._register(Leaf(node, (), made=x, dtype=torch.int64)), "int64")
@@ -309,6 +324,7 @@ class _Structure:
         return Load(self._register(leaf), "int64")
 
     def _load(self, x: Tensor) -> Load:
+        """An element of a tensor as an operand: the tensor at plain indices, one computed of it, or a table."""
         try:
             labels, starts = self._labels(x)
         except NotExpressible:
@@ -345,6 +361,7 @@ class _Structure:
         return ()
 
     def _plain(self, at: Expr, size: Any) -> tuple[Dim, int]:
+        """The atoms that an index runs over in order, and where it begins. Raises NotExpressible for another index."""
         terms = sum_of(at)
         start = int(at.value) if isinstance(at, Const) else getattr(at, "const", 0)
         dim: list[Atom] = []
@@ -369,6 +386,7 @@ class _Structure:
         return tuple(dim), start
 
     def _atom(self, variable: Expr) -> Atom:
+        """The atom of Q, K or an axis."""
         if isinstance(variable, Axis):
             return variable.atom
         if isinstance(variable, Index):

@@ -119,10 +119,12 @@ class Call(Expr):
 
 
 def type_of(dtype: torch.dtype) -> Type:
+    """What expressions call a dtype: 'bool', 'int' or 'float'."""
     return expr.type_of(dtype_name(dtype))
 
 
 def range_of(dtype: torch.dtype) -> Bounds:
+    """The least and the largest value of a dtype."""
     return expr.range_of(dtype_name(dtype))
 
 
@@ -173,6 +175,7 @@ class Terms:
         return self._known[key]
 
     def _read(self, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
+        """The element, from the op that made the tensor if that says more than the tensor itself."""
         if not is_tensor(node) or value_of(node).layout != torch.strided:
             raise NotExpressible(reasons.MASK_NOT_DENSE())
         number = constant(node)
@@ -221,6 +224,7 @@ class Terms:
     # -- ops that only move elements
 
     def _moved(self, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr | None:
+        """The element of the tensor that an op only moves elements of; None for another op, or where it cannot be followed."""
         name = name_of(node)
         if not node.args or not is_tensor(node.args[0]):
             return None
@@ -257,6 +261,7 @@ class Terms:
     # -- ops that compute
 
     def _computed(self, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
+        """The element as the op computes it. Raises NotExpressible."""
         name = name_of(node)
         special = _SPECIAL.get(name)
         if special is not None:
@@ -287,6 +292,7 @@ class Terms:
         return self.size(value)
 
     def size(self, value: Any) -> Expr:
+        """A size or symbolic integer as an expression; of symbolic ones the range that is known."""
         if isinstance(value, int):
             return Const(value)
         if isinstance(value, fx.Node):
@@ -304,6 +310,7 @@ class Terms:
         raise NotExpressible(reasons.MASK_SYMBOLIC_NUMBER())
 
     def _pointwise(self, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
+        """The op on the elements of its arguments at the same index."""
         name, target = name_of(node), functional(cast(OpOverload, node.target))
         if target is None:
             raise NotExpressible(reasons.MASK_OP(op=node.target))
@@ -448,6 +455,7 @@ class Terms:
         return call
 
     def _chosen(self, name: str, call: Call, own: Sequence[torch.dtype | None]) -> Expr | None:
+        """where or masked_fill with a condition and values that expressions have; None for others."""
         places = [i for i, a in enumerate(call.args) if isinstance(a, Expr)]
         if len(places) != 3:
             return None
@@ -532,6 +540,7 @@ class Terms:
         return None
 
     def _clamped(self, node: fx.Node, x: Expr) -> Expr:
+        """clamp of integers, to numbers or sizes."""
         named = arguments(node)
         for bound, apply in (("min", self.algebra.maximum), ("max", self.algebra.minimum)):
             if named.get(bound) is not None:
@@ -543,6 +552,7 @@ class Terms:
         return x
 
     def _as_int(self, e: Expr) -> Expr:
+        """A truth value as 0 or 1, for arithmetic."""
         return self.algebra.int_(e) if e.type == "bool" else e
 
 
@@ -592,6 +602,7 @@ def _sample(x: Any) -> Any:
 
 
 def _dtype_in(call: Call, x: Expr) -> torch.dtype | None:
+    """The dtype that an argument of a call has or is converted to; None for a number."""
     return next((d for a, d in zip(call.args, call.dtypes, strict=True) if a is x), None)
 
 
@@ -629,6 +640,7 @@ def _through(t: Terms, found: DimMap, index: tuple[Expr, ...]) -> tuple[Expr, ..
 
 
 def _known(number: Size | None, what: str) -> int:
+    """A number that must be known, since the index is multiplied or divided by it."""
     if not isinstance(number, int):
         raise NotExpressible(reasons.MASK_SYMBOLIC(what=what))
     return number
@@ -671,6 +683,7 @@ def _index(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) ->
 
 
 def _gather(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    """The index along the one dim is read at the same place of another tensor."""
     named = arguments(node)
     dim = _dim(named, index)
     at = t.inside(t.at(named["index"], index, True), shape_of(source)[dim])
@@ -678,6 +691,7 @@ def _gather(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -
 
 
 def _index_select(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    """The index along the one dim is read from a line of indices."""
     named = arguments(node)
     dim = _dim(named, index)
     at = t.inside(t.at(named["index"], (index[dim],), True), shape_of(source)[dim])
@@ -685,6 +699,7 @@ def _index_select(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, .
 
 
 def _embedding(t: Terms, node: fx.Node, source: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    """The row of the table is read at the index before the last dim."""
     named = arguments(node)
     if named.get("scale_grad_by_freq") or named.get("sparse") or named.get("padding_idx", -1) >= 0:
         raise NotExpressible(reasons.MASK_EMBEDDING())
@@ -703,6 +718,7 @@ _READS: dict[str, Callable[[Terms, fx.Node, fx.Node, tuple[Expr, ...]], tuple[Ex
 
 
 def _arange(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
+    """start + step * index."""
     named = arguments(node)
     start, step = named.get("start", 0), named.get("step", 1)
     if isinstance(start, float) or not isinstance(step, int):
@@ -712,6 +728,7 @@ def _arange(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> E
 
 
 def _triangle(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
+    """tril and triu: the tensor where k - q is on the right side of the diagonal, else 0."""
     named = arguments(node)
     if not isinstance(named["diagonal"], int):
         diagonal = t.size(named["diagonal"])
@@ -723,6 +740,7 @@ def _triangle(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) ->
 
 
 def _full(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
+    """A tensor of one symbolic integer; numbers that are known are constants already."""
     if type_of(dtype_of(node)) != "int":
         raise NotExpressible(reasons.MASK_FULL())
     return t.size(arguments(node)["fill_value"])
@@ -749,6 +767,7 @@ def _pieces(t: Terms, parts: Sequence[fx.Node], dim: int, index: tuple[Expr, ...
 
 
 def _cat(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
+    """Tensors made of indices, one after the other along a dim."""
     named = arguments(node)
     parts = [x for x in named["tensors"] if len(shape_of(x)) == len(index)]
     if any(dtype_of(x) != dtype_of(node) for x in parts):
@@ -757,6 +776,7 @@ def _cat(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr
 
 
 def _diff(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
+    """What an element is less than the next one, of tensors made of indices."""
     named = arguments(node)
     if named["n"] != 1 or type_of(dtype_of(node)) != "int":
         raise NotExpressible(reasons.MASK_DIFF())
@@ -767,6 +787,7 @@ def _diff(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Exp
 
 
 def _cumsum(t: Terms, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
+    """The running sum of a constant: (index + 1) * constant."""
     named = arguments(node)
     dim = _dim(named, index)
     # the sum takes in every element up to the index: what holds of the one there says nothing

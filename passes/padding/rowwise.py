@@ -48,6 +48,7 @@ class Rows:
 
     @property
     def atoms(self) -> frozenset[Atom]:
+        """The atoms of both padded dims."""
         return frozenset((self.sequence, self.place))
 
 
@@ -76,6 +77,7 @@ class Carried:
     gathered: dict[tuple[fx.Node, int], Gathered] = field(default_factory=dict)
 
     def rows_in(self, dims: Sequence[Dim]) -> set[Atom]:
+        """Those atoms in these dims that are of padding."""
         own = frozenset().union(*(r.atoms for r in self.rows)) if self.rows else frozenset()
         return {a for d in dims for a in self.axes.atoms(d)} & own
 
@@ -88,6 +90,7 @@ class Carried:
         raise Mixed(reasons.PADDINGS_TOGETHER())
 
     def takes(self, node: fx.Node) -> bool:
+        """Whether an op has a padded argument."""
         return any(n in self.labels or n in self.parts for n in node.all_input_nodes)
 
     def carry(self, node: fx.Node) -> None:
@@ -120,6 +123,7 @@ class Carried:
         return self.labels[source_of(node)]
 
     def _is_own(self, x: Any) -> bool:
+        """Whether it is a padded tensor."""
         return isinstance(x, fx.Node) and x in self.labels
 
     def features(self, labels: Labels, dims: Sequence[int], name: str) -> list[int]:
@@ -135,10 +139,12 @@ POINTWISE = ELEMENTWISE | {"dropout"}
 
 
 def _fail(reason: Reason) -> NoReturn:
+    """Raise Mixed, where an expression is wanted."""
     raise Mixed(reason)
 
 
 def _pointwise(c: Carried, node: fx.Node) -> Labels:
+    """Arguments are broadcast; those without padding are read at the row of each token."""
     shape = shape_of(node)
     if len(node.kwargs) and any(isinstance(v, fx.Node) and is_tensor(v) for v in node.kwargs.values()):
         _fail(reasons.PADDING_KEYWORD(op=name_of(node)))
@@ -208,6 +214,7 @@ def _moved(c: Carried, node: fx.Node) -> Labels | list[Labels]:
 
 
 def _through(c: Carried, node: fx.Node, found: DimMap) -> Labels:
+    """The labels behind an op that moves elements, if those of rows stay as they are."""
     labels = c.first(node)
     c.features(labels, found.altered, name_of(node))
     carried = views.onward(c.axes, found, labels)
@@ -216,12 +223,14 @@ def _through(c: Carried, node: fx.Node, found: DimMap) -> Labels:
 
 def _cast(c: Carried, node: fx.Node) -> Labels:
     # the other argument may be a tensor that only gives the dtype
+    """A cast, on the same device."""
     if not c._is_own(source_of(node)) or value_of(node).device != value_of(source_of(node)).device:
         _fail(reasons.PADDING_CAST())
     return c.labels[source_of(node)]
 
 
 def _linear(c: Carried, node: fx.Node) -> Labels:
+    """Each row times one matrix."""
     labels = c.first(node)
     c.features(labels, [-1], "linear")
     return (*labels[:-1], c.axes.fresh(shape_of(node)[-1]))
@@ -238,6 +247,7 @@ def _matmul(c: Carried, node: fx.Node) -> Labels:
 
 
 def _addmm(c: Carried, node: fx.Node) -> Labels:
+    """Rows [R, C] times one matrix, and a bias for each feature."""
     bias, rows = cast("tuple[fx.Node, fx.Node]", node.args[:2])
     if c._is_own(bias) or not c._is_own(rows) or c._is_own(node.args[2]) or len(shape_of(bias)) != 1:
         _fail(reasons.PADDING_ARGUMENTS(op="addmm"))
@@ -247,6 +257,7 @@ def _addmm(c: Carried, node: fx.Node) -> Labels:
 
 
 def _normalised(c: Carried, node: fx.Node) -> Labels:
+    """Norms over features."""
     labels = c.first(node)
     c.features(labels, range(-len(arguments(node)["normalized_shape"]), 0), name_of(node))
     return labels
@@ -260,6 +271,7 @@ def _along(c: Carried, node: fx.Node) -> Labels:
 
 
 def _reduced(c: Carried, node: fx.Node) -> Labels:
+    """Sums, means and the like over features."""
     labels = c.first(node)
     args = arguments(node)
     dims = args.get("dim")
@@ -273,6 +285,7 @@ def _reduced(c: Carried, node: fx.Node) -> Labels:
 
 
 def _cat(c: Carried, node: fx.Node) -> Labels:
+    """Padded tensors of the same rows, one after the other along features."""
     parts = arguments(node)["tensors"]
     if not all(map(c._is_own, parts)):
         _fail(reasons.PADDING_JOINED())
@@ -287,6 +300,7 @@ def _cat(c: Carried, node: fx.Node) -> Labels:
 
 
 def _stack(c: Carried, node: fx.Node) -> Labels:
+    """Padded tensors of the same rows, along a new dim."""
     parts = arguments(node)["tensors"]
     if not all(map(c._is_own, parts)):
         _fail(reasons.PADDING_JOINED())
@@ -299,6 +313,7 @@ def _stack(c: Carried, node: fx.Node) -> Labels:
 
 
 def _embedding(c: Carried, node: fx.Node) -> Labels:
+    """A row of the table for each padded index."""
     args = arguments(node)
     if c._is_own(args["weight"]) or args.get("scale_grad_by_freq") or args.get("sparse"):
         _fail(reasons.PADDING_EMBEDDING())
@@ -306,6 +321,7 @@ def _embedding(c: Carried, node: fx.Node) -> Labels:
 
 
 def _glu(c: Carried, node: fx.Node) -> Labels:
+    """Half of the features, gated by the other half."""
     labels = c.first(node)
     (at,) = c.features(labels, [arguments(node)["dim"]], "glu")
     return (*labels[:at], c.axes.fresh(shape_of(node)[at]), *labels[at + 1 :])

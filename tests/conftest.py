@@ -16,7 +16,9 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="attnfu
 for variable in ("ATTNFUSE_KERNEL", "ATTNFUSE_FUEL", "ATTNFUSE_EXPLAIN"):
     os.environ.pop(variable, None)
 
+import gc
 import importlib
+import logging
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -89,6 +91,23 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     directory = os.environ["TORCHINDUCTOR_CACHE_DIR"]
     if os.path.basename(directory).startswith("attnfuse-tests-"):
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_unread_is_made() -> None:
+    """What Dynamo and Python do beside every test and nobody reads, which is a third of the suite's time."""
+    from torch._dynamo import guards
+
+    # Dynamo times the guards of each graph that it compiles, and flushes the processor's caches for that
+    if hasattr(guards, "profile_guard_manager"):
+        guards.profile_guard_manager = lambda *_: 0.0
+    # pytest listens to every logger that keeps its records to itself, and Dynamo writes this one's as soon as somebody does:
+    # each graph, tensor and span of time as JSON
+    logging.getLogger("torch.__trace").propagate = True
+    # modules and tests stay to the end, and a collection that walks them takes a third of a second
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)

@@ -454,6 +454,20 @@ def test_an_index_that_may_be_outside_of_its_tensor_is_left_to_the_graph() -> No
     torch.testing.assert_close(compiled(*args, keep, by), shifted(*args, keep, by))
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_table_is_one_where_it_surely_has_every_index(more: int) -> None:
+    def by_distance(q, k, v, table):
+        i, j = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)
+        # one of the two is 0, which nobody knows: up to 16, or 17
+        at = (i - j).clamp(0, 8) + (j - i).clamp(0, 8 + more)
+        return (q @ k.mT + table[:, at]).softmax(-1) @ v
+
+    args = (*_inputs(), torch.randn(1, 17))
+    (site,) = attnfuse.explain(by_distance, *args).sites
+    assert [str(reasons.MASK_INDEX_OUTSIDE()) in note for note in site.notes] == [True] * more
+    attnfuse.verify(by_distance, *args, options=FAST).raise_if_failed()
+
+
 def test_narrow_integers_wrap_as_in_eager() -> None:
     def wrapped(q, k, v, keep):
         i = torch.arange(LENGTH, dtype=torch.uint8)

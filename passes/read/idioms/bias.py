@@ -121,6 +121,10 @@ EXAMPLES = (
     Example(lambda q, k, v, bias: (q @ k.mT).add_(bias).softmax(-1) @ v, "bias float32[1, H, Q, K]"),
     Example(lambda q, k, v, bias: (bias - q @ k.mT).softmax(-1) @ v, "scale -1, bias float32[1, H, Q, K]"),
     Example(
+        lambda q, k, v, bias: torch.rsub(q @ k.mT, bias, alpha=2).softmax(-1) @ v, "scale -2, bias float32[1, H, Q, K]"
+    ),
+    Example(lambda q, k, v, bias: torch.rsub(bias, q @ k.mT, alpha=2).softmax(-1) @ v, "-2 * bias float32[1, H, Q, K]"),
+    Example(
         lambda q, k, v, bias, padding: (q @ k.mT + (bias + padding)).softmax(-1) @ v,
         "bias float32[1, H, Q, K], bias float32[B, 1, 1, K]",
     ),

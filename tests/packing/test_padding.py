@@ -565,6 +565,8 @@ def _last_places(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     mask = torch.arange(LONGEST) <= last[:, None]
     x = values.new_zeros(mask.shape[0], LONGEST, C)
     x[mask] = values
+    # what is hidden and taken out has one place less than what was written
+    mask = torch.arange(LONGEST) < last[:, None]
     return attended(x, mask)[mask]
 
 

@@ -455,17 +455,19 @@ def test_an_index_that_may_be_outside_of_its_tensor_is_left_to_the_graph() -> No
 
 
 @pytest.mark.parametrize("more", [0, 1])
-def test_a_table_is_one_where_it_surely_has_every_index(more: int) -> None:
-    def by_distance(q, k, v, table):
-        i, j = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)
-        # one of the two is 0, which nobody knows: up to 16, or 17
-        at = (i - j).clamp(0, 8) + (j - i).clamp(0, 8 + more)
-        return (q @ k.mT + table[:, at]).softmax(-1) @ v
+@pytest.mark.parametrize(
+    "read", [lambda table, at: table[at], lambda table, at: F.embedding(at, table)], ids=["[]", "F"]
+)
+def test_a_table_is_one_where_it_surely_has_every_index(read: Callable[..., Any], more: int) -> None:
+    def by_kinds(q, k, v, table, kinds):
+        # of numbers that nobody knows: up to 16, or 17
+        at = (kinds[:, None] + kinds).clamp(0, 16 + more)
+        return (q @ k.mT + read(table, at).permute(2, 0, 1)).softmax(-1) @ v
 
-    args = (*_inputs(), torch.randn(1, 17))
-    (site,) = attnfuse.explain(by_distance, *args).sites
+    args = (*_inputs(), torch.randn(17, 4), torch.arange(LENGTH) % 9)
+    (site,) = attnfuse.explain(by_kinds, *args).sites
     assert [str(reasons.MASK_INDEX_OUTSIDE()) in note for note in site.notes] == [True] * more
-    attnfuse.verify(by_distance, *args, options=FAST).raise_if_failed()
+    attnfuse.verify(by_kinds, *args, options=FAST).raise_if_failed()
 
 
 def test_narrow_integers_wrap_as_in_eager() -> None:

@@ -8,7 +8,20 @@ are named are the wrong ones. Without a defect (`--clean`) the same tests must p
 Add one where a fault would be silent, and so that the program still runs: a sign, a bound, a check that is forgotten, a
 part of a key. `old` must be in its file once; `tests/house/test_mutants.py` holds the list to that.
 
-The first run of the list found SURVIVORS; each has its test since.
+The list found these survivors at first, and what sees each now:
+
+    a maximum over another dim, a number divided by the scores,      near misses and examples of the idioms
+        the factor of rsub, a causal mask that begins one late
+    tensors of indices with a gap between them                       test_tensors_of_indices_are_read_at_the_same_elements
+    an index one past the end of its table                           test_a_table_is_one_where_it_surely_has_every_index
+    a mask that keeps one more place                                 test_what_only_looks_like_padding_stays[last_places]
+    a norm over rows                                                 test_each_op_that_mixes_rows_leaves_the_padding
+    two opposite bounds that leave a number out                      test_two_comparisons_of_one_sum_are_joined_as_numbers_are
+    arguments of another dtype                                       test_arguments_that_are_not_the_specs_... after one that fits
+    a library that is used again                                     test_a_library_is_named_for_every_file_that_is_compiled
+    queries that see no key of a tile                                test_heads_that_share_keys_and_not_their_mask_with_few_queries
+    queries that begin one late                                      test_the_first_and_last_rows_of_tiles_are_seen_whole
+    a sum that stays in 32 bits                                      '31 bits' of WRAPPING in kernel_cases.py
 """
 
 from __future__ import annotations

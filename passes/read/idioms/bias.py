@@ -121,10 +121,6 @@ EXAMPLES = (
     Example(lambda q, k, v, bias: (q @ k.mT).add_(bias).softmax(-1) @ v, "bias float32[1, H, Q, K]"),
     Example(lambda q, k, v, bias: (bias - q @ k.mT).softmax(-1) @ v, "scale -1, bias float32[1, H, Q, K]"),
     Example(
-        lambda q, k, v, bias: torch.rsub(q @ k.mT, bias, alpha=2).softmax(-1) @ v, "scale -2, bias float32[1, H, Q, K]"
-    ),
-    Example(lambda q, k, v, bias: torch.rsub(bias, q @ k.mT, alpha=2).softmax(-1) @ v, "-2 * bias float32[1, H, Q, K]"),
-    Example(
         lambda q, k, v, bias, padding: (q @ k.mT + (bias + padding)).softmax(-1) @ v,
         "bias float32[1, H, Q, K], bias float32[B, 1, 1, K]",
     ),
@@ -147,6 +143,10 @@ EXAMPLES = (
         ),
         "scale 0.25, 0.5 * bias float32[1, H, Q, K]",
     ),
+    Example(
+        lambda q, k, v, bias: torch.rsub(q @ k.mT, bias, alpha=2).softmax(-1) @ v, "scale -2, bias float32[1, H, Q, K]"
+    ),
+    Example(lambda q, k, v, bias: torch.rsub(bias, q @ k.mT, alpha=2).softmax(-1) @ v, "-2 * bias float32[1, H, Q, K]"),
 )
 NEAR_MISSES = (
     NearMiss(lambda q, k, v: (lambda s: (s + s.mT).softmax(-1) @ v)(q @ k.mT), reasons.USED_ELSEWHERE),

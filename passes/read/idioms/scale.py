@@ -66,17 +66,17 @@ EXAMPLES = (
     Example(lambda q, k, v: ((q * 0.25) @ k.mT).softmax(-1) @ v, "scale 0.25"),
     Example(lambda q, k, v: ((q * 0.5) @ (k * 0.5).mT).softmax(-1) @ v, "scale 0.25"),
     Example(lambda q, k, v: (q @ (k.mT / 4)).softmax(-1) @ v, "scale 0.25"),
-    # what is divided by a query is no factor of it
-    Example(lambda q, k, v: ((torch.full((), 4.0) / (q.abs() + 1)) @ k.mT).softmax(-1) @ v, "plain"),
     Example(lambda q, k, v: (-(q @ k.mT)).softmax(-1) @ v, "scale -1"),
     Example(lambda q, k, v: (q @ k.mT / torch.sqrt(torch.tensor(16.0))).softmax(-1) @ v, "scale 0.25"),
     Example(lambda q, k, v, temperature: (q @ k.mT * temperature).softmax(-1) @ v, "times operand 0"),
     Example(
         lambda q, k, v, keep: (q @ k.mT / (1 + keep.long().sum(-1, keepdim=True))).softmax(-1) @ v, "times operand 0"
     ),
+    # what is divided by a query is no factor of it
+    Example(lambda q, k, v: ((torch.full((), 4.0) / (q.abs() + 1)) @ k.mT).softmax(-1) @ v, "plain"),
 )
 NEAR_MISSES = (
     NearMiss(lambda q, k, v: (lambda s: (s * s).softmax(-1) @ v)(q @ k.mT), reasons.USED_ELSEWHERE),
-    NearMiss(lambda q, k, v: (torch.full((), 4.0) / (q @ k.mT)).softmax(-1) @ v, reasons.UNREAD_ON_SCORES),
     NearMiss(lambda q, k, v: (q @ k.mT).div(4, rounding_mode="floor").softmax(-1) @ v, reasons.DIVIDED_WITH_ROUNDING),
+    NearMiss(lambda q, k, v: (torch.full((), 4.0) / (q @ k.mT)).softmax(-1) @ v, reasons.UNREAD_ON_SCORES),
 )

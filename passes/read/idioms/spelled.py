@@ -62,10 +62,6 @@ NEAR_MISSES = (
     NearMiss(
         lambda q, k, v: (lambda s: (s - s.amax(-1).unsqueeze(-2)).softmax(-1) @ v)(q @ k.mT), reasons.USED_ELSEWHERE
     ),
-    # of each key, where there are as many of them as queries
-    NearMiss(
-        lambda q, k, v: (lambda s: (s - s.amax(-2).unsqueeze(-1)).softmax(-1) @ v)(q @ k.mT), reasons.USED_ELSEWHERE
-    ),
     NearMiss(
         lambda q, k, v: _summed(q @ k.mT, v, lambda e: e.sum(-1).double().unsqueeze(-1).float()),
         reasons.DENOMINATOR_UNREAD,
@@ -74,5 +70,9 @@ NEAR_MISSES = (
     NearMiss(lambda q, k, v: (q @ k.mT).log_softmax(-1) @ v, None),
     NearMiss(
         lambda q, k, v: (lambda e, f: (e / f.sum(-1, keepdim=True)) @ v)((q @ k.mT).exp(), (k @ q.mT).exp()), None
+    ),
+    # of each key, where there are as many of them as queries
+    NearMiss(
+        lambda q, k, v: (lambda s: (s - s.amax(-2).unsqueeze(-1)).softmax(-1) @ v)(q @ k.mT), reasons.USED_ELSEWHERE
     ),
 )

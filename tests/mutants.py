@@ -27,9 +27,11 @@ The list found these survivors at first, and what sees each now:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -479,11 +481,14 @@ def run(defect: Defect, shared: Path, clean: bool = False) -> Outcome:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+            code: int | None = None
             try:
-                code: int | None = process.wait(limit)
-            except subprocess.TimeoutExpired:
-                code = None
-                os.killpg(process.pid, 9)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = process.wait(limit)
+            finally:
+                # also where this program is interrupted; what the tests have started is of the same group
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
             printed.seek(0)
             verdict, test = judged(code, printed.read())
@@ -545,7 +550,8 @@ def main() -> int:
             print(f"{outcome.seconds:4.0f} s  {outcome.verdict:<9}  {defect.name}  {outcome.test}", flush=True)
             return outcome
 
-        outcomes = list(pool.map(one, defects))
+        # an interrupt reaches what runs here, and not what runs in a thread
+        outcomes = list((map if given.jobs == 1 else pool.map)(one, defects))
     table(outcomes)
     right = "survived" if given.clean else CAUGHT
     wrong = [x for x in outcomes if x.verdict != right]

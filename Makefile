@@ -8,7 +8,7 @@ INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help setup demo test test-all test-coverage lint refusals coverage-table bench gpu-check clean
+.PHONY: help setup demo test test-all test-coverage lint mutants refusals coverage-table bench gpu-check clean
 
 help:
 	@echo "make demo            compile BERT, Llama and T5, and show what was rewritten"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-all        the whole suite, the slow part included"
 	@echo "make test-coverage   make test, with the lines and branches that it ran"
 	@echo "make lint            ruff and mypy"
+	@echo "make mutants         the tests that must fail by each of 40 seeded defects, in 45 minutes at most"
 	@echo "make refusals        write docs/refusals.md from attnfuse/reasons.py"
 	@echo "make coverage-table  run all coverage cases and write docs/coverage.md"
 	@echo "make bench           time attention, models, padding and packing beside Inductor, write docs/benchmarks.md"
@@ -50,6 +51,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+mutants: $(STAMP)
+	$(BIN)/python tests/mutants.py $(MUTANTS_ARGS)
 
 refusals: $(STAMP)
 	$(BIN)/python -m attnfuse.reasons > docs/refusals.md

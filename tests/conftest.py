@@ -35,6 +35,10 @@ except ImportError:
     pass
 else:
     hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=100, database=None)
+    # tests/mutants.py asks only whether a test fails
+    hypothesis.settings.register_profile(
+        "mutants", hypothesis.settings.get_profile("ci"), phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate]
+    )
     hypothesis.settings.register_profile("long", deadline=None, max_examples=10_000, print_blob=True)
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

@@ -193,6 +193,8 @@ WRAPPING = {
     "remainder": _A.compare("eq", _A.mod(_A.add(_OF_KEYS, _Q), Const(3)), Const(1)),
     "quotient": _A.compare("lt", _A.floordiv(_A.sub(_OF_KEYS, _K), Const(7)), _OF_QUERIES),
     "sum over keys": _A.compare("lt", _A.add(_OF_KEYS, _K, 3), _A.minimum(_OF_QUERIES, _A.add(_OF_ALL, _Q))),
+    # a sum just beyond 32 bits, beside a number that may be anything
+    "31 bits": _A.compare("le", _A.add(_K, Const(2**31 - 20)), _OF_QUERIES),
     "32 bits": _A.compare("le", _A.mul(_K, Const(2**26)), _A.add(_A.mul(_Q, Const(2**26)), Const(2**30))),
 }
 

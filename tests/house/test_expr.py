@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -122,6 +124,18 @@ def test_normal_form_has_the_values_of_what_was_written(tree: tuple, sized: bool
             assert algebra.and_(e, opposite) == FALSE and algebra.or_(e, opposite) == TRUE
     # a normal form is its own
     assert expr.transform(e, lambda x: None, algebra) == e
+
+
+@pytest.mark.parametrize("one", _COMPARE)
+@pytest.mark.parametrize("other", _COMPARE)
+def test_two_comparisons_of_one_sum_are_joined_as_numbers_are(one: str, other: str) -> None:
+    q, k = torch.arange(5)[:, None], torch.arange(6)[None]
+    algebra = Algebra()
+    for n, m in itertools.product(range(-2, 3), repeat=2):
+        trees = [(op, ("sub", ("k",), ("q",)), ("const", c)) for op, c in ((one, n), (other, m))]
+        for join in ("and", "or"):
+            found = expr.evaluate(built((join, *trees), algebra), [], q, k)
+            assert torch.equal(*torch.broadcast_tensors(found, plain((join, *trees), [], q, k))), (join, n, m)
 
 
 g = Algebra()

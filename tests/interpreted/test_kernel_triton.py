@@ -63,6 +63,13 @@ def test_causal_offsets(offset, fill, value):
     check(*qkv(1, 1, 70, 130, 8), steps=(HALF, fill(causal(offset), value)), hidden=hidden, backward=not differs)
 
 
+@pytest.mark.parametrize("edge", [31, 32, 33, 34])
+@pytest.mark.parametrize("mask", [causal, window])
+def test_the_first_and_last_rows_of_tiles_are_seen_whole(mask, edge):
+    # tiles of 32 queries and 64 keys: one more or less begins or ends where a tile does
+    check(*qkv(1, 1, 100, 130, 8), steps=(HALF, ReplaceFill(mask(edge), -INF)), hidden="zero")
+
+
 @pytest.mark.parametrize("hidden", ["nan", "zero", "nan_to_zero"])
 @pytest.mark.parametrize("value", [-INF, FLOAT_MIN, -1e9])
 @pytest.mark.parametrize("also", [False, True])

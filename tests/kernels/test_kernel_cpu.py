@@ -595,6 +595,16 @@ def test_masks_as_expressions_with_few_queries(name):
         check(q, k[:, :, None], v[:, :, None], operands, steps=steps, hidden="zero", backward=False)
 
 
+@pytest.mark.parametrize("value", [-INF, FLOAT_MIN])
+def test_heads_that_share_keys_and_not_their_mask_with_few_queries(value):
+    # tiles of keys that one head sees and another one does not
+    keep = torch.ones(1, 1, 4, 1, 700, dtype=torch.bool)
+    keep[:, :, 1, :, 300:], keep[:, :, 2, :, :400] = False, False
+    q, k, v = randn(1, 1, 4, 2, 16), randn(1, 1, 1, 700, 16), randn(1, 1, 1, 700, 16)
+    steps = (Scale(0.3), ReplaceFill(dense(0), value))
+    check(q, k, v, [keep], steps=steps, hidden="zero", backward=False)
+
+
 @pytest.mark.parametrize("name", ["documents", "padding", "prefix", "given and causal"])
 def test_masks_as_expressions_on_weights(name):
     q, k, v = qkv(2, 2, 107, 330, 8)

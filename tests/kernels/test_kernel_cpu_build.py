@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -64,6 +65,15 @@ def test_an_unsafe_cache_directory_is_refused(fresh, kind, monkeypatch):
     assert reason is not None and "cache directory" in reason
     with pytest.raises(cpu.BuildError):
         build.load()
+
+
+def test_a_library_is_named_for_every_file_that_is_compiled():
+    folder = Path(build.__file__).parent
+    read, left = set(), ["attention.cpp"]
+    while left:
+        read.add(name := left.pop())
+        left += set(re.findall(r'^#include "(.+)"', (folder / name).read_text(), re.MULTILINE)) - read
+    assert read == set(build._SOURCES)
 
 
 def test_a_damaged_library_is_built_again(fresh):

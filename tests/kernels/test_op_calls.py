@@ -116,10 +116,15 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("spec", [SPEC, FREE], ids=["known sizes", "any sizes"])
 @pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("later", [False, True], ids=["the first call", "after one that fits"])
 def test_arguments_that_are_not_the_specs_are_a_value_error_before_any_kernel_runs(
-    wrong: str, spec: Attention, nothing_runs: None
+    later: bool, wrong: str, spec: Attention, nothing_runs: None
 ) -> None:
     spoil, message = WRONG[wrong]
+    if later:
+        # what has been checked once is not checked again
+        with pytest.raises(AssertionError, match="a kernel ran"):
+            call(spec, arguments())
     given = arguments()
     spoil(given)
     with pytest.raises(ValueError, match=message):

@@ -559,11 +559,22 @@ def _added_place_by_place(values: torch.Tensor, offsets: torch.Tensor) -> torch.
     return attended(x, mask)[mask]
 
 
+def _last_places(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    # of no op that is read: a tensor that is one less than the lengths
+    last = torch.stack([offsets.diff() - 1] * 2).amax(0)
+    mask = torch.arange(LONGEST) <= last[:, None]
+    x = values.new_zeros(mask.shape[0], LONGEST, C)
+    x[mask] = values
+    # what is hidden and taken out has one place less than what was written
+    mask = torch.arange(LONGEST) < last[:, None]
+    return attended(x, mask)[mask]
+
+
 @pytest.mark.parametrize(
     "function",
     [
         *(_clamped_to_a_lower_row, _offsets_edited_in_a_copy, _lengths_edited, _lengths_edited_behind),
-        *(_offsets_edited_behind, _bias_edited_behind, _one_feature_for_all, _added_place_by_place),
+        *(_offsets_edited_behind, _bias_edited_behind, _one_feature_for_all, _added_place_by_place, _last_places),
     ],
     ids=lambda f: f.__name__.strip("_"),
 )

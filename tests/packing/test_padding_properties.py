@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from emitted_graphs import Emitted
 from hypothesis import Phase, event, given, settings
 from hypothesis import strategies as st
-from padded_cases import PADS, C, back_by_mask, back_by_op, by_nested, heads, layouts, mask_of, merged
+from padded_cases import PADS, C, back_by_mask, back_by_op, by_gather, by_nested, heads, layouts, mask_of, merged
 
 import attnfuse
 
@@ -82,6 +82,7 @@ MIXING: dict[str, Op] = {
     "doubled": lambda x, t: x.repeat_interleave(2, 1)[:, : x.shape[1]],
     "sums": lambda x, t: x.cumsum(1),
     "softmax": lambda x, t: x * x.softmax(1),
+    "normalised": lambda x, t: F.layer_norm(x, x.shape[1:]),
     "first": lambda x, t: x + x[:, :1],
     "sequences": lambda x, t: x + x.mean(0),
     "regrouped": lambda x, t: x.transpose(0, 1).reshape(x.shape).sigmoid(),
@@ -206,3 +207,10 @@ def test_what_may_not_be_packed_is_not(program: Program) -> None:
     layout = run(program)
     event(layout)
     assert program.may_be_packed or layout == "dense"
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("name", MIXING)
+def test_each_op_that_mixes_rows_leaves_the_padding(name: str, after: bool) -> None:
+    ops = ((), (name,)) if after else ((name,), ())
+    assert run(Program(by_gather, back_by_mask, *ops, "real", "finite", False, False, (3, 0, LONGEST))) == "dense"

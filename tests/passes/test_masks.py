@@ -454,6 +454,22 @@ def test_an_index_that_may_be_outside_of_its_tensor_is_left_to_the_graph() -> No
     torch.testing.assert_close(compiled(*args, keep, by), shifted(*args, keep, by))
 
 
+@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize(
+    "read", [lambda table, at: table[at], lambda table, at: F.embedding(at, table)], ids=["[]", "F"]
+)
+def test_a_table_is_one_where_it_surely_has_every_index(read: Callable[..., Any], more: int) -> None:
+    def by_kinds(q, k, v, table, kinds):
+        # of numbers that nobody knows: up to 16, or 17
+        at = (kinds[:, None] + kinds).clamp(0, 16 + more)
+        return (q @ k.mT + read(table, at).permute(2, 0, 1)).softmax(-1) @ v
+
+    args = (*_inputs(), torch.randn(17, 4), torch.arange(LENGTH) % 9)
+    (site,) = attnfuse.explain(by_kinds, *args).sites
+    assert [str(reasons.MASK_INDEX_OUTSIDE()) in note for note in site.notes] == [True] * more
+    attnfuse.verify(by_kinds, *args, options=FAST).raise_if_failed()
+
+
 def test_narrow_integers_wrap_as_in_eager() -> None:
     def wrapped(q, k, v, keep):
         i = torch.arange(LENGTH, dtype=torch.uint8)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -437,6 +437,44 @@ def test_masks_are_read_at_the_same_elements(name: str) -> None:
                 assert made[index] == value_of(found.node)[tuple(int(e.value) for e in at)]  # type: ignore[attr-defined]
 
     check()
+
+
+@st.composite
+def indexed(draw: st.DrawFn) -> fx.Node:
+    """x[..] by tensors of indices in some of its dims, before, after and between others."""
+    shape = tuple(draw(st.lists(st.integers(2, 4), min_size=2, max_size=4)))
+    graph, rank = fx.Graph(), draw(st.integers(1, 2))
+
+    def call(op: Any, *args: Any) -> fx.Node:
+        node = graph.call_function(op, args)
+        node.meta["val"] = op(*fx.node.map_arg(args, value_of))
+        return node
+
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.arange(math.prod(shape)).view(shape)
+    given: list[fx.Node | None] = []
+    for n in shape:
+        if draw(st.booleans()):
+            first = draw(st.integers(0, n - 2)) - n * draw(st.booleans())
+            line = call(aten.arange.start, first, first + 2)
+            given.append(call(aten.view.default, line, draw(st.sampled_from([[2], [2, 1]][:rank]))))
+        else:
+            given.append(None)
+    assume(any(i is not None for i in given))
+    # none behind the last, as x[i] has it
+    last = max(d for d, i in enumerate(given) if i is not None)
+    return call(aten.index.Tensor, x, given[: last + 1] if draw(st.booleans()) else given)
+
+
+@given(indexed())
+def test_tensors_of_indices_are_read_at_the_same_elements(node: fx.Node) -> None:
+    made, algebra = value_of(node), Algebra()
+    found, axes = read(node)
+    for index in places(made.shape):
+        values: dict[Expr, Expr] = {a: Const(i) for a, i in zip(axes, index, strict=True)}
+        at = [substitute(e, values, algebra) for e in found.index]
+        assert all(isinstance(e, Const) for e in at)
+        assert made[index] == value_of(found.node)[tuple(int(e.value) for e in at)]  # type: ignore[attr-defined]
 
 
 # -- symbolic sizes

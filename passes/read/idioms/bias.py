@@ -143,6 +143,10 @@ EXAMPLES = (
         ),
         "scale 0.25, 0.5 * bias float32[1, H, Q, K]",
     ),
+    Example(
+        lambda q, k, v, bias: torch.rsub(q @ k.mT, bias, alpha=2).softmax(-1) @ v, "scale -2, bias float32[1, H, Q, K]"
+    ),
+    Example(lambda q, k, v, bias: torch.rsub(bias, q @ k.mT, alpha=2).softmax(-1) @ v, "-2 * bias float32[1, H, Q, K]"),
 )
 NEAR_MISSES = (
     NearMiss(lambda q, k, v: (lambda s: (s + s.mT).softmax(-1) @ v)(q @ k.mT), reasons.USED_ELSEWHERE),

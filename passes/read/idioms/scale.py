@@ -72,8 +72,11 @@ EXAMPLES = (
     Example(
         lambda q, k, v, keep: (q @ k.mT / (1 + keep.long().sum(-1, keepdim=True))).softmax(-1) @ v, "times operand 0"
     ),
+    # what is divided by a query is no factor of it
+    Example(lambda q, k, v: ((torch.full((), 4.0) / (q.abs() + 1)) @ k.mT).softmax(-1) @ v, "plain"),
 )
 NEAR_MISSES = (
     NearMiss(lambda q, k, v: (lambda s: (s * s).softmax(-1) @ v)(q @ k.mT), reasons.USED_ELSEWHERE),
     NearMiss(lambda q, k, v: (q @ k.mT).div(4, rounding_mode="floor").softmax(-1) @ v, reasons.DIVIDED_WITH_ROUNDING),
+    NearMiss(lambda q, k, v: (torch.full((), 4.0) / (q @ k.mT)).softmax(-1) @ v, reasons.UNREAD_ON_SCORES),
 )

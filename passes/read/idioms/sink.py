@@ -41,6 +41,12 @@ def _sum_and_one(s: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return (e / (1.0 + e.sum(-1, keepdim=True))) @ v
 
 
+def _by_log_sum_exp(s: torch.Tensor, v: torch.Tensor, diagonal: int) -> torch.Tensor:
+    """Hidden by a finite number, of which eager's logarithm of the sum leaves nothing in rows that it hides whole."""
+    s = s.masked_fill(torch.ones(16, 16).tril(diagonal) == 0, torch.finfo(torch.float32).min)
+    return (s - s.logsumexp(-1, keepdim=True)).exp() @ v
+
+
 def _both(s: torch.Tensor, v: torch.Tensor, dim: int = -1) -> torch.Tensor:
     return s.softmax(-1) @ v * s.logsumexp(dim).mean()
 
@@ -59,6 +65,7 @@ EXAMPLES = (
     ),
     Example(lambda q, k, v, sink: _relative(q @ k.mT, v, sink), "sink float32[1, H, 1, 1]"),
     Example(lambda q, k, v: _both(q @ k.mT, v), "gives its log-sum-exp"),
+    Example(lambda q, k, v: _by_log_sum_exp(q @ k.mT, v, 0), "causal else -3.40282e+38"),
 )
 NEAR_MISSES = (
     NearMiss(lambda q, k, v, sink: _concatenated(q, k, sink)[..., 1:] @ v, reasons.UNREAD_ON_SCORES),
@@ -75,4 +82,6 @@ NEAR_MISSES = (
         lambda q, k, v, added: (lambda s: (s - s.logsumexp(-1, keepdim=True)).exp() @ v)(q @ k.mT + added),
         reasons.LOG_SUM_EXP_OF_MASKED_ROWS,
     ),
+    # the first query sees no key
+    NearMiss(lambda q, k, v: _by_log_sum_exp(q @ k.mT, v, -1), reasons.LOG_SUM_EXP_OF_MASKED_ROWS),
 )

@@ -71,4 +71,8 @@ NEAR_MISSES = (
     NearMiss(
         lambda q, k, v: (lambda e, f: (e / f.sum(-1, keepdim=True)) @ v)((q @ k.mT).exp(), (k @ q.mT).exp()), None
     ),
+    # of each key, where there are as many of them as queries
+    NearMiss(
+        lambda q, k, v: (lambda s: (s - s.amax(-2).unsqueeze(-1)).softmax(-1) @ v)(q @ k.mT), reasons.USED_ELSEWHERE
+    ),
 )

@@ -20,11 +20,11 @@ from attnfuse.reasons import ReasonError
 
 Type = Literal["bool", "int", "float"]
 
-Bounds = tuple[float, float]
-UNBOUNDED: Bounds = (-math.inf, math.inf)
-INT64: Bounds = (-(2**63), 2**63 - 1)
+Interval = tuple[float, float]
+UNBOUNDED: Interval = (-math.inf, math.inf)
+INT64: Interval = (-(2**63), 2**63 - 1)
 #: Integer dtypes and the values they hold.
-_RANGES: dict[str, Bounds] = {
+_RANGES: dict[str, Interval] = {
     "bool": (0, 1),
     "uint8": (0, 255),
     "uint16": (0, 2**16 - 1),
@@ -47,12 +47,12 @@ def type_of(dtype: str) -> Type:
     return "float"
 
 
-def range_of(dtype: str) -> Bounds:
+def range_of(dtype: str) -> Interval:
     """The least and the greatest value that a dtype holds."""
     return _RANGES.get(dtype, UNBOUNDED)
 
 
-def within(inner: Bounds, outer: Bounds = INT64) -> bool:
+def within(inner: Interval, outer: Interval = INT64) -> bool:
     return outer[0] <= inner[0] and inner[1] <= outer[1]
 
 
@@ -63,7 +63,7 @@ class Expr:
     type: Type
 
     @property
-    def bounds(self) -> Bounds:
+    def bounds(self) -> Interval:
         """Least and greatest value, as far as the expression itself tells."""
         return UNBOUNDED
 
@@ -86,7 +86,7 @@ class Const(Expr):
     type: Type = "int"
 
     @property
-    def bounds(self) -> Bounds:
+    def bounds(self) -> Interval:
         return (self.value, self.value)
 
 
@@ -114,7 +114,7 @@ class Load(Expr):
         return type_of(self.dtype)
 
     @property
-    def bounds(self) -> Bounds:
+    def bounds(self) -> Interval:
         return range_of(self.dtype)
 
     @property
@@ -231,7 +231,7 @@ class Algebra:
 
     # -- bounds
 
-    def bounds(self, e: Expr) -> Bounds:
+    def bounds(self, e: Expr) -> Interval:
         """Least and greatest value of an integer or bool expression."""
         if isinstance(e, Index):
             size = self.Q if e.axis == "q" else self.K
@@ -247,8 +247,8 @@ class Algebra:
         """Whether e is the number that its sum comes to: no sum in it that may wrap."""
         return not isinstance(e, Linear) or within(self._range(*_lin(e)))
 
-    def _range(self, terms: dict[Expr, int], const: int) -> Bounds:
-        """Bounds of a sum of numbers, which may lie outside of int64."""
+    def _range(self, terms: dict[Expr, int], const: int) -> Interval:
+        """Interval of a sum of numbers, which may lie outside of int64."""
         low = high = const
         for t, c in terms.items():
             a, b = self.bounds(t)
@@ -270,7 +270,7 @@ class Algebra:
             terms[t] = terms.get(t, 0) - c
         return {t: c for t, c in terms.items() if c}, const - extra
 
-    def _bounds_of(self, op: str, args: list[Bounds]) -> Bounds:
+    def _bounds_of(self, op: str, args: list[Interval]) -> Interval:
         if op == "min":
             return min(a for a, _ in args), min(b for _, b in args)
         if op == "max":

@@ -47,7 +47,7 @@ def active(options: Settings) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Call:
+class JaggedCall:
     """The arguments of scaled_dot_product_attention."""
 
     query: torch.Tensor
@@ -68,7 +68,7 @@ def is_jagged(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.is_nested and x.layout == torch.jagged
 
 
-def refusal(call: Call) -> Reason | None:
+def refusal(call: JaggedCall) -> Reason | None:
     """Why the call is not taken; None if it is. Sizes of sequences are not looked at."""
     q, k, v = call.qkv
     if any(x.is_nested and not is_jagged(x) for x in call.qkv):
@@ -101,7 +101,7 @@ def refusal(call: Call) -> Reason | None:
     return _heads_problem(call) or _mask_problem(call)
 
 
-def _mask_problem(call: Call) -> Reason | None:
+def _mask_problem(call: JaggedCall) -> Reason | None:
     """Whether attn_mask [B or 1, *heads or 1, Q, K] is for other sequences or heads."""
     if call.attn_mask is None or call.attn_mask.dim() <= 2:
         return None
@@ -118,7 +118,7 @@ def _width(x: torch.Tensor) -> int:
     return int(x.shape[-1])
 
 
-def _heads_problem(call: Call) -> Reason | None:
+def _heads_problem(call: JaggedCall) -> Reason | None:
     q, k, v = (x.shape[1:-2] for x in call.qkv)
     if k != v:
         return reasons.NESTED_VALUE_HEADS()
@@ -129,7 +129,7 @@ def _heads_problem(call: Call) -> Reason | None:
     return reasons.NESTED_HEADS(query=list(q), key=list(k))
 
 
-def spec_of(call: Call) -> Attention:
+def spec_of(call: JaggedCall) -> Attention:
     """What the call computes, as refusal() lets it pass."""
     q, k, _ = call.qkv
     heads, own = tuple(q.shape[1:-2]), tuple(k.shape[1:-2])
@@ -187,12 +187,12 @@ def _is_one(n: Any) -> bool:
     return isinstance(n, int) and n == 1
 
 
-def _grouped(call: Call) -> bool:
+def _grouped(call: JaggedCall) -> bool:
     q, k = call.query.shape[1:-2], call.key.shape[1:-2]
     return call.enable_gqa and q != k
 
 
-def _mask(call: Call) -> torch.Tensor:
+def _mask(call: JaggedCall) -> torch.Tensor:
     """[B or 1, *heads or 1, Q or 1, K or 1]."""
     mask = call.attn_mask
     assert mask is not None
@@ -205,7 +205,7 @@ def _mask(call: Call) -> torch.Tensor:
 
 
 def attend(
-    call: Call,
+    call: JaggedCall,
     kernel: str,
     strict: bool = False,
     nan_policy: NanPolicy = "skip",
@@ -252,7 +252,7 @@ def _handled(original: Callable[..., Any], function: Callable[..., Any], *args: 
         return original(function, *args, **kwargs)
     if name in _PRODUCTS:
         return _product(original, function, *args, **kwargs)
-    call = cast(Call(*args, **kwargs), autocast_dtype(args[0] if args else kwargs["query"]))
+    call = cast(JaggedCall(*args, **kwargs), autocast_dtype(args[0] if args else kwargs["query"]))
     reason = refusal(call)
     if reason is None:
         if options is None:
@@ -301,7 +301,7 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def cast(call: Call, dtype: torch.dtype | None) -> Call:
+def cast(call: JaggedCall, dtype: torch.dtype | None) -> JaggedCall:
     """The call in the dtype of an autocast, as the one on dense tensors is."""
     if dtype is None:
         return call
@@ -331,7 +331,7 @@ def run(
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """What a compiled graph calls in the place of scaled_dot_product_attention; dtype: that of its autocast."""
-    call = Call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    call = JaggedCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return attend(cast(call, dtype), kernel, strict, nan_policy, seed)
 
 

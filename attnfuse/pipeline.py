@@ -25,9 +25,9 @@ from attnfuse.passes.emit.emitter import Emitter
 from attnfuse.passes.graph.aten import value_of
 from attnfuse.passes.masks.structure import structure
 from attnfuse.passes.padding.region import find_regions
-from attnfuse.passes.padding.rewrite import Unpadder
+from attnfuse.passes.padding.rewrite import RegionRewriter
 from attnfuse.passes.read.anchors import find
-from attnfuse.passes.read.fully_masked import swallowed
+from attnfuse.passes.read.fully_masked import fully_masked
 from attnfuse.passes.read.peel import read
 from attnfuse.passes.read.unseen import unseen
 from attnfuse.passes.site import Refusal, Site
@@ -162,7 +162,7 @@ def _read(state: State) -> State:
             result = read(view, anchor, state.settings.nan_policy == "eager")
             if isinstance(result, Site):
                 result = structure(view, result)
-                result = swallowed(result) or result
+                result = fully_masked(result) or result
         except Exception as error:
             result = Refusal(failures.reason(error), anchor.weights)
         if isinstance(result, Site):
@@ -213,9 +213,9 @@ def _unpadded(state: State) -> State:
         try:
             kernels = [_kernel(a.spec, a.site, state.settings) for a in region.attentions]
             made = [_report(a.site, emitter, a.spec) for a in region.attentions]
-            unpadder = Unpadder(emitter, region, kernels)
+            rewriter = RegionRewriter(emitter, region, kernels)
             with emitter.attempt(own[0].final):
-                unpadder.emit()
+                rewriter.emit()
         except EmitError as error:
             reason = reason or reasons.PADDING_STAYS(why=error.reason)
             continue
@@ -228,7 +228,7 @@ def _unpadded(state: State) -> State:
             state,
             settled=(*state.settled, *reports),
             fused=(*state.fused, *own),
-            gone=state.gone | unpadder.inside,
+            gone=state.gone | rewriter.inside,
         )
     left = [x for x in state.found if x not in done]
     if reason is not None:
@@ -384,7 +384,9 @@ def _tried(site: Site, state: State, emitter: Emitter) -> tuple[SiteReport, Site
     return report(status="fused", reason=None, kernel=kernel), site
 
 
-def _nested_report(node: fx.Node, call: nested.Call, state: State, report: Callable[..., SiteReport]) -> SiteReport:
+def _nested_report(
+    node: fx.Node, call: nested.JaggedCall, state: State, report: Callable[..., SiteReport]
+) -> SiteReport:
     """Choose a kernel for an attention on nested tensors and put it in; what happened, for the report."""
     settings = state.settings
     spec = nested_calls.read(node, call)

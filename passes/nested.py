@@ -13,14 +13,14 @@ from torch import fx
 
 from attnfuse import _compat
 from attnfuse.kernels.dropout import SEED_LIMIT
-from attnfuse.nested import Call, cast, is_jagged, refusal, run, spec_of
+from attnfuse.nested import JaggedCall, cast, is_jagged, refusal, run, spec_of
 from attnfuse.passes.emit.transaction import undone_on_error
 from attnfuse.passes.site import Refusal
 from attnfuse.settings import Settings
 from attnfuse.spec import Attention
 
 
-def calls(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Call]]:
+def calls(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, JaggedCall]]:
     """The attentions with a jagged argument, in the bodies of regions too, each with its fake arguments.
 
     They are in the dtype of the result, to which an autocast that is on at the node casts them.
@@ -34,17 +34,17 @@ def calls(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Call]]:
             if any("example_value" not in n.meta for n in node.all_input_nodes):
                 continue
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
-            call = Call(*args, **kwargs)
+            call = JaggedCall(*args, **kwargs)
             if any(map(is_jagged, call.qkv)):
                 yield node, cast(call, node.meta["example_value"].dtype) if "example_value" in node.meta else call
 
 
-def read(node: fx.Node, call: Call) -> Attention | Refusal:
+def read(node: fx.Node, call: JaggedCall) -> Attention | Refusal:
     reason = refusal(call)
     return spec_of(call) if reason is None else Refusal(reason, node)
 
 
-def emit(node: fx.Node, call: Call, kernel: str, chosen: Settings) -> None:
+def emit(node: fx.Node, call: JaggedCall, kernel: str, chosen: Settings) -> None:
     """Put the call of the kernel where the node is."""
     graph = node.graph
     own: dict[str, Any] = {
@@ -63,7 +63,7 @@ def emit(node: fx.Node, call: Call, kernel: str, chosen: Settings) -> None:
     graph.erase_node(node)
 
 
-def _seed(node: fx.Node, call: Call) -> fx.Node:
+def _seed(node: fx.Node, call: JaggedCall) -> fx.Node:
     """A node of its own, so that it can be told to be kept for backward."""
     args: Any = ((0, SEED_LIMIT, (1,)), {"dtype": torch.int64, "device": call.query.device})
     made = node.graph.call_function(torch.randint, *args)

@@ -18,7 +18,7 @@ from attnfuse.passes.capture.view import Scope, View
 from attnfuse.passes.emit.edits import Edits, EmitError, known
 from attnfuse.passes.emit.repeated import partners
 from attnfuse.passes.emit.transaction import undone_on_error
-from attnfuse.passes.emit.writer import Writer, is_pure, writes_own_memory
+from attnfuse.passes.emit.writer import NodeWriter, is_pure, writes_own_memory
 from attnfuse.passes.graph.aten import value_of
 from attnfuse.passes.graph.memory import same_memory
 from attnfuse.passes.masks.terms import Tensor
@@ -52,7 +52,7 @@ class Emitter(Edits):
         others = partners(self.view, site, self.sites)
         if isinstance(others, Refusal):
             raise EmitError(others.reason)
-        writer = Writer(self, scope, owner, value_of(site.q.node).device)
+        writer = NodeWriter(self, scope, owner, value_of(site.q.node).device)
         with scope.module.graph.inserting_before(owner):
             call, result = self._insert(site, kernel, writer, any(map(self.may_be_written, (site, *others))))
             found, users = self._log_sum_exp(site, scope, owner, call, writer)
@@ -92,7 +92,7 @@ class Emitter(Edits):
             at = at.parent
         return at is not None
 
-    def _insert(self, site: Site, kernel: str, writer: Writer, own: bool) -> tuple[fx.Node, fx.Node]:
+    def _insert(self, site: Site, kernel: str, writer: NodeWriter, own: bool) -> tuple[fx.Node, fx.Node]:
         """The call of the op, and its result as the site's is; own: as a copy."""
         q = writer.canonical(site.q, site.batch, site.q_dim, site.d_dim)
         k = writer.canonical(site.k, site.batch, site.k_dim, site.d_dim)
@@ -127,7 +127,7 @@ class Emitter(Edits):
             return True
         return bool(self.view.writes.between(site.final, self.view.order[site.final]))
 
-    def redirect(self, final: fx.Node, scope: Scope, owner: fx.Node, result: fx.Node, writer: Writer) -> None:
+    def redirect(self, final: fx.Node, scope: Scope, owner: fx.Node, result: fx.Node, writer: NodeWriter) -> None:
         """Let everything that used `final`, made by the Dynamo node `owner`, use `result`. Raises EmitError; see attempt."""
         self.replaced[scope, final] = result
         made = scope.values[owner]
@@ -151,7 +151,7 @@ class Emitter(Edits):
                 self.replaced[scope, value] = part
 
     def _log_sum_exp(
-        self, site: Site, scope: Scope, owner: fx.Node, call: fx.Node, writer: Writer
+        self, site: Site, scope: Scope, owner: fx.Node, call: fx.Node, writer: NodeWriter
     ) -> tuple[fx.Node, list[fx.Node]]:
         """That of the op, and what after it uses the graph's own; nothing where nothing reads it."""
         lse = site.lse

@@ -13,16 +13,16 @@ from attnfuse.expr import Algebra, Apply, Const, Expr, Index, Linear
 from attnfuse.passes.emit.edits import EmitError, known
 
 if TYPE_CHECKING:
-    from attnfuse.passes.emit.writer import Writer
+    from attnfuse.passes.emit.writer import NodeWriter
 
 from attnfuse.passes.graph.labels import Labels
-from attnfuse.passes.masks.terms import Axis, Call, Symbol, Tensor, depends
+from attnfuse.passes.masks.terms import Axis, OpCall, Symbol, Tensor, depends
 
 
 class Values:
     """Writes nodes that compute an expression for all values of some indices, one dim for each."""
 
-    def __init__(self, writer: Writer, labels: Labels) -> None:
+    def __init__(self, writer: NodeWriter, labels: Labels) -> None:
         self.writer = writer
         self.dims = [dim[0] for dim in labels]
         self.done: dict[Expr, Any] = {}
@@ -76,7 +76,7 @@ class Values:
             return total
         if isinstance(e, Tensor):
             return self._element(e)
-        if isinstance(e, Call):
+        if isinstance(e, OpCall):
             return self._call(e)
         assert isinstance(e, Apply)
         args = [self.run(a) for a in e.args]
@@ -129,7 +129,7 @@ class Values:
         shape = [-1 if d == at else 1 for d in range(len(self.dims))]
         return w.method("view", line, *shape)
 
-    def _call(self, e: Call) -> fx.Node:
+    def _call(self, e: OpCall) -> fx.Node:
         w = self.writer
         args = []
         for i, (a, dtype) in enumerate(zip(e.args, e.dtypes, strict=True)):

@@ -51,7 +51,7 @@ def writes_own_memory(view: View, node: fx.Node) -> bool:
     return first is not None and view.origin.get(first) == owner
 
 
-class Writer:
+class NodeWriter:
     """Writes nodes before one node of a Dynamo graph, in terms of values of the view."""
 
     def __init__(self, edits: Edits, scope: Scope, owner: fx.Node, device: torch.device) -> None:
@@ -173,7 +173,7 @@ class Writer:
         assert parent is not None and call is not None
         if len(calls_of(self.edits.view, self.scope)) > 1:
             raise EmitError(reasons.MADE_OUTSIDE())
-        outer = Writer(self.edits, parent, call, self.device)
+        outer = NodeWriter(self.edits, parent, call, self.device)
         with parent.module.graph.inserting_before(call):
             node = outer.node_for(made)
         self.edits.touched.add(parent)

@@ -15,7 +15,7 @@ from attnfuse.passes.graph.moves import DimMap
 
 
 @dataclass(frozen=True)
-class Step:
+class ViewInput:
     """A view read backwards: its input, labelled. `material`: it repeats or copies elements, so that passing it saves work."""
 
     source: fx.Node
@@ -35,7 +35,7 @@ def is_identity(node: fx.Node) -> bool:
     return found is not None and found.is_identity
 
 
-def back(axes: Axes, node: fx.Node, labels: Labels) -> Step | None:
+def back(axes: Axes, node: fx.Node, labels: Labels) -> ViewInput | None:
     """From the labels of a view's result to those of its input; None if `node` is not such an op."""
     if not node.args or not is_tensor(node.args[0]) or is_stale(node):
         return None
@@ -48,7 +48,7 @@ def back(axes: Axes, node: fx.Node, labels: Labels) -> Step | None:
     if placed is None:
         return None
     copied = alias_key(value_of(source)) != alias_key(value_of(node))
-    return Step(source, placed, copied or (found is not None and found.repeats))
+    return ViewInput(source, placed, copied or (found is not None and found.repeats))
 
 
 def _placed(axes: Axes, found: DimMap, labels: Labels) -> Labels | None:

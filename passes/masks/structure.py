@@ -34,7 +34,7 @@ from attnfuse.passes import limits
 from attnfuse.passes.capture.view import View
 from attnfuse.passes.graph.aten import dtype_of, shape_of, value_of
 from attnfuse.passes.graph.labels import Atom, Dim, Distances, Labels, known_equal
-from attnfuse.passes.masks.terms import Axis, Call, Symbol, Tensor, Terms, depends, is_joint, type_of
+from attnfuse.passes.masks.terms import Axis, OpCall, Symbol, Tensor, Terms, depends, is_joint, type_of
 from attnfuse.passes.read.assemble import describe_operand
 from attnfuse.passes.read.isolation import isolated
 from attnfuse.passes.simplify import simplify
@@ -67,7 +67,7 @@ def structured_assuming(
 
 def _is_sum(e: Expr) -> bool:
     """Whether it is a sum or difference of floating tensors, which stays a call of the op."""
-    return isinstance(e, Call) and e.target in (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor)
+    return isinstance(e, OpCall) and e.target in (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor)
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ class _Structure:
                     return self._masked(self.algebra.not_(keep), yes.value)
             if is_joint(keep) and isinstance(yes, Const) != isinstance(no, Const):
                 return self._chosen(keep, yes, no, alpha, dtype)
-        if isinstance(e, Call) and _is_sum(e) and is_joint(e):
+        if isinstance(e, OpCall) and _is_sum(e) and is_joint(e):
             same = all(d in (None, dtype) for d in e.dtypes) and e.dtype == dtype and not e.kwargs
             two = same and len(e.args) == 2 and all(x.type == "float" for x in e.parts) and len(e.parts) == 2
             if two and self.may_split and rounding.exact_factor(alpha):
@@ -302,7 +302,7 @@ class _Structure:
                 return self._load(x)
             if isinstance(x, Symbol):
                 return self._symbol(x)
-            if isinstance(x, Call):
+            if isinstance(x, OpCall):
                 return self._hoisted(x, x.dtype)
             if isinstance(x, Axis):
                 raise NotExpressible(reasons.MASK_OF_BATCH_NUMBER())

@@ -15,7 +15,21 @@ from torch import fx
 
 from attnfuse import expr, reasons
 from attnfuse._compat import OpOverload, symbolic_range
-from attnfuse.expr import LONGEST, Algebra, Apply, Bounds, Const, Expr, Index, K, Linear, NotExpressible, Q, Type, walk
+from attnfuse.expr import (
+    LONGEST,
+    Algebra,
+    Apply,
+    Const,
+    Expr,
+    Index,
+    Interval,
+    K,
+    Linear,
+    NotExpressible,
+    Q,
+    Type,
+    walk,
+)
 from attnfuse.passes import limits
 from attnfuse.passes.capture.view import View
 from attnfuse.passes.graph import moves, views
@@ -37,7 +51,7 @@ class Axis(Expr):
     type: Type = "int"
 
     @property
-    def bounds(self) -> Bounds:
+    def bounds(self) -> Interval:
         if isinstance(self.atom.size, int):
             return (0, self.atom.size - 1)
         return (0, 2 * LONGEST if isinstance(self.atom, Distances) else LONGEST)
@@ -49,11 +63,11 @@ class Symbol(Expr):
 
     text: str
     value: Any = field(compare=False)
-    limits: Bounds = field(compare=False)
+    limits: Interval = field(compare=False)
     type: Type = "int"
 
     @property
-    def bounds(self) -> Bounds:
+    def bounds(self) -> Interval:
         return self.limits
 
 
@@ -69,7 +83,7 @@ class Tensor(Expr):
         return type_of(dtype_of(self.node))
 
     @property
-    def bounds(self) -> Bounds:
+    def bounds(self) -> Interval:
         return range_of(dtype_of(self.node))
 
     @property
@@ -81,7 +95,7 @@ class Tensor(Expr):
 
 
 @dataclass(frozen=True)
-class Call(Expr):
+class OpCall(Expr):
     """A pointwise op. args: expressions, tensors' with the dtype they are converted to, and plain values.
 
     scalars: for tensors of several dtypes, which of them have no dims, since those promote others in another way.
@@ -99,7 +113,7 @@ class Call(Expr):
         return type_of(self.dtype)
 
     @property
-    def bounds(self) -> Bounds:
+    def bounds(self) -> Interval:
         return range_of(self.dtype)
 
     @property
@@ -108,7 +122,7 @@ class Call(Expr):
 
     def rebuilt(self, parts: Sequence[Expr], algebra: Algebra) -> Expr:
         rest = iter(parts)
-        return Call(
+        return OpCall(
             self.target,
             tuple(next(rest) if isinstance(a, Expr) else a for a in self.args),
             self.dtypes,
@@ -123,7 +137,7 @@ def type_of(dtype: torch.dtype) -> Type:
     return expr.type_of(dtype_name(dtype))
 
 
-def range_of(dtype: torch.dtype) -> Bounds:
+def range_of(dtype: torch.dtype) -> Interval:
     """The least and the largest value of a dtype."""
     return expr.range_of(dtype_name(dtype))
 
@@ -194,9 +208,9 @@ class Terms:
             # that an op which moves elements could not be followed says more than that it computes nothing
             self.reasons.setdefault(node, error.reason)
         # a small tensor that is there is better than computing it for every query and key
-        inside = [] if found is None else [x for x in walk(found) if isinstance(x, (Tensor, Call))]
+        inside = [] if found is None else [x for x in walk(found) if isinstance(x, (Tensor, OpCall))]
         thin = not {Q, K} <= set().union(*(depends(i) for i in index))
-        structured = not any(isinstance(x, Call) or {Q, K} & depends(x) for x in inside) or _is_shifted(found)
+        structured = not any(isinstance(x, OpCall) or {Q, K} & depends(x) for x in inside) or _is_shifted(found)
         if found is None or (thin and not structured):
             return self._taken(node, index, stopped)
         return found
@@ -329,11 +343,11 @@ class Terms:
         common, scalars = _common_dtype(node, target), _scalars(node)
         chooses = {"where": 0, "masked_fill": 1}.get(name)
         dtypes = [d if d is None or i == chooses or scalars else common for i, d in enumerate(own)]
-        call = Call(target, tuple(args), tuple(dtypes), tuple(node.kwargs.items()), dtype_of(node), scalars)
+        call = OpCall(target, tuple(args), tuple(dtypes), tuple(node.kwargs.items()), dtype_of(node), scalars)
         return self.applied(name, call, node, own, common)
 
     def applied(
-        self, name: str, call: Call, node: fx.Node, own: Sequence[torch.dtype | None], common: torch.dtype
+        self, name: str, call: OpCall, node: fx.Node, own: Sequence[torch.dtype | None], common: torch.dtype
     ) -> Expr:
         """A pointwise op on expressions, in the algebra as far as it goes.
 
@@ -383,7 +397,7 @@ class Terms:
             if number is None:
                 raise NotExpressible(reasons.MASK_NUMBER_RANGE(dtype=dtype))
             return self.number(number, dtype)
-        call = Call(torch.ops.aten.to.dtype, (e, dtype), (source, None), (), dtype)
+        call = OpCall(torch.ops.aten.to.dtype, (e, dtype), (source, None), (), dtype)
         if e.type == "float" or call.type == "float":
             pushed = self._pushed(call, e)
             return call if pushed is None else pushed
@@ -392,14 +406,14 @@ class Terms:
         whole = self._as_int(e)
         return self._narrowed(whole, range_of(dtype))
 
-    def _narrowed(self, e: Expr, limits: Bounds) -> Expr:
+    def _narrowed(self, e: Expr, limits: Interval) -> Expr:
         """An integer as a narrower dtype has it. Written as arithmetic: Inductor drops a cast that is widened again."""
         if expr.within(self.algebra.bounds(e), limits):
             return e
         low, count = Const(int(limits[0])), Const(int(limits[1] - limits[0] + 1))
         return self.algebra.add(self.algebra.mod(self.algebra.sub(e, low), count), low)
 
-    def _folded(self, call: Call, args: Sequence[Any]) -> Expr:
+    def _folded(self, call: OpCall, args: Sequence[Any]) -> Expr:
         """The op run on numbers, in the dtypes they have in the graph."""
         given = [
             a
@@ -414,7 +428,7 @@ class Terms:
             raise NotExpressible(reasons.MASK_NUMBER_DTYPE(op=call.target))
         return self.number(number, call.dtype)
 
-    def _pushed(self, call: Call, only: Expr) -> Expr | None:
+    def _pushed(self, call: OpCall, only: Expr) -> Expr | None:
         """op(where(c, x, y)) as where(c, op(x), op(y)) for numbers, and for what the query and the key do not decide jointly."""
         if only.type == "bool" and not isinstance(only, Apply):
             arms: tuple[Expr, ...] = (only, Const(1, "bool"), Const(0, "bool"))
@@ -435,7 +449,7 @@ class Terms:
             out.append(inner)
         return self.algebra.where(arms[0], *out)
 
-    def _arm(self, call: Call, arm: Expr, split: bool) -> Expr | None:
+    def _arm(self, call: OpCall, arm: Expr, split: bool) -> Expr | None:
         """The op on one arm of a choice; None for one that is no simpler than the choice. split: the choice was joint."""
         open_ = [a for a in call.args if isinstance(a, Expr) and not isinstance(a, Const)]
         if not open_:
@@ -445,7 +459,7 @@ class Terms:
         inner = self._pushed(call, arm)
         return call if inner is None and split and not is_joint(arm) else inner
 
-    def _scaled(self, call: Call, number: Const, others: list[Expr]) -> Expr:
+    def _scaled(self, call: OpCall, number: Const, others: list[Expr]) -> Expr:
         """A call with one number among its arguments, without the multiplication by 0 or 1 that it may be."""
         if call.target is torch.ops.aten.mul.Tensor and len(others) == 1 and _dtype_in(call, others[0]) == call.dtype:
             if number.value == 1:
@@ -454,7 +468,7 @@ class Terms:
                 return self.number(0, call.dtype)
         return call
 
-    def _chosen(self, name: str, call: Call, own: Sequence[torch.dtype | None]) -> Expr | None:
+    def _chosen(self, name: str, call: OpCall, own: Sequence[torch.dtype | None]) -> Expr | None:
         """where or masked_fill with a condition and values that expressions have; None for others."""
         places = [i for i, a in enumerate(call.args) if isinstance(a, Expr)]
         if len(places) != 3:
@@ -490,7 +504,7 @@ class Terms:
             raise NotExpressible(reasons.MASK_OVERFLOW(dtype=dtype))
         return e
 
-    def _integer(self, name: str, call: Call, node: fx.Node) -> Expr | None:
+    def _integer(self, name: str, call: OpCall, node: fx.Node) -> Expr | None:
         """Arithmetic on integers and bools; None for what the algebra does not have."""
         g = self.algebra
         args = [a for a in call.args if isinstance(a, Expr)]
@@ -563,7 +577,7 @@ def _is_shifted(e: Expr | None) -> bool:
 
 def _is_whole(e: Expr) -> bool:
     """Whether e is an integer in a floating dtype that holds all of them, so that it is finite."""
-    if isinstance(e, Call):
+    if isinstance(e, OpCall):
         named = e.target._schema.name in ("aten::to", "aten::_to_copy", "aten::type_as")
         return named and e.parts[0].type != "float" and e.dtype != torch.float16  # type: ignore[attr-defined]
     if not isinstance(e, Tensor) or name_of(e.node) != "to" or is_stale(e.node):
@@ -601,7 +615,7 @@ def _sample(x: Any) -> Any:
     return next((number for kind, number in kinds if isinstance(value, kind)), None)  # type: ignore[arg-type]
 
 
-def _dtype_in(call: Call, x: Expr) -> torch.dtype | None:
+def _dtype_in(call: OpCall, x: Expr) -> torch.dtype | None:
     """The dtype that an argument of a call has or is converted to; None for a number."""
     return next((d for a, d in zip(call.args, call.dtypes, strict=True) if a is x), None)
 
@@ -760,7 +774,7 @@ def _pieces(t: Terms, parts: Sequence[fx.Node], dim: int, index: tuple[Expr, ...
         low = t.at(first, whole, frozen)
         high = _pieces(t, parts[1:], dim, (*index[:dim], rest, *index[dim + 1 :]), frozen)
         found = t.algebra.where(t.algebra.compare("lt", at, t.size(size)), low, high)
-    if any(isinstance(x, (Tensor, Call)) for x in walk(found)):
+    if any(isinstance(x, (Tensor, OpCall)) for x in walk(found)):
         # each part would be read outside of its bounds
         raise NotExpressible(reasons.MASK_CAT())
     return found
@@ -808,4 +822,4 @@ _SPECIAL: dict[str, Callable[[Terms, fx.Node, tuple[Expr, ...], bool], Expr]] = 
     "cumsum": _cumsum,
 }
 
-__all__ = ["Axis", "Call", "Symbol", "Tensor", "Terms", "depends", "is_joint"]
+__all__ = ["Axis", "OpCall", "Symbol", "Tensor", "Terms", "depends", "is_joint"]

@@ -17,7 +17,7 @@ from torch import fx
 from attnfuse import reasons
 from attnfuse.passes.emit.edits import EmitError
 from attnfuse.passes.emit.emitter import Emitter
-from attnfuse.passes.emit.writer import Writer
+from attnfuse.passes.emit.writer import NodeWriter
 from attnfuse.passes.graph import moves, views
 from attnfuse.passes.graph.aten import dtype_of, getitem_source, name_of, shape_of, source_of, value_of
 from attnfuse.passes.graph.labels import Atom, Dim, Labels, Size
@@ -27,7 +27,7 @@ from attnfuse.passes.padding.sources import Pad, Unpad
 from attnfuse.passes.site import Leaf, Site
 
 
-class Unpadder:
+class RegionRewriter:
     """Writes a region on packed rows into its graph. kernels: the name of one for each of its attentions."""
 
     def __init__(self, emitter: Emitter, region: Region, kernels: Sequence[str]) -> None:
@@ -55,7 +55,7 @@ class Unpadder:
         results = []
         for node, end in ends:
             owner = self.view.origin[node].node
-            writer = _Writer(self, owner, value_of(node).device)
+            writer = _PackedWriter(self, owner, value_of(node).device)
             with graph.inserting_before(owner):
                 source = end.source if isinstance(end, Unpad) else node
                 self._write(writer, source)
@@ -79,7 +79,7 @@ class Unpadder:
 
     # -- the order of things
 
-    def _write(self, writer: _Writer, target: fx.Node) -> None:
+    def _write(self, writer: _PackedWriter, target: fx.Node) -> None:
         """All that `target` needs, and itself."""
         needed: set[fx.Node] = set()
         stack = [target]
@@ -93,7 +93,7 @@ class Unpadder:
             self.made[node] = self._checked(writer, node, self._written(writer, node))
         writer.written_for = writer.owner
 
-    def _checked(self, writer: _Writer, node: fx.Node, made: fx.Node) -> fx.Node:
+    def _checked(self, writer: _PackedWriter, node: fx.Node, made: fx.Node) -> fx.Node:
         """`made`, if it is what `node` is but for the sizes of its rows. Raises EmitError."""
         if node not in self.carried.labels:
             return made
@@ -108,7 +108,7 @@ class Unpadder:
             return [leaf.node for leaf in (site.q, site.k, site.v) if leaf.node in self.carried.labels]
         return [n for n in node.all_input_nodes if n in self.carried.labels or n in self.carried.parts]
 
-    def _written(self, writer: _Writer, node: fx.Node) -> fx.Node:
+    def _written(self, writer: _PackedWriter, node: fx.Node) -> fx.Node:
         if node in self.pads:
             return self._values(writer, self.pads[node])
         if node in self.attentions:
@@ -128,7 +128,7 @@ class Unpadder:
         kwargs = fx.node.map_arg(dict(node.kwargs), writer.node_for)
         return writer.call(cast("Callable[..., Any]", node.target), tuple(args), kwargs)
 
-    def _argument(self, writer: _Writer, node: fx.Node, position: int, x: Any) -> Any:
+    def _argument(self, writer: _PackedWriter, node: fx.Node, position: int, x: Any) -> Any:
         found = self.carried.gathered.get((node, position))
         if found is None:
             return fx.node.map_arg(x, writer.node_for)
@@ -139,7 +139,7 @@ class Unpadder:
             sizes = [1] * len(found.dims)
         return writer.checked(self._gathered(writer, found, x), "what packed rows read", sizes, dtype_of(x))
 
-    def _shape(self, writer: _Writer, node: fx.Node) -> list[int | fx.Node]:
+    def _shape(self, writer: _PackedWriter, node: fx.Node) -> list[int | fx.Node]:
         return writer.shape([self._size(dim) for dim in self.carried.axes.resolve(self.carried.labels[node])])
 
     def _size(self, dim: Dim) -> Any:
@@ -150,13 +150,13 @@ class Unpadder:
 
     # -- rows
 
-    def _values(self, writer: _Writer, pad: Pad) -> fx.Node:
+    def _values(self, writer: _PackedWriter, pad: Pad) -> fx.Node:
         if pad.values is not None:
             return writer.method("unsqueeze", writer.node_for(pad.values), 0)
         origin = self.view.origin[pad.node].node
         return writer.method("unsqueeze", writer.method("values", origin.args[0]), 0)
 
-    def _offsets(self, writer: _Writer, rows: Rows) -> fx.Node:
+    def _offsets(self, writer: _PackedWriter, rows: Rows) -> fx.Node:
         """[B + 1]."""
         if rows.nested is not None:
             found = writer.method("offsets", rows.nested)
@@ -176,7 +176,7 @@ class Unpadder:
         total = writer.size(rows.total)
         return writer.call(torch.ops.attnfuse.checked_offsets.default, (found, lengths, total))
 
-    def table(self, writer: _Writer, rows: Rows, what: str) -> fx.Node:
+    def table(self, writer: _PackedWriter, rows: Rows, what: str) -> fx.Node:
         """Made once: 'offsets' [B + 1]; 'bounds' [2, B] as the op takes them; of each packed row its 'sequence' and 'place',
         and whether it 'lies' in the padded tensor; 'rows' [B, N], the packed row of each place."""
         if (rows, what) not in self.tables:
@@ -188,7 +188,7 @@ class Unpadder:
             self.tables[rows, what] = found
         return self.tables[rows, what]
 
-    def _table(self, writer: _Writer, rows: Rows, what: str) -> fx.Node:
+    def _table(self, writer: _PackedWriter, rows: Rows, what: str) -> fx.Node:
         call = writer.call
         if what == "offsets":
             return self._offsets(writer, rows)
@@ -213,14 +213,14 @@ class Unpadder:
         inside = call(torch.lt, (place, writer.size(rows.place.size)))
         return call(torch.logical_and, (inside, call(torch.lt, (numbers, ends))))
 
-    def _below(self, writer: _Writer, x: fx.Node, size: Any) -> fx.Node:
+    def _below(self, writer: _PackedWriter, x: fx.Node, size: Any) -> fx.Node:
         return writer.call(torch.clamp, (x,), {"min": 0, "max": self._less(writer, size)})
 
-    def _less(self, writer: _Writer, size: Any) -> Any:
+    def _less(self, writer: _PackedWriter, size: Any) -> Any:
         found = writer.size(size)
         return found - 1 if isinstance(found, int) else writer.call(operator.sub, (found, 1))
 
-    def _gathered(self, writer: _Writer, found: Gathered, x: fx.Node) -> fx.Node:
+    def _gathered(self, writer: _PackedWriter, found: Gathered, x: fx.Node) -> fx.Node:
         """What each packed row reads of x: like x, but with 1 for the sequences and all rows for the places."""
         rows = found.rows
         if found.number is not None:
@@ -248,12 +248,12 @@ class Unpadder:
         order = [0 if d == place else 1 + rest.index(d) for d in range(len(found.dims)) if d != sequence]
         return writer.method("unsqueeze", writer.method("permute", node, *order), sequence)
 
-    def _place_times(self, writer: _Writer, rows: Rows) -> fx.Node:
+    def _place_times(self, writer: _PackedWriter, rows: Rows) -> fx.Node:
         return writer.call(torch.mul, (self.table(writer, rows, "sequence"), writer.size(rows.place.size)))
 
     # -- attentions
 
-    def _attended(self, writer: _Writer, a: Packed, kernel: str) -> fx.Node:
+    def _attended(self, writer: _PackedWriter, a: Packed, kernel: str) -> fx.Node:
         site = a.site
         q = self._side(writer, site, site.q, a.q, site.q_dim, site.d_dim)
         k = self._side(writer, site, site.k, a.k, site.k_dim, site.d_dim)
@@ -279,7 +279,7 @@ class Unpadder:
             out = writer.method("permute", out, *order)
         return writer.method("reshape", out, *self._shape(writer, site.final))
 
-    def _side(self, writer: _Writer, site: Site, leaf: Leaf, rows: Rows | None, dim: Dim, width: Dim) -> fx.Node:
+    def _side(self, writer: _PackedWriter, site: Site, leaf: Leaf, rows: Rows | None, dim: Dim, width: Dim) -> fx.Node:
         """q, k or v as the op takes it: [1, *batch, rows, width] where it is packed."""
         if rows is None:
             return writer.canonical(leaf, site.batch, dim, width)
@@ -292,7 +292,7 @@ class Unpadder:
 
     # -- results
 
-    def _result(self, writer: _Writer, end: Unpad | Packed, source: fx.Node) -> fx.Node:
+    def _result(self, writer: _PackedWriter, end: Unpad | Packed, source: fx.Node) -> fx.Node:
         found = self.made[source]
         if isinstance(end, Packed):
             return found
@@ -314,7 +314,7 @@ class Unpadder:
         # it is nobody else's memory: not the packed input's, nor what an op keeps for backward
         return writer.call(torch.clone, (found,), {"memory_format": torch.contiguous_format})
 
-    def _select(self, writer: _Writer, node: fx.Node, owner: fx.Node, end: Unpad, packed: fx.Node) -> None:
+    def _select(self, writer: _PackedWriter, node: fx.Node, owner: fx.Node, end: Unpad, packed: fx.Node) -> None:
         """padded[mask]: the same call on the numbers of the packed rows keeps the size it makes known."""
         rows = self.carried.rows_of(self.carried.labels[end.source])
         users = [u for u in owner.users if not _is_size(u)]
@@ -336,15 +336,15 @@ def _is_size(node: fx.Node) -> bool:
     return asks and node.args[1:] == (0,)
 
 
-class _Writer(Writer):
+class _PackedWriter(NodeWriter):
     """Packed rows in the place of padded tensors."""
 
-    def __init__(self, unpadder: Unpadder, owner: fx.Node, device: torch.device) -> None:
-        super().__init__(unpadder.emitter, unpadder.scope, owner, device)
-        self.unpadder = unpadder
+    def __init__(self, rewriter: RegionRewriter, owner: fx.Node, device: torch.device) -> None:
+        super().__init__(rewriter.emitter, rewriter.scope, owner, device)
+        self.rewriter = rewriter
 
     def node_for(self, made: fx.Node) -> fx.Node:
-        known = self.unpadder
+        known = self.rewriter
         if made in known.made:
             return known.made[made]
         if isinstance(value_of(made), torch.Tensor) and made in known.carried.labels:

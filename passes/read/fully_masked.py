@@ -20,7 +20,7 @@ _LARGE = 2.0**10
 _SUMS = ("add", "sub", "rsub", "baddbmm", "addbmm", "addmm")
 
 
-def swallowed(site: Site) -> Refusal | None:
+def fully_masked(site: Site) -> Refusal | None:
     """Why the site is not a softmax for every input, if it is not.
 
     Beside a fill such as finfo.min, max + log(sum) is max: in a row that such a fill hides whole the weights are then

@@ -19,7 +19,7 @@ from attnfuse.passes.capture.recorder import capture
 from attnfuse.passes.capture.view import View
 from attnfuse.passes.graph.aten import value_of
 from attnfuse.passes.graph.constants import constant
-from attnfuse.passes.masks.terms import Axis, Call, Symbol, Tensor, Terms
+from attnfuse.passes.masks.terms import Axis, OpCall, Symbol, Tensor, Terms
 from attnfuse.testing import index_programs as drawn
 from attnfuse.testing.index_programs import IndexProgram, index_programs
 
@@ -104,7 +104,7 @@ class Values:
         if isinstance(e, Tensor):
             index = torch.broadcast_tensors(*(self.of(i) for i in e.index)) if e.index else ()
             return self.env[e.node][tuple(index)].to(_WIDEST[e.type])
-        if isinstance(e, Call):
+        if isinstance(e, OpCall):
             return self._call(e)
         assert isinstance(e, Apply) and not isinstance(e, Axis)
         args = [self.of(a) for a in e.args]
@@ -112,7 +112,7 @@ class Values:
             args = [a.bool() for a in args]
         return expr._RUN[e.op](*args)
 
-    def _call(self, e: Call) -> torch.Tensor:
+    def _call(self, e: OpCall) -> torch.Tensor:
         args = []
         for i, (a, dtype) in enumerate(zip(e.args, e.dtypes, strict=True)):
             x = self.of(a) if isinstance(a, Expr) else a

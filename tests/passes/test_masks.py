@@ -497,16 +497,16 @@ def test_a_part_of_a_larger_tensor_is_read_where_it_lies(side: int) -> None:
 
 def test_where_an_expression_cannot_be_emitted_the_mask_stays_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     from attnfuse.passes.emit.edits import EmitError
-    from attnfuse.passes.emit.writer import Writer
+    from attnfuse.passes.emit.writer import NodeWriter
 
-    right = Writer.operand
+    right = NodeWriter.operand
 
     def fail_for_tables(self: Any, leaf: Any, *rest: Any) -> Any:
         if leaf.made is not None:
             raise EmitError(reasons.UNEXPECTED_ERROR(error="no tables today"))
         return right(self, leaf, *rest)
 
-    monkeypatch.setattr(Writer, "operand", fail_for_tables)
+    monkeypatch.setattr(NodeWriter, "operand", fail_for_tables)
     args = (*_inputs(), torch.randn(11, 4))
     (site,) = attnfuse.explain(_relative, *args).sites
     assert site.status == "fused" and "unexpected error (no tables today)" in site.notes
@@ -515,9 +515,9 @@ def test_where_an_expression_cannot_be_emitted_the_mask_stays_a_tensor(monkeypat
 
 
 def test_an_operand_of_the_wrong_shape_is_never_emitted(monkeypatch: pytest.MonkeyPatch) -> None:
-    from attnfuse.passes.emit.writer import Writer
+    from attnfuse.passes.emit.writer import NodeWriter
 
-    right = Writer.canonical
+    right = NodeWriter.canonical
 
     def too_large(self: Any, leaf: Any, *dims: Any) -> Any:
         node = right(self, leaf, *dims)
@@ -526,7 +526,7 @@ def test_an_operand_of_the_wrong_shape_is_never_emitted(monkeypatch: pytest.Monk
     def value_shape(leaf: Any) -> tuple[int, ...]:
         return tuple(leaf.node.meta["val"].shape)
 
-    monkeypatch.setattr(Writer, "canonical", too_large)
+    monkeypatch.setattr(NodeWriter, "canonical", too_large)
     args = (*_inputs(), torch.randn(11, 4))
     (site,) = attnfuse.explain(_relative, *args).sites
     assert site.status == "fused" and reasons.NOT_AS_STATED.name in site.note_causes, site

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from attnfuse import backend, graphs, nested, pipeline
 from attnfuse.passes.emit.emitter import Emitter
-from attnfuse.passes.emit.writer import Writer
-from attnfuse.passes.padding.rewrite import Unpadder
+from attnfuse.passes.emit.writer import NodeWriter
+from attnfuse.passes.padding.rewrite import RegionRewriter
 from attnfuse.settings import Settings
 
 A = torch.arange
@@ -149,16 +149,16 @@ def count(gm: fx.GraphModule, owner: Any, name: str) -> int:
 def test_a_failure_at_any_node_that_is_written_costs_one_attention(graph: Any, first: int) -> None:
     gm, args, expected = graph
     # of every node that is described, be it a call, a method, or one that is inlined
-    total = count(gm, Writer, "_describe")
+    total = count(gm, NodeWriter, "_describe")
     assert total > 40
     for at in range(first, total, 3):
-        assert_one_is_left(gm, args, expected, Writer, "_describe", at)
+        assert_one_is_left(gm, args, expected, NodeWriter, "_describe", at)
 
 
 STAGES = [
-    *((pipeline, name) for name in ("read", "structure", "swallowed", "choose")),
+    *((pipeline, name) for name in ("read", "structure", "fully_masked", "choose")),
     *((Emitter, name) for name in ("emit", "redirect", "_insert", "_log_sum_exp", "may_be_written")),
-    *((Writer, name) for name in ("canonical", "operand", "_made", "_imported", "shaped", "attention", "checked")),
+    *((NodeWriter, name) for name in ("canonical", "operand", "_made", "_imported", "shaped", "attention", "checked")),
     *((fx.Node, name) for name in ("replace_all_uses_with", "replace_input_with")),
 ]
 
@@ -191,7 +191,7 @@ def test_all_failing_leaves_every_node_as_it_was(graph: Any) -> None:
     assert text(copy) == text(untouched)
 
 
-@pytest.mark.parametrize(("owner", "name"), [STAGES[0], (Writer, "canonical")], ids=["read", "canonical"])
+@pytest.mark.parametrize(("owner", "name"), [STAGES[0], (NodeWriter, "canonical")], ids=["read", "canonical"])
 def test_a_failure_raises_in_strict_mode(graph: Any, owner: Any, name: str) -> None:
     gm, _, _ = graph
     with pytest.raises(Injected), failing(owner, name, 1):
@@ -228,7 +228,12 @@ def test_a_failure_while_padding_is_taken_out_leaves_the_padding() -> None:
     gm = captured(padded, *args)
     _, work, _ = rewritten(gm)
     assert [s.spec.layout for s in work.report.sites if s.spec] == ["packed", "dense"]
-    for where in [(Unpadder, "_written"), (Unpadder, "_result"), (pipeline, "find_regions"), (Unpadder, "emit")]:
+    for where in [
+        (RegionRewriter, "_written"),
+        (RegionRewriter, "_result"),
+        (pipeline, "find_regions"),
+        (RegionRewriter, "emit"),
+    ]:
         total = 1 if where[1] in ("find_regions", "emit") else 4
         for at in range(total):
             with failing(*where, at) as made:

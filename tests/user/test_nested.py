@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import attnfuse
 from attnfuse import _compat, ops, reasons
 from attnfuse.backend import backend as attnfuse_backend
-from attnfuse.nested import Call, refusal
+from attnfuse.nested import JaggedCall, refusal
 
 FAST = {"inner": "aot_eager", "strict": True}
 LENGTHS = (5, 0, 1, 33, 17)
@@ -358,22 +358,22 @@ def test_eager_and_other_backends_do_as_they_did():
 )
 def test_what_is_not_taken_has_a_reason(change, cause):
     x = jagged([torch.randn(n, 2, 8) for n in (3, 4, 5)]).transpose(1, 2)
-    assert refusal(Call(x, x, x)) is None
-    found = refusal(Call(**{"query": x, "key": x, "value": x, **change}))
+    assert refusal(JaggedCall(x, x, x)) is None
+    found = refusal(JaggedCall(**{"query": x, "key": x, "value": x, **change}))
     assert found is not None and found.cause is cause
 
 
 def test_other_numbers_of_sequences_are_not_taken():
     three, two = (jagged([torch.randn(n, 2, 8) for n in ns]).transpose(1, 2) for ns in ((3, 4, 5), (3, 4)))
-    assert refusal(Call(three, two, two)) == reasons.NESTED_BATCHES()
-    assert refusal(Call(torch.zeros(4, 2, 3, 8), two, two)) == reasons.NESTED_BATCHES()
-    assert refusal(Call(two, torch.zeros(4, 2, 3, 8), torch.zeros(4, 2, 3, 8))) == reasons.NESTED_BATCHES()
-    assert refusal(Call(torch.zeros(2, 2, 3, 8), two, two)) is None
+    assert refusal(JaggedCall(three, two, two)) == reasons.NESTED_BATCHES()
+    assert refusal(JaggedCall(torch.zeros(4, 2, 3, 8), two, two)) == reasons.NESTED_BATCHES()
+    assert refusal(JaggedCall(two, torch.zeros(4, 2, 3, 8), torch.zeros(4, 2, 3, 8))) == reasons.NESTED_BATCHES()
+    assert refusal(JaggedCall(torch.zeros(2, 2, 3, 8), two, two)) is None
     for wrong in (torch.zeros(1, 3, 5, 5), torch.zeros(4, 1, 5, 5)):
-        assert "attn_mask has the shape" in str(refusal(Call(two, two, two, wrong)))
+        assert "attn_mask has the shape" in str(refusal(JaggedCall(two, two, two, wrong)))
     grouped = jagged([torch.randn(n, 6, 8) for n in (3, 4)]).transpose(1, 2)
     keys = alike(grouped.transpose(1, 2), [torch.randn(n, 3, 8) for n in (3, 4)]).transpose(1, 2)
-    of_keys = Call(grouped, keys, keys, torch.zeros(1, 3, 5, 5), enable_gqa=True)
+    of_keys = JaggedCall(grouped, keys, keys, torch.zeros(1, 3, 5, 5), enable_gqa=True)
     assert "attn_mask has the shape" in str(refusal(of_keys))
     assert refusal(replace(of_keys, attn_mask=torch.zeros(1, 6, 5, 5))) is None
 
@@ -416,7 +416,7 @@ def test_nothing_is_compiled_of_attnfuse_for_other_backends():
 
 def test_attention_over_heads_of_each_token_is_not_the_jagged_one():
     x = jagged([torch.randn(n, 2, 8) for n in (3, 4, 5)])
-    assert "jagged dim" in str(refusal(Call(x, x, x)))
+    assert "jagged dim" in str(refusal(JaggedCall(x, x, x)))
 
 
 def test_spelled_out_scores_of_nested_tensors_say_what_to_write():

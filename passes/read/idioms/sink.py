@@ -1,6 +1,6 @@
 """One score more than there are keys: attention sinks, softmax "off by one"; and the log-sum-exp as a result.
 
-The rules are in `passes.sinks`, `passes.find` and `passes.swallowed`.
+The rules are in `passes.read.sinks`, `passes.read.anchors` and `passes.read.fully_masked`.
 """
 
 from __future__ import annotations

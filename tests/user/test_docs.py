@@ -23,7 +23,7 @@ API, TESTING, GLOSSARY, INDEX = (ROOT / "docs" / f"{name}.md" for name in ("api"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 PAGES = (API, TESTING, GLOSSARY, INDEX, CONTRIBUTING)
 #: Written when the project is measured or built.
-MADE = {"kernels/toy/__init__.py", "tests/test_kernel_toy.py", "tuning.json"}
+MADE = {"kernels/toy/__init__.py", "tests/kernels/test_kernel_toy.py", "tuning.json"}
 
 
 def tables(text: str) -> Iterator[list[str]]:

@@ -5,16 +5,21 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 # NumPy computes in Triton's interpreter: one thread for each process
 INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest tests/interpreted
+# a file's tests stay together, as what they share is made once for each worker, until the other worker has nothing left
+WORKERS := -n 2 --dist worksteal
+ALL := $(if $(PART),--part $(PART)) -q
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help setup demo test test-all test-coverage lint mutants refusals coverage-table bench gpu-check clean
+.PHONY: help setup demo test test-all test-coverage suite-table lint mutants refusals coverage-table bench gpu-check clean
 
 help:
 	@echo "make demo            compile BERT, Llama and T5, and show what was rewritten"
 	@echo "make test            the test suite, without what is marked slow or gpu"
-	@echo "make test-all        the whole suite, the slow part included"
+	@echo "make test-all        the whole suite, the slow part included; PART=2/4 runs the second of four parts of its files,"
+	@echo "                     PYTEST_ARGS='-m slow' what make test leaves out"
 	@echo "make test-coverage   make test, with the lines and branches that it ran"
+	@echo "make suite-table     make test, with its time by file written to docs/suite.md"
 	@echo "make lint            ruff and mypy"
 	@echo "make mutants         the tests that must fail by each of 40 seeded defects, in 45 minutes at most"
 	@echo "make refusals        write docs/refusals.md from attnfuse/reasons.py"
@@ -36,16 +41,28 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python -m attnfuse.demo
 
+# The interpreter has a worker beside the two of the other tests, which it leaves to fill the cores as it ends first. What it
+# says comes last. Either fails the target.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu' -q $(PYTEST_ARGS)
-	$(INTERPRETED) -n 2 -m 'not slow' -q $(PYTEST_ARGS)
+	@said=$$(mktemp); status=0; \
+	$(INTERPRETED) -n 1 -m 'not slow' -q $(PYTEST_ARGS) $(INTERPRETED_ARGS) >$$said 2>&1 & beside=$$!; \
+	trap 'kill $$beside; rm -f $$said; exit 130' INT TERM; \
+	$(BIN)/python -m pytest $(WORKERS) -m 'not slow and not gpu' -q $(PYTEST_ARGS) $(MAIN_ARGS) || status=$$?; \
+	wait $$beside || status=$$?; \
+	echo "tests/interpreted:"; cat $$said; rm -f $$said; exit $$status
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
-	$(INTERPRETED) -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(ALL) $(PYTEST_ARGS)
+	$(INTERPRETED) $(ALL) $(PYTEST_ARGS)
+
+suite-table: $(STAMP)
+	mkdir -p build
+	$(MAKE) test MAIN_ARGS='--junitxml=build/main.xml -o junit_duration_report=total' \
+		INTERPRETED_ARGS='--junitxml=build/interpreted.xml -o junit_duration_report=total'
+	$(BIN)/python tests/durations.py 'The suite=build/main.xml' "Triton's interpreter=build/interpreted.xml"
 
 test-coverage: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu' --cov --cov-report=term -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(WORKERS) -m 'not slow and not gpu' --cov --cov-report=term -q $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -20,9 +20,10 @@ import gc
 import importlib
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
+import parts
 import pytest
 import torch
 
@@ -44,9 +45,18 @@ else:
 
 
 _TORCHVISION = torchvision_ops()
+_STARTED = pytest.StashKey[float]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", metavar="K/N", help="of the files with tests to run, every N-th, from the K-th on")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    try:
+        parts.chosen((), config.getoption("--part") or "1/1")
+    except ValueError as error:
+        raise pytest.UsageError(f"--part: {error}") from None
     # what attnfuse warns of is a fallback: a test that does not expect one must not pass by it
     config.addinivalue_line("filterwarnings", "error:attnfuse:RuntimeWarning")
 
@@ -71,9 +81,9 @@ THINNED = {
 }
 
 
-# before the marker expression is looked at
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# the markers before the marker expression is looked at, the part after it: files without a test to run are in none
+@pytest.hookimpl(tryfirst=True, wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
     met: dict[str, int] = {}
     for item in items:
         name = item.nodeid.split("[")[0].removeprefix("tests/")
@@ -81,11 +91,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if met.setdefault(name, 0) % THINNED[name]:
                 item.add_marker(pytest.mark.slow)
             met[name] += 1
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; this torch sees none"))
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device; this torch sees none"))
+    yield
+    part = config.getoption("--part")
+    if part:
+        files = parts.chosen((item.path for item in items), part)
+        config.hook.pytest_deselected(items=[item for item in items if item.path not in files])
+        items[:] = [item for item in items if item.path in files]
+
+
+def _processor_seconds() -> float:
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    item.stash[_STARTED] = _processor_seconds()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, Any, Any]:
+    """What the test used, with its fixtures and processes, goes into the XML that docs/suite.md is made of."""
+    found = yield
+    item.user_properties.append(("processor_seconds", f"{_processor_seconds() - item.stash[_STARTED]:.3f}"))
+    return found
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

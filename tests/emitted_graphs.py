@@ -120,7 +120,7 @@ def square_tensors(graph: fx.GraphModule, sizes: set[int]) -> list[str]:
     return found
 
 
-def reads(function: Callable[..., Any], *args: Any, **kwargs: Any) -> set[str]:
-    report = attnfuse.explain(function, *args, **kwargs)
+def reads(report: attnfuse.Report) -> set[str]:
+    """What is said to be read of the masks and biases of a report's sites, all of which must be fused."""
     assert report.fused == len(report.sites) > 0, report
     return {site.reads.split(", ", 1)[-1] for site in report.sites}

@@ -102,7 +102,7 @@ def test_it_runs_from_the_source_tree_without_optional_packages(tmp_path: Path) 
     assert "no plots: " in done.stdout
 
 
-@pytest.mark.parametrize("mode", ["forward", "training"])
+@pytest.mark.parametrize("mode", [pytest.param("forward", marks=pytest.mark.slow), "training"])
 def test_jagged_contenders_give_what_each_sequence_alone_gives(mode: str) -> None:
     row = measuring.measure(case_of("jagged", mode), machine("cpu"), SMOKING, 0.001)
     timed = {name for name, one in row["contenders"].items() if "seconds" in one}

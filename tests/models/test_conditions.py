@@ -182,7 +182,9 @@ def test_autocast_bfloat16_fuses_within_twice_eagers_error(name: str, where: str
 
 
 @models
-@pytest.mark.parametrize("name", ["bert", "llama", pytest.param("t5", marks=pytest.mark.slow), "nanogpt"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("bert", "t5")), "llama", "nanogpt"]
+)
 def test_20_lengths_compile_at_most_two_graphs(name: str) -> None:
     model, _ = build(name)
     counting = Counting()

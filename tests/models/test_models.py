@@ -45,7 +45,7 @@ def test_every_attention_fuses_in_train_and_gradients_hold_the_bar(name: str) ->
     assert sum("gradient" in c.kind for c in found.checks) >= 10
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", pytest.param("t5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["bert", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "t5"))])
 def test_through_inductor_only_what_inductor_itself_rounds_misses_the_bar(name: str) -> None:
     """Inductor sums a bias gradient in an order of its own: BERT has one 4% over the bar with nothing rewritten at all."""
     model, inputs = build(name)

@@ -25,10 +25,10 @@ from attnfuse.testing.index_programs import IndexProgram, index_programs
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 #: Each has four results.
-PROGRAMS = 25_000 if LONG else 750
+PROGRAMS = 25_000 if LONG else 400
 # Hypothesis keeps what it drew in one go
 AT_ONCE = 1_250
-COMPILED = 1_000 if LONG else 30
+COMPILED = 1_000 if LONG else 16
 RESULTS = 4
 
 

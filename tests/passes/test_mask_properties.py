@@ -15,8 +15,8 @@ from attnfuse.testing.graph_masks import MaskProgram, Tree, mask_programs, mutat
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 EACH = 5
-PROGRAMS = 2_000 if LONG else 120
-MUTATED = 1_000 if LONG else 40
+PROGRAMS = 2_000 if LONG else 60
+MUTATED = 1_000 if LONG else 24
 PHASES = [Phase.generate, Phase.shrink]
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from emitted_graphs import reads
 from torch.testing._internal.common_methods_invocations import op_db
 
+import attnfuse
 from attnfuse.passes.graph import vocabulary
 from attnfuse.passes.graph.vocabulary import ELEMENTWISE, functional, is_elementwise, kind
 
@@ -167,5 +168,5 @@ def test_a_mask_is_read_as_structure_in_every_spelling(name: str) -> None:
             keep = spelled(torch.arange(16)[:, None], torch.arange(16)[None])
             return F.softmax((q @ k.mT).masked_fill(~keep, -torch.inf), -1) @ v
 
-        (found,) = reads(attention, q, k, v)
+        (found,) = reads(attnfuse.explain(attention, q, k, v))
         assert said in found

@@ -134,6 +134,11 @@ def test_dims_are_dropped_and_put_in_where_squeeze_and_unsqueeze_do(shape: list[
     assert [math.prod(a.size for a in d) for d in drop(labels, gone)] == list(x.select(gone, 0).shape)
 
 
+def test_a_shape_of_fewer_or_more_elements_is_not_one_of_the_same() -> None:
+    axes = Axes()
+    assert axes.regroup((axes.fresh(6),), [3]) is None and axes.regroup((axes.fresh(3),), [3, 2]) is None
+
+
 def test_nothing_is_known_to_be_a_multiple_of_nothing() -> None:
     axes = Axes()
     (six,) = axes.fresh(6)

@@ -43,7 +43,8 @@ def like_dynamo(function: Function, *tensors: torch.Tensor) -> fx.GraphModule:
         node = graph.placeholder(f"l_x{at}_")
         node.meta["example_value"] = value
         given.append(node)
-    out = function(*map(fx.Proxy, given))
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    out = function(*(fx.Proxy(n, tracer) for n in given))
     graph.output(pytree.tree_map(lambda x: x.node if isinstance(x, fx.Proxy) else x, out))
     gm = fx.GraphModule(torch.nn.Module(), graph)
     with mode:

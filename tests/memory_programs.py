@@ -118,9 +118,10 @@ def programs(draw: st.DrawFn, hidden: bool = False, most: int = 7) -> Program:
     """hidden: with calls that no trace looks into."""
     values: list[Any] = inputs()
     steps: list[tuple[str, int, int]] = []
-    kinds = [VIEWS, VIEWS, COPIES, WRITES, WRITES, *([OUTSIDE, OUTSIDE] if hidden else [])]
-    for _ in range(draw(st.integers(2, most))):
-        name = draw(st.sampled_from(sorted(draw(st.sampled_from(kinds)))))
+    # the first is a view, so that there are two names for one memory
+    kinds = [VIEWS, COPIES, WRITES, WRITES, *([OUTSIDE, OUTSIDE] if hidden else [])]
+    for _ in range(draw(st.integers(3, most))):
+        name = draw(st.sampled_from(sorted(draw(st.sampled_from(kinds)) if steps else VIEWS)))
         # of late values rather than of early ones
         x, y = (draw(st.sampled_from([*range(len(values)), *range(3, len(values))])) for _ in range(2))
         if name == "out" and values[x].shape != values[y].shape:
@@ -138,4 +139,5 @@ def programs(draw: st.DrawFn, hidden: bool = False, most: int = 7) -> Program:
             # of another shape
             continue
         steps.append(step)
-    return Program(steps, draw(st.lists(st.integers(0, len(values) - 1), min_size=1, max_size=3)))
+    # all that the first steps gave, read again at the end
+    return Program(steps, [*range(min(5, len(values))), draw(st.integers(0, len(values) - 1))])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from memory_programs import OUTSIDE, WRITES, Program, inputs, programs
@@ -122,6 +123,13 @@ def test_a_result_that_is_the_written_tensor_itself_is_known() -> None:
     assert found > 20
 
 
+@pytest.mark.parametrize("change", [lambda x: x.t_(), lambda x: x.unsqueeze_(0), lambda x: x.transpose_(0, 1)])
+def test_a_result_with_other_dims_is_not_the_tensor_as_it_was(change: Any) -> None:
+    gm = aten(lambda x: change(x + 1.0), inputs()[0])
+    (node,) = [n for n in gm.graph.nodes if is_mutating(n)]
+    assert written(node) and returned_as_written(node) is None
+
+
 def test_what_is_not_looked_into_may_write_and_give_views() -> None:
     """No trace shows what is done by NumPy, but every write through it, and to what it gave, is met from each of the values."""
     met: Counter[str] = Counter()
@@ -193,6 +201,21 @@ def test_a_view_is_written_with_its_source_and_a_copy_is_not() -> None:
 
 def targets(*names: str) -> list[Any]:
     return [getattr(torch.ops.aten, name).default for name in names]
+
+
+def test_later_readers_of_what_is_written_read_the_op_that_wrote() -> None:
+    graph, x = fx.Graph(), torch.ones(2)
+    ops = torch.ops.aten
+    given_ = graph.placeholder("x")
+    before = graph.call_function(ops.neg.default, (given_,))
+    wrote = graph.call_function(ops.mul_.Tensor, (given_, 2.0))
+    after = graph.call_function(ops.add.Tensor, (given_, given_))
+    graph.output((before, after))
+    for node, value in ((given_, x), (before, -x), (wrote, x), (after, x + x)):
+        node.meta["val"] = value
+    writes = follow_writes(graph, Memory())
+    assert before.args == (given_,) and wrote.args == (given_, 2.0) and after.args == (wrote, wrote)
+    assert writes.to(given_) == [wrote] and not any(map(is_stale, graph.nodes))
 
 
 def test_memory_that_may_be_the_same_is_written_together_and_other_memory_is_not() -> None:

@@ -645,7 +645,7 @@ def _through(t: Terms, found: DimMap, index: tuple[Expr, ...]) -> tuple[Expr, ..
         elif isinstance(x, moves.Tile):
             at[x.dim] = t.algebra.mod(i, Const(_known(own[x.dim], "a repeat")))
         elif isinstance(x, moves.Interleave):
-            at[x.dim] = t.algebra.floordiv(i, Const(_known(x.repeats, "repeat_interleave")))
+            at[x.dim] = t.algebra.floordiv(i, Const(_known(x.repeats, "an interleaved repeat")))
     for run in found.runs:
         dims = [(d, own[d]) for d in run.dims]
         for d, i in _regrouped(t, dims, [(index[d], found.shape[d]) for d in run.outs]):

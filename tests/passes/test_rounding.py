@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rounding_cases import *  # noqa: F403
 
 import attnfuse
-import attnfuse.report.report
+import attnfuse.report.registry
 from attnfuse import rounding
 from attnfuse.expr import dense
 from attnfuse.kernels import cpu
@@ -290,7 +290,7 @@ def test_sums_of_terms_are_added_to_scores_in_the_order_of_the_graph(tree, way, 
     compiled = torch.compile(
         attention, backend="attnfuse", options={"kernel": kernel, "inner": "eager", "strict": True}
     )
-    with attnfuse.report.report.collecting() as reports:
+    with attnfuse.report.registry.collecting() as reports:
         found = compiled(q, k, v, t)
     expected = attention(q, k, v, t)
     assert [s.status for r in reports for s in r.sites] == ["fused"]

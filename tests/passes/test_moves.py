@@ -376,7 +376,8 @@ def test_labels_are_carried_to_the_same_elements_both_ways(name: str) -> None:
     check()
     # an op with several results is not read backwards
     assert (carried[0] > 0) == (name != "parts")
-    assert carried[1] > 0
+    # and forwards only where it gives one, which few draws do
+    assert carried[1] > 0 or name == "parts"
 
 
 @pytest.mark.parametrize("name", sorted(set(OPS) - {"parts"}))

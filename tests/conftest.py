@@ -159,6 +159,9 @@ def fresh_state() -> Iterator[None]:
     ops.forget()
     yield
     ops.forget()
+    left_off = not torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert not left_off, "the test leaves gradients switched off for those after it"
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from attnfuse.kernels import TRITON, Kernel, candidates
-from attnfuse.kernels.device import Device
+from attnfuse.kernels.device import Device, tf32_allowed
 from attnfuse.kernels.inputs import Bounds, Inputs
 from attnfuse.kernels.measured import fastest, records, timing
 from attnfuse.passes.capture.view import Scope
@@ -106,7 +106,7 @@ def _keep(name: str, entry: fastest.Fastest) -> None:
 def _same(results: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:
     from attnfuse.kernels.triton.tuning import close
 
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    precision = "tf32" if tf32_allowed() else "ieee"
     return all(close(a, b, precision) for a, b in zip(results, expected, strict=True))
 
 

@@ -32,6 +32,14 @@ class Device:
         return f"{self.type} {self.capability / 10:.1f}" if self.capability else self.type
 
 
+def tf32_allowed() -> bool:
+    """Whether PyTorch allows a GPU to round the factors of float32 products to TF32.
+
+    The newer of two settings is read, which follows the older one; the older one raises where the newer was set.
+    """
+    return str(torch.backends.cuda.matmul.fp32_precision) == "tf32"
+
+
 @functools.lru_cache(maxsize=64)
 def _nvidia(device: torch.device) -> Device:
     found = torch.cuda.get_device_properties(device)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from attnfuse.kernels.device import Device
+from attnfuse.kernels.device import Device, tf32_allowed
 from attnfuse.kernels.layout import batch_shape
 from attnfuse.kernels.measured import records
 from attnfuse.spec import Attention
@@ -59,7 +59,7 @@ def key(
         return None
     q, k, v, *_ = tensors
     lengths = (q.shape[-2], k.shape[-2], math.prod(batch_shape(tensors)))
-    tf32 = " tf32" if spec.qk_dtype == "float32" and torch.backends.cuda.matmul.allow_tf32 else ""
+    tf32 = " tf32" if spec.qk_dtype == "float32" and tf32_allowed() else ""
     return (
         f"{name}, {_software()}, {' or '.join(names)}, {records.digest(spec)}, {spec.qk_dtype}{tf32}, "
         f"gradients {''.join(str(int(need)) for need in needs)}, {records.sizes((q.shape[-1], v.shape[-1]), lengths)}"

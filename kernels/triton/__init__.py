@@ -1,7 +1,7 @@
 """Fused attention in Triton: NVIDIA GPUs from compute capability 8.0 on, and what else Triton compiles for.
 
 Memory is linear in Q + K. Scores, sums and gradients of operands are float32 whatever the inputs are; float32 products are
-IEEE, or TF32 where torch.backends.cuda.matmul.allow_tf32 says so.
+IEEE, or TF32 where PyTorch allows it (torch.backends.cuda.matmul.fp32_precision).
 """
 
 from __future__ import annotations

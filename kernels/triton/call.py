@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from attnfuse.kernels import dropout
-from attnfuse.kernels.device import Device
+from attnfuse.kernels.device import Device, tf32_allowed
 from attnfuse.kernels.inputs import Bounds, Inputs
 from attnfuse.kernels.layout import spread
 from attnfuse.kernels.triton import descriptors, tuned
@@ -79,7 +79,7 @@ class Call:
             raise ValueError(f"no dim may be longer than {_LONGEST}")
         if self.spec.dropout and self.seed is None:
             raise ValueError("a spec with dropout needs a seed")
-        self.precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 and not interpreted() else "ieee"
+        self.precision = "tf32" if tf32_allowed() and not interpreted() else "ieee"
 
     def config(self, which: Pass) -> Config:
         """What was measured to be fast for inputs like these, or else what ships."""

@@ -48,8 +48,8 @@ class Config:
         return replace(self, BM=self.BM // 2) if self.BM > 16 else None
 
     def arguments(self) -> dict[str, int]:
-        """What every kernel with a loop takes of it."""
-        return {"BM": self.BM, "BN": self.BN, "STAGES": self.stages, "num_warps": self.warps}
+        """What every kernel with a loop takes of it. num_stages: of loops that do not say themselves how many they have."""
+        return {"BM": self.BM, "BN": self.BN, "STAGES": self.stages, "num_warps": self.warps, "num_stages": self.stages}
 
 
 def padded(width: int) -> int:

@@ -231,7 +231,8 @@ def finished(
 
     HIDDEN 0: a row without a score above -inf is NaN, 1: it is 0, 2: so is every row that is NaN.
     """
-    none = (m == float("-inf")) & (Kn > 0)
+    # maxima skip NaN: of a row of NaN alone the maximum is -inf too
+    none = (m == float("-inf")) & (l == l) & (Kn > 0)
     broken = none | (l != l)
     if UNSHIFTED:
         total = l * tl.exp(m)
@@ -324,7 +325,7 @@ def forward(
     )  # fmt: skip
     out, total = finished(acc, m, l, q, at, st, n, Qn, Kn, BM, BN, LEFT, FILLS, HIDDEN, UNSHIFTED)
     put_tile(O + OFFSET(wide, sizes, ob) + q_start * os[0], rows, os[0], Qn, E, EP, os[1], out)
-    tl.store(M + first_line + rows, m, mask=rows < Qn)
+    tl.store(M + first_line + rows, tl.where(l == l, m, l), mask=rows < Qn)
     tl.store(M + lines + first_line + rows, total, mask=rows < Qn)
 
 
@@ -429,7 +430,7 @@ def combine(
     places = OFFSET(wide, sizes, ob) + query.to(tl.int64) * os[0]
     inner = inside[:, None] & (cols[None, :] < E)
     tl.store(O + places[:, None] + cols.to(tl.int64)[None, :] * os[1], out.to(O.dtype.element_ty), mask=inner)
-    tl.store(M + line, m, mask=inside)
+    tl.store(M + line, tl.where(l == l, m, l), mask=inside)
     tl.store(M + lines + line, total, mask=inside)
 
 

@@ -12,10 +12,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.exit("these tests run with TRITON_INTERPRET=1 (make test does)", returncode=2)
 
 import bfloat16
+import maxima
 import patches
 import scalars
 
 bfloat16.mend()
+maxima.mend()
 scalars.mend()
 patches.mend()
 

@@ -250,13 +250,18 @@ def test_unshifted_softmax():
     assert bool(triton.forward(spec, Inputs(q, k, k))[0].isnan().all())
 
 
-@pytest.mark.parametrize("where", ["q", "k", "bias"])
-@pytest.mark.parametrize("hidden", ["nan", "zero"])
-def test_nan_reaches_what_it_reaches_in_the_reference(where, hidden):
-    q, k, v = qkv(1, 2, 40, 70, 8)
-    bias = randn(1, 2, 40, 70)
-    {"q": q, "k": k, "bias": bias}[where][0, 1, 3, 2] = torch.nan
-    check(q, k, v, [bias], steps=(HALF, Bias(0)), hidden=hidden)
+@pytest.mark.parametrize("where", ["q", "k", "v", "bias"])
+@pytest.mark.parametrize("hidden", ["nan", "zero", "nan_to_zero"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("queries", [3, 40])
+def test_nan_reaches_what_it_reaches_in_the_reference(where, hidden, masked, queries):
+    q, k, v = qkv(1, 2, queries, 70, 8)
+    bias = randn(1, 2, queries, 70)
+    # of q this makes all scores of a row NaN, of which a maximum says no more than of a row without scores
+    {"q": q, "k": k, "v": v, "bias": bias}[where][0, 1, 2, 2] = torch.nan
+    steps = (HALF, Bias(0), *([ReplaceFill(causal(), -INF)] if masked else []))
+    # a row that counts as 0 has no gradient here; autograd makes it 0 times NaN
+    check(q, k, v, [bias], steps=steps, hidden=hidden, backward=hidden != "nan_to_zero")
 
 
 def test_a_half_overflow_is_an_infinity():

@@ -30,12 +30,13 @@ help:
 
 setup: $(STAMP)
 
+# Python compiles the modules that are imported, when they are: a small part of what is installed
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "attnfuse needs Python 3.10 or later")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools wheel
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,models,draw,fbgemm,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --upgrade -c constraints.txt pip setuptools wheel
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt --no-build-isolation -e '.[test,models,draw,fbgemm,dev]'
 	touch $(STAMP)
 
 demo: $(STAMP)

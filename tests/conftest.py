@@ -68,6 +68,7 @@ THINNED = {
     "models/test_conditions.py::test_autocast_bfloat16_fuses_within_twice_eagers_error": 5,
     "models/test_conditions.py::test_decoding_with_a_cache_equals_eager_token_by_token": 3,
     "models/test_models.py::test_all_attentions_of_sdpa_models_fuse_too": 2,
+    "passes/test_idioms.py::test_example_fuses_with_dynamic_shapes": 2,
     "interpreted/test_kernel_triton.py::test_causal_offsets": 5,
     "interpreted/test_kernel_triton.py::test_rows_without_keys": 5,
     "interpreted/test_kernel_triton.py::test_masks_of_every_dtype_and_broadcast": 5,

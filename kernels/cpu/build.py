@@ -51,7 +51,7 @@ _FLAGS = (
 # know neither flag get the second choice.
 _TARGETS = (("-march=native", "-mtune=generic"), ())
 #: Added to the flags, for what $ATTNFUSE_SANITIZE names. The first finding ends the process.
-_SANITIZED = ("-O2", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
+_SANITIZED = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
 _SANITIZERS = ("address", "undefined")
 _HERE = Path(__file__).parent
 _LOCK_SECONDS = 300.0

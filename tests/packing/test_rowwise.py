@@ -434,3 +434,14 @@ def test_a_cast_is_carried_whatever_gives_the_dtype() -> None:
 def test_every_rule_is_met_here() -> None:
     drawn = {*REDUCTIONS, *ALONG, *PRODUCTS, *FLAT, "layer_norm", "rms_norm", "cat", "stack", "embedding", "glu", "to"}
     assert set(_RULES) <= drawn
+
+
+def test_a_tensor_by_rows_in_the_order_of_places_is_not_gathered() -> None:
+    p = Padded("places first")
+    rows = carried(p, aten.view.default, p.node, [N * B, C])
+    assert p.read(p.call(aten.add.Tensor, rows, randn(N * B, C))) is None
+    # packed rows are in the order of sequences
+    p = Padded("rows")
+    node = p.call(aten.add.Tensor, flat(p), randn(B * N, C))
+    assert p.read(node) is not None
+    assert_rows_apart(p, node)

@@ -173,6 +173,20 @@ def test_nothing_else_is_no_reason() -> None:
     assert check([]) is None
 
 
+def test_scores_that_are_written_by_the_attention_itself_are_its_own() -> None:
+    def run(q: Any, k: Any, v: Any, bias: Any) -> Any:
+        s = q @ k.mT
+        s.mul_(0.5)
+        s += bias
+        return s.softmax(-1) @ v
+
+    view = viewed(run, *inputs())
+    site = site_of(view)
+    assert isinstance(site, Site) and isolated(view, site) is None
+    (found,) = torch.utils._pytree.tree_leaves(TakenOut(view, site).run(*inputs()))
+    torch.testing.assert_close(found, run(*inputs()))
+
+
 def test_a_part_under_no_grad_is_not_taken_out_with_the_rest() -> None:
     given_ = inputs()
     view = viewed(lambda *xs: program([], *xs), *given_)

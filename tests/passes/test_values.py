@@ -109,7 +109,9 @@ class Drawn:
             return self.element(self.draw(st.sampled_from(["uint8", "int64", "square"])), depth - 1, last)
         a = self.whole(depth - 1, last)
         if kind in ("floordiv", "mod", "mul"):
-            n = self.draw(st.integers(1, 4))
+            n = self.draw(st.integers(2, 4))
+            # below 0 as well, where quotients are rounded down
+            a = Both(algebra.sub(a.e, Const(5)), a.value - 5)
             made = {"floordiv": algebra.floordiv, "mod": algebra.mod, "mul": algebra.mul}[kind](a.e, Const(n))
             by = {"floordiv": torch.floor_divide, "mod": torch.remainder, "mul": torch.mul}[kind]
             return Both(made, by(a.value, n))
@@ -225,6 +227,16 @@ def test_what_depends_on_no_index_is_one_number(what: str) -> None:
     }[what]
     node = w.written(lambda x: Values(x, ((Atom(B),), (Atom(Ks),))).tensor(e, wanted.dtype))
     torch.testing.assert_close(w.value(node), wanted.expand(B, Ks))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_number_among_indices_is_that_of_its_own_dim(first: bool) -> None:
+    w = Written(*TABLES.values())
+    index = (Const(2), K) if first else (K, Const(2))
+    e = Tensor(w.inputs[NAMES.index("square")], index)
+    node = w.written(lambda x: Values(x, ((Atom(B),), (Atom(Ks),))).tensor(e, torch.int64))
+    row = TABLES["square"][2] if first else TABLES["square"][:, 2]
+    assert w.value(node).equal(row[:Ks].expand(B, Ks))
 
 
 def test_a_part_that_comes_twice_is_written_once() -> None:

@@ -35,7 +35,7 @@ TABLES = {
     "bool": torch.tensor([True, False, False, True, False, True]),
     "double": torch.linspace(-1.5, 2.0, 6, dtype=torch.float64),
     "half": torch.linspace(-1.5, 2.0, 6, dtype=torch.float16),
-    "square": torch.arange(36).view(6, 6) % 5,
+    "square": torch.arange(36).view(6, 6) * 7 % 11,
 }
 NAMES = tuple(TABLES)
 
@@ -110,8 +110,8 @@ class Drawn:
         a = self.whole(depth - 1, last)
         if kind in ("floordiv", "mod", "mul"):
             n = self.draw(st.integers(2, 4))
-            # below 0 as well, where quotients are rounded down
-            a = Both(algebra.sub(a.e, Const(5)), a.value - 5)
+            # numbers below 0 as well, where quotients are rounded down
+            a = a if kind == "mul" or self.draw(st.booleans()) else self.element("int64", depth - 1, last)
             made = {"floordiv": algebra.floordiv, "mod": algebra.mod, "mul": algebra.mul}[kind](a.e, Const(n))
             by = {"floordiv": torch.floor_divide, "mod": torch.remainder, "mul": torch.mul}[kind]
             return Both(made, by(a.value, n))

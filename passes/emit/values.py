@@ -112,7 +112,7 @@ class Values:
             if not _is_tensor(at):
                 node = w.call(torch.select, (node, len(index), at))
                 continue
-            if self.dims and not known(at).dim():
+            if not known(at).dim() and depends(e):
                 # PyTorch's fake tensors do not broadcast index tensors without dims
                 at = w.method("view", at, *[1] * len(self.dims))
             index.append(at)
@@ -142,7 +142,8 @@ class Values:
         found = w.call(e.target, tuple(args), dict(e.kwargs))
         if known(found).dtype != e.dtype:
             raise EmitError(reasons.MASK_DTYPE_DIFFERS(op=e.target, found=known(found).dtype, wanted=e.dtype))
-        return w.method("squeeze", found, 0) if known(found).dim() > len(self.dims) else found
+        # nothing but a dim that was added above
+        return w.method("squeeze", found, 0) if known(found).dim() and not depends(e) else found
 
 
 def _is_tensor(x: Any) -> TypeGuard[fx.Node]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import pytest
 from repository import ROOT
 
 PACKAGE = ROOT / "attnfuse"
@@ -117,3 +118,67 @@ def test_the_check_sees_private_names_however_they_are_used() -> None:
         "attnfuse.spec._d",
         "attnfuse.spec._decode",
     ]
+
+
+# -- each module of the passes has tests of its own
+
+#: Modules that no test names, since what is tested is what they make others do: the files that test that.
+TESTED_BY = {
+    "attnfuse.passes.capture.foreign": "tests/passes/test_foreign.py",
+    "attnfuse.passes.emit.repeated": "tests/passes/test_regions.py",
+    "attnfuse.passes.masks.structure": "tests/passes/test_mask_properties.py",
+    "attnfuse.passes.padding.region": "tests/packing/test_padding_properties.py",
+    "attnfuse.passes.read.graph_breaks": "tests/user/test_explain.py",
+}
+IDIOMS = "attnfuse.passes.read.idioms."
+
+
+def named_by(code: str) -> set[str]:
+    """The modules, and names in modules, that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def untested(known: Iterable[str], files: dict[str, str], listed: dict[str, str]) -> tuple[set[str], set[str]]:
+    """(modules that no file tests, entries of the list that are not needed or lead nowhere). files: code by path."""
+    named = set().union(*map(named_by, files.values()))
+    wanted = set(known)
+    idle = {name for name, file in listed.items() if name not in wanted or name in named or file not in files}
+    return wanted - named - set(listed), idle
+
+
+def test_each_module_of_the_passes_is_the_subject_of_a_test() -> None:
+    packages = {name for name in modules() if any(other.startswith(f"{name}.") for other in modules())}
+    # an idiom's examples are its tests, which one file finds and runs
+    known = {n for n in modules() if n.startswith("attnfuse.passes.") and not n.startswith(IDIOMS)} - packages
+    tests = ROOT / "tests"
+    paths = [p for p in tests.rglob("test_*.py") if (tests / "house") not in p.parents]
+    files = {str(p.relative_to(ROOT)): p.read_text() for p in paths}
+    assert len(known) > 35
+    assert untested(known, files, TESTED_BY) == (set(), set())
+    assert IDIOMS.rstrip(".") in named_by(files["tests/passes/test_idioms.py"])
+
+
+@pytest.mark.parametrize(
+    ("code", "listed", "expected"),
+    [
+        ("from attnfuse.passes.a import f", {}, (set(), set())),
+        ("from attnfuse.passes import a as b", {}, (set(), set())),
+        ("import attnfuse.passes.a", {}, (set(), set())),
+        ("from attnfuse.passes.ab import a", {}, ({"attnfuse.passes.a"}, set())),
+        ("'attnfuse.passes.a'", {}, ({"attnfuse.passes.a"}, set())),
+        ("", {"attnfuse.passes.a": "test_a.py"}, (set(), set())),
+        ("", {"attnfuse.passes.a": "test_b.py"}, (set(), {"attnfuse.passes.a"})),
+        ("", {"attnfuse.passes.b": "test_a.py"}, ({"attnfuse.passes.a"}, {"attnfuse.passes.b"})),
+        ("import attnfuse.passes.a", {"attnfuse.passes.a": "test_a.py"}, (set(), {"attnfuse.passes.a"})),
+    ],
+)
+def test_the_check_sees_a_module_without_a_test_and_an_idle_entry(
+    code: str, listed: dict[str, str], expected: tuple[set[str], set[str]]
+) -> None:
+    assert untested(["attnfuse.passes.a"], {"test_a.py": code}, listed) == expected

@@ -218,6 +218,10 @@ class Call:
             "PRECISION": self.precision,
         }
 
+    def exponents(self) -> dict[str, Any]:
+        """How the kernels that go through keys make weights of scores."""
+        return {"NEAR": self.traits.near, "FACTOR": self.traits.factor}
+
     def finish(self) -> dict[str, Any]:
         """What kernels take that make results of sums."""
         return {

@@ -8,13 +8,13 @@ columns), Qn and Kn (the numbers of queries and keys).
     bases(e, sizes, ops, bst)                    at, or the same for gradients
     offset(e, sizes, strides)                    where a batch element begins in a tensor
     score(s, q, k, FULL, ...)                    the scores after all steps, and what their gradients need
-    score_grad(g, saved, q, k, gat, gst, GIVE, ...)  gradient of the scores before all steps; adds those of operands up
+    score_grad(g, saved, q, k, FULL, gat, gst, GIVE, ...)  gradient of the scores before all steps; adds those of operands up
     weigh(p, q, k, ...)                          the weights after their steps
     weigh_grad(g, p, q, k, gat, gst, GIVE, ...)  gradient of the weights before their steps
     sink(q, ...)                                 the score that each row has besides those of the keys, [rows, 1]
     left(q, k, ...)                              which weights their fills leave
     keys(q0, q1, ...)                            the keys that queries q0 to q1 may see, and those that all of them see
-    queries(k0, k1, ...)                         the queries that may see keys k0 to k1
+    queries(k0, k1, ...)                         the queries that may see keys k0 to k1, and those that see all of them
     seen(q0, q1, k0, k1, BM, BN, ...)            whether a tile may hold a key that is not hidden
 """
 
@@ -101,6 +101,9 @@ class Traits:
     checked   tiles are looked at before they are computed
     doubt     as in Hiding; -inf where no row needs a second look
     fills     weights are filled with 0
+    near      no maximum of a row is so far from 0 that its product with log2(e) must not be rounded: one multiply-add takes it
+              from a score
+    factor    what the maximum, and the gradient of q @ k, have to be multiplied with, as scores are not
     """
 
     hides: bool
@@ -108,6 +111,8 @@ class Traits:
     checked: bool
     doubt: float
     fills: bool
+    near: bool
+    factor: float
 
 
 def traits(spec: Attention) -> Traits:
@@ -120,7 +125,33 @@ def traits(spec: Attention) -> Traits:
         checked=any(c.rest is not None and _interval_of(c.rest) for c in hides),
         doubt=found.doubt,
         fills=any(isinstance(s, ReplaceFill) for s in spec.weight_steps),
+        near=_near(spec),
+        factor=_factor(spec),
     )
+
+
+def _near(spec: Attention) -> bool:
+    """As Traits.near. From 2^30 on, which only a fill or an added operand reaches, rounding moves exp2 beyond float32; from
+    2^27 on it moves weights beyond float16."""
+    return (
+        spec.qk_dtype == spec.v_dtype == "bfloat16"
+        and spec.sink is None
+        and spec.softmax != "unshifted"
+        and all(
+            isinstance(s, (Softcap, Tanh))
+            or (isinstance(s, Scale) and s.operand is None)
+            or (isinstance(s, (ReplaceFill, AddFill)) and s.value == -math.inf)
+            for s in spec.steps
+        )
+    )
+
+
+def _factor(spec: Attention) -> float:
+    """As Traits.factor: of a first step that only infinite fills follow, which a positive factor leaves as they are."""
+    first, *rest = spec.steps or (None,)
+    if not _near(spec) or not isinstance(first, Scale) or not 0.0 < first.value < math.inf:
+        return 1.0
+    return first.value if all(isinstance(s, (ReplaceFill, AddFill)) for s in rest) else 1.0
 
 
 def by_columns(spec: Attention, operand: int) -> bool:
@@ -256,6 +287,8 @@ class _Module:
         self.spec = spec
         self.hiding: Hiding = hiding(spec)
         self.cuts = _cuts(spec)
+        #: steps before it are left to the kernels
+        self.first = 0 if _factor(spec) == 1.0 else 1
 
     def uses(self, e: Expr) -> set[str]:
         """Which of q and k the value of e depends on."""
@@ -299,6 +332,8 @@ class _Module:
         saved = []
         joined, end = rounding.joined(self.spec.steps), 0
         for i, step in enumerate(self.spec.steps):
+            if i < self.first:
+                continue
             if i in joined:
                 end = joined[i]
                 body.lines += ["scores = s", "s = tl.zeros_like(s)"]
@@ -353,10 +388,13 @@ class _Module:
 
     def _fill(self, body: _Body, found: Cut, step: ReplaceFill | AddFill) -> None:
         value = _number(step.value)
-        filled = value if isinstance(step, ReplaceFill) else f"s + {value}"
+        self._masked(body, found, "s", value if isinstance(step, ReplaceFill) else f"s + {value}")
+
+    def _masked(self, body: _Body, found: Cut, x: str, filled: str) -> None:
+        """Write where a mask leaves x, which is `filled` elsewhere."""
         rest = [] if found.rest is None else [f"({body.value(found.rest)})"]
         if not found.bounds:
-            body.lines.append(f"s = tl.where({rest[0]}, s, {filled})")
+            body.lines.append(f"{x} = tl.where({rest[0]}, {x}, {filled})")
             return
         # on a full tile the comparisons with the key hold; what they compute is not shared with what stands outside
         inner = _Body(self)
@@ -364,18 +402,21 @@ class _Module:
         inner.known = dict(body.known)
         edges = [f"({_bound(kind, inner.value(bound))})" for kind, bound in found.bounds.items()]
         body.lines += ["if not FULL:", *(f"    {x}" for x in inner.lines)]
-        body.lines.append(f"    s = tl.where({' & '.join(rest + edges)}, s, {filled})")
+        body.lines.append(f"    {x} = tl.where({' & '.join(rest + edges)}, {x}, {filled})")
         if rest:
-            body.lines += ["else:", f"    s = tl.where({rest[0]}, s, {filled})"]
+            body.lines += ["else:", f"    {x} = tl.where({rest[0]}, {x}, {filled})"]
 
     def _score_grad(self) -> str:
         body = _Body(self)
         at = sum(map(_saves, self.spec.steps))
         for i, step in reversed(list(enumerate(self.spec.steps))):
             at -= _saves(step)
-            self._reverse(body, i, step, f"saved[{at}]")
+            if i >= self.first:
+                self._reverse(body, i, step, f"saved[{at}]")
         return self._define(
-            "score_grad", f"g, saved, q, k, gat, gst, GIVE: tl.constexpr, {_CONTEXT}", [*body.lines, "return g"]
+            "score_grad",
+            f"g, saved, q, k, FULL: tl.constexpr, gat, gst, GIVE: tl.constexpr, {_CONTEXT}",
+            [*body.lines, "return g"],
         )
 
     def _reverse(self, body: _Body, i: int, step: Step, saved: str) -> None:
@@ -396,7 +437,7 @@ class _Module:
         elif isinstance(step, Clamp):
             put(f"g = tl.where(({saved} >= {_number(step.low)}) & ({saved} <= {_number(step.high)}), g, 0.0)")
         elif isinstance(step, ReplaceFill):
-            put(f"g = tl.where({body.value(step.keep)}, g, 0.0)")
+            self._masked(body, self.cuts[i], "g", "0.0")
 
     def _give(self, body: _Body, operand: int, row: Expr | None, col: Expr | None, given: str) -> None:
         """Add `given` [BM, BN] to the gradient of an operand, in the kernel that is to make it."""
@@ -501,17 +542,18 @@ class _Module:
 
     def _queries(self) -> str:
         body = _Body(self)
-        lo, hi = ["0"], ["Qn"]
-        for kind, bound in self._bounds(True):
-            x = self._scalar(body, bound)
-            if kind == "below_q":
-                lo.append(f"k0 - {x} + 1")
-            elif kind == "from_q":
-                hi.append(f"k1 - {x} + 1")
-            else:
-                outside = f"k0 >= {x}" if kind == "below" else f"k1 < {x}"
-                hi.append(body.let(f"tl.where({outside}, 0, Qn)"))
-        made = [_most("maximum", lo), _most("minimum", hi)]
+        lo, hi, full_lo, full_hi = ["0"], ["Qn"], ["0"], ["Qn"]
+        for hides, low, high, first, last in ((True, lo, hi, "k0", "k1"), (False, full_lo, full_hi, "k1", "k0")):
+            for kind, bound in self._bounds(hides):
+                x = self._scalar(body, bound)
+                if kind == "below_q":
+                    low.append(f"{first} - {x} + 1")
+                elif kind == "from_q":
+                    high.append(f"{last} - {x} + 1")
+                else:
+                    outside = f"{first} >= {x}" if kind == "below" else f"{last} < {x}"
+                    high.append(body.let(f"tl.where({outside}, 0, Qn)"))
+        made = [_most("maximum", lo), _most("minimum", hi), _most("maximum", full_lo), _most("minimum", full_hi)]
         return self._define("queries", f"k0, k1, {_CONTEXT}", [*body.lines, f"return {', '.join(made)}"])
 
     def _seen(self) -> str:

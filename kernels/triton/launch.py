@@ -52,6 +52,7 @@ def forward(call: Call, out: torch.Tensor, stats: torch.Tensor) -> None:
             "M": stats,
             **call.shared(),
             **call.scores(),
+            **call.exponents(),
             **call.finish(),
             **made.arguments(),
             "SPECIALISED": call.specialised(made),
@@ -84,6 +85,6 @@ def decode(call: Call, out: torch.Tensor, stats: torch.Tensor) -> None:
     call.launch(
         template.decode,
         programs * found.parts,
-        {**common, **read, "KEYS": call.functions.keys, "CHECKED": call.traits.checked},
+        {**common, **read, **call.exponents(), "KEYS": call.functions.keys, "CHECKED": call.traits.checked},
     )
     call.launch(template.combine, programs, {**common, **call.matrices(o=out), "M": stats, **call.finish()})

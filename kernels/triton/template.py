@@ -11,6 +11,21 @@ Sources: Dao 2023, arXiv:2307.08691 (tiles, recomputation in backward); Milakov 
 import triton
 import triton.language as tl
 
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def powers(x, shift, NEAR: tl.constexpr, FACTOR: tl.constexpr):
+    """exp(FACTOR * (x - shift)), by the one instruction that devices have for it, exp2.
+
+    NEAR: as codegen.Traits.near; the rounding of the shift's product is the same for a whole row, and falls out by its sum.
+    Elsewhere the difference comes first, as fills that hide whole rows have one of 0.
+    """
+    if NEAR:
+        return tl.exp2(x * (FACTOR * LOG2E) - shift * (FACTOR * LOG2E))
+    else:
+        return tl.exp2((x - shift) * (FACTOR * LOG2E))
+
 
 @triton.jit
 def tile_of(base, rows, row_stride, n_rows, width: tl.constexpr, padded: tl.constexpr, col_stride):
@@ -152,7 +167,7 @@ def visit(
     acc, m, l, qt, line, q, q0, q1, k0, K, V, ks, vs, at, shared, st, n, Qn, Kn, seed, threshold, keep_scale,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     SCORE: tl.constexpr, WEIGH: tl.constexpr, SEEN: tl.constexpr, FULL: tl.constexpr, CHECKED: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, NEAR: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: brings the sums of a query tile up to date.
 
@@ -172,8 +187,8 @@ def visit(
             s = tl.where(k < Kn, s, float("-inf"))
         top = tl.maximum(m, tl.max(s, 1))
         shift = tl.where(top == float("-inf"), 0.0, top)
-        p = tl.exp(s - shift[:, None])
-        fade = tl.exp(m - shift)
+        p = powers(s, shift[:, None], NEAR, FACTOR)
+        fade = powers(m, shift, NEAR, FACTOR)
         l = l * fade + tl.sum(p, 1)
         p = WEIGH(p, q, k, at, st, n, Qn, Kn)
         if DROPOUT:
@@ -217,7 +232,7 @@ def seen_all(
             for k0 in tl.range(0, Kn, BN, num_stages=STAGES):
                 acc, m, l = visit(
                     acc, m, l, qt, line, q, 0, 0, k0, K, V, ks, vs, at, at, st, n, Qn, Kn, seed, threshold, keep_scale, D,
-                    E, DP, EP, BM, BN, SCORE, WEIGH, SEEN, False, False, DROPOUT, PRECISION,
+                    E, DP, EP, BM, BN, SCORE, WEIGH, SEEN, False, False, DROPOUT, False, 1.0, PRECISION,
                 )  # fmt: skip
     return acc, m, l
 
@@ -235,7 +250,7 @@ def finished(
     none = (m == float("-inf")) & (l == l) & (Kn > 0)
     broken = none | (l != l)
     if UNSHIFTED:
-        total = l * tl.exp(m)
+        total = l * tl.exp2(m * LOG2E)
         broken = broken | (((total == 0.0) | (total == float("inf")) | (total != total)) & (Kn > 0))
     out = acc / tl.where(Kn > 0, l, 1.0)[:, None]
     nan = tl.where(broken, float("nan"), 0.0)
@@ -264,8 +279,9 @@ def forward(
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     OFFSET: tl.constexpr, BASES: tl.constexpr, SCORE: tl.constexpr, WEIGH: tl.constexpr, SINK: tl.constexpr,
     LEFT: tl.constexpr, KEYS: tl.constexpr, SEEN: tl.constexpr, LOWER: tl.constexpr, CHECKED: tl.constexpr, DOUBT: tl.constexpr,
-    FILLS: tl.constexpr, DROPOUT: tl.constexpr, HIDDEN: tl.constexpr, UNSHIFTED: tl.constexpr, PRECISION: tl.constexpr,
-    PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr, STAGES: tl.constexpr, SPECIALISED: tl.constexpr,
+    FILLS: tl.constexpr, DROPOUT: tl.constexpr, NEAR: tl.constexpr, FACTOR: tl.constexpr, HIDDEN: tl.constexpr,
+    UNSHIFTED: tl.constexpr, PRECISION: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr, STAGES: tl.constexpr,
+    SPECIALISED: tl.constexpr,
 ):  # fmt: skip
     """out and stats [2, lines] of one query tile of one batch element."""
     # the last queries first: under a causal mask they take longest
@@ -303,20 +319,21 @@ def forward(
         for k0 in tl.range(lo, first, BN, num_stages=STAGES):
             acc, m, l = visit(
                 acc, m, l, qt, line, q, q0, q1, k0, K, V, ks, vs, at, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E,
-                DP, EP, BM, BN, SCORE, WEIGH, SEEN, False, CHECKED, DROPOUT, PRECISION,
+                DP, EP, BM, BN, SCORE, WEIGH, SEEN, False, CHECKED, DROPOUT, NEAR, FACTOR, PRECISION,
             )  # fmt: skip
     else:
         first = lo
     for k0 in tl.range(first, last, BN, num_stages=STAGES, warp_specialize=SPECIALISED):
         acc, m, l = visit(
             acc, m, l, qt, line, q, q0, q1, k0, K, V, ks, vs, at, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E,
-            DP, EP, BM, BN, SCORE, WEIGH, SEEN, True, CHECKED, DROPOUT, PRECISION,
+            DP, EP, BM, BN, SCORE, WEIGH, SEEN, True, CHECKED, DROPOUT, NEAR, FACTOR, PRECISION,
         )  # fmt: skip
     for k0 in tl.range(last, hi, BN, num_stages=STAGES):
         acc, m, l = visit(
             acc, m, l, qt, line, q, q0, q1, k0, K, V, ks, vs, at, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E,
-            DP, EP, BM, BN, SCORE, WEIGH, SEEN, False, CHECKED, DROPOUT, PRECISION,
+            DP, EP, BM, BN, SCORE, WEIGH, SEEN, False, CHECKED, DROPOUT, NEAR, FACTOR, PRECISION,
         )  # fmt: skip
+    m *= FACTOR
     # for the second look q has addresses that the compiler cannot know to be those of before: it would hold q in registers
     again = tl.minimum(q0, Qn) + tl.arange(0, BM)
     acc, m, l = seen_all(
@@ -345,8 +362,8 @@ def decode(
     Qn, Kn, group, parts,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     OFFSET: tl.constexpr, BASES: tl.constexpr, SCORE: tl.constexpr, WEIGH: tl.constexpr, KEYS: tl.constexpr,
-    SEEN: tl.constexpr, CHECKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PACKED_Q: tl.constexpr,
-    PACKED_K: tl.constexpr, STAGES: tl.constexpr,
+    SEEN: tl.constexpr, CHECKED: tl.constexpr, DROPOUT: tl.constexpr, NEAR: tl.constexpr, FACTOR: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums of few queries over one of `parts` parts of their keys, so that a long cache keeps the whole device busy.
 
@@ -374,10 +391,10 @@ def decode(
     for k0 in tl.range(begin, tl.minimum(begin + share, hi), BN, num_stages=STAGES):
         acc, m, l = visit(
             acc, m, l, qt, line[:, None], query[:, None], 0, Qn - 1, k0, K, V, ks, vs, at, shared, st, n, Qn, Kn, seed,
-            threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE, WEIGH, SEEN, False, CHECKED, DROPOUT, PRECISION,
+            threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE, WEIGH, SEEN, False, CHECKED, DROPOUT, NEAR, FACTOR, PRECISION,
         )  # fmt: skip
     S += part.to(tl.int64) * 2 * lines
-    tl.store(S + line, m, mask=inside)
+    tl.store(S + line, m * FACTOR, mask=inside)
     tl.store(S + lines + line, l, mask=inside)
     cols = tl.arange(0, EP)
     P += part.to(tl.int64) * lines * EP
@@ -414,7 +431,7 @@ def combine(
         acc_part = tl.load(P + places[:, None] + cols[None, :], mask=inside[:, None], other=0.0)
         top = tl.maximum(m, m_part)
         shift = tl.where(top == float("-inf"), 0.0, top)
-        fade, gain = tl.exp(m - shift), tl.exp(m_part - shift)
+        fade, gain = powers(m, shift, False, 1.0), powers(m_part, shift, False, 1.0)
         acc = acc * fade[:, None] + acc_part * gain[:, None]
         l = l * fade + l_part * gain
         m = top
@@ -438,10 +455,13 @@ def combine(
 def prepare(
     O, G, GL, M, W, F, sizes, ob, gb, os, gs, QB, KB, deal, sequences, heads, lines, marks, Qn, Kn, E: tl.constexpr,
     EP: tl.constexpr, BM: tl.constexpr, OFFSET: tl.constexpr, HIDES: tl.constexpr, DOUBT: tl.constexpr,
-    HIDDEN: tl.constexpr, UNSHIFTED: tl.constexpr, LSE: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr,
+    HIDDEN: tl.constexpr, UNSHIFTED: tl.constexpr, MERGED: tl.constexpr, LSE: tl.constexpr, PACKED_Q: tl.constexpr,
+    PACKED_K: tl.constexpr,
 ):  # fmt: skip
     """What backward needs of each row: W [3, lines], the shift, 1 / sum and delta = sum(out * dout); F, a mark for each query
     tile, whether a row of it may see hidden keys, and after `marks` of them one for each batch element.
+
+    MERGED: the shift is that of exp2, with the logarithm of the sum in it, and infinite for a row that counts as 0.
 
     LSE: GL [lines] is the gradient of the log-sum-exp, which adds to that of every weight: delta is less by it.
     """
@@ -465,7 +485,7 @@ def prepare(
     none = m == float("-inf")
     broken = none | (l != l)
     if UNSHIFTED:
-        total = l * tl.exp(m)
+        total = l * tl.exp2(m * LOG2E)
         broken = broken | (total == 0.0) | (total == float("inf")) | (total != total)
     inverse = tl.where(broken, float("nan"), 1.0 / l)
     zero = tl.zeros([BM], tl.int1)
@@ -482,7 +502,11 @@ def prepare(
         delta -= of_lse
         used = used | (of_lse != 0.0)
     delta = tl.where(zero, 0.0, delta)
-    tl.store(W + line + rows, tl.where(none, 0.0, m), mask=rows < Qn)
+    if MERGED:
+        shift = tl.where(zero, float("inf"), tl.where(broken, float("nan"), m * LOG2E + tl.log2(l)))
+    else:
+        shift = tl.where(none, 0.0, m)
+    tl.store(W + line + rows, shift, mask=rows < Qn)
     tl.store(W + lines + line + rows, inverse, mask=rows < Qn)
     tl.store(W + 2 * lines + line + rows, delta, mask=rows < Qn)
     if HIDES:
@@ -497,16 +521,27 @@ def prepare(
 @triton.jit
 def reverse(
     qt, gt, kt, vt, shift, inverse, delta, line, q, k, at, st, n, gat, gst, Qn, Kn, seed, threshold, keep_scale,
-    BM: tl.constexpr, BN: tl.constexpr, SCORE: tl.constexpr, SCORE_GRAD: tl.constexpr, WEIGH: tl.constexpr,
-    WEIGH_GRAD: tl.constexpr, FULL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, GIVE: tl.constexpr,
+    SCORE: tl.constexpr, SCORE_GRAD: tl.constexpr, WEIGH: tl.constexpr, WEIGH_GRAD: tl.constexpr, FULL: tl.constexpr,
+    DROPOUT: tl.constexpr, MERGED: tl.constexpr, FACTOR: tl.constexpr, ZEROS: tl.constexpr, PRECISION: tl.constexpr,
+    GIVE: tl.constexpr,
 ):  # fmt: skip
-    """(weights that v was multiplied with, gradient of q @ k), both [BM, BN]."""
-    inside = (q < Qn) & (k < Kn)
+    """(weights that v was multiplied with, gradient of q @ k but for FACTOR), both [BM, BN].
+
+    FULL: the tile lies in the matrix, and no mask of places hides any of it. ZEROS: there may be rows that count as 0, which
+    have no gradient, whatever their scores are.
+    """
     s = tl.dot(qt, tl.trans(kt), input_precision=PRECISION)
     s, saved = SCORE(s, q, k, FULL, at, st, n, Qn, Kn)
-    p = tl.exp(s - shift[:, None]) * inverse[:, None]
-    # a row of zeros has no gradient, whatever its scores are
-    p = tl.where(inside & (inverse[:, None] != 0.0), p, 0.0)
+    if MERGED:
+        p = tl.exp2(s * (FACTOR * LOG2E) - shift[:, None])
+        live = shift[:, None] != float("inf")
+    else:
+        p = powers(s, shift[:, None], False, FACTOR) * inverse[:, None]
+        live = inverse[:, None] != 0.0
+    if not FULL:
+        live = live & (q < Qn) & (k < Kn)
+    if ZEROS or not FULL:
+        p = tl.where(live, p, 0.0)
     w = WEIGH(p, q, k, at, st, n, Qn, Kn)
     dw = tl.dot(gt, tl.trans(vt), input_precision=PRECISION)
     if DROPOUT:
@@ -515,8 +550,83 @@ def reverse(
         dw = tl.where(stays, dw * keep_scale, 0.0)
     dp = WEIGH_GRAD(dw, p, q, k, gat, gst, GIVE, at, st, n, Qn, Kn)
     ds = p * (dp - delta[:, None])
-    ds = tl.where(inside & (inverse[:, None] != 0.0), ds, 0.0)
-    return w, SCORE_GRAD(ds, saved, q, k, gat, gst, GIVE, at, st, n, Qn, Kn)
+    if ZEROS or not FULL:
+        ds = tl.where(live, ds, 0.0)
+    return w, SCORE_GRAD(ds, saved, q, k, FULL, gat, gst, GIVE, at, st, n, Qn, Kn)
+
+
+@triton.jit
+def edge(i, lo, first, last, SIZE: tl.constexpr):
+    """Where the i-th tile begins of those in [lo, first) and then from `last` on."""
+    return tl.where(lo + i * SIZE < first, lo + i * SIZE, last + i * SIZE - (first - lo))
+
+
+@triton.jit
+def parted(lo, hi, first, last, SIZE: tl.constexpr):
+    """(first, last, the number of other tiles) of [lo, hi), which begins with a tile: from first to last whole tiles are full."""
+    last = tl.maximum(tl.minimum(last, hi), lo) // SIZE * SIZE
+    last = tl.maximum(last, lo)
+    first = tl.minimum(tl.cdiv(tl.maximum(first, lo), SIZE) * SIZE, last)
+    return first, last, (first - lo) // SIZE + tl.cdiv(hi - last, SIZE)
+
+
+@triton.jit
+def row_tile(
+    dq, k0, qt, gt, shift, inverse, delta, line, q, q0, q1, whole, K, V, ks, vs, at, st, n, gat, gst, Qn, Kn, seed, threshold,
+    keep_scale,
+    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SCORE: tl.constexpr, SCORE_GRAD: tl.constexpr, WEIGH: tl.constexpr, WEIGH_GRAD: tl.constexpr, SEEN: tl.constexpr,
+    FULL: tl.constexpr, CHECKED: tl.constexpr, HIDES: tl.constexpr, DROPOUT: tl.constexpr, MERGED: tl.constexpr,
+    FACTOR: tl.constexpr, ZEROS: tl.constexpr, PRECISION: tl.constexpr, GIVE: tl.constexpr,
+):  # fmt: skip
+    """dq with what one tile of keys adds to it."""
+    needed = True
+    if CHECKED:
+        needed = SEEN(q0, q1, k0, tl.minimum(k0 + BN, Kn) - 1, BM, BN, at, st, n, Qn, Kn)
+        if HIDES:
+            needed = needed | whole
+    if needed:
+        keys = k0 + tl.arange(0, BN)
+        kt = tile_at(K, k0, keys, ks, Kn, D, DP, BN)
+        vt = tile_at(V, k0, keys, vs, Kn, E, EP, BN)
+        w, ds = reverse(
+            qt, gt, kt, vt, shift, inverse, delta, line, q, keys[None, :], at, st, n, gat, gst, Qn, Kn, seed, threshold,
+            keep_scale, SCORE, SCORE_GRAD, WEIGH, WEIGH_GRAD, FULL, DROPOUT, MERGED, FACTOR, ZEROS, PRECISION, GIVE,
+        )  # fmt: skip
+        dq = tl.dot(ds.to(kt.dtype), kt, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit
+def column_tile(
+    dk, dv, q0, kt, vt, k, k0, k1, Q, G, W, F, qs, gs, first_line, lines, at, st, n, gat, gst, Qn, Kn, seed, threshold, keep_scale,
+    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SCORE: tl.constexpr, SCORE_GRAD: tl.constexpr, WEIGH: tl.constexpr, WEIGH_GRAD: tl.constexpr, SEEN: tl.constexpr,
+    FULL: tl.constexpr, CHECKED: tl.constexpr, DROPOUT: tl.constexpr, MERGED: tl.constexpr, FACTOR: tl.constexpr,
+    ZEROS: tl.constexpr, PRECISION: tl.constexpr, GIVE: tl.constexpr,
+):  # fmt: skip
+    """dk and dv with what one tile of queries adds to them. W, F: from the first query and the first tile of the element on."""
+    needed = True
+    if CHECKED:
+        needed = SEEN(q0, tl.minimum(q0 + BM, Qn) - 1, k0, k1, BM, BN, at, st, n, Qn, Kn)
+        needed = needed | (tl.load(F + q0 // BM) != 0)
+    if needed:
+        rows = q0 + tl.arange(0, BM)
+        qt = tile_at(Q, q0, rows, qs, Qn, D, DP, BM)
+        gt = tile_at(G, q0, rows, gs, Qn, E, EP, BM)
+        shift = tl.load(W + rows, mask=rows < Qn, other=0.0)
+        inverse = shift
+        if not MERGED:
+            inverse = tl.load(W + lines + rows, mask=rows < Qn, other=0.0)
+        delta = tl.load(W + 2 * lines + rows, mask=rows < Qn, other=0.0)
+        q = rows[:, None]
+        w, ds = reverse(
+            qt, gt, kt, vt, shift, inverse, delta, first_line + q, q, k, at, st, n, gat, gst, Qn, Kn, seed, threshold,
+            keep_scale, SCORE, SCORE_GRAD, WEIGH, WEIGH_GRAD, FULL, DROPOUT, MERGED, FACTOR, ZEROS, PRECISION, GIVE,
+        )  # fmt: skip
+        dv = tl.dot(tl.trans(w).to(gt.dtype), gt, dv, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(ds).to(qt.dtype), qt, dk, input_precision=PRECISION)
+    return dk, dv
 
 
 @triton.jit
@@ -526,8 +636,9 @@ def backward_rows(
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     OFFSET: tl.constexpr, BASES: tl.constexpr, SCORE: tl.constexpr, SCORE_GRAD: tl.constexpr,
     WEIGH: tl.constexpr, WEIGH_GRAD: tl.constexpr, KEYS: tl.constexpr, SEEN: tl.constexpr, CHECKED: tl.constexpr,
-    HIDES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr,
-    GIVE: tl.constexpr, STAGES: tl.constexpr, SPECIALISED: tl.constexpr,
+    HIDES: tl.constexpr, DROPOUT: tl.constexpr, MERGED: tl.constexpr, FACTOR: tl.constexpr, ZEROS: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr, GIVE: tl.constexpr, STAGES: tl.constexpr,
+    SPECIALISED: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one query tile, and of the operands that have queries."""
     if PACKED_Q:
@@ -554,7 +665,9 @@ def backward_rows(
     gt = tile_of(G + OFFSET(wide, sizes, gb) + q_start * gs[0], rows, gs[0], Qn, E, EP, gs[1])
     W += first_line
     shift = tl.load(W + rows, mask=rows < Qn, other=0.0)
-    inverse = tl.load(W + lines + rows, mask=rows < Qn, other=0.0)
+    inverse = shift
+    if not MERGED:
+        inverse = tl.load(W + lines + rows, mask=rows < Qn, other=0.0)
     delta = tl.load(W + 2 * lines + rows, mask=rows < Qn, other=0.0)
     lo, hi, first, last = KEYS(q0, q1, at, st, n, Qn, Kn)
     lo, hi = clipped(lo, hi, Kn, BN)
@@ -563,22 +676,23 @@ def backward_rows(
         whole = tl.load(F + mark + tile) != 0
         lo = tl.where(whole, 0, lo)
         hi = tl.where(whole, Kn, hi)
+    # rows behind the last query are in no full tile
+    last = tl.where(q0 + BM <= Qn, last, 0)
+    first, last, edges = parted(lo, hi, first, last, BN)
     dq = tl.zeros([BM, DP], tl.float32)
-    for k0 in tl.range(lo, hi, BN, num_stages=STAGES, warp_specialize=SPECIALISED):
-        needed = True
-        if CHECKED:
-            needed = SEEN(q0, q1, k0, tl.minimum(k0 + BN, Kn) - 1, BM, BN, at, st, n, Qn, Kn)
-            if HIDES:
-                needed = needed | whole
-        if needed:
-            keys = k0 + tl.arange(0, BN)
-            kt = tile_at(K, k0, keys, ks, Kn, D, DP, BN)
-            vt = tile_at(V, k0, keys, vs, Kn, E, EP, BN)
-            w, ds = reverse(
-                qt, gt, kt, vt, shift, inverse, delta, first_line + q, q, keys[None, :], at, st, n, gat, gst, Qn, Kn, seed,
-                threshold, keep_scale, BM, BN, SCORE, SCORE_GRAD, WEIGH, WEIGH_GRAD, False, DROPOUT, PRECISION, GIVE,
-            )  # fmt: skip
-            dq = tl.dot(ds.to(kt.dtype), kt, dq, input_precision=PRECISION)
+    for i in tl.range(0, edges, num_stages=STAGES):
+        dq = row_tile(
+            dq, edge(i, lo, first, last, BN), qt, gt, shift, inverse, delta, first_line + q, q, q0, q1, whole, K, V, ks, vs, at,
+            st, n, gat, gst, Qn, Kn, seed, threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE, SCORE_GRAD, WEIGH, WEIGH_GRAD,
+            SEEN, False, CHECKED, HIDES, DROPOUT, MERGED, FACTOR, ZEROS, PRECISION, GIVE,
+        )  # fmt: skip
+    for k0 in tl.range(first, last, BN, num_stages=STAGES, warp_specialize=SPECIALISED):
+        dq = row_tile(
+            dq, k0, qt, gt, shift, inverse, delta, first_line + q, q, q0, q1, whole, K, V, ks, vs, at, st, n, gat, gst, Qn, Kn,
+            seed, threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE, SCORE_GRAD, WEIGH, WEIGH_GRAD, SEEN, True, CHECKED,
+            HIDES, DROPOUT, MERGED, FACTOR, ZEROS, PRECISION, GIVE,
+        )  # fmt: skip
+    dq *= FACTOR
     put_tile(DQ + OFFSET(wide, sizes, dqb) + q_start * dqs[0], rows, dqs[0], Qn, D, DP, dqs[1], dq)
 
 
@@ -589,8 +703,8 @@ def backward_columns(
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     OFFSET: tl.constexpr, BASES: tl.constexpr, SCORE: tl.constexpr, SCORE_GRAD: tl.constexpr,
     WEIGH: tl.constexpr, WEIGH_GRAD: tl.constexpr, QUERIES: tl.constexpr, SEEN: tl.constexpr, CHECKED: tl.constexpr,
-    HIDES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr,
-    GIVE: tl.constexpr, STAGES: tl.constexpr,
+    HIDES: tl.constexpr, DROPOUT: tl.constexpr, MERGED: tl.constexpr, FACTOR: tl.constexpr, ZEROS: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr, GIVE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys and values, and of the operands that have keys alone.
 
@@ -627,34 +741,28 @@ def backward_columns(
         else:
             Qe, q_at = matrix_of(Q, wide, q_start, sizes, qb, qs, OFFSET)
             Ge, g_at = matrix_of(G, wide, q_start, sizes, gb, gs, OFFSET)
-        We = W + first_line
-        lo, hi = QUERIES(k0, k1, at, st, n, own, Kn)
+        lo, hi, first, last = QUERIES(k0, k1, at, st, n, own, Kn)
         lo, hi = clipped(lo, hi, own, BM)
-        start, stop = lo, hi
-        any_whole = False
         if HIDES:
             # other queries may have rows that see all keys; few elements have any, and those take all tiles
             any_whole = tl.load(F + marks + wide) != 0
-            start = tl.where(any_whole, 0, lo)
-            stop = tl.where(any_whole, own, hi)
-        for q0 in tl.range(start, stop, BM, num_stages=STAGES):
-            needed = True
-            if CHECKED:
-                needed = SEEN(q0, tl.minimum(q0 + BM, own) - 1, k0, k1, BM, BN, at, st, n, own, Kn)
-                needed = needed | (tl.load(F + mark + q0 // BM) != 0)
-            if needed:
-                rows = q0 + tl.arange(0, BM)
-                qt = tile_at(Qe, q0, rows, q_at, own, D, DP, BM)
-                gt = tile_at(Ge, q0, rows, g_at, own, E, EP, BM)
-                shift = tl.load(We + rows, mask=rows < own, other=0.0)
-                inverse = tl.load(We + lines + rows, mask=rows < own, other=0.0)
-                delta = tl.load(We + 2 * lines + rows, mask=rows < own, other=0.0)
-                w, ds = reverse(
-                    qt, gt, kt, vt, shift, inverse, delta, first_line + rows[:, None], rows[:, None], keys[None, :], at, st,
-                    n, gat, gst, own, Kn, seed, threshold, keep_scale, BM, BN, SCORE, SCORE_GRAD, WEIGH, WEIGH_GRAD, False,
-                    DROPOUT, PRECISION, GIVE,
-                )  # fmt: skip
-                dv = tl.dot(tl.trans(w).to(gt.dtype), gt, dv, input_precision=PRECISION)
-                dk = tl.dot(tl.trans(ds).to(qt.dtype), qt, dk, input_precision=PRECISION)
+            lo = tl.where(any_whole, 0, lo)
+            hi = tl.where(any_whole, own, hi)
+        # keys behind the last one are in no full tile
+        last = tl.where(k0 + BN <= Kn, last, 0)
+        first, last, edges = parted(lo, hi, first, last, BM)
+        for i in tl.range(0, edges, num_stages=STAGES):
+            dk, dv = column_tile(
+                dk, dv, edge(i, lo, first, last, BM), kt, vt, keys[None, :], k0, k1, Qe, Ge, W + first_line, F + mark, q_at, g_at,
+                first_line, lines, at, st, n, gat, gst, own, Kn, seed, threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE,
+                SCORE_GRAD, WEIGH, WEIGH_GRAD, SEEN, False, CHECKED, DROPOUT, MERGED, FACTOR, ZEROS, PRECISION, GIVE,
+            )  # fmt: skip
+        for q0 in tl.range(first, last, BM, num_stages=STAGES):
+            dk, dv = column_tile(
+                dk, dv, q0, kt, vt, keys[None, :], k0, k1, Qe, Ge, W + first_line, F + mark, q_at, g_at, first_line, lines, at,
+                st, n, gat, gst, own, Kn, seed, threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE, SCORE_GRAD, WEIGH,
+                WEIGH_GRAD, SEEN, True, CHECKED, DROPOUT, MERGED, FACTOR, ZEROS, PRECISION, GIVE,
+            )  # fmt: skip
+    dk *= FACTOR
     put_tile(DK + OFFSET(head, outer, dkb) + k_start * dks[0], keys, dks[0], Kn, D, DP, dks[1], dk)
     put_tile(DV + OFFSET(head, outer, dvb) + k_start * dvs[0], keys, dvs[0], Kn, E, EP, dvs[1], dv)

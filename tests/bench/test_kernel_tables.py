@@ -125,7 +125,7 @@ def test_a_variant_is_compiled_with_its_configurations(monkeypatch: pytest.Monke
         given.append((kernel.fn.__name__, "".join(described), arguments.get("SPECIALISED")))
         return targets.Compiled(kernel.fn.__name__, 0, 0, 4, 1, 1, 0, 0, ())
 
-    monkeypatch.setattr(targets, "_compile", cheap)
+    monkeypatch.setattr(targets, "compile_kernel", cheap)
     case = kernels.Case(120, "float16", 64, "causal")
     for variant in ("", "descriptors", "specialised"):
         kernels.compiled(replace(case, variant=variant))
@@ -198,7 +198,7 @@ def test_what_is_compiled_is_what_the_spec_runs(monkeypatch: pytest.MonkeyPatch,
         return targets.Compiled(kernel.fn.__name__, 0, 0, 4, 1, 1, 0, 0, ())
 
     packed: list[bool | None] = []
-    monkeypatch.setattr(targets, "_compile", cheap)
+    monkeypatch.setattr(targets, "compile_kernel", cheap)
     found = kernels.compiled(kernels.Case(90, "float16", 64, spec))
     assert found["failed"] == ""
     assert [k["kernel"] for k in found["kernels"]] == names

@@ -51,7 +51,12 @@ def test_a_row_shows_tiles_registers_shared_memory_and_instructions() -> None:
         "mma.sync",
     )
     assert f"| {' | '.join(cells)} |" in text
-    for nothing in ("No kernel spills.", "Every kernel uses", "No kernel needs more", "bfloat16 was not compiled."):
+    for nothing in (
+        "No kernel spills.",
+        "Every kernel uses",
+        "No kernel needs more",
+        "bfloat16 was not compared with float16.",
+    ):
         assert nothing in text
 
 
@@ -228,7 +233,12 @@ def test_every_target_and_spec_is_among_the_cases_once() -> None:
     assert len(every) == len(set(every))
     for capability in kernels.TARGETS:
         found = {(c.dtype, c.spec) for c in every if c.capability == capability and c.D == 128}
-        assert found == {(dtype, spec) for dtype, specs in kernels.SPECS.items() for spec in specs}
+        declared = {(dtype, spec) for dtype, specs in kernels.SPECS.items() for spec in specs}
+        if capability not in kernels.COUNTED:
+            declared = {x for x in declared if x[0] != "bfloat16" or x[1] == "causal"}
+        if capability < 90:
+            declared = {x for x in declared if not x[1].endswith("tma")}
+        assert found == declared
 
 
 def test_the_document_holds_the_tables_of_the_file_that_is_shipped(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from attnfuse.kernels.triton.configs import SHARED
 from attnfuse.kernels.triton.targets import MATRIX
-from benchmarks import results
+from benchmarks import cycle_tables, results
 
 DOCUMENT = results.ROOT / "docs" / "kernels.md"
 #: Of the traffic, what the document shows; the file has more.
@@ -23,6 +23,10 @@ def write(content: Row, document: Path = DOCUMENT) -> None:
     """Put the tables in place of those that the document has."""
     results.section("configurations", configurations(content), document, _HEAD)
     results.section("variants", variants(content), document, _HEAD)
+    results.section("figures", cycle_tables.figures(), document, _HEAD)
+    results.section("costs", cycle_tables.costs(content), document, _HEAD)
+    results.section("kinds", cycle_tables.kinds(content), document, _HEAD)
+    results.section("order", cycle_tables.order(content), document, _HEAD)
     results.section("traffic", traffic(content), document, _HEAD)
 
 
@@ -188,11 +192,19 @@ def _grouped(rows: Iterable[Row], find: Callable[[Row, Row], str]) -> list[str]:
 
 
 def _bfloat16(rows: Iterable[Row]) -> str:
-    """How far bfloat16 is from float16, in words."""
-    made = {(r["dtype"], r["capability"], r["D"], r["spec"]): {k["kernel"]: k for k in r["kernels"]} for r in rows}
+    """How far bfloat16 is from float16, in words, where both are of this source."""
+    made = {
+        (r["dtype"], r["capability"], r["D"], r["spec"]): {
+            # loops are counted of bfloat16 alone
+            k["kernel"]: {name: x for name, x in k.items() if name != "loop"}
+            for k in r["kernels"]
+        }
+        for r in rows
+        if not r["old"]
+    }
     pairs = list(_pairs(made))
     if not pairs:
-        return "bfloat16 was not compiled."
+        return "bfloat16 was not compared with float16."
     different = [(a, b) for a, b in pairs if a != b]
     text = f"bfloat16 and float16: {len(pairs) - len(different)} of {len(pairs)} kernels cost the same"
     if not different:

@@ -1,7 +1,9 @@
-"""What the Triton kernels cost, without a GPU: compiled for every target, and their traffic counted from the spec.
+"""What the Triton kernels cost, without a GPU: compiled for every target, the instructions of their main loops counted, and
+their traffic counted from the spec.
 
 python -m benchmarks.kernels                             every configuration that is not in the file yet, or of an older source
 python -m benchmarks.kernels --targets 90 --sizes 64     a part; the rest of the file stays
+python -m benchmarks.kernels --dtypes bfloat16           all whose instructions are counted, and others' kernels beside them
 python -m benchmarks.kernels --no-compile                the tables of what is in the file, and the traffic
 
 Writes benchmarks/results/kernels.json and the tables of docs/kernels.md. A kernel takes one to three seconds.
@@ -24,11 +26,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from attnfuse.expr import Algebra, causal, dense, window
+from attnfuse.expr import Algebra, Const, K, Q, causal, dense, documents, window
 from attnfuse.kernels.inputs import DENSE, Bounds, Inputs
 from attnfuse.kernels.triton.configs import PARTITIONED, Config, Pass, config
 from attnfuse.spec import AddFill, Attention, Bias, Operand, ReplaceFill, Scale, Sink, Softcap
-from benchmarks import kernel_tables, results, traffic
+from benchmarks import cycles, kernel_tables, results, traffic
 
 TARGETS = (80, 86, 89, 90, 100, 120)
 #: Without matrix instructions in Triton; these compile for a look at registers alone, no kernel is chosen there.
@@ -37,12 +39,18 @@ SIZES = (64, 128, 256)
 #: Of each dtype, the specs. tf32 is float32 with products in TF32.
 SPECS = {
     "float16": ("plain", "causal", "mixed", "dropout", "sink", "packed", "decode"),
-    "bfloat16": ("causal",),
+    "bfloat16": (
+        *("causal", "plain", "softcap", "alibi", "relative", "documents", "padding", "decode"),
+        # of others (benchmarks/compared.py)
+        *("tutorial", "tutorial tma", "flex", "flex tma"),
+    ),
     "float32": ("causal", "mixed"),
     "tf32": ("mixed",),
 }
 #: Head sizes of the specs that have fewer of them.
 _SIZES_OF = dict.fromkeys(("sink", "packed", "decode"), (64, 128))
+#: Where instructions are counted, and which bfloat16 cases there are besides 'causal'.
+COUNTED, _COUNTED_SIZES = (80, 90, 100, 120), (64, 128)
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
 _FLOAT_MIN = torch.finfo(torch.float32).min
 RESULTS = results.RESULTS / "kernels.json"
@@ -56,6 +64,9 @@ VARIANTS = {"descriptors": ("causal", "mixed", "decode"), "specialised": ("causa
 _VARIED = (90, 100, 120)
 #: What 'decode' reads, with query heads in groups of four, and how long the sequences of 'packed' are.
 _CACHE, _GROUPS, _LENGTHS = 4096, 4, (500, 20, 1000)
+
+#: How specs begin that are kernels of others.
+_OTHERS = ("tutorial", "flex")
 
 Row = dict[str, Any]
 
@@ -78,8 +89,19 @@ class Case:
         return Case(row["capability"], row["dtype"], row["D"], row["spec"], row.get("variant", ""))
 
     @property
+    def counted(self) -> bool:
+        """Whether the instructions of its loops are counted."""
+        plain = self.dtype == "bfloat16" and not self.variant
+        return plain and self.capability in COUNTED and self.D in _COUNTED_SIZES
+
+    @property
+    def compared(self) -> bool:
+        """Whether it is a kernel of others."""
+        return self.spec.startswith(_OTHERS)
+
+    @property
     def passes(self) -> tuple[Pass, ...]:
-        return ("decode",) if self.spec == "decode" else ("forward", "backward")
+        return ("decode",) if self.spec == "decode" else ("forward",) if self.compared else ("forward", "backward")
 
 
 def _joined(values: Iterable[object]) -> str:
@@ -108,6 +130,20 @@ def build(
         operands = [torch.empty(1, heads, 1, 1, dtype=made, device=device)]
         declared = [Operand(own, ("1", "H", "1", "1"))]
         fields["sink"] = Sink(operand=0)
+    if name == "alibi":
+        # slope * (k - q), which is read from a table
+        operands = [torch.empty(1, heads, 1, 2 * length - 1, dtype=made, device=device)]
+        declared = [Operand(own, ("1", "H", "1", "T"))]
+    if name == "relative":
+        # a table by clamped distance, which is made into a bias for each query and key
+        operands = [torch.empty(1, heads, length, length, dtype=made, device=device)]
+        declared = [Operand(own, ("1", "H", "Q", "K"))]
+    if name == "documents":
+        operands = [torch.empty(shape, dtype=torch.int64) for shape in ((batch, 1, length, 1), (batch, 1, 1, length))]
+        declared = [Operand("int64", ("B", "1", "Q", "1")), Operand("int64", ("B", "1", "1", "K"))]
+    if name == "padding":
+        operands = [torch.ones(batch, 1, 1, length, dtype=torch.bool)]
+        declared = [Operand("bool", ("B", "1", "1", "K"))]
     if name == "mixed":
         operands = [
             torch.ones(batch, 1, 1, length, dtype=torch.bool),
@@ -115,7 +151,7 @@ def build(
         ]
         declared = [Operand("bool", ("B", "1", "1", "K")), Operand(own, ("1", "H", "Q", "K"))]
     sizes = (None,) * (len(dims) + 4)
-    spec = Attention(dims, sizes, own, own, own, steps=_steps(name, D), operands=tuple(declared), **fields)
+    spec = Attention(dims, sizes, own, own, own, steps=_steps(name, D, length), operands=tuple(declared), **fields)
     q, k, v = (torch.empty(shape, dtype=made, device=device) for shape in shapes)
     if name == "packed":
         # heads beside each other in a row, as in [rows, heads, D]
@@ -123,12 +159,19 @@ def build(
     return spec, Inputs(q, k, v, operands, bounds=bounds)
 
 
-def _steps(name: str, D: int) -> tuple[Any, ...]:
+def _steps(name: str, D: int, length: int) -> tuple[Any, ...]:
     scale, algebra = Scale(D**-0.5), Algebra()
+    before = ReplaceFill(causal(), -math.inf)
+    distance = algebra.add(algebra.sub(K, Q), Const(length - 1))
     near = ReplaceFill(algebra.and_(causal(), window(WIDTH)), -math.inf)
     steps: dict[str, tuple[Any, ...]] = {
-        "causal": (scale, ReplaceFill(causal(), -math.inf)),
-        "packed": (scale, ReplaceFill(causal(), -math.inf)),
+        "causal": (scale, before),
+        "packed": (scale, before),
+        "softcap": (scale, Softcap(30.0), before),
+        "alibi": (scale, Bias(0, col=distance), before),
+        "relative": (scale, Bias(0)),
+        "documents": (scale, ReplaceFill(algebra.and_(causal(), documents(0, 1)), -math.inf)),
+        "padding": (scale, ReplaceFill(dense(0), -math.inf)),
         "decode": (scale, ReplaceFill(causal(_CACHE - 1), -math.inf)),
         "window": (scale, near),
         "sink": (scale, near),
@@ -137,20 +180,36 @@ def _steps(name: str, D: int) -> tuple[Any, ...]:
     return steps.get(name, (scale,))
 
 
-def compiled(case: Case) -> Row:
-    """The case's kernels as compiled, or why they were not."""
-    from attnfuse.kernels.triton import targets
-
-    spec, inputs = build(case.spec, case.dtype, case.D)
-    torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
+def compiled(case: Case, backward: bool = True) -> Row:
+    """The case's kernels as compiled, or why they were not. backward: whether with those of backward, if it has any."""
     try:
-        fixed = varied(case) if case.variant else {}
-        backward = "backward" in case.passes
-        found = targets.compiled(spec, inputs, case.capability, backward=backward, fixed=fixed)
+        found = _compiled(case, backward and "backward" in case.passes)
     except Exception as error:
         # Triton raises errors of its own kinds, and a failure is a result too
         return {**asdict(case), "failed": f"{type(error).__name__}: {error}"[:300], "kernels": []}
-    return {**asdict(case), "failed": "", "kernels": [asdict(x) for x in found]}
+    return {**asdict(case), "failed": "", "kernels": [_kept(case, x) for x in found]}
+
+
+def _compiled(case: Case, backward: bool) -> list[Any]:
+    from attnfuse.kernels.triton import targets
+
+    if case.compared:
+        from benchmarks import compared
+
+        return compared.compiled(case.capability, case.spec, case.D)
+    spec, inputs = build(case.spec, case.dtype, case.D)
+    torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
+    fixed = varied(case) if case.variant else {}
+    # slopes are no parameters
+    needs = [True] * 3 + [False] if case.spec == "alibi" else ()
+    return targets.compiled(spec, inputs, case.capability, backward=backward, fixed=fixed, needs=needs)
+
+
+def _kept(case: Case, made: Any) -> Row:
+    """What the file has of a kernel: its costs and, if it has products, what its main loop does."""
+    row = asdict(made)
+    cubin = row.pop("cubin")
+    return {**row, "loop": cycles.counted(cubin)} if case.counted and made.kernel in cycles.PRODUCTS else row
 
 
 def _shipped(case: Case) -> dict[Pass, Config]:
@@ -178,17 +237,27 @@ def digest(case: Case) -> str:
     """Of what the case's kernels are made from: another one means that its figures are of the past."""
     from attnfuse.kernels.triton import call, codegen, descriptors, gradients, launch, template
 
+    here = Path(__file__).parent
+    # what counts
+    counting = [(here / "sass.py").read_text()] if case.counted else []
+    if case.compared:
+        return _hashed([metadata.version("triton"), (here / "compared.py").read_text(), *counting])
     modules = (call, launch, gradients, template, *([descriptors] if case.variant else []))
     files = [Path(str(module.__file__)).read_text() for module in modules]
     tiles = " ".join(map(str, (varied(case) if case.variant else _shipped(case)).values()))
     spec, _ = build(case.spec, case.dtype, case.D, device="meta")
-    parts = [metadata.version("triton"), codegen.source(spec), tiles, *files]
+    return _hashed([metadata.version("triton"), codegen.source(spec), tiles, *files, *counting])
+
+
+def _hashed(parts: list[str]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def cases(capabilities: Iterable[int], dtypes: Iterable[str], sizes: Iterable[int]) -> list[Case]:
     found = [Case(*c, spec) for c in itertools.product(capabilities, dtypes, sizes) for spec in SPECS[c[1]]]
     found = [c for c in found if c.D in _SIZES_OF.get(c.spec, SIZES)]
+    found = [c for c in found if c.dtype != "bfloat16" or c.spec == "causal" or c.counted]
+    found = [c for c in found if not c.spec.endswith("tma") or c.capability >= 90]
     # where there is no matrix instruction, a sample
     return [
         c for c in found if c.capability not in WITHOUT or (c.dtype == "float16" and c.D < 256 and c.spec in _SAMPLE)

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -39,7 +39,7 @@ _TYPES = {
 class Compiled:
     """One kernel as compiled. BM, BN, warps, stages: as in Config, 0 where it has none; shared, spilled: bytes; registers: of a
     thread; products: names of matrix instructions; bulk: whether tiles are copied by tensor descriptors; partitioned: whether
-    warps share out the work of a loop."""
+    warps share out the work of a loop; cubin: the machine code."""
 
     kernel: str
     BM: int
@@ -52,6 +52,7 @@ class Compiled:
     products: tuple[str, ...]
     bulk: bool = False
     partitioned: bool = False
+    cubin: bytes = field(default=b"", repr=False, compare=False)
 
 
 def compiled(
@@ -70,7 +71,7 @@ def compiled(
     found: list[Compiled] = []
 
     def record(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
-        found.append(_compile(kernel, arguments, capability))
+        found.append(compile_kernel(kernel, arguments, capability))
 
     device = Device("cuda", capability)
     if spec.dropout and inputs.seed is None:
@@ -87,7 +88,8 @@ def compiled(
     return found
 
 
-def _compile(kernel: Any, arguments: dict[str, Any], capability: int) -> Compiled:
+def compile_kernel(kernel: Any, arguments: dict[str, Any], capability: int) -> Compiled:
+    """A kernel with the arguments of a launch, num_warps and STAGES among them."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -107,9 +109,18 @@ def _compile(kernel: Any, arguments: dict[str, Any], capability: int) -> Compile
     registers, spilled = _usage(made.asm["cubin"])
     products = re.findall(r"(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", made.asm["ptx"])
     tiles = (arguments.get("BM", 0), arguments.get("BN", 0), options["num_warps"], arguments.get("STAGES", 0))
-    kinds = [word in made.asm["ptx"] for word in ("cp.async.bulk.tensor", "setmaxnreg")]
-    shared = made.metadata.shared
-    return Compiled(kernel.fn.__name__, *tiles, registers, spilled, shared, tuple(sorted(set(products))), *kinds)
+    bulk, partitioned = (word in made.asm["ptx"] for word in ("cp.async.bulk.tensor", "setmaxnreg"))
+    return Compiled(
+        kernel.fn.__name__,
+        *tiles,
+        registers,
+        spilled,
+        made.metadata.shared,
+        tuple(sorted(set(products))),
+        bulk,
+        partitioned,
+        made.asm["cubin"],
+    )
 
 
 def _typed(
@@ -135,19 +146,24 @@ def _typed(
     return "i32" if -(2**31) <= value < 2**31 else "i64" if value < 2**63 else "u64"
 
 
-def _usage(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and bytes it keeps in local memory since it has no more registers."""
+def cuobjdump() -> str:
+    """The tool that reads what was compiled. Raises FileNotFoundError without it."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     command = str(tool) if tool.exists() else shutil.which("cuobjdump")
     if command is None:
         raise FileNotFoundError("cuobjdump, which Triton's wheel has, was not found")
+    return command
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes it keeps in local memory since it has no more registers."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         text = subprocess.run(
-            [command, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+            [cuobjdump(), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     registers, stack, local = (int(re.search(rf"{what}:(\d+)", text)[1]) for what in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
     return registers, max(stack, local)

@@ -51,7 +51,12 @@ def test_a_row_shows_tiles_registers_shared_memory_and_instructions() -> None:
         "mma.sync",
     )
     assert f"| {' | '.join(cells)} |" in text
-    for nothing in ("No kernel spills.", "Every kernel uses", "No kernel needs more", "bfloat16 was not compiled."):
+    for nothing in (
+        "No kernel spills.",
+        "Every kernel uses",
+        "No kernel needs more",
+        "bfloat16 was not compared with float16.",
+    ):
         assert nothing in text
 
 
@@ -125,7 +130,7 @@ def test_a_variant_is_compiled_with_its_configurations(monkeypatch: pytest.Monke
         given.append((kernel.fn.__name__, "".join(described), arguments.get("SPECIALISED")))
         return targets.Compiled(kernel.fn.__name__, 0, 0, 4, 1, 1, 0, 0, ())
 
-    monkeypatch.setattr(targets, "_compile", cheap)
+    monkeypatch.setattr(targets, "compile_kernel", cheap)
     case = kernels.Case(120, "float16", 64, "causal")
     for variant in ("", "descriptors", "specialised"):
         kernels.compiled(replace(case, variant=variant))
@@ -198,7 +203,7 @@ def test_what_is_compiled_is_what_the_spec_runs(monkeypatch: pytest.MonkeyPatch,
         return targets.Compiled(kernel.fn.__name__, 0, 0, 4, 1, 1, 0, 0, ())
 
     packed: list[bool | None] = []
-    monkeypatch.setattr(targets, "_compile", cheap)
+    monkeypatch.setattr(targets, "compile_kernel", cheap)
     found = kernels.compiled(kernels.Case(90, "float16", 64, spec))
     assert found["failed"] == ""
     assert [k["kernel"] for k in found["kernels"]] == names
@@ -228,7 +233,12 @@ def test_every_target_and_spec_is_among_the_cases_once() -> None:
     assert len(every) == len(set(every))
     for capability in kernels.TARGETS:
         found = {(c.dtype, c.spec) for c in every if c.capability == capability and c.D == 128}
-        assert found == {(dtype, spec) for dtype, specs in kernels.SPECS.items() for spec in specs}
+        declared = {(dtype, spec) for dtype, specs in kernels.SPECS.items() for spec in specs}
+        if capability not in kernels.COUNTED:
+            declared = {x for x in declared if x[0] != "bfloat16" or x[1] == "causal"}
+        if capability < 90:
+            declared = {x for x in declared if not x[1].endswith("tma")}
+        assert found == declared
 
 
 def test_the_document_holds_the_tables_of_the_file_that_is_shipped(tmp_path: Path) -> None:

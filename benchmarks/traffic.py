@@ -74,8 +74,10 @@ def backward(spec: Attention, inputs: Inputs, tiles: Config) -> Pass:
     out, dout = c.queries * v.shape[-1] * dtype_of(spec.out_dtype).itemsize, c.queries * _row(v)
     statistics, work = c.queries * 2 * _FLOAT, c.queries * 3 * _FLOAT
     prepare = Traffic("prepare", q_tiles, out + dout + statistics, work)
+    # of the three numbers of a row, the sum may be in the shift
+    numbers = (2 if codegen.traits(spec).merged else 3) * _FLOAT
 
-    read = c.queries * _row(q) + dout + work + c.over(c.visited, c.columns * (_row(k) + _row(v)))
+    read = c.queries * (_row(q) + numbers) + dout + c.over(c.visited, c.columns * (_row(k) + _row(v)))
     read += c.again() + c.looks(q_tiles, c.limits) + c.seeds() + (q_tiles * _FLAG if c.hides else 0)
     written = c.queries * q.shape[-1] * _stored(q, c.batch) + c.added(by_columns=False)
     rows = Traffic("backward_rows", q_tiles, read, written, visited, c.every)
@@ -83,8 +85,8 @@ def backward(spec: Attention, inputs: Inputs, tiles: Config) -> Pass:
     # the batch dims that k or v has; one program goes through the elements of the others
     outer = tuple(max(a, b) for a, b in zip(k.shape[:-2], v.shape[:-2]))
     keys = math.prod(outer) * k.shape[-2]
-    read = keys * (_row(k) + _row(v)) + c.over(c.visited, c.rows[:, None] * (_row(q) + _row(v) + 3 * _FLOAT))
-    read += c.again() + c.looks(k_tiles, c.hiding_limits) + c.seeds() + (k_tiles * _FLAG if c.hides else 0)
+    read = keys * (_row(k) + _row(v)) + c.over(c.visited, c.rows[:, None] * (_row(q) + _row(v) + numbers))
+    read += c.again() + c.looks(k_tiles, c.limits) + c.seeds() + (k_tiles * _FLAG if c.hides else 0)
     read += c.number(c.candidates) * _FLAG if c.checked else 0
     written = sum(keys * x.shape[-1] * _stored(x, outer) for x in (k, v)) + c.added(by_columns=True)
     columns = Traffic("backward_columns", math.prod(outer) * c.shape[1], read, written, visited, c.every)
@@ -154,18 +156,19 @@ class _Count:
         self.every = self.elements * math.prod(self.shape)
         traits, hides = codegen.traits(spec), hiding(spec).steps
         self.hides, self.checked = traits.hides, traits.checked
-        cuts = codegen._cuts(spec)
+        self.cuts = cuts = codegen._cuts(spec)
         self.rests = [cut.rest for cut in cuts.values() if cut.rest is not None]
         self.looked_at = [
             rest for i in sorted(hides) if (rest := cuts[i].rest) is not None and codegen._interval_of(rest)
         ]
         self.limits = [x for cut in cuts.values() for x in cut.bounds.values()]
-        self.hiding_limits = [x for i in sorted(hides) for x in cuts[i].bounds.values()]
         self.kept = self._kept(spec.steps[i].keep for i in hides)
         self.visited = tiles_of(self.kept, tiles.BM, tiles.BN)
         bounding = {i: [_bounding(kind, x) for kind, x in cut.bounds.items()] for i, cut in cuts.items()}
         self.candidates = tiles_of(self._kept(x for i in hides for x in bounding[i]), tiles.BM, tiles.BN)
         self.full = tiles_of(self._kept(x for i in cuts for x in bounding[i]), tiles.BM, tiles.BN, whole=True)
+        #: of these, the tiles that lie in the matrix
+        self.inside = self.full & (self.rows == tiles.BM)[:, None] & (self.columns == tiles.BN)
 
     def _indices(self) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.arange(self.Q)[:, None], torch.arange(self.K)[None]
@@ -200,10 +203,15 @@ class _Count:
     def again(self) -> int:
         """Bytes of operands where scores and weights are made once more and gone through backwards."""
         steps = self.spec.steps
-        forwards = [*_used(steps), *_in([*self.masks_of(steps), *self.rests, *self.limits]), *_weighing(self.spec)]
-        keeps = [s.keep for s in steps if isinstance(s, (Bias, ReplaceFill)) and s.keep is not None]
-        backwards = [*_used(s for s in steps if isinstance(s, Scale)), *_in(keeps), *_weighing(self.spec)]
-        return self.loaded([*forwards, *backwards], self.visited)
+        always = _in([*self.masks_of(steps), *self.rests])
+        forwards = [*_used(steps), *always, *_weighing(self.spec)]
+        replaced = [cut for i, cut in self.cuts.items() if isinstance(steps[i], ReplaceFill)]
+        keeps = [s.keep for s in steps if isinstance(s, Bias) and s.keep is not None]
+        left = _in([*keeps, *(cut.rest for cut in replaced if cut.rest is not None)])
+        backwards = [*_used(s for s in steps if isinstance(s, Scale)), *left, *_weighing(self.spec)]
+        edges = [*set(_in(self.limits)) - set(always)]
+        edges += [*set(_in(x for cut in replaced for x in cut.bounds.values())) - set(left)]
+        return self.loaded([*forwards, *backwards], self.visited) + self.loaded(edges, self.visited & ~self.inside)
 
     def looks(self, programs: int, limits: Iterable[Expr]) -> int:
         """Bytes that tell where loops begin and end, and which tiles between are needed."""

@@ -103,6 +103,8 @@ class Traits:
     fills     weights are filled with 0
     near      no maximum of a row is so far from 0 that its product with log2(e) must not be rounded: one multiply-add takes it
               from a score
+    merged    one number says of a row what its weights are but for their scores: far from 0, float32 would lose the sum's
+              logarithm, and a row that is NaN and counts as 0 has no such number
     factor    what the maximum, and the gradient of q @ k, have to be multiplied with, as scores are not
     """
 
@@ -112,6 +114,7 @@ class Traits:
     doubt: float
     fills: bool
     near: bool
+    merged: bool
     factor: float
 
 
@@ -126,6 +129,7 @@ def traits(spec: Attention) -> Traits:
         doubt=found.doubt,
         fills=any(isinstance(s, ReplaceFill) for s in spec.weight_steps),
         near=_near(spec),
+        merged=_near(spec) and spec.hidden != "nan_to_zero",
         factor=_factor(spec),
     )
 

@@ -66,10 +66,19 @@ _Table = dict[tuple[Pass, int], dict[int, Config]]
 #: By pass and head size up to which it holds: by compute capability, 0 for any other device. 16 bits:
 _HALF: _Table = {
     ("forward", 64): {**dict.fromkeys((80, 90, 100), Config(128, 64, 8, 3)), 0: Config(128, 64, 8, 2)},
-    ("forward", 128): {**dict.fromkeys((80, 90, 100), Config(128, 64, 8, 3)), 0: Config(64, 64, 4, 2)},
+    ("forward", 128): {
+        **dict.fromkeys((80, 100), Config(128, 64, 8, 3)),
+        90: Config(128, 128, 8, 2),
+        0: Config(64, 64, 4, 2),
+    },
     ("forward", 256): {**dict.fromkeys((80, 90), Config(64, 32, 4, 2)), 100: Config(64, 32, 8, 2), 0: Config(64, 32, 4, 1)},
     ("backward", 64): {**dict.fromkeys((80, 90), Config(64, 64, 4, 2)), 100: Config(64, 64, 8, 2), 0: Config(64, 32, 4, 2)},
-    ("backward", 128): {**dict.fromkeys((80, 90), Config(64, 64, 4, 2)), 100: Config(64, 64, 8, 2), 0: Config(64, 32, 4, 1)},
+    ("backward", 128): {
+        80: Config(64, 32, 4, 2),
+        90: Config(128, 64, 8, 2),
+        100: Config(64, 64, 8, 2),
+        0: Config(64, 32, 4, 1),
+    },
     ("backward", 256): {0: Config(32, 32, 4, 1)},
 }
 #: 16 bits, for specs that need more registers and would spill.
@@ -80,10 +89,9 @@ _HEAVY: _Table = {
         0: Config(128, 64, 8, 2),
     },
     ("forward", 128): {
-        80: Config(64, 64, 4, 3),
-        90: Config(128, 32, 8, 3),
+        **dict.fromkeys((80, 0), Config(64, 32, 4, 2)),
+        90: Config(128, 64, 8, 2),
         100: Config(128, 64, 8, 3),
-        0: Config(64, 64, 4, 2),
     },
     ("forward", 256): {
         80: Config(64, 32, 4, 2),
@@ -92,7 +100,7 @@ _HEAVY: _Table = {
         0: Config(64, 32, 4, 1),
     },
     ("backward", 64): {90: Config(64, 64, 4, 2), 100: Config(64, 64, 8, 2), 0: Config(64, 32, 4, 2)},
-    ("backward", 128): {90: Config(64, 64, 4, 1), 100: Config(64, 64, 8, 2), 0: Config(64, 32, 4, 1)},
+    ("backward", 128): {90: Config(128, 64, 8, 2), 100: Config(64, 64, 8, 2), 0: Config(64, 32, 4, 1)},
     ("backward", 256): {0: Config(32, 32, 8, 1)},
 }
 #: 32 bits: multiply-adds, unless TF32 is allowed.

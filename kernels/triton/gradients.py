@@ -86,7 +86,7 @@ def _prepare(
             "DOUBT": traits.doubt,
             "HIDDEN": HIDDEN[spec.hidden],
             "UNSHIFTED": spec.softmax == "unshifted",
-            "MERGED": _merged(call),
+            "MERGED": call.traits.merged,
         },
     )
     return found
@@ -109,17 +109,11 @@ def _common(call: Call, dout: torch.Tensor) -> dict[str, Any]:
         "CHECKED": call.traits.checked,
         "HIDES": call.traits.hides,
         "DROPOUT": call.spec.dropout > 0.0,
-        "MERGED": _merged(call),
+        "MERGED": call.traits.merged,
         "FACTOR": call.traits.factor,
         "ZEROS": call.spec.hidden != "nan",
         "PRECISION": call.precision,
     }
-
-
-def _merged(call: Call) -> bool:
-    """Whether one number says of a row what its weights are but for their scores: where that is far from 0, float32 would lose
-    the sum's logarithm. A row that is NaN and counts as 0 has no such number."""
-    return call.traits.near and call.spec.hidden != "nan_to_zero"
 
 
 def _backward_rows(call: Call, made: Config, common: dict[str, Any], operands: int) -> torch.Tensor:

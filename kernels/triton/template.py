@@ -238,6 +238,12 @@ def seen_all(
 
 
 @triton.jit
+def marked(m, l):
+    """The maximum to keep: NaN of a row of NaN, which -inf would make a row without scores."""
+    return tl.where((m == float("-inf")) & (l != l), float("nan"), m)
+
+
+@triton.jit
 def finished(
     acc, m, l, q, at, st, n, Qn, Kn, BM: tl.constexpr, BN: tl.constexpr, LEFT: tl.constexpr, FILLS: tl.constexpr,
     HIDDEN: tl.constexpr, UNSHIFTED: tl.constexpr,
@@ -342,7 +348,7 @@ def forward(
     )  # fmt: skip
     out, total = finished(acc, m, l, q, at, st, n, Qn, Kn, BM, BN, LEFT, FILLS, HIDDEN, UNSHIFTED)
     put_tile(O + OFFSET(wide, sizes, ob) + q_start * os[0], rows, os[0], Qn, E, EP, os[1], out)
-    tl.store(M + first_line + rows, tl.where(l == l, m, l), mask=rows < Qn)
+    tl.store(M + first_line + rows, marked(m, l), mask=rows < Qn)
     tl.store(M + lines + first_line + rows, total, mask=rows < Qn)
 
 
@@ -447,7 +453,7 @@ def combine(
     places = OFFSET(wide, sizes, ob) + query.to(tl.int64) * os[0]
     inner = inside[:, None] & (cols[None, :] < E)
     tl.store(O + places[:, None] + cols.to(tl.int64)[None, :] * os[1], out.to(O.dtype.element_ty), mask=inner)
-    tl.store(M + line, tl.where(l == l, m, l), mask=inside)
+    tl.store(M + line, marked(m, l), mask=inside)
     tl.store(M + lines + line, total, mask=inside)
 
 
@@ -536,7 +542,11 @@ def reverse(
         p = tl.exp2(s * (FACTOR * LOG2E) - shift[:, None])
         live = shift[:, None] != float("inf")
     else:
-        p = powers(s, shift[:, None], False, FACTOR) * inverse[:, None]
+        if FACTOR == 1.0:
+            p = powers(s, shift[:, None], False, 1.0)
+        else:
+            p = tl.exp2(s * (FACTOR * LOG2E) - (shift * LOG2E)[:, None])
+        p = p * inverse[:, None]
         live = inverse[:, None] != 0.0
     if not FULL:
         live = live & (q < Qn) & (k < Kn)

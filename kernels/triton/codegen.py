@@ -60,8 +60,15 @@ def tanh(x):
     # the odd polynomial where 1 - 2 / (exp(2x) + 1) would lose digits
     x2 = x * x
     near = x * (1.0 + x2 * (-0.3333333333 + x2 * (0.1333333333 + x2 * (-0.0539682540 + x2 * 0.0218694885))))
-    far = 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+    far = 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0)
     return tl.where(x2 < 0.0625, near, far)
+
+
+@triton.jit
+def tanh_of_half(x2):
+    # of x2 / (2 log2(e)), right to 3e-7, where what x2 comes from was rounded by far more
+    root = tl.rsqrt(tl.exp2(x2) + 1.0)
+    return 1.0 - (2.0 * root) * root
 
 
 @triton.jit
@@ -105,7 +112,8 @@ class Traits:
               from a score
     merged    one number says of a row what its weights are but for their scores: far from 0, float32 would lose the sum's
               logarithm, and a row that is NaN and counts as 0 has no such number
-    factor    what the maximum, and the gradient of q @ k, have to be multiplied with, as scores are not
+    factor    what the maximum has to be multiplied with, as scores are not
+    slope     the same for the gradient of q @ k
     """
 
     hides: bool
@@ -116,12 +124,14 @@ class Traits:
     near: bool
     merged: bool
     factor: float
+    slope: float
 
 
 def traits(spec: Attention) -> Traits:
     found = hiding(spec)
     cuts = _cuts(spec)
     hides = [cuts[i] for i in found.steps]
+    left, factor = _left_over(spec)
     return Traits(
         hides=bool(hides),
         lower=any("from" in c.bounds or "from_q" in c.bounds for c in cuts.values()),
@@ -130,7 +140,8 @@ def traits(spec: Attention) -> Traits:
         fills=any(isinstance(s, ReplaceFill) for s in spec.weight_steps),
         near=_near(spec),
         merged=_near(spec) and spec.hidden != "nan_to_zero",
-        factor=_factor(spec),
+        factor=factor,
+        slope=factor if left >= 0 and isinstance(spec.steps[left], Scale) else 1.0,
     )
 
 
@@ -150,12 +161,17 @@ def _near(spec: Attention) -> bool:
     )
 
 
-def _factor(spec: Attention) -> float:
-    """As Traits.factor: of a first step that only infinite fills follow, which a positive factor leaves as they are."""
-    first, *rest = spec.steps or (None,)
-    if not _near(spec) or not isinstance(first, Scale) or not 0.0 < first.value < math.inf:
-        return 1.0
-    return first.value if all(isinstance(s, (ReplaceFill, AddFill)) for s in rest) else 1.0
+def _left_over(spec: Attention) -> tuple[int, float]:
+    """(the step whose positive factor the kernels make good, the factor), or (-1, 1.0): a scale or a softcap that only
+    infinite fills follow, which no factor changes. A softcap is left its cap, a scale goes whole."""
+    steps = [s for s in spec.steps if not isinstance(s, (ReplaceFill, AddFill))]
+    last = len(steps) - 1
+    if _near(spec) and steps and spec.steps[: len(steps)] == tuple(steps):
+        step = steps[last]
+        factor = step.cap if isinstance(step, Softcap) else step.value if isinstance(step, Scale) else 1.0
+        if 0.0 < factor < math.inf and (isinstance(step, Softcap) or last == 0):
+            return last, factor
+    return -1, 1.0
 
 
 def by_columns(spec: Attention, operand: int) -> bool:
@@ -291,8 +307,7 @@ class _Module:
         self.spec = spec
         self.hiding: Hiding = hiding(spec)
         self.cuts = _cuts(spec)
-        #: steps before it are left to the kernels
-        self.first = 0 if _factor(spec) == 1.0 else 1
+        self.left = _left_over(spec)[0]
 
     def uses(self, e: Expr) -> set[str]:
         """Which of q and k the value of e depends on."""
@@ -336,7 +351,7 @@ class _Module:
         saved = []
         joined, end = rounding.joined(self.spec.steps), 0
         for i, step in enumerate(self.spec.steps):
-            if i < self.first:
+            if i == self.left and isinstance(step, Scale):
                 continue
             if i in joined:
                 end = joined[i]
@@ -370,8 +385,11 @@ class _Module:
             put(f"s = s + {_number(step.value)}")
         elif isinstance(step, (Softcap, Tanh)):
             cap = step.cap if isinstance(step, Softcap) else 1.0
-            kept = body.let(f"tanh(s / {_number(cap)})")
-            put(f"s = {kept} * {_number(cap)}")
+            if self.spec.qk_dtype == "float32":
+                kept = body.let(f"tanh(s / {_number(cap)})")
+            else:
+                kept = body.let(f"tanh_of_half(s * {_number(2.0 * math.log2(math.e) / cap)})")
+            put(f"s = {kept}" if i == self.left else f"s = {kept} * {_number(cap)}")
             return kept
         elif isinstance(step, Clamp):
             kept = body.let("s")
@@ -415,7 +433,7 @@ class _Module:
         at = sum(map(_saves, self.spec.steps))
         for i, step in reversed(list(enumerate(self.spec.steps))):
             at -= _saves(step)
-            if i >= self.first:
+            if i != self.left or not isinstance(step, Scale):
                 self._reverse(body, i, step, f"saved[{at}]")
         return self._define(
             "score_grad",

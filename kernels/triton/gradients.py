@@ -111,6 +111,7 @@ def _common(call: Call, dout: torch.Tensor) -> dict[str, Any]:
         "DROPOUT": call.spec.dropout > 0.0,
         "MERGED": call.traits.merged,
         "FACTOR": call.traits.factor,
+        "SLOPE": call.traits.slope,
         "ZEROS": call.spec.hidden != "nan",
         "PRECISION": call.precision,
     }

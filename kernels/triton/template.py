@@ -531,7 +531,7 @@ def reverse(
     DROPOUT: tl.constexpr, MERGED: tl.constexpr, FACTOR: tl.constexpr, ZEROS: tl.constexpr, PRECISION: tl.constexpr,
     GIVE: tl.constexpr,
 ):  # fmt: skip
-    """(weights that v was multiplied with, gradient of q @ k but for FACTOR), both [BM, BN].
+    """(weights that v was multiplied with, gradient of q @ k but for the spec's slope), both [BM, BN].
 
     FULL: the tile lies in the matrix, and no mask of places hides any of it. ZEROS: there may be rows that count as 0, which
     have no gradient, whatever their scores are.
@@ -646,8 +646,9 @@ def backward_rows(
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     OFFSET: tl.constexpr, BASES: tl.constexpr, SCORE: tl.constexpr, SCORE_GRAD: tl.constexpr,
     WEIGH: tl.constexpr, WEIGH_GRAD: tl.constexpr, KEYS: tl.constexpr, SEEN: tl.constexpr, CHECKED: tl.constexpr,
-    HIDES: tl.constexpr, DROPOUT: tl.constexpr, MERGED: tl.constexpr, FACTOR: tl.constexpr, ZEROS: tl.constexpr,
-    PRECISION: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr, GIVE: tl.constexpr, STAGES: tl.constexpr,
+    HIDES: tl.constexpr, DROPOUT: tl.constexpr, MERGED: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr,
+    ZEROS: tl.constexpr, PRECISION: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr, GIVE: tl.constexpr,
+    STAGES: tl.constexpr,
     SPECIALISED: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one query tile, and of the operands that have queries."""
@@ -702,7 +703,7 @@ def backward_rows(
             seed, threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE, SCORE_GRAD, WEIGH, WEIGH_GRAD, SEEN, True, CHECKED,
             HIDES, DROPOUT, MERGED, FACTOR, ZEROS, PRECISION, GIVE,
         )  # fmt: skip
-    dq *= FACTOR
+    dq *= SLOPE
     put_tile(DQ + OFFSET(wide, sizes, dqb) + q_start * dqs[0], rows, dqs[0], Qn, D, DP, dqs[1], dq)
 
 
@@ -713,8 +714,9 @@ def backward_columns(
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     OFFSET: tl.constexpr, BASES: tl.constexpr, SCORE: tl.constexpr, SCORE_GRAD: tl.constexpr,
     WEIGH: tl.constexpr, WEIGH_GRAD: tl.constexpr, QUERIES: tl.constexpr, SEEN: tl.constexpr, CHECKED: tl.constexpr,
-    HIDES: tl.constexpr, DROPOUT: tl.constexpr, MERGED: tl.constexpr, FACTOR: tl.constexpr, ZEROS: tl.constexpr,
-    PRECISION: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr, GIVE: tl.constexpr, STAGES: tl.constexpr,
+    HIDES: tl.constexpr, DROPOUT: tl.constexpr, MERGED: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr,
+    ZEROS: tl.constexpr, PRECISION: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr, GIVE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys and values, and of the operands that have keys alone.
 
@@ -773,6 +775,6 @@ def backward_columns(
                 st, n, gat, gst, own, Kn, seed, threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE, SCORE_GRAD, WEIGH,
                 WEIGH_GRAD, SEEN, True, CHECKED, DROPOUT, MERGED, FACTOR, ZEROS, PRECISION, GIVE,
             )  # fmt: skip
-    dk *= FACTOR
+    dk *= SLOPE
     put_tile(DK + OFFSET(head, outer, dkb) + k_start * dks[0], keys, dks[0], Kn, D, DP, dks[1], dk)
     put_tile(DV + OFFSET(head, outer, dvb) + k_start * dvs[0], keys, dvs[0], Kn, E, EP, dvs[1], dv)

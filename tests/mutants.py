@@ -366,10 +366,26 @@ DEFECTS = (
     Defect(
         "queries of a tile of keys begin one late",
         "kernels/triton/codegen.py",
-        'lo.append(f"k0 - {x} + 1")',
-        'lo.append(f"k0 - {x} + 2")',
+        'low.append(f"{first} - {x} + 1")',
+        'low.append(f"{first} - {x} + 2")',
         ("tests/interpreted/test_kernel_triton.py",),
         "seen_whole",
+    ),
+    Defect(
+        "full tiles of backward begin where a tile is full in part",
+        "kernels/triton/template.py",
+        "first = tl.minimum(tl.cdiv(tl.maximum(first, lo), SIZE) * SIZE, last)",
+        "first = tl.minimum(tl.maximum(first, lo) // SIZE * SIZE, last)",
+        ("tests/interpreted/test_kernel_triton.py",),
+        "offsets",
+    ),
+    Defect(
+        "a weight is taken without the scale that is left to the kernels",
+        "kernels/triton/template.py",
+        "p = tl.exp2(s * (FACTOR * LOG2E) - shift[:, None])",
+        "p = tl.exp2(s * LOG2E - shift[:, None])",
+        ("tests/interpreted/test_kernel_triton.py",),
+        "taken_together",
     ),
     Defect(
         "a sum of indices stays in 32 bits up to twice their range",

@@ -145,7 +145,7 @@ def config(capability: int, which: Pass, bits: int, D: int, E: int, heavy: bool 
 MOST = 24
 DESCRIBED, SPECIALISED = 6, 2
 #: Where Triton 3.6 and 3.7 make something of specialised loops: elsewhere they fail to compile or stay as they were.
-PARTITIONED = frozenset({("forward", 120), ("backward", 100)})
+PARTITIONED = frozenset({("backward", 100)})
 #: Of these, the ones that have run on a device: a loop whose warps wait for each other for ever would hang the tuning of it.
 PROVEN: frozenset[tuple[Pass, int]] = frozenset()
 #: float32 numbers of accumulators that a thread has registers for.

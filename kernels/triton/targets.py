@@ -95,15 +95,7 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], capability: int) -> C
     from triton.compiler import ASTSource
 
     options = {"num_warps": arguments.get("num_warps", 4), "num_stages": arguments.get("STAGES", 2)}
-    signature: dict[str, Any] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-    for i, name in enumerate(kernel.arg_names):
-        if kernel.params[i].is_constexpr:
-            signature[name] = "constexpr"
-            constants[(i,)] = arguments[name]
-        else:
-            signature[name] = _typed(arguments[name], (i,), constants, attributes)
+    signature, constants, attributes = specialisation(kernel, arguments)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, spilled = _usage(made.asm["cubin"])
@@ -121,6 +113,23 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], capability: int) -> C
         partitioned,
         made.asm["cubin"],
     )
+
+
+def specialisation(
+    kernel: Any, arguments: dict[str, Any]
+) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+    """(types, constants, what is known of the others) of a launch: a kernel is compiled once for each."""
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for i, name in enumerate(kernel.arg_names):
+        if kernel.params[i].is_constexpr:
+            signature[name] = "constexpr"
+            constants[(i,)] = arguments[name]
+        else:
+            aligned = {} if kernel.params[i].do_not_specialize_on_alignment else attributes
+            signature[name] = _typed(arguments[name], (i,), constants, aligned)
+    return signature, constants, attributes
 
 
 def _typed(

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+#: Of which nothing in a kernel depends on whether 16 divides them: other numbers of these compile no kernel anew.
+COUNTS = ("threshold", "sequences", "heads", "outer_heads", "lines", "marks", "members", "Qn", "group", "parts")
 
 
 @triton.jit
@@ -278,7 +280,7 @@ def finished(
     return out, tl.where(none, float("nan"), l)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=COUNTS)
 def forward(
     Q, K, V, O, M, ops, seed, threshold, keep_scale, sizes, qb, kb, vb, ob, bst, st, n, qs, ks, vs, os, QB, KB, deal,
     sequences, heads, lines, Qn, Kn,
@@ -362,7 +364,7 @@ def grouped(first, r0, Qn, group, BM: tl.constexpr):
     return inside, first + r // Qn, r % Qn
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=COUNTS)
 def decode(
     Q, K, V, P, S, ops, seed, threshold, keep_scale, sizes, qb, kb, vb, bst, st, n, qs, ks, vs, QB, KB, sequences, heads, lines,
     Qn, Kn, group, parts,
@@ -407,7 +409,7 @@ def decode(
     tl.store(P + line[:, None] * EP + cols[None, :], acc, mask=inside[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=COUNTS)
 def combine(
     Q, K, V, O, M, P, S, ops, seed, threshold, keep_scale, sizes, qb, kb, vb, ob, bst, st, n, qs, ks, vs, os, QB, KB, sequences,
     heads, lines, Qn, Kn, group, parts,
@@ -457,7 +459,7 @@ def combine(
     tl.store(M + lines + line, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=COUNTS)
 def prepare(
     O, G, GL, M, W, F, sizes, ob, gb, os, gs, QB, KB, deal, sequences, heads, lines, marks, Qn, Kn, E: tl.constexpr,
     EP: tl.constexpr, BM: tl.constexpr, OFFSET: tl.constexpr, HIDES: tl.constexpr, DOUBT: tl.constexpr,
@@ -639,7 +641,7 @@ def column_tile(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=COUNTS)
 def backward_rows(
     Q, K, V, G, W, F, DQ, ops, gops, seed, threshold, keep_scale, sizes, qb, kb, vb, gb, dqb, bst, gbst, st, gst, n, qs,
     ks, vs, gs, dqs, QB, KB, deal, sequences, heads, lines, marks, Qn, Kn,
@@ -707,7 +709,7 @@ def backward_rows(
     put_tile(DQ + OFFSET(wide, sizes, dqb) + q_start * dqs[0], rows, dqs[0], Qn, D, DP, dqs[1], dq)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=COUNTS)
 def backward_columns(
     Q, K, V, G, W, F, DK, DV, ops, gops, seed, threshold, keep_scale, sizes, outer, inner, members, qb, kb, vb, gb, eb, dkb,
     dvb, bst, gbst, st, gst, n, qs, ks, vs, gs, dks, dvs, QB, KB, deal, sequences, heads, outer_heads, lines, marks, Qn, Kn,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from forked import POSSIBLE, Forks, own_process
+from torch._inductor import config, cpu_vec_isa
 
 import attnfuse
 
@@ -55,6 +56,14 @@ class Outcome:
         return self.counters.get(f"{cache}_cache_miss", 0)
 
 
+def vector_instructions() -> dict[str, str]:
+    """Spares each new directory the checks of the processor's vector instruction sets, where all hold in this process."""
+    found = cpu_vec_isa.valid_vec_isa_list()
+    with config.patch({"cpp.vec_isa_ok": True}):
+        unchecked = cpu_vec_isa.valid_vec_isa_list.__wrapped__()
+    return {"TORCHINDUCTOR_VEC_ISA_OK": "1"} if found and found == unchecked else {}
+
+
 class Cache:
     """A directory of Inductor's, and processes that use it one after the other.
 
@@ -65,6 +74,7 @@ class Cache:
         self.directory = directory
         self._environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(directory)}
         self._environment |= {"TORCHINDUCTOR_FX_GRAPH_CACHE": "1", "TORCHINDUCTOR_AUTOGRAD_CACHE": "1"}
+        self._environment |= vector_instructions()
         self._environment.pop("TORCHINDUCTOR_FORCE_DISABLE_CACHES", None)
         # attnfuse comes from where each process is told to take it
         self._environment.pop("PYTHONPATH", None)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from forked import POSSIBLE, Forks, own_process
+from torch._inductor import config, cpu_vec_isa
 
 import attnfuse
 
@@ -55,25 +56,51 @@ class Outcome:
         return self.counters.get(f"{cache}_cache_miss", 0)
 
 
-def run(
-    directory: Path,
-    path: Path,
-    backend: str = "attnfuse",
-    options: str = "None",
-    dim: int = -1,
-    grad: bool = True,
-    before: str = "",
-) -> Outcome:
-    """One process on the cache in `directory`, with the attnfuse that lies in `path`."""
-    code = SCRIPT.format(backend=backend, options=options, dim=dim, grad=grad, before=before)
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(directory), "PYTHONPATH": str(path)}
-    environment |= {"TORCHINDUCTOR_FX_GRAPH_CACHE": "1", "TORCHINDUCTOR_AUTOGRAD_CACHE": "1"}
-    environment.pop("TORCHINDUCTOR_FORCE_DISABLE_CACHES", None)
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600, cwd=directory
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return Outcome(*json.loads(done.stdout.strip().splitlines()[-1]))
+def vector_instructions() -> dict[str, str]:
+    """Spares each new directory the checks of the processor's vector instruction sets, where all hold in this process."""
+    found = cpu_vec_isa.valid_vec_isa_list()
+    with config.patch({"cpp.vec_isa_ok": True}):
+        unchecked = cpu_vec_isa.valid_vec_isa_list.__wrapped__()
+    return {"TORCHINDUCTOR_VEC_ISA_OK": "1"} if found and found == unchecked else {}
+
+
+class Cache:
+    """A directory of Inductor's, and processes that use it one after the other.
+
+    They are forks of one that has imported torch, and compiled nothing, where the platform has those.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(directory)}
+        self._environment |= {"TORCHINDUCTOR_FX_GRAPH_CACHE": "1", "TORCHINDUCTOR_AUTOGRAD_CACHE": "1"}
+        self._environment |= vector_instructions()
+        self._environment.pop("TORCHINDUCTOR_FORCE_DISABLE_CACHES", None)
+        # attnfuse comes from where each process is told to take it
+        self._environment.pop("PYTHONPATH", None)
+        self._forks = Forks(("torch", "torch._inductor.compile_fx"), self._environment) if POSSIBLE else None
+
+    def close(self) -> None:
+        if self._forks is not None:
+            self._forks.close()
+
+    def run(
+        self,
+        path: Path,
+        backend: str = "attnfuse",
+        options: str = "None",
+        dim: int = -1,
+        grad: bool = True,
+        before: str = "",
+    ) -> Outcome:
+        """One process, with the attnfuse that lies in `path`."""
+        code = SCRIPT.format(backend=backend, options=options, dim=dim, grad=grad, before=before)
+        if self._forks is not None:
+            ended = self._forks.run(code, self.directory, path=[path])
+        else:
+            ended = own_process(code, self.directory, {**self._environment, "PYTHONPATH": str(path)})
+        assert ended.status == 0, ended.err[-4000:]
+        return Outcome(*json.loads(ended.out.strip().splitlines()[-1]))
 
 
 @pytest.fixture(scope="module")
@@ -85,17 +112,18 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
+def filled(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Iterator[Cache]:
     """A cache that one process with attnfuse has filled, with gradients."""
-    directory = tmp_path_factory.mktemp("filled")
-    first = run(directory, source)
+    cache = Cache(tmp_path_factory.mktemp("filled"))
+    first = cache.run(source)
     assert first.file.startswith(str(source))
     assert first.fused == 1
     assert first.error < 1e-4
     assert first.misses("fxgraph") >= 2
     assert first.misses("autograd") == 1
     assert not first.hits("fxgraph") and not first.hits("autograd")
-    return directory
+    yield cache
+    cache.close()
 
 
 def assert_missed(found: Outcome) -> None:
@@ -105,8 +133,8 @@ def assert_missed(found: Outcome) -> None:
     assert found.hits("fxgraph") == 0, found
 
 
-def test_second_process_hits_both_caches(filled: Path, source: Path) -> None:
-    second = run(filled, source)
+def test_second_process_hits_both_caches(filled: Cache, source: Path) -> None:
+    second = filled.run(source)
     assert second.error < 1e-4
     assert second.fused == 1
     assert second.hits("autograd") == 1, second
@@ -120,40 +148,40 @@ def test_second_process_hits_both_caches(filled: Path, source: Path) -> None:
     "options",
     ["{'nan_policy': 'eager'}", pytest.param("{'kernel': 'reference'}", marks=pytest.mark.slow), "{'fuel': 0}"],
 )
-def test_other_options_miss(filled: Path, source: Path, options: str) -> None:
-    assert_missed(run(filled, source, options=options))
+def test_other_options_miss(filled: Cache, source: Path, options: str) -> None:
+    assert_missed(filled.run(source, options=options))
 
 
-def test_other_version_misses(filled: Path, source: Path) -> None:
-    assert_missed(run(filled, source, before="import attnfuse; attnfuse.__version__ = '99.0'"))
+def test_other_version_misses(filled: Cache, source: Path) -> None:
+    assert_missed(filled.run(source, before="import attnfuse; attnfuse.__version__ = '99.0'"))
 
 
-def test_change_of_a_kernel_misses(filled: Path, source: Path, tmp_path: Path) -> None:
+def test_change_of_a_kernel_misses(filled: Cache, source: Path, tmp_path: Path) -> None:
     """A comment in a kernel's source is enough: whether it matters is not for a cache to decide."""
     shutil.copytree(source / "attnfuse", tmp_path / "attnfuse")
     changed = tmp_path / "attnfuse" / "kernels" / "reference" / "kernel.py"
     changed.write_text(changed.read_text() + "\n# changed\n")
-    found = run(filled, tmp_path)
+    found = filled.run(tmp_path)
     assert found.file.startswith(str(tmp_path))
     assert_missed(found)
 
 
-def test_inductor_does_not_get_what_attnfuse_compiled(filled: Path, source: Path) -> None:
-    found = run(filled, source, backend="inductor")
+def test_inductor_does_not_get_what_attnfuse_compiled(filled: Cache, source: Path) -> None:
+    found = filled.run(source, backend="inductor")
     assert found.fused == 0
     assert_missed(found)
 
 
 @pytest.mark.parametrize("dim", [-2, pytest.param(1, marks=pytest.mark.slow)])
-def test_attnfuse_does_not_get_what_inductor_compiled_wrongly(dim: int, source: Path, filled: Path) -> None:
+def test_attnfuse_does_not_get_what_inductor_compiled_wrongly(dim: int, source: Path, filled: Cache) -> None:
     """Inductor first, attnfuse second, one cache directory, softmax over another dim between two products."""
     # nothing of this dim is in the cache yet, but C++ headers are, which take longer to compile than all the rest
-    wrong = run(filled, source, backend="inductor", dim=dim, grad=False)
-    found = run(filled, source, dim=dim, grad=False)
+    wrong = filled.run(source, backend="inductor", dim=dim, grad=False)
+    found = filled.run(source, dim=dim, grad=False)
     assert found.error < 1e-5
     assert found.fused == 0
     assert_missed(found)
-    again = run(filled, source, dim=dim, grad=False)
+    again = filled.run(source, dim=dim, grad=False)
     assert again.hits("autograd") == 1
     assert again.error < 1e-5
     if wrong.error < 1e-5:

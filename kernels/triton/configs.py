@@ -71,8 +71,16 @@ _HALF: _Table = {
         90: Config(128, 128, 8, 2),
         0: Config(64, 64, 4, 2),
     },
-    ("forward", 256): {**dict.fromkeys((80, 90), Config(64, 32, 4, 2)), 100: Config(64, 32, 8, 2), 0: Config(64, 32, 4, 1)},
-    ("backward", 64): {**dict.fromkeys((80, 90), Config(64, 64, 4, 2)), 100: Config(64, 64, 8, 2), 0: Config(64, 32, 4, 2)},
+    ("forward", 256): {
+        **dict.fromkeys((80, 90), Config(64, 32, 4, 2)),
+        100: Config(64, 32, 8, 2),
+        0: Config(64, 32, 4, 1),
+    },
+    ("backward", 64): {
+        **dict.fromkeys((80, 90), Config(64, 64, 4, 2)),
+        100: Config(64, 64, 8, 2),
+        0: Config(64, 32, 4, 2),
+    },
     ("backward", 128): {
         80: Config(64, 32, 4, 2),
         90: Config(128, 64, 8, 2),

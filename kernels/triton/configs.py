@@ -72,9 +72,11 @@ _HALF: _Table = {
         0: Config(64, 64, 4, 2),
     },
     ("forward", 256): {
-        **dict.fromkeys((80, 90), Config(64, 32, 4, 2)),
+        80: Config(64, 16, 4, 2),
+        90: Config(64, 32, 4, 2),
         100: Config(64, 32, 8, 2),
-        0: Config(64, 32, 4, 1),
+        120: Config(64, 32, 4, 1),
+        0: Config(64, 16, 4, 1),
     },
     ("backward", 64): {
         **dict.fromkeys((80, 90), Config(64, 64, 4, 2)),
@@ -113,10 +115,10 @@ _HEAVY: _Table = {
 }
 #: 32 bits: multiply-adds, unless TF32 is allowed.
 _SINGLE: _Table = {
-    ("forward", 64): {0: Config(64, 32, 8, 2)},
+    ("forward", 64): {0: Config(64, 32, 8, 1)},
     ("forward", 128): {0: Config(32, 16, 8, 1)},
     ("forward", 256): {0: Config(16, 16, 4, 1)},
-    ("backward", 64): {0: Config(32, 32, 4, 1)},
+    ("backward", 64): {0: Config(32, 32, 8, 1)},
     ("backward", 128): {0: Config(16, 32, 4, 1)},
     ("backward", 256): {0: Config(16, 16, 4, 1)},
 }

@@ -20,6 +20,11 @@ TARGETS = (80, 86, 89, 90, 100, 120)
 FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+#: Bytes that may be spilled, by capability, kernel and head size: where more warps would share out the registers by computing
+#: every row twice, and smaller tiles would load more than that.
+SPILLED = {(80, "backward_columns", 128): 16, (80, "forward", 256): 64, (120, "forward", 256): 64}
+
+
 def check(capability, spec, q, k, v, operands=(), bounds=DENSE) -> None:
     from attnfuse.kernels.triton import configs, targets
 
@@ -27,8 +32,9 @@ def check(capability, spec, q, k, v, operands=(), bounds=DENSE) -> None:
     assert [c.kernel for c in made] == ["forward", "prepare", "backward_rows", "backward_columns"]
     for c in made:
         assert c.shared <= configs.SHARED[capability], c
-        assert c.spilled == 0, c
-        if q.element_size() == 2 and q.shape[-1] <= 128 and c.kernel != "prepare":
+        halves = q.element_size() == 2
+        assert c.spilled <= (SPILLED.get((capability, c.kernel, q.shape[-1]), 0) if halves else 0), c
+        if halves and q.shape[-1] <= 128 and c.kernel != "prepare":
             assert targets.MATRIX[capability] in c.products, c
 
 

@@ -40,7 +40,7 @@ def options() -> dict[str, Any]:
 
 
 #: Cases for devices that cost the interpreter minutes and say little more here than others of this folder.
-_LONG = ("test_regression_", "test_models_are_fused_and_hold_the_bar[dtype1")
+_LONG = "test_models_are_fused_and_hold_the_bar[dtype1"
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -119,7 +119,7 @@ _SINGLE: _Table = {
     ("forward", 128): {0: Config(32, 16, 8, 1)},
     ("forward", 256): {0: Config(16, 16, 4, 1)},
     ("backward", 64): {0: Config(32, 32, 8, 1)},
-    ("backward", 128): {0: Config(16, 32, 4, 1)},
+    ("backward", 128): {0: Config(16, 32, 8, 1)},
     ("backward", 256): {0: Config(16, 16, 4, 1)},
 }
 #: No tensor cores through Triton: small tiles keep the multiply-adds in registers.

@@ -48,6 +48,8 @@ from attnfuse.spec import (
 
 #: No query or key index is larger: sums with constants below it fit 32 bits.
 LONGEST = 2**29
+#: Factors that do not make scores of products that models have pass 2^30.
+_NEAR = 2**10
 _CONTEXT = "at, st, n, Qn, Kn"
 _HEADER = '''"""Written by attnfuse."""
 
@@ -146,19 +148,22 @@ def traits(spec: Attention) -> Traits:
 
 
 def _near(spec: Attention) -> bool:
-    """As Traits.near. From 2^30 on, which only a fill or an added operand reaches, rounding moves exp2 beyond float32; from
-    2^27 on it moves weights beyond float16."""
-    return (
-        spec.qk_dtype == spec.v_dtype == "bfloat16"
-        and spec.sink is None
-        and spec.softmax != "unshifted"
-        and all(
-            isinstance(s, (Softcap, Tanh))
-            or (isinstance(s, Scale) and s.operand is None)
-            or (isinstance(s, (ReplaceFill, AddFill)) and s.value == -math.inf)
-            for s in spec.steps
-        )
-    )
+    """As Traits.near. From 2^30 on, which only a fill, an added operand or a huge factor reaches, rounding moves exp2 beyond
+    float32; from 2^27 on it moves weights beyond float16."""
+    if not spec.qk_dtype == spec.v_dtype == "bfloat16" or spec.sink is not None or spec.softmax == "unshifted":
+        return False
+    most = 1.0
+    for step in spec.steps:
+        if isinstance(step, (ReplaceFill, AddFill)):
+            if step.value != -math.inf:
+                return False
+        elif isinstance(step, Scale) and step.operand is None:
+            most *= max(abs(step.value), 1.0)
+        elif isinstance(step, (Softcap, Tanh)):
+            most *= max(abs(step.cap), 1.0) if isinstance(step, Softcap) else 1.0
+        else:
+            return False
+    return most <= _NEAR
 
 
 def _left_over(spec: Attention) -> tuple[int, float]:

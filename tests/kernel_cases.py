@@ -28,6 +28,8 @@ from attnfuse.spec import (
 
 INF = math.inf
 FLOAT_MIN = torch.finfo(torch.float32).min
+#: Errors of which a mean is taken.
+_MEANT = 16
 #: Of inputs for which a test names none.
 DTYPE = torch.float32
 
@@ -92,8 +94,8 @@ def assert_close(got, oracle, eager, what, factor=2.0):
         return
     ours, theirs = (got.double() - oracle)[ok].abs(), (eager.double() - oracle)[ok].abs()
     assert ours.max() <= factor * theirs.max() + 1e-5, f"{what}: max {ours.max():.2e}, eager {theirs.max():.2e}"
-    if theirs.max() == 0:
-        # a softmax over one key: eager's differences cancel exactly
+    if theirs.max() == 0 or theirs.numel() < _MEANT:
+        # a softmax over one key: eager's differences cancel exactly; the mean of a few is as much chance as the greatest
         return
     mean = 1.1 if got.dtype in (torch.float16, torch.bfloat16) else 10.0
     assert ours.mean() <= mean * theirs.mean() + 1e-6, f"{what}: mean {ours.mean():.2e}, eager {theirs.mean():.2e}"

@@ -20,6 +20,7 @@ columns), Qn and Kn (the numbers of queries and keys).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -129,19 +130,20 @@ class Traits:
     slope: float
 
 
+@functools.lru_cache(maxsize=512)
 def traits(spec: Attention) -> Traits:
     found = hiding(spec)
     cuts = _cuts(spec)
     hides = [cuts[i] for i in found.steps]
-    left, factor = _left_over(spec)
+    near, (left, factor) = _near(spec), _left_over(spec)
     return Traits(
         hides=bool(hides),
         lower=any("from" in c.bounds or "from_q" in c.bounds for c in cuts.values()),
         checked=any(c.rest is not None and _interval_of(c.rest) for c in hides),
         doubt=found.doubt,
         fills=any(isinstance(s, ReplaceFill) for s in spec.weight_steps),
-        near=_near(spec),
-        merged=_near(spec) and spec.hidden != "nan_to_zero",
+        near=near,
+        merged=near and spec.hidden != "nan_to_zero",
         factor=factor,
         slope=factor if left >= 0 and isinstance(spec.steps[left], Scale) else 1.0,
     )

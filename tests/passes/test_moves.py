@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from label_places import digits, index_at
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -328,26 +329,6 @@ def fresh(axes: Axes, shape: Sequence[Any]) -> Labels:
     return tuple(axes.fresh(n) for n in shape)
 
 
-def digits(labels: Labels, shape: Sequence[int], index: Shape) -> dict[Atom, int]:
-    """What each atom is at an index."""
-    found = {}
-    for dim, i in zip(labels, index, strict=True):
-        for atom in reversed(dim):
-            found[atom] = i % atom.size
-            i //= atom.size
-    return found
-
-
-def place(labels: Labels, atoms: dict[Atom, int]) -> Shape:
-    out = []
-    for dim in labels:
-        i = 0
-        for atom in dim:
-            i = i * atom.size + atoms[atom]
-        out.append(i)
-    return tuple(out)
-
-
 @pytest.mark.parametrize("name", OPS)
 def test_labels_are_carried_to_the_same_elements_both_ways(name: str) -> None:
     carried = [0, 0]
@@ -363,7 +344,7 @@ def test_labels_are_carried_to_the_same_elements_both_ways(name: str) -> None:
                 carried[0] += 1
                 ends = axes.resolve(start), axes.resolve(step.labels)
                 for index in places(made.shape):
-                    assert made[index] == own[place(ends[1], digits(ends[0], made.shape, index))]
+                    assert made[index] == own[index_at(ends[1], digits(ends[0], index))]
             axes = Axes()
             found = views.forward(axes, node, start := fresh(axes, own.shape))
             if found is not None:
@@ -371,7 +352,7 @@ def test_labels_are_carried_to_the_same_elements_both_ways(name: str) -> None:
                 ends = axes.resolve(start), axes.resolve(found)
                 assert own.numel() == made.numel()
                 for index in places(own.shape):
-                    assert own[index] == made[place(ends[1], digits(ends[0], own.shape, index))]
+                    assert own[index] == made[index_at(ends[1], digits(ends[0], index))]
 
     check()
     # an op with several results is not read backwards
@@ -396,8 +377,8 @@ def test_rows_are_carried_to_the_same_elements(name: str) -> None:
         kept = {a for d in axes.resolve(start) for a in d}
         ends = axes.resolve(start), axes.resolve(out)
         for index in places(made.shape):
-            given_ = {a: i for a, i in digits(ends[1], made.shape, index).items() if a in kept}
-            came = digits(ends[0], own.shape, through(found, index))
+            given_ = {a: i for a, i in digits(ends[1], index).items() if a in kept}
+            came = digits(ends[0], through(found, index))
             assert {a: came[a] for a in given_} == given_
         for d, dim in enumerate(start):
             if d not in found.altered and made.numel():

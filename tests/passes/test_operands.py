@@ -5,15 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from label_places import digits, index_at
 from traced_programs import aten, result, values_of, viewed
 
 from attnfuse.passes.graph.aten import dtype_of
-from attnfuse.passes.graph.labels import Atom, Labels
 from attnfuse.passes.read import anchors
 from attnfuse.passes.read.operands import constant_factor, one_dtype, read_factor, read_value
 from attnfuse.passes.read.reader import Reader
@@ -64,25 +63,6 @@ def chain(steps: list[str], x: Tensor) -> Tensor:
     return x
 
 
-def element(x: Tensor, labels: Labels, at: dict[Atom, int]) -> Any:
-    index = []
-    for dim in labels:
-        place = 0
-        for atom in dim:
-            place = place * atom.size + at[atom]
-        index.append(place)
-    return x[tuple(index)].item()
-
-
-def digits(labels: Labels, index: tuple[int, ...]) -> dict[Atom, int]:
-    found = {}
-    for dim, i in zip(labels, index, strict=True):
-        for atom in reversed(dim):
-            found[atom] = i % atom.size
-            i //= atom.size
-    return found
-
-
 def read(steps: list[str], x: Tensor, exact: bool, value: bool = False) -> tuple[Leaf, float, Reader]:
     """The leaf, whose elements times the factor are held against those of the chain."""
 
@@ -101,7 +81,7 @@ def read(steps: list[str], x: Tensor, exact: bool, value: bool = False) -> tuple
     taken, made = values[leaf.node], values[node]
     taken = taken if leaf.cast is None else taken.to(leaf.cast)
     for index in itertools.product(*map(range, made.shape)):
-        got, wanted = factor * element(taken, end, digits(start, index)), made[index].item()
+        got, wanted = factor * taken[index_at(end, digits(start, index))].item(), made[index].item()
         assert got == wanted or (got != got and wanted != wanted), (steps, index)
     return leaf, factor, reader
 

@@ -19,7 +19,7 @@ from attnfuse.expr import Expr, Load
 from attnfuse.kernels.fills import hiding
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.layout import batch_shape
-from attnfuse.kernels.triton import codegen
+from attnfuse.kernels.triton import codegen, lists
 from attnfuse.kernels.triton.configs import Config
 from attnfuse.spec import Attention, Bias, ReplaceFill, Scale, Step, dtype_of
 
@@ -56,21 +56,25 @@ def forward(spec: Attention, inputs: Inputs, tiles: Config) -> Pass:
     c = _Count(spec, inputs, tiles)
     programs = c.elements * c.shape[0]
     written = c.queries * (v.shape[-1] * dtype_of(spec.out_dtype).itemsize + 2 * _FLOAT)
-    always = [*c.masks_of(spec.steps), *c.rests]
+    first = c.lists(columns=False)
+    full = c.full & c.sure if first else c.full
+    always, edges = c.masks(listed=bool(first))
     read = c.queries * _row(q) + c.over(c.visited, c.columns * (_row(k) + _row(v)))
     read += c.loaded([*_used(spec.steps), *_in(always), *_weighing(spec)], c.visited)
-    read += c.loaded(set(_in(c.limits)) - set(_in(always)), c.visited & ~c.full)
-    read += c.looks(programs, c.limits) + c.seeds()
+    read += c.loaded(set(_in(edges)) - set(_in(always)), c.visited & ~full)
+    read += c.looks(programs, listed=bool(first)) + c.seeds()
     made = Traffic("forward", programs, read, written, c.number(c.visited), c.every)
-    return Pass((made,), c.queries * _row(q) + c.once() + written)
+    return Pass((*first, made), c.queries * _row(q) + c.once() + written)
 
 
 def backward(spec: Attention, inputs: Inputs, tiles: Config) -> Pass:
-    """As forward, for the gradients of q, k, v and of all operands that are floating point numbers."""
+    """As forward, for the gradients of q, k, v and of all operands that are floating point numbers.
+
+    Where gradients of queries are added up (tiles.adds), not counted: what makes them 0 before and rounds them afterwards.
+    """
     q, k, v, *_ = inputs
     c = _Count(spec, inputs, tiles)
-    q_tiles, k_tiles = (c.elements * n for n in c.shape)
-    visited = c.number(c.visited)
+    q_tiles = c.elements * c.shape[0]
     out, dout = c.queries * v.shape[-1] * dtype_of(spec.out_dtype).itemsize, c.queries * _row(v)
     statistics, work = c.queries * 2 * _FLOAT, c.queries * 3 * _FLOAT
     prepare = Traffic("prepare", q_tiles, out + dout + statistics, work)
@@ -78,22 +82,30 @@ def backward(spec: Attention, inputs: Inputs, tiles: Config) -> Pass:
     numbers = (2 if codegen.traits(spec).merged else 3) * _FLOAT
 
     read = c.queries * (_row(q) + numbers) + dout + c.over(c.visited, c.columns * (_row(k) + _row(v)))
-    read += c.again() + c.looks(q_tiles, c.limits) + c.seeds() + (q_tiles * _FLAG if c.hides else 0)
+    row_lists = c.lists(columns=False)
+    read += (
+        c.again(bool(row_lists)) + c.looks(q_tiles, bool(row_lists)) + c.seeds() + (q_tiles * _FLAG if c.hides else 0)
+    )
     written = c.queries * q.shape[-1] * _stored(q, c.batch) + c.added(by_columns=False)
-    rows = Traffic("backward_rows", q_tiles, read, written, visited, c.every)
+    rows = Traffic("backward_rows", q_tiles, read, written, c.number(c.visited), c.every)
 
+    c = _Count(spec, inputs, tiles.by_columns())
     # the batch dims that k or v has; one program goes through the elements of the others
     outer = tuple(max(a, b) for a, b in zip(k.shape[:-2], v.shape[:-2]))
     keys = math.prod(outer) * k.shape[-2]
     read = keys * (_row(k) + _row(v)) + c.over(c.visited, c.rows[:, None] * (_row(q) + _row(v) + numbers))
-    read += c.again() + c.looks(k_tiles, c.limits) + c.seeds() + (k_tiles * _FLAG if c.hides else 0)
-    read += c.number(c.candidates) * _FLAG if c.checked else 0
+    column_lists = c.lists(columns=True)
+    read += c.again(bool(column_lists)) + c.seeds() + c.elements * c.shape[1] * (_FLAG if c.hides else 0)
+    read += c.looks(c.elements * c.shape[1], bool(column_lists))
+    read += c.number(c.candidates) * _FLAG if c.checked and not column_lists else 0
     written = sum(keys * x.shape[-1] * _stored(x, outer) for x in (k, v)) + c.added(by_columns=True)
-    columns = Traffic("backward_columns", math.prod(outer) * c.shape[1], read, written, visited, c.every)
+    if tiles.adds:
+        written += c.over(c.visited, c.rows[:, None] * q.shape[-1]) * _FLOAT + c.added(by_columns=False)
+    columns = Traffic("backward_columns", math.prod(outer) * c.shape[1], read, written, c.number(c.visited), c.every)
 
     gradients = sum(x.numel() * x.element_size() for x in inputs.tensors if x.is_floating_point())
     least = c.queries * _row(q) + out + dout + statistics + c.once() + gradients
-    return Pass((prepare, rows, columns), least)
+    return Pass((prepare, *(() if tiles.adds else (*row_lists, rows)), *column_lists, columns), least)
 
 
 def tiles_of(kept: torch.Tensor, BM: int, BN: int, whole: bool = False) -> torch.Tensor:
@@ -158,16 +170,15 @@ class _Count:
         self.hides, self.checked = traits.hides, traits.checked
         self.cuts = cuts = codegen._cuts(spec)
         self.rests = [cut.rest for cut in cuts.values() if cut.rest is not None]
-        self.looked_at = [
-            rest for i in sorted(hides) if (rest := cuts[i].rest) is not None and codegen._interval_of(rest)
-        ]
-        self.limits = [x for cut in cuts.values() for x in cut.bounds.values()]
+        self.looked_at, self.limits = codegen.looked_at(spec), codegen.limits(spec)
         self.kept = self._kept(spec.steps[i].keep for i in hides)
         self.visited = tiles_of(self.kept, tiles.BM, tiles.BN)
         bounding = {i: [_bounding(kind, x) for kind, x in cut.bounds.items()] for i, cut in cuts.items()}
         self.candidates = tiles_of(self._kept(x for i in hides for x in bounding[i]), tiles.BM, tiles.BN)
         self.full = tiles_of(self._kept(x for i in cuts for x in bounding[i]), tiles.BM, tiles.BN, whole=True)
-        #: of these, the tiles that lie in the matrix
+        #: tiles in which nothing else is hidden either
+        self.sure = tiles_of(self._kept(self.looked_at), tiles.BM, tiles.BN, whole=True)
+        #: of the full tiles, those that lie in the matrix
         self.inside = self.full & (self.rows == tiles.BM)[:, None] & (self.columns == tiles.BN)
 
     def _indices(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -200,24 +211,69 @@ class _Count:
         """Bytes of these loads in each of the tiles."""
         return sum(self.over(tiles, self._places(x)) * self.operands[x.operand].element_size() for x in loads)
 
-    def again(self) -> int:
+    def masks(self, listed: bool) -> tuple[list[Expr], list[Expr]]:
+        """(masks that are evaluated in every tile, those only in tiles that are not full)."""
+        looked_at = set(self.looked_at) if listed else set()
+        always = [*self.masks_of(self.spec.steps), *(x for x in self.rests if x not in looked_at)]
+        return always, [*self.limits, *looked_at]
+
+    def again(self, listed: bool) -> int:
         """Bytes of operands where scores and weights are made once more and gone through backwards."""
         steps = self.spec.steps
-        always = _in([*self.masks_of(steps), *self.rests])
+        always, edges = (_in(masks) for masks in self.masks(listed))
+        full = self.inside & self.sure if listed else self.inside
+        looked_at = set(self.looked_at) if listed else set()
         forwards = [*_used(steps), *always, *_weighing(self.spec)]
         replaced = [cut for i, cut in self.cuts.items() if isinstance(steps[i], ReplaceFill)]
         keeps = [s.keep for s in steps if isinstance(s, Bias) and s.keep is not None]
-        left = _in([*keeps, *(cut.rest for cut in replaced if cut.rest is not None)])
+        rests = [cut.rest for cut in replaced if cut.rest is not None]
+        left = _in([*keeps, *(x for x in rests if x not in looked_at)])
         backwards = [*_used(s for s in steps if isinstance(s, Scale)), *left, *_weighing(self.spec)]
-        edges = [*set(_in(self.limits)) - set(always)]
-        edges += [*set(_in(x for cut in replaced for x in cut.bounds.values())) - set(left)]
-        return self.loaded([*forwards, *backwards], self.visited) + self.loaded(edges, self.visited & ~self.inside)
+        edges = [*set(edges) - set(always)]
+        bounds = [x for cut in replaced for x in cut.bounds.values()]
+        edges += [*set(_in([*bounds, *(x for x in rests if x in looked_at)])) - set(left)]
+        return self.loaded([*forwards, *backwards], self.visited) + self.loaded(edges, self.visited & ~full)
 
-    def looks(self, programs: int, limits: Iterable[Expr]) -> int:
+    def looks(self, programs: int, listed: bool) -> int:
         """Bytes that tell where loops begin and end, and which tiles between are needed."""
-        scalars = sum(self.operands[x.operand].element_size() for x in _in(limits)) * programs
-        spread = [x for x in _in(self.looked_at) if self.spec.operands[x.operand].dims[-2:] != ("Q", "K")]
-        return scalars + (self.loaded(spread, self.candidates) if self.checked else 0)
+        if listed:
+            return 2 * programs * _FLAG + self.number(self.visited) * _FLAG
+        scalars = sum(self.operands[x.operand].element_size() for x in _in(self.limits)) * programs
+        return scalars + (self.loaded(self._spread(), self.candidates) if self.checked else 0)
+
+    def _spread(self) -> list[Load]:
+        return [x for x in _in(self.looked_at) if self.spec.operands[x.operand].dims[-2:] != ("Q", "K")]
+
+    def lists(self, columns: bool) -> tuple[Traffic, ...]:
+        """The kernel that makes lists of tiles, of keys or with `columns` of queries; none where there are no lists."""
+        sizes = lists.elements(self.spec, self.operands, self.batch)
+        visited, candidates = self.visited, self.candidates
+        own, others, total = self.rows, self.columns, self.K
+        if columns:
+            visited, candidates = visited.mT, candidates.mT
+            own, others, total = self.columns, self.rows, self.Q
+        elements, tiles = math.prod(sizes), len(own)
+        if not self.checked or not lists.worthwhile(self.spec, len(others), elements * tiles * (2 + len(others))):
+            return ()
+        size = self.tiles.BM if columns else self.tiles.BN
+        many, read = lists.many(size), 0
+        for element in candidates:
+            for tile, row in zip(own.tolist(), element.tolist()):
+                if True not in row:
+                    continue
+                end = len(row) - row[::-1].index(True)
+                for begin in range(row.index(True), end, many):
+                    wide = min(total, (begin + many) * size) - begin * size
+                    for load in self._spread():
+                        dims = self.spec.operands[load.operand].dims[-2:]
+                        across, along = dims if columns else dims[::-1]
+                        places = (1 if across == "1" else wide) * (1 if along == "1" else tile)
+                        read += places * self.operands[load.operand].element_size()
+        read *= elements // len(candidates)
+        programs = elements * tiles
+        read += sum(self.operands[x.operand].element_size() for x in _in(self.limits)) * programs
+        written = int(visited.sum()) * (elements // len(visited)) * _FLAG + 2 * programs * _FLAG
+        return (Traffic("listed", programs, read, written),)
 
     def added(self, by_columns: bool) -> int:
         """Bytes of float32 additions to the gradients of operands."""

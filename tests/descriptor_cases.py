@@ -20,6 +20,8 @@ HALF = Scale(0.25)
 A = Algebra()
 FORWARD, DECODE = [("forward", "KV")], [("decode", "KV"), ("combine", "")]
 BACKWARD = [("prepare", ""), ("backward_rows", "KV"), ("backward_columns", "QG")]
+#: Where dq is added up as the tiles of keys are gone through.
+ADDED = [("prepare", ""), ("backward_columns", "QGDQ")]
 #: With ordinary loads everywhere.
 ORDINARY = [(kernel, "") for kernel, _ in (*FORWARD, *BACKWARD)]
 
@@ -27,6 +29,16 @@ ORDINARY = [(kernel, "") for kernel, _ in (*FORWARD, *BACKWARD)]
 @pytest.fixture
 def described(monkeypatch):
     """All configurations have tensor descriptors. Of each launch: the kernel, and what it reads by descriptors."""
+    return _launched(monkeypatch, descriptors=True)
+
+
+@pytest.fixture
+def added(monkeypatch):
+    """The same where gradients of queries are added up by descriptors too."""
+    return _launched(monkeypatch, descriptors=True, adds=True)
+
+
+def _launched(monkeypatch, **flags):
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     found = []
@@ -34,10 +46,11 @@ def described(monkeypatch):
 
     def record(kernel, programs, arguments):
         names = [name for name, x in arguments.items() if isinstance(x, TensorDescriptor)]
-        found.append((kernel.__name__, "".join(names)))
+        if kernel.__name__ != "listed":
+            found.append((kernel.__name__, "".join(names)))
         run(kernel, programs, arguments)
 
-    monkeypatch.setattr(Call, "table", lambda self, which: replace(table(self, which), descriptors=True))
+    monkeypatch.setattr(Call, "table", lambda self, which: replace(table(self, which), **flags))
     monkeypatch.setattr(launch, "run", record)
     monkeypatch.setattr(call, "_shrunk", {})
     return found
@@ -167,3 +180,75 @@ def test_packed_sides_have_no_descriptors(described, layout):
     keys, queries = ("KV" if layout == "packed_queries" else ""), ("QG" if layout == "packed_keys" else "")
     names = {"forward": keys, "prepare": "", "backward_rows": keys, "backward_columns": queries}
     assert described == list(names.items())
+
+
+@pytest.mark.parametrize(("Qn", "Kn", "D", "E"), [(40, 70, 64, 64), (97, 65, 80, 24), (66, 200, 16, 128)])
+def test_one_pass_of_backward_adds_up_the_gradients_of_queries(added, Qn, Kn, D, E):
+    check(triton, *qkv(2, 1, Qn, Kn, D, E, dtype=torch.float16), steps=(HALF, ReplaceFill(causal(Kn - Qn + 3), -INF)))
+    assert added == FORWARD + ADDED
+
+
+def test_operands_and_dropout_where_gradients_of_queries_are_added_up(added):
+    def checked(operands=(), dtype=torch.float16, **fields):
+        check(triton, *qkv(2, 2, 70, 90, 16, dtype=dtype), operands, **fields)
+        assert added == FORWARD + ADDED
+        added.clear()
+
+    # gradients of operands with queries and of those without, by one kernel
+    for shape in [(1, 2, 70, 90), (1, 2, 70, 1), (2, 1, 1, 90), (1, 2, 1, 1)]:
+        checked([randn(*shape)], steps=(HALF, Softcap(3.0), Bias(0)), dropout=0.3, seed=torch.tensor([7]))
+    checked([randn(1, 2, 70, 1)], weight_steps=(Scale(operand=0),), steps=(HALF,))
+    # tiles from a list, and rows that see all keys after all
+    keep = torch.rand(2, 1, 1, 90) < 0.7
+    keep[0, ..., :40] = False
+    for fill in (-INF, FLOAT_MIN):
+        checked([keep], torch.float32, steps=(HALF, AddFill(A.and_(causal(), dense(0)), fill)))
+
+
+def test_heads_that_share_keys_add_up_the_gradients_of_their_own_queries(added):
+    q, k = randn(2, 2, 3, 40, 16, dtype=torch.float16), randn(2, 2, 1, 70, 16, dtype=torch.float16)
+    check(triton, q, k, k.flip(0).contiguous(), steps=(HALF, ReplaceFill(causal(), -INF)))
+    for a, b, c in [((2, 3), (1, 3), (2, 1)), ((1, 3), (2, 3), (1, 1))]:
+        check(triton, *(randn(*batch, n, 16, dtype=torch.float16) for batch, n in ((a, 33), (b, 70), (c, 70))))
+    assert added == (FORWARD + ADDED) * 3
+
+
+def test_nothing_is_added_up_where_order_matters_or_nobody_needs_it(added):
+    q, k, v = qkv(1, 2, 40, 70, 32, dtype=torch.float16)
+    spec, dout = make_spec(q, k, v), randn(1, 2, 40, 32, dtype=torch.float16)
+    out, stats = triton.forward(spec, Inputs(q, k, v))
+    added.clear()
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (triton.backward(spec, Inputs(q, k, v), dout, out, stats, [True] * 3) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert added == BACKWARD * 2
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    added.clear()
+    assert triton.backward(spec, Inputs(q, k, v), dout, out, stats, [False, True, True])[0] is None
+    assert added == [BACKWARD[0], BACKWARD[2]]
+    # packed queries, and a head size of which no descriptor of float32 numbers has rows
+    added.clear()
+    bounds = bounds_of(30, 40)
+    q, k, v = qkv(1, 2, 70, 70, 32, dtype=torch.float16)
+    check(triton, q, k, v, layout="packed", bounds=Bounds(bounds, bounds))
+    assert ("backward_rows", "") in added
+
+
+@pytest.mark.parametrize("failing", ["forward", "backward_columns"])
+def test_descriptors_that_fail_are_given_up_with_one_warning(added, monkeypatch, failing):
+    run = launch.run
+
+    def fails(kernel, programs, arguments):
+        run(kernel, programs, arguments)
+        if added[-1] in [("forward", "KV"), ("backward_columns", "QGDQ")] and kernel.__name__ == failing:
+            raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(launch, "run", fails)
+    q, k, v = qkv(1, 2, 40, 70, 32, dtype=torch.float16)
+    with pytest.warns(RuntimeWarning, match="tensor descriptors.*no such instruction"):
+        check(triton, q, k, v)
+    added.clear()
+    check(triton, q, k, v)
+    assert added == ([*ORDINARY[:1], *ADDED] if failing == "forward" else [*FORWARD, *ORDINARY[1:]])

@@ -97,7 +97,8 @@ class Call:
             return Config(32, 64, 4, 1)
         heavy = bool(self.operands) or self.spec.sink is not None or self.spec.layout != "dense"
         heavy = heavy or self.traits.checked or self.traits.doubt > -math.inf
-        return config(self.device.capability, which, self.q.element_size() * 8, self.D, self.E, heavy)
+        described = self.describable(which)
+        return config(self.device.capability, which, self.q.element_size() * 8, self.D, self.E, heavy, described)
 
     def _unshrunk(self, which: Pass) -> Config:
         kept = tuned.entries()
@@ -144,6 +145,15 @@ class Call:
         if self.config(which).smaller() is None:
             return False
         _shrunk[key] = _shrunk.get(key, 0) + 1
+        return True
+
+    def without_descriptors(self, which: Pass) -> bool:
+        """Use none for this spec from now on; False if there are none."""
+        made = self.config(which)
+        if self.fixed is not None or not made.descriptors:
+            return False
+        while made.descriptors and self.shrink(which):
+            made = self.config(which)
         return True
 
     def strides(self, x: torch.Tensor) -> tuple[int, ...]:
@@ -253,9 +263,11 @@ class Call:
         return found
 
     def describable(self, which: Pass) -> bool:
-        """Whether a loop of this pass reads what can have tensor descriptors. Nobody knows the gradient of the result here."""
-        keys = _describable(self.packed_k, self.k, self.v)
-        return keys or (which == "backward" and _describable(self.packed_q, self.q))
+        """Whether the loop that costs most in this pass reads what can have tensor descriptors. Nobody knows the gradient of the
+        result here."""
+        if which == "backward":
+            return _describable(self.packed_q, self.q)
+        return _describable(self.packed_k, self.k, self.v)
 
     def specialised(self, made: Config) -> bool:
         """Whether loops are specialised: not those that pass over tiles, whose products Triton does not always find."""

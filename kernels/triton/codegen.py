@@ -8,14 +8,21 @@ columns), Qn and Kn (the numbers of queries and keys).
     bases(e, sizes, ops, bst)                    at, or the same for gradients
     offset(e, sizes, strides)                    where a batch element begins in a tensor
     score(s, q, k, FULL, ...)                    the scores after all steps, and what their gradients need
-    score_grad(g, saved, q, k, FULL, gat, gst, GIVE, ...)  gradient of the scores before all steps; adds those of operands up
+    score_grad(g, saved, q, k, FULL, gat, gst, GIVE, QUERIES, ...)
+                                                 gradient of the scores before all steps; adds those of operands up
     weigh(p, q, k, ...)                          the weights after their steps
-    weigh_grad(g, p, q, k, gat, gst, GIVE, ...)  gradient of the weights before their steps
+    weigh_grad(g, p, q, k, gat, gst, GIVE, QUERIES, ...)
+                                                 gradient of the weights before their steps
     sink(q, ...)                                 the score that each row has besides those of the keys, [rows, 1]
     left(q, k, ...)                              which weights their fills leave
     keys(q0, q1, ...)                            the keys that queries q0 to q1 may see, and those that all of them see
     queries(k0, k1, ...)                         the queries that may see keys k0 to k1, and those that see all of them
-    seen(q0, q1, k0, k1, BM, BN, ...)            whether a tile may hold a key that is not hidden
+    seen(q0, q1, k0, k1, BM, BN, MANY, ...)      whether a tile may hold a key that is not hidden, and whether it surely holds no
+                                                 other by what is no bound; MANY: 1 where k0 and k1 are those of many tiles, 2
+                                                 where q0 and q1 are
+
+Tiles have a row for each query, or where QUERIES is 1 one for each key; q and k broadcast with them. FULL tells what hides nothing
+of a tile, and need not be compared: 1 bounds on the key, 2 also what `seen` looks at.
 """
 
 from __future__ import annotations
@@ -90,6 +97,17 @@ def clamped(i, n):
 
 
 @triton.jit
+def ends_of(place, first, last, stride, SIZE: tl.constexpr, MANY: tl.constexpr):
+    # the least and the greatest of SIZE elements from `first` on, or from each of many; those after `last` are that one again
+    if MANY:
+        i = first[:, None] + tl.arange(0, SIZE)[None, :]
+    else:
+        i = first + tl.arange(0, SIZE)
+    x = tl.load(place + tl.minimum(i, last).to(tl.int64) * stride).to(tl.int64)
+    return tl.min(x, 1 if MANY else 0), tl.max(x, 1 if MANY else 0)
+
+
+@triton.jit
 def floor_mod(a, b: tl.constexpr):
     return ((a % b) + b) % b
 
@@ -107,7 +125,6 @@ class Traits:
     """What the kernels need to know of a spec at compile time.
 
     hides     there are hiding fills
-    lower     some hiding fill has a first key, so that tiles before the full ones need their masks
     checked   tiles are looked at before they are computed
     doubt     as in Hiding; -inf where no row needs a second look
     fills     weights are filled with 0
@@ -120,7 +137,6 @@ class Traits:
     """
 
     hides: bool
-    lower: bool
     checked: bool
     doubt: float
     fills: bool
@@ -133,13 +149,10 @@ class Traits:
 @functools.lru_cache(maxsize=512)
 def traits(spec: Attention) -> Traits:
     found = hiding(spec)
-    cuts = _cuts(spec)
-    hides = [cuts[i] for i in found.steps]
     near, (left, factor) = _near(spec), _left_over(spec)
     return Traits(
-        hides=bool(hides),
-        lower=any("from" in c.bounds or "from_q" in c.bounds for c in cuts.values()),
-        checked=any(c.rest is not None and _interval_of(c.rest) for c in hides),
+        hides=bool(found.steps),
+        checked=bool(looked_at(spec)),
         doubt=found.doubt,
         fills=any(isinstance(s, ReplaceFill) for s in spec.weight_steps),
         near=near,
@@ -186,6 +199,17 @@ def by_columns(spec: Attention, operand: int) -> bool:
     return operand not in spec.tables and spec.operands[operand].dims[-2:] == ("1", "K")
 
 
+def looked_at(spec: Attention) -> list[Expr]:
+    """What is left, besides bounds on the key, of masks that hide and that bounds on a tile say something of."""
+    module = _Module(spec)
+    return [rest for i in module.looked_at if (rest := module.cuts[i].rest) is not None]
+
+
+def limits(spec: Attention) -> list[Expr]:
+    """The bounds on keys that masks have."""
+    return [x for cut in _cuts(spec).values() for x in cut.bounds.values()]
+
+
 def source(spec: Attention) -> str:
     """The text of the module for `spec`. Raises ValueError for what the kernels cannot compute."""
     return _Module(spec).text()
@@ -208,17 +232,14 @@ def _number(x: float) -> str:
     return repr(float(x)) if math.isfinite(x) else f"float('{'-' if x < 0 else ''}inf')"
 
 
-def _interval_of(e: Expr) -> bool:
-    """Whether bounds of e on a tile say anything: it has more than loads of one number for each query and key."""
-    return any(isinstance(x, (Load, Index)) for x in expr.walk(e)) and not any(
-        isinstance(x, Load) and (x.row is not None or x.col is not None) for x in expr.walk(e)
-    )
+def indented(lines: list[str]) -> list[str]:
+    return [f"    {line}" for line in lines]
 
 
 class _Body:
     """Lines of one function, with each expression computed once."""
 
-    def __init__(self, module: _Module, at: str = "at") -> None:
+    def __init__(self, module: _Module) -> None:
         self.module = module
         self.lines: list[str] = []
         self.known: dict[Expr, str] = {}
@@ -229,6 +250,13 @@ class _Body:
         name = f"x{self.count}"
         self.lines.append(f"{name} = {code}")
         return name
+
+    def inner(self) -> _Body:
+        """Lines of a part of the function, which knows what stands before it."""
+        found = _Body(self.module)
+        found.count = 1000 + self.count
+        found.known = dict(self.known)
+        return found
 
     def value(self, e: Expr) -> str:
         """Code for e at queries q and keys k of a tile: a name."""
@@ -315,6 +343,12 @@ class _Module:
         self.hiding: Hiding = hiding(spec)
         self.cuts = _cuts(spec)
         self.left = _left_over(spec)[0]
+        #: of the fills that hide, those that `seen` knows something of besides bounds
+        self.looked_at = [i for i in sorted(self.hiding.steps) if self._tells(self.cuts[i].rest)]
+
+    def _tells(self, rest: Expr | None) -> bool:
+        """Whether bounds of a mask on a tile say anything, as those of a load for each query and key do not."""
+        return rest is not None and not all(map(str.isdecimal, _Intervals(self).of_mask(rest)))
 
     def uses(self, e: Expr) -> set[str]:
         """Which of q and k the value of e depends on."""
@@ -405,7 +439,8 @@ class _Module:
             put(f"s = tl.where(s > {_number(step.high)}, {_number(step.high)}, s)")
             return kept
         elif isinstance(step, (ReplaceFill, AddFill)):
-            self._fill(body, self.cuts[i], step)
+            value = _number(step.value)
+            self._masked(body, i, "s", value if isinstance(step, ReplaceFill) else f"s + {value}")
         elif isinstance(step, Cast):
             if rounding.rounds(step):
                 dtype = dtype_of(step.dtype)
@@ -415,25 +450,20 @@ class _Module:
             raise ValueError(f"the Triton kernels do not know the step {step!r}")
         return ""
 
-    def _fill(self, body: _Body, found: Cut, step: ReplaceFill | AddFill) -> None:
-        value = _number(step.value)
-        self._masked(body, found, "s", value if isinstance(step, ReplaceFill) else f"s + {value}")
-
-    def _masked(self, body: _Body, found: Cut, x: str, filled: str) -> None:
-        """Write where a mask leaves x, which is `filled` elsewhere."""
-        rest = [] if found.rest is None else [f"({body.value(found.rest)})"]
-        if not found.bounds:
-            body.lines.append(f"{x} = tl.where({rest[0]}, {x}, {filled})")
-            return
-        # on a full tile the comparisons with the key hold; what they compute is not shared with what stands outside
-        inner = _Body(self)
-        inner.count = 1000 + body.count
-        inner.known = dict(body.known)
+    def _masked(self, body: _Body, step: int, x: str, filled: str) -> None:
+        """Write where the mask of a step leaves x, which is `filled` elsewhere."""
+        found = self.cuts[step]
+        sure = step in self.looked_at
+        # what is computed for some tiles only is not shared with what stands outside
+        outer = body.inner() if sure else body
+        rest = [] if found.rest is None else [f"({outer.value(found.rest)})"]
+        inner = outer.inner()
         edges = [f"({_bound(kind, inner.value(bound))})" for kind, bound in found.bounds.items()]
-        body.lines += ["if not FULL:", *(f"    {x}" for x in inner.lines)]
-        body.lines.append(f"    {x} = tl.where({' & '.join(rest + edges)}, {x}, {filled})")
-        if rest:
-            body.lines += ["else:", f"    {x} = tl.where({rest[0]}, {x}, {filled})"]
+        lines = [f"{x} = tl.where({' & '.join(rest + edges)}, {x}, {filled})"]
+        if edges:
+            otherwise = [f"{x} = tl.where({rest[0]}, {x}, {filled})"] if rest else ["pass"]
+            lines = ["if not FULL:", *indented([*inner.lines, *lines]), "else:", *indented(otherwise)]
+        body.lines += ["if FULL < 2:", *indented([*outer.lines, *lines])] if sure else lines
 
     def _score_grad(self) -> str:
         body = _Body(self)
@@ -444,7 +474,7 @@ class _Module:
                 self._reverse(body, i, step, f"saved[{at}]")
         return self._define(
             "score_grad",
-            f"g, saved, q, k, FULL: tl.constexpr, gat, gst, GIVE: tl.constexpr, {_CONTEXT}",
+            f"g, saved, q, k, FULL: tl.constexpr, gat, gst, GIVE: tl.constexpr, QUERIES: tl.constexpr, {_CONTEXT}",
             [*body.lines, "return g"],
         )
 
@@ -466,21 +496,19 @@ class _Module:
         elif isinstance(step, Clamp):
             put(f"g = tl.where(({saved} >= {_number(step.low)}) & ({saved} <= {_number(step.high)}), g, 0.0)")
         elif isinstance(step, ReplaceFill):
-            self._masked(body, self.cuts[i], "g", "0.0")
+            self._masked(body, i, "g", "0.0")
 
     def _give(self, body: _Body, operand: int, row: Expr | None, col: Expr | None, given: str) -> None:
-        """Add `given` [BM, BN] to the gradient of an operand, in the kernel that is to make it."""
-        inner = _Body(self)
-        inner.count = 1000 + body.count
-        inner.known = dict(body.known)
+        """Add `given`, a tile, to the gradient of an operand, in the kernel that is to make it."""
+        inner = body.inner()
         dims = self.spec.operands[operand].dims[-2:]
         place, mask = inner.place(operand, row, col, f"gat[{operand}]", f"gst[{operand}]")
         x = inner.let(given)
         if row is None and col is None:
             if dims[0] == "1":
-                x = inner.let(f"tl.sum({x}, 0, keep_dims=True)")
+                x = inner.let(f"tl.sum({x}, QUERIES, keep_dims=True)")
             if dims[1] == "1":
-                x = inner.let(f"tl.sum({x}, 1, keep_dims=True)")
+                x = inner.let(f"tl.sum({x}, 1 - QUERIES, keep_dims=True)")
             if dims == ("1", "1"):
                 place, mask = f"{place} + tl.zeros([1, 1], tl.int32)", ""
         else:
@@ -488,7 +516,7 @@ class _Module:
             place = f"{place} + tl.zeros_like({x}).to(tl.int32)"
         inner.lines.append(f"tl.atomic_add({place}, {x}, {f'mask={mask}, ' if mask else ''}sem='relaxed')")
         body.lines.append(f"if (GIVE >> {operand}) & 1:")
-        body.lines += [f"    {line}" for line in inner.lines]
+        body.lines += indented(inner.lines)
 
     # -- weights
 
@@ -529,7 +557,9 @@ class _Module:
             elif isinstance(step, ReplaceFill):
                 body.lines.append(f"g = tl.where({body.value(step.keep)}, g, 0.0)")
         return self._define(
-            "weigh_grad", f"g, p, q, k, gat, gst, GIVE: tl.constexpr, {_CONTEXT}", [*body.lines, "return g"]
+            "weigh_grad",
+            f"g, p, q, k, gat, gst, GIVE: tl.constexpr, QUERIES: tl.constexpr, {_CONTEXT}",
+            [*body.lines, "return g"],
         )
 
     def _left(self) -> str:
@@ -587,17 +617,15 @@ class _Module:
 
     def _seen(self) -> str:
         body = _Intervals(self)
-        found = []
-        for i in sorted(self.hiding.steps):
-            rest = self.cuts[i].rest
-            if rest is not None and _interval_of(rest):
-                ends = body.of(rest)
-                if ends is not None:
-                    found.append(f"({ends[1]} > 0)")
+        some, sure = ["(k0 <= k1)"], ["(k0 <= k1)"]
+        for i in self.looked_at:
+            low, high = body.of_mask(self.cuts[i].rest)
+            some.append(f"({high} > 0)")
+            sure.append(f"({low} > 0)")
         return self._define(
             "seen",
-            f"q0, q1, k0, k1, BM: tl.constexpr, BN: tl.constexpr, {_CONTEXT}",
-            [*body.lines, f"return {' & '.join(found) or 'True'}"],
+            f"q0, q1, k0, k1, BM: tl.constexpr, BN: tl.constexpr, MANY: tl.constexpr, {_CONTEXT}",
+            [*body.lines, f"return {' & '.join(some)}, {' & '.join(sure)}"],
         )
 
 
@@ -606,8 +634,8 @@ def _bound(kind: str, x: str) -> str:
 
 
 def _most(op: str, parts: list[str]) -> str:
-    found = parts[0]
-    for x in dict.fromkeys(parts[1:]):
+    found, *others = dict.fromkeys(parts)
+    for x in others:
         found = f"tl.{op}({found}, {x})"
     return found
 
@@ -626,6 +654,10 @@ class _Intervals(_Body):
         if e not in self.ends:
             self.ends[e] = self._of(e)
         return self.ends[e]
+
+    def of_mask(self, e: Expr | None) -> Ends:
+        assert e is not None
+        return self.of(e) or ("0", "1")
 
     def _both(self, lo: str, hi: str) -> Ends:
         return self.let(lo), self.let(hi)
@@ -661,11 +693,9 @@ class _Intervals(_Body):
         first, end, size, stride = (
             ("k0", "Kn", "BN", f"{strides}[1]") if by_key else ("q0", "Qn", "BM", f"{strides}[0]")
         )
-        i = self.let(f"{first} + tl.arange(0, {size})")
-        # places past the end repeat the last element
         last = f"tl.minimum({end}, n[{e.operand}][{int(by_key)}]) - 1"
-        x = self.let(f"tl.load({base} + tl.minimum({i}, {last}).to(tl.int64) * {stride}).to(tl.int64)")
-        return self._both(f"tl.min({x}, 0)", f"tl.max({x}, 0)")
+        x = self.let(f"ends_of({base}, {first}, {last}, {stride}, {size}, MANY == {1 if by_key else 2})")
+        return f"{x}[0]", f"{x}[1]"
 
     def _summed(self, e: Linear) -> Ends | None:
         # beside numbers that may be anything, bounds wrap where the sum does not

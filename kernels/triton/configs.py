@@ -24,8 +24,9 @@ SHARED = {
 class Config:
     """BM queries and BN keys a tile.
 
-    descriptors: loops read by tensor descriptors where the tensors can have them; specialised: some warps of a loop load and
-    others compute. No device gets these without having measured them.
+    descriptors: loops read by tensor descriptors where the tensors can have them; adds: backward goes through the tiles once,
+    and adds the gradients of queries up by such a descriptor, where order may not matter; specialised: some warps of a loop
+    load and others compute, which no device gets without having measured it.
     """
 
     BM: int
@@ -34,11 +35,14 @@ class Config:
     stages: int
     descriptors: bool = False
     specialised: bool = False
+    adds: bool = False
 
     def smaller(self) -> Config | None:
         """What needs less shared memory and fewer registers; None if there is nothing."""
         if self.specialised:
             return replace(self, specialised=False)
+        if self.adds:
+            return replace(self, adds=False)
         if self.descriptors:
             return replace(self, descriptors=False)
         if self.stages > 1:
@@ -46,6 +50,10 @@ class Config:
         if self.BN > 16 and self.BN >= self.BM:
             return replace(self, BN=self.BN // 2)
         return replace(self, BM=self.BM // 2) if self.BM > 16 else None
+
+    def by_columns(self) -> Config:
+        """The same for the kernel that sums up along queries: warps lie along its keys."""
+        return replace(self, BM=self.BN, BN=self.BM)
 
     def arguments(self) -> dict[str, int]:
         """What every kernel with a loop takes of it. num_stages: of loops that do not say themselves how many they have."""
@@ -113,6 +121,13 @@ _HEAVY: _Table = {
     ("backward", 128): {90: Config(128, 64, 8, 2), 100: Config(64, 64, 8, 2), 0: Config(64, 32, 4, 1)},
     ("backward", 256): {0: Config(32, 32, 8, 1)},
 }
+#: 16 bits, where loops can read by tensor descriptors, which leaves registers for more keys, light specs and heavy ones alike.
+_DESCRIBED: _Table = {
+    ("forward", 64): {90: Config(128, 128, 8, 2, descriptors=True)},
+    ("forward", 128): {90: Config(128, 128, 8, 2, descriptors=True)},
+    ("backward", 64): {90: Config(128, 64, 8, 2, descriptors=True, adds=True)},
+    ("backward", 128): {90: Config(128, 64, 8, 2, descriptors=True, adds=True)},
+}
 #: 32 bits: multiply-adds, unless TF32 is allowed.
 _SINGLE: _Table = {
     ("forward", 64): {0: Config(64, 32, 8, 1)},
@@ -133,11 +148,14 @@ _WITHOUT: _Table = {
 }
 
 
-def config(capability: int, which: Pass, bits: int, D: int, E: int, heavy: bool = False) -> Config:
+def config(
+    capability: int, which: Pass, bits: int, D: int, E: int, heavy: bool = False, described: bool = False
+) -> Config:
     """The configuration for compute capability 80, 90, ...; 0 for any other device, which gets what fits everywhere.
 
     bits: of an element of q, k and v; D, E: the head sizes; heavy: whether the spec has operands, a sink, finite fills
-    that hide, masks that are looked at tile by tile, or a packed layout.
+    that hide, masks that are looked at tile by tile, or a packed layout; described: whether there can be tensor descriptors of
+    what the loops read.
     """
     width = max(padded(D), padded(E))
     if which == "decode":
@@ -146,14 +164,17 @@ def config(capability: int, which: Pass, bits: int, D: int, E: int, heavy: bool 
             return Config(16, 32, 4, 1) if width <= 128 else Config(16, 16, 4, 1)
         return Config(64 if width <= 128 else 32, 64 if width <= 128 else 32, 4, 2 if capability >= 80 else 1)
     width = max(64, min(256, width))
+    if described and bits == 16 and capability in _DESCRIBED.get((which, width), {}):
+        return _DESCRIBED[which, width][capability]
     table = _WITHOUT if capability in (70, 75) else _SINGLE if bits == 32 else _HEAVY if heavy else _HALF
     row = table[which, width]
     return row.get(capability, row[0])
 
 
-#: How many configurations tuning looks at, and how many of the first ones once more with tensor descriptors, and specialised.
+#: How many configurations tuning looks at, and how many of the first ones once more with tensor descriptors, adding up gradients
+#: of queries by them, and specialised.
 MOST = 24
-DESCRIBED, SPECIALISED = 6, 2
+DESCRIBED, ADDED, SPECIALISED = 6, 3, 2
 #: Where Triton 3.6 and 3.7 make something of specialised loops: elsewhere they fail to compile or stay as they were.
 PARTITIONED = frozenset({("backward", 100)})
 #: Of these, the ones that have run on a device: a loop whose warps wait for each other for ever would hang the tuning of it.
@@ -165,13 +186,14 @@ _ACCUMULATED = 224
 def candidates(
     capability: int, which: Pass, bits: int, D: int, E: int, descriptors: bool = False, specialised: bool = False
 ) -> list[Config]:
-    """What is worth measuring on such a device: the shipped configuration first, then what is nearest to it.
+    """What is worth measuring on such a device: the shipped configuration first, then what is nearest to it, by addresses.
 
     Left out is what certainly does not fit into shared memory or spills. The first ones come again in the end, with tensor
     descriptors and with specialised loops, where the device has them. descriptors, specialised: whether the inputs and the
     spec allow for these; the other arguments as of config().
     """
-    table = config(capability, which, bits, D, E)
+    table = config(capability, which, bits, D, E, described=descriptors)
+    bare = replace(table, descriptors=False, adds=False)
     shared = _shared(capability)
     sizes = (16, 32, 64, 128)
     rows = (table.BM,) if which == "decode" else sizes
@@ -182,16 +204,18 @@ def candidates(
         for warps in (2, 4, 8)
         for stages in ((1, 2, 3, 4) if capability >= 80 or capability == 0 else (1,))
     ]
-    fitting = [c for c in grid if c != table and _fits(c, which, bits, D, E, shared)]
+    fitting = [c for c in grid if c != bare and _fits(c, which, bits, D, E, shared)]
     # sorting keeps equals in their order: smaller tiles first
-    found = [table, *sorted(fitting, key=lambda c: _distance(table, c))[: MOST - 1]]
+    found = [bare, *sorted(fitting, key=lambda c: _distance(bare, c))[: MOST - 1]]
+    more: list[Config] = []
     # products of float32 read tiles into registers, and those of a descriptor spill there
-    if not descriptors or capability < 90 or bits != 16:
-        return found
-    described = [replace(c, descriptors=True) for c in found]
-    whole = [replace(c, specialised=True) for c in described if c.warps >= 4]
-    some = whole[:SPECIALISED] if specialised and (which, capability) in PROVEN else []
-    return [*found, *described[:DESCRIBED], *some]
+    if descriptors and capability >= 90 and bits == 16:
+        more = [replace(c, descriptors=True) for c in found[:DESCRIBED]]
+        # where what is added up may come in any order
+        more += [replace(c, adds=True) for c in more[: ADDED if which == "backward" else 0]]
+        if specialised and (which, capability) in PROVEN:
+            more += [replace(c, descriptors=True, specialised=True) for c in found if c.warps >= 4][:SPECIALISED]
+    return list(dict.fromkeys([table, *found, *more]))
 
 
 def _shared(capability: int) -> int:

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 #: What cuTensorMapEncodeTiled takes: dims, and bytes from one element to the next in any dim but the last.
-_DIMS, _ALIGNED, _FARTHEST = 5, 16, 2**40
+DIMS, ALIGNED, _FARTHEST = 5, 16, 2**40
 
 
 def fits(x: torch.Tensor) -> bool:
     """Whether there can be a descriptor of x [*batch, rows, columns]."""
-    if x.dim() > _DIMS or x.numel() == 0 or x.data_ptr() % _ALIGNED:
+    if x.dim() > DIMS or x.numel() == 0 or x.data_ptr() % ALIGNED:
         return False
-    *apart, last = [s * x.element_size() if n > 1 else _ALIGNED for n, s in zip(x.shape, x.stride())]
+    *apart, last = [s * x.element_size() if n > 1 else ALIGNED for n, s in zip(x.shape, x.stride())]
     adjacent = x.shape[-1] == 1 or last == x.element_size()
-    return adjacent and all(0 < s < _FARTHEST and s % _ALIGNED == 0 for s in apart)
+    return adjacent and all(0 < s < _FARTHEST and s % ALIGNED == 0 for s in apart)
 
 
 def described(x: torch.Tensor, rows: int, columns: int) -> tuple[Any, tuple[int, ...]]:
@@ -32,6 +32,6 @@ def described(x: torch.Tensor, rows: int, columns: int) -> tuple[Any, tuple[int,
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     # where there is one element, its stride is never used, and may be none that is allowed
-    strides = [s if n > 1 else _ALIGNED for n, s in zip(x.shape[:-1], x.stride())]
+    strides = [s if n > 1 else ALIGNED for n, s in zip(x.shape[:-1], x.stride())]
     block = [1] * (x.dim() - 2) + [rows, columns]
     return TensorDescriptor(x, list(x.shape), [*strides, 1], block), tuple(int(n > 1) for n in x.shape[:-2])

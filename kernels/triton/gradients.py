@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from attnfuse.kernels import sink
+from attnfuse.kernels.triton import descriptors, lists
 from attnfuse.kernels.triton.call import HIDDEN, Call
 from attnfuse.kernels.triton.configs import Config, padded
 from attnfuse.warning import warn
@@ -32,10 +33,15 @@ def backward(
     prepared = _prepare(call, made, dout, out, stats, dlse)
     common = {**_common(call, dout), **prepared, **sums.arguments()}
     dq, dk, dv = None, None, None
-    if needs[0] or sums.by_rows:
-        dq = _backward_rows(call, made, common, sums.by_rows)
-    if needs[1] or needs[2] or sums.by_columns:
-        dk, dv = _backward_columns(call, made, dout, common, sums.by_columns)
+    if needs[0] and made.adds and _can_add(call):
+        dq = torch.zeros((*call.batch, *call.q.shape[-2:]), dtype=torch.float32, device=call.q.device)
+        dk, dv = _backward_columns(call, made, dout, common, sums.by_rows | sums.by_columns, dq)
+        dq = dq if call.traits.slope == 1.0 else dq.mul_(call.traits.slope)
+    else:
+        if needs[0] or sums.by_rows:
+            dq = _backward_rows(call, made, common, sums.by_rows)
+        if needs[1] or needs[2] or sums.by_columns:
+            dk, dv = _backward_columns(call, made, dout, common, sums.by_columns)
     grads: list[torch.Tensor | None] = [
         _summed(x, g) if need else None for x, g, need in zip((call.q, call.k, call.v), (dq, dk, dv), needs)
     ]
@@ -43,6 +49,12 @@ def backward(
     rows = prepared["W"].view(3, *stats.shape[1:])
     sink.add_gradient(call.spec, call.operands, grads, *rows.unbind())
     return grads
+
+
+def _can_add(call: Call) -> bool:
+    """Whether gradients of queries may be added up in no order, and by a tensor descriptor."""
+    fits = len(call.batch) + 2 <= descriptors.DIMS and 4 * call.D % descriptors.ALIGNED == 0
+    return fits and not call.packed_q and not torch.are_deterministic_algorithms_enabled()
 
 
 def _prepare(
@@ -106,7 +118,6 @@ def _common(call: Call, dout: torch.Tensor) -> dict[str, Any]:
         "WEIGH": f.weigh,
         "WEIGH_GRAD": f.weigh_grad,
         "SEEN": f.seen,
-        "CHECKED": call.traits.checked,
         "HIDES": call.traits.hides,
         "DROPOUT": call.spec.dropout > 0.0,
         "MERGED": call.traits.merged,
@@ -135,6 +146,7 @@ def _backward_rows(call: Call, made: Config, common: dict[str, Any], operands: i
             **made.arguments(),
             "SPECIALISED": call.specialised(made),
             "KEYS": call.functions.keys,
+            **lists.rows(call, made, ragged=False),
             "GIVE": operands,
         },
     )
@@ -142,11 +154,17 @@ def _backward_rows(call: Call, made: Config, common: dict[str, Any], operands: i
 
 
 def _backward_columns(
-    call: Call, made: Config, dout: torch.Tensor, common: dict[str, Any], operands: int
+    call: Call,
+    made: Config,
+    dout: torch.Tensor,
+    common: dict[str, Any],
+    operands: int,
+    dq: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As _backward_rows, the gradients of k and v."""
+    """As _backward_rows, the gradients of k and v. dq float32 [*batch, Q, D]: what that of q is added to, if it is."""
     from attnfuse.kernels.triton import template
 
+    marked, made = made.BM, made.by_columns()
     k, v, batch = call.k, call.v, call.batch
     # batch dims that neither k nor v has are summed over inside of a program
     full = tuple(not (a == b == 1) for a, b in zip(k.shape[:-2], v.shape[:-2]))
@@ -164,6 +182,8 @@ def _backward_columns(
             **call.tiled(made, made.BM, call.packed_q, q=call.q, g=dout),
             "deal": call.deal(call.bounds.k, call.K, made.BN),
             "outer_heads": outer_heads,
+            **_added(dq, made),
+            "MARKED": marked,
             "DK": dk,
             "DV": dv,
             "outer": outer,
@@ -176,10 +196,18 @@ def _backward_columns(
             "dvs": tuple(dv.stride()[-2:]),
             **made.arguments(),
             "QUERIES": call.functions.queries,
+            **lists.columns(call, made),
             "GIVE": operands,
         },
     )
     return dk, dv
+
+
+def _added(dq: torch.Tensor | None, made: Config) -> dict[str, Any]:
+    if dq is None:
+        return {"DQ": None, "dqb": (), "ADDS": False}
+    described, strides = descriptors.described(dq, made.BM, padded(dq.shape[-1]))
+    return {"DQ": described, "dqb": strides, "ADDS": True}
 
 
 def _target(x: torch.Tensor, batch: tuple[int, ...], full: Sequence[bool], packed: bool) -> torch.Tensor:
@@ -196,7 +224,7 @@ def _target(x: torch.Tensor, batch: tuple[int, ...], full: Sequence[bool], packe
 
 def _summed(x: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
     assert grad is not None
-    if grad.shape == x.shape:
+    if grad.shape == x.shape and grad.dtype == x.dtype:
         return grad
     return torch.empty_like(x).copy_(grad.sum_to_size(x.shape))
 

@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from attnfuse.kernels.triton import lists
 from attnfuse.kernels.triton.call import Call
 from attnfuse.kernels.triton.configs import Pass, padded
+from attnfuse.warning import said, warn
 
 _T = TypeVar("_T")
 
@@ -25,7 +27,10 @@ def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def fitting(call: Call, which: Pass, attempt: Callable[[], _T]) -> _T:
-    """attempt(), again with smaller tiles as long as the device has no room for those that were tried."""
+    """attempt(), again with smaller tiles as long as the device has no room for those that were tried.
+
+    Where tiles by tensor descriptors fail otherwise, they are read by addresses, with one warning.
+    """
     from triton.runtime.errors import OutOfResources
 
     with current(call.q.device):
@@ -35,6 +40,16 @@ def fitting(call: Call, which: Pass, attempt: Callable[[], _T]) -> _T:
             except OutOfResources:
                 if not call.shrink(which):
                     raise
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                if not call.without_descriptors(which):
+                    raise
+                warn(
+                    f"the Triton kernels of {which} failed with tensor descriptors, and read by addresses from now on: "
+                    f"{said(error)}",
+                    stacklevel=2,
+                )
 
 
 def forward(call: Call, out: torch.Tensor, stats: torch.Tensor) -> None:
@@ -57,8 +72,7 @@ def forward(call: Call, out: torch.Tensor, stats: torch.Tensor) -> None:
             **made.arguments(),
             "SPECIALISED": call.specialised(made),
             "KEYS": f.keys,
-            "LOWER": call.traits.lower,
-            "CHECKED": call.traits.checked,
+            **lists.rows(call, made, ragged=True),
         },
     )
 

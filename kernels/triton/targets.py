@@ -38,8 +38,8 @@ _TYPES = {
 @dataclass(frozen=True)
 class Compiled:
     """One kernel as compiled. BM, BN, warps, stages: as in Config, 0 where it has none; shared, spilled: bytes; registers: of a
-    thread; products: names of matrix instructions; bulk: whether tiles are copied by tensor descriptors; partitioned: whether
-    warps share out the work of a loop; cubin: the machine code."""
+    thread; products: names of matrix instructions; bulk: whether tiles are copied by tensor descriptors; reduces: whether they
+    are added to memory by them; partitioned: whether warps share out the work of a loop; cubin: the machine code."""
 
     kernel: str
     BM: int
@@ -52,6 +52,7 @@ class Compiled:
     products: tuple[str, ...]
     bulk: bool = False
     partitioned: bool = False
+    reduces: bool = False
     cubin: bytes = field(default=b"", repr=False, compare=False)
 
 
@@ -101,7 +102,8 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], capability: int) -> C
     registers, spilled = _usage(made.asm["cubin"])
     products = re.findall(r"(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", made.asm["ptx"])
     tiles = (arguments.get("BM", 0), arguments.get("BN", 0), options["num_warps"], arguments.get("STAGES", 0))
-    bulk, partitioned = (word in made.asm["ptx"] for word in ("cp.async.bulk.tensor", "setmaxnreg"))
+    words = ("cp.async.bulk.tensor", "setmaxnreg", "cp.reduce.async.bulk.tensor")
+    bulk, partitioned, reduces = (word in made.asm["ptx"] for word in words)
     return Compiled(
         kernel.fn.__name__,
         *tiles,
@@ -111,6 +113,7 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], capability: int) -> C
         tuple(sorted(set(products))),
         bulk,
         partitioned,
+        reduces,
         made.asm["cubin"],
     )
 

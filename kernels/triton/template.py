@@ -174,11 +174,11 @@ def visit(
     """One tile of keys: brings the sums of a query tile up to date.
 
     line, q [BM, 1]: the rows' numbers and their queries, which are q0 to q1. at: the operands of each row; shared: those of
-    some row, where they are the same for all.
+    some row, where they are the same for all. FULL: as `score` takes it.
     """
     needed = True
     if CHECKED:
-        needed = SEEN(q0, q1, k0, tl.minimum(k0 + BN, Kn) - 1, BM, BN, shared, st, n, Qn, Kn)
+        needed, sure = SEEN(q0, q1, k0, tl.minimum(k0 + BN, Kn) - 1, BM, BN, 0, shared, st, n, Qn, Kn)
     if needed:
         keys = k0 + tl.arange(0, BN)
         k = keys[None, :]
@@ -234,7 +234,7 @@ def seen_all(
             for k0 in tl.range(0, Kn, BN, num_stages=STAGES):
                 acc, m, l = visit(
                     acc, m, l, qt, line, q, 0, 0, k0, K, V, ks, vs, at, at, st, n, Qn, Kn, seed, threshold, keep_scale, D,
-                    E, DP, EP, BM, BN, SCORE, WEIGH, SEEN, False, False, DROPOUT, False, 1.0, PRECISION,
+                    E, DP, EP, BM, BN, SCORE, WEIGH, SEEN, 0, False, DROPOUT, False, 1.0, PRECISION,
                 )  # fmt: skip
     return acc, m, l
 
@@ -280,13 +280,98 @@ def finished(
     return out, tl.where(none, float("nan"), l)
 
 
+@triton.jit
+def parted(lo, hi, first, last, SIZE: tl.constexpr):
+    """(first, last, the numbers of other and of full tiles) of [lo, hi), which begins with a tile: from first to last whole tiles
+    are full."""
+    last = tl.maximum(tl.minimum(last, hi), lo) // SIZE * SIZE
+    last = tl.maximum(last, lo)
+    first = tl.minimum(tl.cdiv(tl.maximum(first, lo), SIZE) * SIZE, last)
+    return first, last, (first - lo) // SIZE + tl.cdiv(hi - last, SIZE), (last - first) // SIZE
+
+
+@triton.jit
+def edge_tile(i, lo, first, last, LIST, total, every, SIZE: tl.constexpr, LISTED: tl.constexpr):
+    """Where the i-th tile begins of those that are not full: in [lo, first) and then from `last` on, or as `listed` has found.
+
+    every: all tiles of `total` rows are gone through instead.
+    """
+    if LISTED:
+        # the last entries of the list, from the end on
+        found = tl.load(LIST + 1 + tl.cdiv(total, SIZE) - i)
+        return tl.where(every, i, found) * SIZE
+    else:
+        return tl.where(lo + i * SIZE < first, lo + i * SIZE, last + i * SIZE - (first - lo))
+
+
+@triton.jit
+def full_tile(i, first, LIST, SIZE: tl.constexpr, LISTED: tl.constexpr):
+    """The same for the full tiles."""
+    if LISTED:
+        return tl.load(LIST + 2 + i) * SIZE
+    else:
+        return first + i * SIZE
+
+
+@triton.jit(do_not_specialize_on_alignment=COUNTS)
+def listed(
+    LIST, ops, sizes, bst, st, n, Qn, Kn,
+    BM: tl.constexpr, BN: tl.constexpr, MANY: tl.constexpr, BASES: tl.constexpr, RANGE: tl.constexpr, SEEN: tl.constexpr,
+    COLUMNS: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Which tiles of keys a tile of queries needs, MANY looked at at once; with COLUMNS which of queries a tile of keys needs.
+
+    LIST int32 [elements, tiles, 2 + others]: the numbers of other and of full tiles, then the full ones' numbers, and at the end
+    those of the others, backwards. Elements are those of the masks, which may be fewer than the batch has. RAGGED: rows behind
+    the last query do not make a tile less than full.
+    """
+    SIZE: tl.constexpr = BM if COLUMNS else BN
+    if COLUMNS:
+        own, total = tl.cdiv(Kn, BN), Qn
+    else:
+        own, total = tl.cdiv(Qn, BM), Kn
+    at = BASES((tl.program_id(0) // own).to(tl.int64), sizes, ops, bst)
+    tile = tl.program_id(0) % own
+    if COLUMNS:
+        begin, beyond, count = tile * BN, tile * BN + BN, Kn
+    else:
+        begin, beyond, count = tile * BM, tile * BM + BM, Qn
+    end = tl.minimum(beyond, count) - 1
+    lo, hi, first, last = RANGE(begin, end, at, st, n, Qn, Kn)
+    lo, hi = clipped(lo, hi, total, SIZE)
+    if not RAGGED:
+        last = tl.where(beyond <= count, last, 0)
+    LIST += tl.program_id(0).to(tl.int64) * (2 + tl.cdiv(total, SIZE))
+    edges = lo * 0
+    fulls = lo * 0
+    for place in range(lo // SIZE, tl.cdiv(hi, SIZE), MANY):
+        others = place + tl.arange(0, MANY)
+        start = others * SIZE
+        stop = tl.minimum(start + SIZE, total)
+        if COLUMNS:
+            some, sure = SEEN(start, stop - 1, begin, end, BM, BN, 2, at, st, n, Qn, Kn)
+        else:
+            some, sure = SEEN(begin, end, start, stop - 1, BM, BN, 1, at, st, n, Qn, Kn)
+        some = some & (start < hi)
+        full = some & sure & (start >= first) & (start + SIZE <= last)
+        rest = some & (full == 0)
+        counts = full.to(tl.int32)
+        tl.store(LIST + 2 + fulls + tl.cumsum(counts, 0) - counts, others, mask=full)
+        fulls += tl.sum(counts, 0)
+        counts = rest.to(tl.int32)
+        tl.store(LIST + 1 + tl.cdiv(total, SIZE) - edges - tl.cumsum(counts, 0) + counts, others, mask=rest)
+        edges += tl.sum(counts, 0)
+    tl.store(LIST, edges)
+    tl.store(LIST + 1, fulls)
+
+
 @triton.jit(do_not_specialize_on_alignment=COUNTS)
 def forward(
-    Q, K, V, O, M, ops, seed, threshold, keep_scale, sizes, qb, kb, vb, ob, bst, st, n, qs, ks, vs, os, QB, KB, deal,
+    Q, K, V, O, M, LIST, lb, ops, seed, threshold, keep_scale, sizes, qb, kb, vb, ob, bst, st, n, qs, ks, vs, os, QB, KB, deal,
     sequences, heads, lines, Qn, Kn,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     OFFSET: tl.constexpr, BASES: tl.constexpr, SCORE: tl.constexpr, WEIGH: tl.constexpr, SINK: tl.constexpr,
-    LEFT: tl.constexpr, KEYS: tl.constexpr, SEEN: tl.constexpr, LOWER: tl.constexpr, CHECKED: tl.constexpr, DOUBT: tl.constexpr,
+    LEFT: tl.constexpr, KEYS: tl.constexpr, SEEN: tl.constexpr, LISTED: tl.constexpr, CHECKED: tl.constexpr, DOUBT: tl.constexpr,
     FILLS: tl.constexpr, DROPOUT: tl.constexpr, NEAR: tl.constexpr, FACTOR: tl.constexpr, HIDDEN: tl.constexpr,
     UNSHIFTED: tl.constexpr, PRECISION: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr, STAGES: tl.constexpr,
     SPECIALISED: tl.constexpr,
@@ -317,29 +402,24 @@ def forward(
     qt = tile_of(Q + q_place, rows, qs[0], Qn, D, DP, qs[1])
     acc, m, l = begun(q, at, st, n, Qn, Kn, BM, EP, SINK)
 
-    lo, hi, first, last = KEYS(q0, q1, at, st, n, Qn, Kn)
-    lo, hi = clipped(lo, hi, Kn, BN)
-    # [first, last): whole tiles that need no comparison with the key
-    last = tl.maximum(tl.minimum(last, hi), lo) // BN * BN
-    last = tl.maximum(last, lo)
-    if LOWER:
-        first = tl.minimum(tl.cdiv(tl.maximum(first, lo), BN) * BN, last)
-        for k0 in tl.range(lo, first, BN, num_stages=STAGES):
-            acc, m, l = visit(
-                acc, m, l, qt, line, q, q0, q1, k0, K, V, ks, vs, at, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E,
-                DP, EP, BM, BN, SCORE, WEIGH, SEEN, False, CHECKED, DROPOUT, NEAR, FACTOR, PRECISION,
-            )  # fmt: skip
+    if LISTED:
+        LIST += OFFSET(wide, sizes, lb) + tile * (2 + tl.cdiv(Kn, BN))
+        lo, first, last, edges, fulls = 0, 0, 0, tl.load(LIST), tl.load(LIST + 1)
     else:
-        first = lo
-    for k0 in tl.range(first, last, BN, num_stages=STAGES, warp_specialize=SPECIALISED):
+        lo, hi, first, last = KEYS(q0, q1, at, st, n, Qn, Kn)
+        lo, hi = clipped(lo, hi, Kn, BN)
+        first, last, edges, fulls = parted(lo, hi, first, last, BN)
+    for i in tl.range(0, fulls, num_stages=STAGES, warp_specialize=SPECIALISED):
+        k0 = full_tile(i, first, LIST, BN, LISTED)
         acc, m, l = visit(
             acc, m, l, qt, line, q, q0, q1, k0, K, V, ks, vs, at, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E,
-            DP, EP, BM, BN, SCORE, WEIGH, SEEN, True, CHECKED, DROPOUT, NEAR, FACTOR, PRECISION,
+            DP, EP, BM, BN, SCORE, WEIGH, SEEN, 2 if LISTED else 1, CHECKED, DROPOUT, NEAR, FACTOR, PRECISION,
         )  # fmt: skip
-    for k0 in tl.range(last, hi, BN, num_stages=STAGES):
+    for i in tl.range(0, edges, num_stages=STAGES):
+        k0 = edge_tile(i, lo, first, last, LIST, Kn, False, BN, LISTED)
         acc, m, l = visit(
             acc, m, l, qt, line, q, q0, q1, k0, K, V, ks, vs, at, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E,
-            DP, EP, BM, BN, SCORE, WEIGH, SEEN, False, CHECKED, DROPOUT, NEAR, FACTOR, PRECISION,
+            DP, EP, BM, BN, SCORE, WEIGH, SEEN, 0, CHECKED, DROPOUT, NEAR, FACTOR, PRECISION,
         )  # fmt: skip
     m *= FACTOR
     # for the second look q has addresses that the compiler cannot know to be those of before: it would hold q in registers
@@ -399,7 +479,7 @@ def decode(
     for k0 in tl.range(begin, tl.minimum(begin + share, hi), BN, num_stages=STAGES):
         acc, m, l = visit(
             acc, m, l, qt, line[:, None], query[:, None], 0, Qn - 1, k0, K, V, ks, vs, at, shared, st, n, Qn, Kn, seed,
-            threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE, WEIGH, SEEN, False, CHECKED, DROPOUT, NEAR, FACTOR, PRECISION,
+            threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE, WEIGH, SEEN, 0, CHECKED, DROPOUT, NEAR, FACTOR, PRECISION,
         )  # fmt: skip
     S += part.to(tl.int64) * 2 * lines
     tl.store(S + line, m * FACTOR, mask=inside)
@@ -527,59 +607,68 @@ def prepare(
 
 
 @triton.jit
-def reverse(
-    qt, gt, kt, vt, shift, inverse, delta, line, q, k, at, st, n, gat, gst, Qn, Kn, seed, threshold, keep_scale,
-    SCORE: tl.constexpr, SCORE_GRAD: tl.constexpr, WEIGH: tl.constexpr, WEIGH_GRAD: tl.constexpr, FULL: tl.constexpr,
-    DROPOUT: tl.constexpr, MERGED: tl.constexpr, FACTOR: tl.constexpr, ZEROS: tl.constexpr, PRECISION: tl.constexpr,
-    GIVE: tl.constexpr,
-):  # fmt: skip
-    """(weights that v was multiplied with, gradient of q @ k but for the spec's slope), both [BM, BN].
+def along(x, QUERIES: tl.constexpr):
+    """A number of each query [BM] as a tile takes it, in which queries are the dim QUERIES."""
+    if QUERIES == 0:
+        return x[:, None]
+    else:
+        return x[None, :]
 
-    FULL: the tile lies in the matrix, and no mask of places hides any of it. ZEROS: there may be rows that count as 0, which
-    have no gradient, whatever their scores are.
+
+@triton.jit
+def weights_of(
+    qt, kt, shift, inverse, line, q, k, at, st, n, Qn, Kn, seed, threshold, keep_scale,
+    SCORE: tl.constexpr, WEIGH: tl.constexpr, FULL: tl.constexpr, DROPOUT: tl.constexpr, MERGED: tl.constexpr, FACTOR: tl.constexpr,
+    ZEROS: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    """(weights, weights that v was multiplied with, what else `scores_grad` needs), [BM, BN] or with QUERIES 1 [BN, BM].
+
+    line, q, k: of such tiles. FULL: the tile lies in the matrix too. ZEROS: there may be rows that count as 0, which have no
+    gradient, whatever their scores are.
     """
-    s = tl.dot(qt, tl.trans(kt), input_precision=PRECISION)
+    if QUERIES == 0:
+        s = tl.dot(qt, tl.trans(kt), input_precision=PRECISION)
+    else:
+        s = tl.dot(kt, tl.trans(qt), input_precision=PRECISION)
     s, saved = SCORE(s, q, k, FULL, at, st, n, Qn, Kn)
+    shift, inverse = along(shift, QUERIES), along(inverse, QUERIES)
     if MERGED:
-        p = tl.exp2(s * (FACTOR * LOG2E) - shift[:, None])
-        live = shift[:, None] != float("inf")
+        p = tl.exp2(s * (FACTOR * LOG2E) - shift)
+        live = shift != float("inf")
     else:
         if FACTOR == 1.0:
-            p = powers(s, shift[:, None], False, 1.0)
+            p = powers(s, shift, False, 1.0)
         else:
-            p = tl.exp2(s * (FACTOR * LOG2E) - (shift * LOG2E)[:, None])
-        p = p * inverse[:, None]
-        live = inverse[:, None] != 0.0
+            p = tl.exp2(s * (FACTOR * LOG2E) - shift * LOG2E)
+        p = p * inverse
+        live = inverse != 0.0
     if not FULL:
         live = live & (q < Qn) & (k < Kn)
     if ZEROS or not FULL:
         p = tl.where(live, p, 0.0)
     w = WEIGH(p, q, k, at, st, n, Qn, Kn)
-    dw = tl.dot(gt, tl.trans(vt), input_precision=PRECISION)
+    stays = live
     if DROPOUT:
         stays = kept(seed, line, k, threshold)
         w = tl.where(stays, w * keep_scale, 0.0)
+    return p, w, (saved, live, stays)
+
+
+@triton.jit
+def scores_grad(
+    dw, p, more, delta, q, k, at, st, n, gat, gst, Qn, Kn, keep_scale,
+    SCORE_GRAD: tl.constexpr, WEIGH_GRAD: tl.constexpr, FULL: tl.constexpr, DROPOUT: tl.constexpr, ZEROS: tl.constexpr,
+    GIVE: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    """The gradient of q @ k but for the spec's slope, from that of the weights that v was multiplied with."""
+    saved, live, stays = more
+    if DROPOUT:
         dw = tl.where(stays, dw * keep_scale, 0.0)
-    dp = WEIGH_GRAD(dw, p, q, k, gat, gst, GIVE, at, st, n, Qn, Kn)
-    ds = p * (dp - delta[:, None])
+    dp = WEIGH_GRAD(dw, p, q, k, gat, gst, GIVE, QUERIES, at, st, n, Qn, Kn)
+    ds = p * (dp - along(delta, QUERIES))
     if ZEROS or not FULL:
         ds = tl.where(live, ds, 0.0)
-    return w, SCORE_GRAD(ds, saved, q, k, FULL, gat, gst, GIVE, at, st, n, Qn, Kn)
-
-
-@triton.jit
-def edge(i, lo, first, last, SIZE: tl.constexpr):
-    """Where the i-th tile begins of those in [lo, first) and then from `last` on."""
-    return tl.where(lo + i * SIZE < first, lo + i * SIZE, last + i * SIZE - (first - lo))
-
-
-@triton.jit
-def parted(lo, hi, first, last, SIZE: tl.constexpr):
-    """(first, last, the number of other tiles) of [lo, hi), which begins with a tile: from first to last whole tiles are full."""
-    last = tl.maximum(tl.minimum(last, hi), lo) // SIZE * SIZE
-    last = tl.maximum(last, lo)
-    first = tl.minimum(tl.cdiv(tl.maximum(first, lo), SIZE) * SIZE, last)
-    return first, last, (first - lo) // SIZE + tl.cdiv(hi - last, SIZE)
+    return SCORE_GRAD(ds, saved, q, k, FULL, gat, gst, GIVE, QUERIES, at, st, n, Qn, Kn)
 
 
 @triton.jit
@@ -594,64 +683,128 @@ def row_tile(
     """dq with what one tile of keys adds to it."""
     needed = True
     if CHECKED:
-        needed = SEEN(q0, q1, k0, tl.minimum(k0 + BN, Kn) - 1, BM, BN, at, st, n, Qn, Kn)
+        needed, sure = SEEN(q0, q1, k0, tl.minimum(k0 + BN, Kn) - 1, BM, BN, 0, at, st, n, Qn, Kn)
         if HIDES:
             needed = needed | whole
     if needed:
         keys = k0 + tl.arange(0, BN)
         kt = tile_at(K, k0, keys, ks, Kn, D, DP, BN)
         vt = tile_at(V, k0, keys, vs, Kn, E, EP, BN)
-        w, ds = reverse(
-            qt, gt, kt, vt, shift, inverse, delta, line, q, keys[None, :], at, st, n, gat, gst, Qn, Kn, seed, threshold,
-            keep_scale, SCORE, SCORE_GRAD, WEIGH, WEIGH_GRAD, FULL, DROPOUT, MERGED, FACTOR, ZEROS, PRECISION, GIVE,
+        k = keys[None, :]
+        p, w, more = weights_of(
+            qt, kt, shift, inverse, line, q, k, at, st, n, Qn, Kn, seed, threshold, keep_scale, SCORE, WEIGH, FULL, DROPOUT, MERGED,
+            FACTOR, ZEROS, PRECISION, 0,
         )  # fmt: skip
+        dw = tl.dot(gt, tl.trans(vt), input_precision=PRECISION)
+        ds = scores_grad(
+            dw,
+            p,
+            more,
+            delta,
+            q,
+            k,
+            at,
+            st,
+            n,
+            gat,
+            gst,
+            Qn,
+            Kn,
+            keep_scale,
+            SCORE_GRAD,
+            WEIGH_GRAD,
+            FULL,
+            DROPOUT,
+            ZEROS,
+            GIVE,
+            0,
+        )
         dq = tl.dot(ds.to(kt.dtype), kt, dq, input_precision=PRECISION)
     return dq
 
 
 @triton.jit
+def numbers_at(W, rows, Qn, FULL: tl.constexpr):
+    """A number of each row; of rows that all exist, if FULL."""
+    if FULL:
+        return tl.load(W + rows)
+    else:
+        return tl.load(W + rows, mask=rows < Qn, other=0.0)
+
+
+@triton.jit
 def column_tile(
-    dk, dv, q0, kt, vt, k, k0, k1, Q, G, W, F, qs, gs, first_line, lines, at, st, n, gat, gst, Qn, Kn, seed, threshold, keep_scale,
-    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    dk, dv, q0, kt, vt, k, k0, k1, Q, G, DQ, W, F, qs, gs, dqs, first_line, lines, at, st, n, gat, gst, Qn, Kn, seed, threshold,
+    keep_scale, D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     SCORE: tl.constexpr, SCORE_GRAD: tl.constexpr, WEIGH: tl.constexpr, WEIGH_GRAD: tl.constexpr, SEEN: tl.constexpr,
     FULL: tl.constexpr, CHECKED: tl.constexpr, DROPOUT: tl.constexpr, MERGED: tl.constexpr, FACTOR: tl.constexpr,
-    ZEROS: tl.constexpr, PRECISION: tl.constexpr, GIVE: tl.constexpr,
+    ZEROS: tl.constexpr, PRECISION: tl.constexpr, GIVE: tl.constexpr, MARKED: tl.constexpr, ADDS: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv with what one tile of queries adds to them. W, F: from the first query and the first tile of the element on."""
+    """dk and dv with what one tile of queries adds to them; ADDS: and what it adds to that tile's dq, in memory.
+
+    W, F: from the first query and the first tile of the element on, which in F has MARKED queries.
+    """
     needed = True
     if CHECKED:
-        needed = SEEN(q0, tl.minimum(q0 + BM, Qn) - 1, k0, k1, BM, BN, at, st, n, Qn, Kn)
-        needed = needed | (tl.load(F + q0 // BM) != 0)
+        needed, sure = SEEN(q0, tl.minimum(q0 + BM, Qn) - 1, k0, k1, BM, BN, 0, at, st, n, Qn, Kn)
+        needed = needed | (tl.load(F + q0 // MARKED) != 0)
     if needed:
         rows = q0 + tl.arange(0, BM)
         qt = tile_at(Q, q0, rows, qs, Qn, D, DP, BM)
         gt = tile_at(G, q0, rows, gs, Qn, E, EP, BM)
-        shift = tl.load(W + rows, mask=rows < Qn, other=0.0)
+        shift = numbers_at(W, rows, Qn, FULL)
         inverse = shift
         if not MERGED:
-            inverse = tl.load(W + lines + rows, mask=rows < Qn, other=0.0)
-        delta = tl.load(W + 2 * lines + rows, mask=rows < Qn, other=0.0)
-        q = rows[:, None]
-        w, ds = reverse(
-            qt, gt, kt, vt, shift, inverse, delta, first_line + q, q, k, at, st, n, gat, gst, Qn, Kn, seed, threshold,
-            keep_scale, SCORE, SCORE_GRAD, WEIGH, WEIGH_GRAD, FULL, DROPOUT, MERGED, FACTOR, ZEROS, PRECISION, GIVE,
+            inverse = numbers_at(W + lines, rows, Qn, FULL)
+        delta = numbers_at(W + 2 * lines, rows, Qn, FULL)
+        # weights by key and query are the left factors of both sums as they are
+        q = rows[None, :]
+        p, w, more = weights_of(
+            qt, kt, shift, inverse, first_line + q, q, k, at, st, n, Qn, Kn, seed, threshold, keep_scale, SCORE, WEIGH, FULL,
+            DROPOUT, MERGED, FACTOR, ZEROS, PRECISION, 1,
         )  # fmt: skip
-        dv = tl.dot(tl.trans(w).to(gt.dtype), gt, dv, input_precision=PRECISION)
-        dk = tl.dot(tl.trans(ds).to(qt.dtype), qt, dk, input_precision=PRECISION)
+        dw = tl.dot(vt, tl.trans(gt), input_precision=PRECISION)
+        dv = tl.dot(w.to(gt.dtype), gt, dv, input_precision=PRECISION)
+        ds = scores_grad(
+            dw,
+            p,
+            more,
+            delta,
+            q,
+            k,
+            at,
+            st,
+            n,
+            gat,
+            gst,
+            Qn,
+            Kn,
+            keep_scale,
+            SCORE_GRAD,
+            WEIGH_GRAD,
+            FULL,
+            DROPOUT,
+            ZEROS,
+            GIVE,
+            1,
+        )
+        dk = tl.dot(ds.to(qt.dtype), qt, dk, input_precision=PRECISION)
+        if ADDS:
+            dq = tl.dot(tl.trans(ds.to(kt.dtype)), kt, input_precision=PRECISION)
+            DQ.atomic_add(dqs + (q0, 0), tl.reshape(dq, DQ.block_shape))  # noqa: RUF005
     return dk, dv
 
 
 @triton.jit(do_not_specialize_on_alignment=COUNTS)
 def backward_rows(
-    Q, K, V, G, W, F, DQ, ops, gops, seed, threshold, keep_scale, sizes, qb, kb, vb, gb, dqb, bst, gbst, st, gst, n, qs,
+    Q, K, V, G, W, F, LIST, lb, DQ, ops, gops, seed, threshold, keep_scale, sizes, qb, kb, vb, gb, dqb, bst, gbst, st, gst, n, qs,
     ks, vs, gs, dqs, QB, KB, deal, sequences, heads, lines, marks, Qn, Kn,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     OFFSET: tl.constexpr, BASES: tl.constexpr, SCORE: tl.constexpr, SCORE_GRAD: tl.constexpr,
-    WEIGH: tl.constexpr, WEIGH_GRAD: tl.constexpr, KEYS: tl.constexpr, SEEN: tl.constexpr, CHECKED: tl.constexpr,
-    HIDES: tl.constexpr, DROPOUT: tl.constexpr, MERGED: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr,
-    ZEROS: tl.constexpr, PRECISION: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr, GIVE: tl.constexpr,
-    STAGES: tl.constexpr,
-    SPECIALISED: tl.constexpr,
+    WEIGH: tl.constexpr, WEIGH_GRAD: tl.constexpr, KEYS: tl.constexpr, SEEN: tl.constexpr, LISTED: tl.constexpr,
+    CHECKED: tl.constexpr, HIDES: tl.constexpr, DROPOUT: tl.constexpr, MERGED: tl.constexpr, FACTOR: tl.constexpr,
+    SLOPE: tl.constexpr, ZEROS: tl.constexpr, PRECISION: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr,
+    GIVE: tl.constexpr, STAGES: tl.constexpr, SPECIALISED: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one query tile, and of the operands that have queries."""
     if PACKED_Q:
@@ -682,28 +835,35 @@ def backward_rows(
     if not MERGED:
         inverse = tl.load(W + lines + rows, mask=rows < Qn, other=0.0)
     delta = tl.load(W + 2 * lines + rows, mask=rows < Qn, other=0.0)
-    lo, hi, first, last = KEYS(q0, q1, at, st, n, Qn, Kn)
-    lo, hi = clipped(lo, hi, Kn, BN)
     whole = False
     if HIDES:
         whole = tl.load(F + mark + tile) != 0
-        lo = tl.where(whole, 0, lo)
-        hi = tl.where(whole, Kn, hi)
-    # rows behind the last query are in no full tile
-    last = tl.where(q0 + BM <= Qn, last, 0)
-    first, last, edges = parted(lo, hi, first, last, BN)
+    if LISTED:
+        LIST += OFFSET(wide, sizes, lb) + tile * (2 + tl.cdiv(Kn, BN))
+        lo, first, last = 0, 0, 0
+        edges = tl.where(whole, tl.cdiv(Kn, BN), tl.load(LIST))
+        fulls = tl.where(whole, 0, tl.load(LIST + 1))
+    else:
+        lo, hi, first, last = KEYS(q0, q1, at, st, n, Qn, Kn)
+        lo, hi = clipped(lo, hi, Kn, BN)
+        if HIDES:
+            lo = tl.where(whole, 0, lo)
+            hi = tl.where(whole, Kn, hi)
+        # rows behind the last query are in no full tile
+        last = tl.where(q0 + BM <= Qn, last, 0)
+        first, last, edges, fulls = parted(lo, hi, first, last, BN)
     dq = tl.zeros([BM, DP], tl.float32)
+    for i in tl.range(0, fulls, num_stages=STAGES, warp_specialize=SPECIALISED):
+        dq = row_tile(
+            dq, full_tile(i, first, LIST, BN, LISTED), qt, gt, shift, inverse, delta, first_line + q, q, q0, q1, whole, K, V, ks,
+            vs, at, st, n, gat, gst, Qn, Kn, seed, threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE, SCORE_GRAD, WEIGH,
+            WEIGH_GRAD, SEEN, 2 if LISTED else 1, CHECKED, HIDES, DROPOUT, MERGED, FACTOR, ZEROS, PRECISION, GIVE,
+        )  # fmt: skip
     for i in tl.range(0, edges, num_stages=STAGES):
         dq = row_tile(
-            dq, edge(i, lo, first, last, BN), qt, gt, shift, inverse, delta, first_line + q, q, q0, q1, whole, K, V, ks, vs, at,
-            st, n, gat, gst, Qn, Kn, seed, threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE, SCORE_GRAD, WEIGH, WEIGH_GRAD,
-            SEEN, False, CHECKED, HIDES, DROPOUT, MERGED, FACTOR, ZEROS, PRECISION, GIVE,
-        )  # fmt: skip
-    for k0 in tl.range(first, last, BN, num_stages=STAGES, warp_specialize=SPECIALISED):
-        dq = row_tile(
-            dq, k0, qt, gt, shift, inverse, delta, first_line + q, q, q0, q1, whole, K, V, ks, vs, at, st, n, gat, gst, Qn, Kn,
-            seed, threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE, SCORE_GRAD, WEIGH, WEIGH_GRAD, SEEN, True, CHECKED,
-            HIDES, DROPOUT, MERGED, FACTOR, ZEROS, PRECISION, GIVE,
+            dq, edge_tile(i, lo, first, last, LIST, Kn, whole, BN, LISTED), qt, gt, shift, inverse, delta, first_line + q, q, q0,
+            q1, whole, K, V, ks, vs, at, st, n, gat, gst, Qn, Kn, seed, threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE,
+            SCORE_GRAD, WEIGH, WEIGH_GRAD, SEEN, 0, CHECKED, HIDES, DROPOUT, MERGED, FACTOR, ZEROS, PRECISION, GIVE,
         )  # fmt: skip
     dq *= SLOPE
     put_tile(DQ + OFFSET(wide, sizes, dqb) + q_start * dqs[0], rows, dqs[0], Qn, D, DP, dqs[1], dq)
@@ -711,16 +871,18 @@ def backward_rows(
 
 @triton.jit(do_not_specialize_on_alignment=COUNTS)
 def backward_columns(
-    Q, K, V, G, W, F, DK, DV, ops, gops, seed, threshold, keep_scale, sizes, outer, inner, members, qb, kb, vb, gb, eb, dkb,
-    dvb, bst, gbst, st, gst, n, qs, ks, vs, gs, dks, dvs, QB, KB, deal, sequences, heads, outer_heads, lines, marks, Qn, Kn,
-    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    Q, K, V, G, W, F, LIST, lb, DQ, DK, DV, ops, gops, seed, threshold, keep_scale, sizes, outer, inner, members, qb, kb, vb, gb,
+    eb, dqb, dkb, dvb, bst, gbst, st, gst, n, qs, ks, vs, gs, dks, dvs, QB, KB, deal, sequences, heads, outer_heads, lines, marks,
+    Qn, Kn, D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     OFFSET: tl.constexpr, BASES: tl.constexpr, SCORE: tl.constexpr, SCORE_GRAD: tl.constexpr,
-    WEIGH: tl.constexpr, WEIGH_GRAD: tl.constexpr, QUERIES: tl.constexpr, SEEN: tl.constexpr, CHECKED: tl.constexpr,
-    HIDES: tl.constexpr, DROPOUT: tl.constexpr, MERGED: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr,
-    ZEROS: tl.constexpr, PRECISION: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr, GIVE: tl.constexpr,
-    STAGES: tl.constexpr,
+    WEIGH: tl.constexpr, WEIGH_GRAD: tl.constexpr, QUERIES: tl.constexpr, SEEN: tl.constexpr, LISTED: tl.constexpr,
+    CHECKED: tl.constexpr, HIDES: tl.constexpr, DROPOUT: tl.constexpr, MERGED: tl.constexpr, FACTOR: tl.constexpr,
+    SLOPE: tl.constexpr, ZEROS: tl.constexpr, PRECISION: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr,
+    GIVE: tl.constexpr, MARKED: tl.constexpr, ADDS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys and values, and of the operands that have keys alone.
+
+    ADDS: DQ is a tensor descriptor, by which the gradients of queries are added up in float32, in no order.
 
     outer, inner: the batch dims that k or v has, and those that both are broadcast over; `members` elements of the latter
     are gone through one after the other. eb: the strides of the flat element number.
@@ -745,7 +907,7 @@ def backward_columns(
     for member in range(members):
         other = tl.full([], member, tl.int64)
         wide = OFFSET(head, outer, eb) + OFFSET(other, inner, eb)
-        own, q_start, first_line, mark = query_rows(wide.to(tl.int32), QB, sequences, heads, Qn, BM, PACKED_Q)
+        own, q_start, first_line, mark = query_rows(wide.to(tl.int32), QB, sequences, heads, Qn, MARKED, PACKED_Q)
         at = BASES(wide, sizes, ops, bst)
         gat = BASES(wide, sizes, gops, gbst)
         if isinstance(Q, tl.tensor):
@@ -755,27 +917,42 @@ def backward_columns(
         else:
             Qe, q_at = matrix_of(Q, wide, q_start, sizes, qb, qs, OFFSET)
             Ge, g_at = matrix_of(G, wide, q_start, sizes, gb, gs, OFFSET)
-        lo, hi, first, last = QUERIES(k0, k1, at, st, n, own, Kn)
-        lo, hi = clipped(lo, hi, own, BM)
+        dq_at = q_at
+        if ADDS:
+            dq_at = index_of(wide.to(tl.int32), sizes, dqb)
+        any_whole = False
         if HIDES:
             # other queries may have rows that see all keys; few elements have any, and those take all tiles
             any_whole = tl.load(F + marks + wide) != 0
-            lo = tl.where(any_whole, 0, lo)
-            hi = tl.where(any_whole, own, hi)
-        # keys behind the last one are in no full tile
-        last = tl.where(k0 + BN <= Kn, last, 0)
-        first, last, edges = parted(lo, hi, first, last, BM)
+        if LISTED:
+            tiles_of_member = LIST + OFFSET(wide, sizes, lb) + tile * (2 + tl.cdiv(own, BM))
+            lo, first, last = 0, 0, 0
+            edges = tl.where(any_whole, tl.cdiv(own, BM), tl.load(tiles_of_member))
+            fulls = tl.where(any_whole, 0, tl.load(tiles_of_member + 1))
+        else:
+            tiles_of_member = LIST
+            lo, hi, first, last = QUERIES(k0, k1, at, st, n, own, Kn)
+            lo, hi = clipped(lo, hi, own, BM)
+            if HIDES:
+                lo = tl.where(any_whole, 0, lo)
+                hi = tl.where(any_whole, own, hi)
+            # keys behind the last one are in no full tile
+            last = tl.where(k0 + BN <= Kn, last, 0)
+            first, last, edges, fulls = parted(lo, hi, first, last, BM)
+        # full tiles first: a loop that takes sums over from another one has fewer registers
+        for i in tl.range(0, fulls, num_stages=STAGES):
+            dk, dv = column_tile(
+                dk, dv, full_tile(i, first, tiles_of_member, BM, LISTED), kt, vt, keys[:, None], k0, k1, Qe, Ge, DQ, W + first_line,
+                F + mark, q_at, g_at, dq_at, first_line, lines, at, st, n, gat, gst, own, Kn, seed, threshold, keep_scale, D, E,
+                DP, EP, BM, BN, SCORE, SCORE_GRAD, WEIGH, WEIGH_GRAD, SEEN, 2 if LISTED else 1, CHECKED, DROPOUT, MERGED, FACTOR,
+                ZEROS, PRECISION, GIVE, MARKED, ADDS,
+            )  # fmt: skip
         for i in tl.range(0, edges, num_stages=STAGES):
             dk, dv = column_tile(
-                dk, dv, edge(i, lo, first, last, BM), kt, vt, keys[None, :], k0, k1, Qe, Ge, W + first_line, F + mark, q_at, g_at,
-                first_line, lines, at, st, n, gat, gst, own, Kn, seed, threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE,
-                SCORE_GRAD, WEIGH, WEIGH_GRAD, SEEN, False, CHECKED, DROPOUT, MERGED, FACTOR, ZEROS, PRECISION, GIVE,
-            )  # fmt: skip
-        for q0 in tl.range(first, last, BM, num_stages=STAGES):
-            dk, dv = column_tile(
-                dk, dv, q0, kt, vt, keys[None, :], k0, k1, Qe, Ge, W + first_line, F + mark, q_at, g_at, first_line, lines, at,
-                st, n, gat, gst, own, Kn, seed, threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE, SCORE_GRAD, WEIGH,
-                WEIGH_GRAD, SEEN, True, CHECKED, DROPOUT, MERGED, FACTOR, ZEROS, PRECISION, GIVE,
+                dk, dv, edge_tile(i, lo, first, last, tiles_of_member, own, any_whole, BM, LISTED), kt, vt, keys[:, None], k0, k1,
+                Qe, Ge, DQ, W + first_line, F + mark, q_at, g_at, dq_at, first_line, lines, at, st, n, gat, gst, own, Kn, seed,
+                threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE, SCORE_GRAD, WEIGH, WEIGH_GRAD, SEEN, 0, CHECKED, DROPOUT,
+                MERGED, FACTOR, ZEROS, PRECISION, GIVE, MARKED, ADDS,
             )  # fmt: skip
     dk *= SLOPE
     put_tile(DK + OFFSET(head, outer, dkb) + k_start * dks[0], keys, dks[0], Kn, D, DP, dks[1], dk)

@@ -23,7 +23,7 @@ _NUMBERS = {
     "stages": frozenset(range(1, 9)),
 }
 #: Of a configuration too; entries from before there were any have none.
-_FLAGS = ("descriptors", "specialised")
+_FLAGS = ("descriptors", "specialised", "adds")
 
 
 @dataclass(frozen=True)

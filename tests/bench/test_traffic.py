@@ -51,6 +51,18 @@ def test_a_padding_mask_is_looked_at_in_every_tile_and_used_in_the_needed_ones()
     assert kernel.read == 2 * (4 * 32 + 4 * 64 + 6 + 4)
 
 
+def test_a_longer_padding_mask_is_looked_at_once_for_all_heads_and_used_where_a_tile_is_not_full():
+    q, k, v = qkv(1, 2, 4, 12, 8)
+    keep = torch.tensor([True, False, False, False, *[True] * 8]).view(1, 1, 1, 12)
+    spec = make_spec(q, k, v, [keep], steps=(HALF, ReplaceFill(dense(0), -INF)))
+    listed, kernel = traffic.forward(spec, Inputs(q, k, v, [keep]), Config(4, 2, 4, 1)).kernels
+    # a byte for each key; two counts, and a number for each of five tiles
+    assert (listed.programs, listed.read, listed.written) == (1, 12, 2 * 4 + 5 * 4)
+    assert (kernel.tiles, kernel.of) == (2 * 5, 2 * 6)
+    # the list, and the mask in the tile that is half hidden
+    assert kernel.read == 2 * (4 * 32 + 10 * 64 + 2 * 4 + 5 * 4 + 2)
+
+
 def test_a_bias_is_read_in_each_tile_and_its_gradient_added_there():
     q, k, v = qkv(1, 2, 4, 6, 8)
     bias = randn(1, 2, 1, 6)
@@ -75,8 +87,9 @@ def test_backward_without_a_mask_by_hand():
     assert (rows.programs, rows.tiles) == (2, 4)
     assert rows.read == 4 * (16 + 8 + 12) + 2 * 6 * (16 + 8)
     assert rows.written == 4 * 16
-    assert (columns.programs, columns.tiles) == (2, 4)
-    assert columns.read == 6 * (16 + 8) + 2 * 4 * (16 + 8 + 12)
+    # tiles of 3 queries and 2 keys
+    assert (columns.programs, columns.tiles) == (3, 6)
+    assert columns.read == 6 * (16 + 8) + 3 * 4 * (16 + 8 + 12)
     assert columns.written == 6 * (16 + 8)
     # q, out, its gradient and two numbers of each row; keys and values for each of two rows of tiles; three gradients
     assert found.least == 4 * (16 + 8 + 8 + 8) + 2 * 6 * 24 + (4 * 16 + 6 * 24)
@@ -88,8 +101,17 @@ def test_keys_that_heads_share_are_read_by_each_of_their_programs_and_once_for_t
     (kernel,) = traffic.forward(spec, Inputs(q, k, v), Config(2, 3, 4, 1)).kernels
     assert kernel.read == 6 * (4 * 32 + 2 * 6 * 64)
     columns = traffic.backward(spec, Inputs(q, k, v), Config(2, 3, 4, 1)).kernels[2]
-    assert columns.programs == 2 * 2
-    assert columns.read == 2 * 6 * 64 + 6 * 2 * 4 * (32 + 32 + 12)
+    assert columns.programs == 2 * 3
+    assert columns.read == 2 * 6 * 64 + 6 * 3 * 4 * (32 + 32 + 12)
+
+
+def test_one_pass_of_backward_adds_up_dq_for_each_tile_of_keys():
+    q, k, v = qkv(1, 1, 4, 6, 8, 4, dtype=torch.float16)
+    made = Config(3, 2, 4, 1, descriptors=True, adds=True)
+    prepare, columns = traffic.backward(make_spec(q, k, v, steps=(HALF,)), Inputs(q, k, v), made).kernels
+    # two tiles of 3 keys, each for all queries
+    assert (prepare.kernel, columns.programs, columns.tiles) == ("prepare", 2, 4)
+    assert columns.written == 6 * (16 + 8) + 2 * 4 * 8 * 4
 
 
 def test_tiles_of_a_mask_by_hand():

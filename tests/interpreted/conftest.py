@@ -14,18 +14,28 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import bfloat16
 import maxima
 import patches
+import reductions
 import scalars
+
+from attnfuse.kernels.triton import lists
 
 bfloat16.mend()
 maxima.mend()
 scalars.mend()
 patches.mend()
+reductions.mend()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # NumPy, which computes here, tells what a device does silently
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton")
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:numpy")
+
+
+@pytest.fixture(autouse=True)
+def _short_lists(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists of tiles however few these are, as the cases here are small."""
+    monkeypatch.setattr(lists, "_FEW", getattr(request, "param", 0))
 
 
 @pytest.fixture

@@ -22,6 +22,9 @@ from benchmarks.traffic import tiles_of
 A = Algebra()
 HALF = Scale(0.25)
 CPU, GPU = Device("cpu"), Device("cuda", 80)
+#: With lists of tiles, and with tests where tiles are computed.
+BOTH = pytest.mark.parametrize("_short_lists", [0, 99], indirect=True, ids=["listed", "tested"])
+UNLISTED = pytest.mark.parametrize("_short_lists", [99], indirect=True, ids=["tested"])
 LOOPS = ("forward", "backward_rows", "backward_columns")
 
 Tiles = set[tuple[int, int, int]]
@@ -49,10 +52,10 @@ OF_INDICES: dict[str, tuple[Expr, int, int]] = {
 
 def size(device: Device, kernel: str) -> tuple[int, int]:
     """Queries and keys of a tile."""
-    if device == CPU:
-        return 32, 64
-    made = configs.config(device.capability, "forward" if kernel == "forward" else "backward", 32, 8, 8)
-    return made.BM, made.BN
+    made = configs.Config(32, 64, 4, 1)
+    if device != CPU:
+        made = configs.config(device.capability, "forward" if kernel == "forward" else "backward", 32, 8, 8)
+    return (made.BN, made.BM) if kernel == "backward_columns" else (made.BM, made.BN)
 
 
 def ran(
@@ -84,6 +87,13 @@ def needed(kept: torch.Tensor, device: Device = CPU) -> dict[str, Tiles]:
     return {name: as_set(tiles_of(kept.flatten(0, -3), *size(device, name))) for name in LOOPS}
 
 
+def inside(kept: torch.Tensor, kernel: str) -> Tiles:
+    """The tiles of a kernel that lie in the matrix and hold nothing but elements of kept."""
+    BM, BN = size(CPU, kernel)
+    whole = as_set(tiles_of(kept.flatten(0, -3), BM, BN, whole=True))
+    return {(e, i, j) for e, i, j in whole if BM * (i + 1) <= kept.shape[-2] and BN * (j + 1) <= kept.shape[-1]}
+
+
 @pytest.mark.parametrize("name", OF_INDICES)
 def test_masks_of_indices_cost_the_tiles_that_they_leave(name: str) -> None:
     mask, Qn, Kn = OF_INDICES[name]
@@ -106,11 +116,12 @@ def test_whole_tiles_are_computed_without_bounds(name: str) -> None:
     whole = as_set(tiles_of(kept.flatten(0, -3), 32, 64, whole=True))
     assert set(found["forward"].full) == whole
     # backward has no use for rows behind the last one
-    inside = {(e, i, j) for e, i, j in whole if 32 * (i + 1) <= Qn and 64 * (j + 1) <= Kn}
-    assert set(found["backward_rows"].full) == set(found["backward_columns"].full) == inside
+    for name in LOOPS[1:]:
+        assert set(found[name].full) == inside(kept, name), name
 
 
-def test_what_is_no_bound_on_the_key_is_evaluated_in_every_tile() -> None:
+@UNLISTED
+def test_without_a_list_what_is_no_bound_on_the_key_is_evaluated_in_every_tile() -> None:
     keep = torch.rand(1, 1, 1, 256) < 0.9
     both = A.and_(causal(), dense(0))
     found, (kept,) = ran([both], 1, 256, 256, (keep,))
@@ -118,6 +129,24 @@ def test_what_is_no_bound_on_the_key_is_evaluated_in_every_tile() -> None:
     causally = reference.keep_of(causal(), torch.zeros(1, 1, 256, 256), []).expand(1, 1, -1, -1)
     assert set(found["forward"].full) == as_set(tiles_of(causally.flatten(0, -3), 32, 64, whole=True))
     assert set(found["forward"].full) > as_set(tiles_of(kept.flatten(0, -3), 32, 64, whole=True))
+
+
+@pytest.mark.parametrize(("Qn", "Kn"), [(256, 250), (250, 256)])
+@pytest.mark.parametrize("name", ["padding", "documents", "chunks"])
+def test_in_full_tiles_of_a_list_nothing_is_hidden(name: str, Qn: int, Kn: int) -> None:
+    keep = torch.ones(2, 1, 1, Kn, dtype=torch.bool)
+    keep[0, ..., 130:140] = False
+    keep[1, ..., 60:] = False
+    ids = torch.arange(256).div(80, rounding_mode="floor")
+    given = (keep, ids[:Qn].view(1, 1, -1, 1), ids[:Kn].view(1, 1, 1, -1))
+    chunks = A.compare("eq", A.floordiv(Q, Const(160)), A.floordiv(K, Const(160)))
+    rest = {"padding": dense(0), "documents": documents(1, 2), "chunks": chunks}[name]
+    found, (kept,) = ran([A.and_(causal(100), rest)], 2, Qn, Kn, given)
+    whole = as_set(tiles_of(kept.flatten(0, -3), 32, 64, whole=True))
+    assert whole
+    assert set(found["forward"].full) == whole
+    for name in LOOPS[1:]:
+        assert set(found[name].full) == inside(kept, name), name
 
 
 # -- masks that depend on data
@@ -140,6 +169,7 @@ PADDING = {
 }
 
 
+@BOTH
 @pytest.mark.parametrize("name", PADDING)
 @pytest.mark.parametrize("fill", [-INF, FLOAT_MIN])
 def test_key_padding_costs_the_tiles_that_it_leaves(name: str, fill: float) -> None:
@@ -148,6 +178,7 @@ def test_key_padding_costs_the_tiles_that_it_leaves(name: str, fill: float) -> N
     assert visited(found) == needed(kept)
 
 
+@BOTH
 def test_lengths_cost_the_tiles_that_they_leave() -> None:
     lengths = torch.tensor([3, 60, 64, 65]).view(4, 1, 1, 1)
     found, (kept,) = ran([A.compare("lt", K, Load(0, "int64"))], 4, 70, 200, (lengths,))
@@ -160,6 +191,7 @@ def ids_of(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, ids.mT.contiguous()
 
 
+@BOTH
 @pytest.mark.parametrize("lengths", [(64, 64, 128), (30, 45, 25, 100, 50), (1,) * 200, (250,)])
 @pytest.mark.parametrize("also", ["", "causal"])
 def test_sorted_documents_cost_the_tiles_that_they_leave(lengths: tuple[int, ...], also: str) -> None:
@@ -170,6 +202,7 @@ def test_sorted_documents_cost_the_tiles_that_they_leave(lengths: tuple[int, ...
     assert visited(found) == needed(kept)
 
 
+@BOTH
 def test_unsorted_documents_cost_no_more_than_the_tiles_whose_ranges_of_ids_meet() -> None:
     # runs of 16 tokens; of the ids of a tile only the least and the greatest are known
     ids = torch.randint(0, 12, (16,)).repeat_interleave(16).view(1, 1, 256, 1)
@@ -181,6 +214,7 @@ def test_unsorted_documents_cost_no_more_than_the_tiles_whose_ranges_of_ids_meet
         assert tiles == as_set(meet[None]), name
 
 
+@BOTH
 @pytest.mark.parametrize("name", PADDING)
 @pytest.mark.parametrize("joined", [False, True])
 def test_masks_together_cost_no_more_than_the_tiles_in_which_each_leaves_something(name: str, joined: bool) -> None:
@@ -226,7 +260,7 @@ def test_a_tile_with_a_row_that_has_no_key_is_computed_over_all_keys_once_more()
     # in backward the flag is there before the loop is: no tile is computed twice
     assert set(found["backward_rows"].tiles) == needed(kept)["backward_rows"] | again
     # without a mask that is looked at tile by tile a column takes all queries of such an element
-    assert set(found["backward_columns"].tiles) == as_set(torch.ones(1, 7, 4))
+    assert set(found["backward_columns"].tiles) == as_set(torch.ones(1, 4, 7))
     assert {n for name in LOOPS[1:] for n in found[name].tiles.values()} == {1}
 
 

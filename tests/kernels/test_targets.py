@@ -25,6 +25,8 @@ FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SPILLED = {
     **{(capability, "backward_columns", 64): 16 for capability in (80, 86, 89)},
     (80, "backward_columns", 128): 16,
+    # one pass of backward keeps sums for 128 keys and values; nearly all of it in the loop over tiles at a mask's edge
+    (90, "backward_columns", 128): 336,
     (80, "forward", 256): 64,
     (120, "forward", 256): 80,
 }
@@ -36,12 +38,14 @@ def check(capability, spec, q, k, v, operands=(), bounds=DENSE) -> None:
     from attnfuse.kernels.triton import configs, targets
 
     made = targets.compiled(spec, Inputs(q, k, v, list(operands), bounds=bounds), capability)
-    assert [c.kernel for c in made] == ["forward", "prepare", "backward_rows", "backward_columns"]
+    once = any(c.reduces for c in made)
+    kernels = ["forward", "prepare", *([] if once else ["backward_rows"]), "backward_columns"]
+    assert [c.kernel for c in made if c.kernel != "listed"] == kernels
     for c in made:
         assert c.shared <= configs.SHARED[capability], c
         halves = q.element_size() == 2
         assert c.spilled <= (SPILLED.get((capability, c.kernel, q.shape[-1]), 0) if halves else SPILLED_SINGLE), c
-        if halves and q.shape[-1] <= 128 and c.kernel != "prepare":
+        if halves and q.shape[-1] <= 128 and c.kernel not in ("prepare", "listed"):
             assert targets.MATRIX[capability] in c.products, c
 
 
@@ -80,7 +84,7 @@ def launches(B, H, Q, K):
 def test_other_batches_and_numbers_of_queries_compile_nothing_anew():
     pytest.importorskip("triton")
     first = launches(2, 4, 256, 256)
-    assert set(first) == {"forward", "prepare", "backward_rows", "backward_columns"}
+    assert set(first) == {"forward", "prepare", "backward_columns"}
     for Q in (250, 257, 1000):
         assert launches(2, 4, Q, 256) == first
     decoding = launches(2, 4, 5, 4096)
@@ -187,8 +191,8 @@ def test_a_spec_with_everything_compiles(capability):
         assert c.shared <= configs.SHARED[capability], c
 
 
-def described(capability, D, decoded=False, specialised=False):
-    """The kernels of the shipped configurations with tensor descriptors, by name."""
+def described(capability, D, decoded=False, specialised=False, adds=False):
+    """The kernels of the shipped configurations with tensor descriptors, by name. adds: backward in one pass, where that ships."""
     from attnfuse.kernels.triton import configs, targets
 
     half = torch.float16
@@ -196,9 +200,9 @@ def described(capability, D, decoded=False, specialised=False):
     if decoded:
         q, k, v = randn(4, 8, 4, 1, D, dtype=half), *(randn(4, 8, 1, 4096, D, dtype=half) for _ in range(2))
     passes = ("decode",) if decoded else ("forward", "backward")
-    shipped = {which: configs.config(capability, which, 16, D, D) for which in passes}
+    shipped = {which: configs.config(capability, which, 16, D, D, described=True) for which in passes}
     some = {w for w in passes if specialised and (w, capability) in configs.PARTITIONED}
-    fixed = {w: replace(c, descriptors=True, specialised=w in some) for w, c in shipped.items()}
+    fixed = {w: replace(c, descriptors=True, specialised=w in some, adds=adds and c.adds) for w, c in shipped.items()}
     spec = make_spec(q, k, v, steps=(HALF, ReplaceFill(causal(k.shape[-2] - q.shape[-2]), -INF)))
     made = targets.compiled(spec, Inputs(q, k, v), capability, backward=not decoded, fixed=fixed)
     for c in made:
@@ -210,6 +214,7 @@ def by_descriptors(capability, D):
     from attnfuse.kernels.triton import targets
 
     made = described(capability, D)
+    assert not any(c.reduces for c in made.values())
     assert [name for name, c in made.items() if c.bulk] == ["forward", "backward_rows", "backward_columns"]
     for name in ("forward", "backward_rows", "backward_columns"):
         assert targets.MATRIX[capability] in made[name].products, made[name]
@@ -221,6 +226,13 @@ def by_descriptors(capability, D):
 
 def test_descriptors_compile_to_bulk_copies():
     by_descriptors(90, 64)
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_gradients_of_queries_are_added_up_by_bulk_reductions(D):
+    made = described(90, D, adds=True)
+    assert list(made) == ["forward", "prepare", "backward_columns"]
+    assert made["backward_columns"].reduces and not made["forward"].reduces
 
 
 @pytest.mark.slow
@@ -258,17 +270,23 @@ def test_candidates_with_descriptors_come_last_and_only_where_they_may_help(monk
     monkeypatch.setattr(configs, "PROVEN", configs.PARTITIONED if proven else frozenset())
     for bits in (16, 32):
         plain = configs.candidates(capability, which, bits, 64, 64)
-        assert not any(c.descriptors or c.specialised for c in plain)
+        assert not any(c.descriptors or c.specialised or c.adds for c in plain)
         found = configs.candidates(capability, which, bits, 64, 64, True, True)
-        more = found[len(plain) :]
-        assert found[: len(plain)] == plain and len(set(found)) == len(found)
+        assert len(set(found)) == len(found)
         if bits == 32 or capability < 90:
-            assert more == []
+            assert found == plain
             continue
+        # what ships comes first, then what has addresses
+        ships = configs.config(capability, which, bits, 64, 64, described=True)
+        assert found[0] == ships
+        more = [c for c in found if c.descriptors and c != ships]
+        assert found[1 if ships.descriptors else 0 :] == [c for c in found if not c.descriptors] + more
+        assert all(replace(c, descriptors=False, specialised=False, adds=False) in found for c in (ships, *more))
+        assert replace(ships, descriptors=True) in (ships, *more)
         few = configs.SPECIALISED if (which, capability) in configs.PROVEN else 0
-        assert len(more) == configs.DESCRIBED + few and sum(c.specialised for c in more) == few
-        assert all(c.descriptors and replace(c, descriptors=False, specialised=False) in plain for c in more)
-        assert more[0] == replace(plain[0], descriptors=True)
+        assert sum(c.specialised for c in more) == few
+        assert sum(c.adds for c in (ships, *more)) == (configs.ADDED if which == "backward" else 0)
+        assert len(more) + ships.descriptors == configs.DESCRIBED + few + (configs.ADDED if which == "backward" else 0)
         # where the spec's loops cannot be, none is specialised
         assert not any(c.specialised for c in configs.candidates(capability, which, bits, 64, 64, True))
 

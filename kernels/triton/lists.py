@@ -1,0 +1,90 @@
+"""Lists of the tiles that masks leave, made by a kernel of their own before the one that goes through them.
+
+A loop over a list needs no test inside, which would keep loads from being made ahead; and tiles in which a mask hides nothing are
+known apart, so that it is not evaluated there. Masks are looked at once for all batch elements that share them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from attnfuse import expr
+from attnfuse.kernels.triton import codegen
+from attnfuse.kernels.triton.call import Call
+from attnfuse.kernels.triton.configs import Config
+from attnfuse.spec import Attention
+
+#: Up to so many tiles one launch more costs more than the tests in a loop.
+_FEW = 4
+#: int32 numbers that lists may have: beyond, tiles are looked at where they are computed.
+_MOST = 2**24
+#: Elements of an operand that are looked at at once.
+_WIDTH = 2048
+_WARPS = 4
+
+
+def rows(call: Call, made: Config, ragged: bool) -> dict[str, Any]:
+    """What a kernel takes that goes through the keys of a tile of queries. ragged: as `listed` takes it."""
+    return _lists(call, made, call.Q, made.BM, call.K, made.BN, RANGE=call.functions.keys, COLUMNS=False, RAGGED=ragged)
+
+
+def columns(call: Call, made: Config) -> dict[str, Any]:
+    """The same for the queries of a tile of keys."""
+    functions = call.functions
+    return _lists(call, made, call.K, made.BN, call.Q, made.BM, RANGE=functions.queries, COLUMNS=True, RAGGED=False)
+
+
+def _lists(call: Call, made: Config, own: int, own_size: int, other: int, size: int, **how: Any) -> dict[str, Any]:
+    from attnfuse.kernels.triton import template
+
+    unlisted = {"LIST": call.q, "lb": (0,) * len(call.batch), "LISTED": False, "CHECKED": call.traits.checked}
+    if not call.traits.checked:
+        return unlisted
+    tiles, others = -(-own // own_size), -(-other // size)
+    sizes = elements(call.spec, call.operands, call.batch)
+    entries = tiles * (2 + others)
+    if not worthwhile(call.spec, others, math.prod(sizes) * entries):
+        return unlisted
+    found = torch.empty((*sizes, entries), dtype=torch.int32, device=call.q.device)
+    shared = call.shared()
+    call.launch(
+        template.listed,
+        math.prod(sizes) * tiles,
+        {
+            **{name: shared[name] for name in ("ops", "bst", "st", "n")},
+            "LIST": found,
+            "sizes": sizes,
+            "Qn": call.Q,
+            "Kn": call.K,
+            "BM": made.BM,
+            "BN": made.BN,
+            "MANY": many(size),
+            "BASES": call.functions.bases,
+            "SEEN": call.functions.seen,
+            "num_warps": _WARPS,
+            **how,
+        },
+    )
+    strides = tuple(0 if n == 1 else s for n, s in zip(sizes, found.stride()))
+    return {"LIST": found, "lb": strides, "LISTED": True, "CHECKED": False}
+
+
+def worthwhile(spec: Attention, others: int, entries: int) -> bool:
+    """Whether to make a list of the tiles that masks leave of `others`, in so many int32 numbers in all."""
+    return spec.layout == "dense" and others > _FEW and entries <= _MOST
+
+
+def many(size: int) -> int:
+    """How many tiles of this size are looked at at once."""
+    return max(1, _WIDTH // size)
+
+
+def elements(spec: Attention, operands: Sequence[torch.Tensor], batch: Sequence[int]) -> tuple[int, ...]:
+    """The batch dims that masks have: full ones of the operands that say which tiles are needed, 1 elsewhere."""
+    masks = codegen.looked_at(spec) + codegen.limits(spec)
+    read = [operands[i] for i in {load.operand for mask in masks for load in expr.loads(mask)}]
+    return tuple(n if any(x.shape[d] != 1 for x in read) else 1 for d, n in enumerate(batch))

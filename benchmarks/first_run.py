@@ -25,6 +25,7 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ from types import FrameType
 from typing import Any
 
 from benchmarks import results
-from benchmarks.first import advice
+from benchmarks.first import advice, worker
 from benchmarks.first.kept import STAGES, Kept
 from benchmarks.first.pool import Found, Pool, called
 
@@ -233,7 +234,7 @@ class Run:
         for name in [x for x in failed if rows[x]["outcome"] != "passed" and "sanitizer" not in rows[x]][:_AGAIN]:
             if time.monotonic() >= until:
                 return
-            told = self._sanitized(self._pytest(name, worker=False), until)
+            told = self._sanitized(self._pytest(name, shared=False), until)
             if told is None:
                 return
             self.kept.put("tests", name, {"sanitizer": told})
@@ -317,11 +318,11 @@ class Run:
         smoke = ["--smoke"] if self.args.smoke else []
         return [sys.executable, "-m", f"benchmarks.first.{module}", "--device", self.args.device, *smoke]
 
-    def _pytest(self, test: str = "", worker: bool = True) -> list[str]:
+    def _pytest(self, test: str = "", shared: bool = True) -> list[str]:
         """pytest on all tests, or on one."""
         chosen = self.args.tests or (_SMOKE_TESTS if self.args.smoke else "")
         which = [test] if test else shlex.split(chosen) if chosen else ["tests/gpu", "-m", self.args.mark]
-        plugin = ["-p", "benchmarks.first.plugin"] if worker else []
+        plugin = ["-p", "benchmarks.first.plugin"] if shared else []
         # pytest's own summary has nobody who reads it, and its cache no place
         return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *plugin, *which, *self.args.pytest]
 
@@ -365,7 +366,10 @@ class Run:
             return None
         # memory that torch keeps for later is not out of bounds
         environment = {**self.environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        status, text = called([path, "--tool", "memcheck", *command], limit, environment)
+        with tempfile.TemporaryDirectory(prefix="attnfuse-first-") as name:
+            # a worker of no pool
+            environment |= {worker.LINES: f"{name}/lines", worker.CLAIMS: name}
+            status, text = called([path, "--tool", "memcheck", *command], limit, environment)
         lines = [line.removeprefix(_SANITIZER).strip() for line in text.splitlines() if line.startswith(_SANITIZER)]
         told = [line for line in lines if line and not line.startswith("COMPUTE-SANITIZER")][:12]
         return "\n".join(told) or (

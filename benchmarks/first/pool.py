@@ -175,16 +175,18 @@ class Pool:
             elif not process.started or not (process.worked or self._processes):
                 # one that finds all taken beside others that work is well
                 self._not_started(f"exit status {status}: {process.tail()}")
-        elif process.item is not None and now - process.since > self._limit:
+        elif process.started and now - process.since > self._limit:
+            # one without an item has found nothing to take, and does not end either
             self._kill(process)
-            self._row(process, {"hung": f"no end after {self._limit:.0f} s"})
+            if process.item is not None:
+                self._row(process, {"hung": f"no end after {self._limit:.0f} s"})
         elif not process.started and now - process.since > self._starting:
             self._kill(process)
             self._not_started(f"not started after {self._starting:.0f} s: {process.tail()}")
 
     def _heard(self, process: _Process, line: Row) -> None:
         if "items" in line:
-            process.started = True
+            process.started, process.since = True, time.monotonic()
             if self._items is None:
                 self._items = list(dict.fromkeys(line["items"]))
         elif "begin" in line:
@@ -201,7 +203,8 @@ class Pool:
         item, process.item = process.item, None
         assert item is not None
         self._done.add(item)
-        took = round(time.monotonic() - process.since, 2)
+        now = time.monotonic()
+        took, process.since = round(now - process.since, 2), now
         self._ended(item, {**row, "took": took, **({"notes": process.notes} if process.notes else {})})
 
     def _kill(self, process: _Process) -> None:

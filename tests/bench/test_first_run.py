@@ -263,6 +263,20 @@ def test_a_forward_pass_that_hangs_is_told_of_and_nothing_follows(toy: Path, tmp
     assert status == 0 and content["stages"]["forward"]["rows"]["forward"]["value"] == "forward"
 
 
+def test_a_forward_pass_that_fails_is_looked_at_by_a_tool(toy: Path, tmp_path: Path, monkeypatch) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    # as it runs what follows its own options
+    tool.write_text('#!/bin/sh\nshift 2\n"$@"\necho "========= ended with $?"\n')
+    tool.chmod(0o700)
+    monkeypatch.setattr(first_run.Run, "device_facts", lambda self: {**FACTS, "tools": {tool.name: str(tool)}})
+    code = WORKER.replace('return {"value": item}', 'sys.exit("a kernel died")')
+    monkeypatch.setattr(first_run.Run, "own", lambda *_: [sys.executable, "-c", code])
+    status, content = run(tmp_path, "--only", "forward,variants")
+    first, second = content["next"]
+    assert status == 1 and "crashed: exit status 1: a kernel died (compiled; it got to: compiled)" in first
+    assert second == "compute-sanitizer on it: ended with 1"
+
+
 def test_headlines_are_those_of_the_other_benchmark_in_the_time_that_is_left(tmp_path: Path, monkeypatch) -> None:
     asked: list[list[str]] = []
     line = {"what": "plain over SDPA", "row": "plain", "figure": 0.7, "goal": 1.0, "verdict": "missed", "text": "flash"}
@@ -398,7 +412,6 @@ def test_predictions_are_of_the_code_that_ran_or_of_the_committed_file() -> None
     class Kernel:
         """As Triton's, with what is launched."""
 
-        device_caches = None
         fn = type("forward", (), {})
 
         def __getitem__(self, programs: Any) -> Any:

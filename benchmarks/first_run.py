@@ -91,12 +91,25 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages; the exit status."""
     args = parsed(arguments)
-    signal.signal(signal.SIGTERM, _ended)
+    before = signal.signal(signal.SIGTERM, _ended)
+    try:
+        return _run(args)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(args: argparse.Namespace) -> int:
     run = Run(args)
     if run.facts.get("absent"):
         print(run.facts["absent"], file=sys.stderr)
         return 2
-    return run.all()
+    try:
+        run.all()
+    except (SystemExit, KeyboardInterrupt):
+        # told to end: what there is by now says something too
+        run.finish()
+        raise
+    return run.finish()
 
 
 def _ended(number: int, frame: FrameType | None) -> None:
@@ -131,7 +144,8 @@ class Run:
     def say(self, text: str) -> None:
         print(f"[{time.monotonic() - self.started:4.0f} s] {text}", flush=True)
 
-    def all(self) -> int:
+    def all(self) -> None:
+        """Run the chosen stages."""
         self.say(f"{self.facts.get('device', 'a device that tells nothing of itself')}: results in {self.folder}")
         stages: dict[str, Callable[[float], None]] = {
             "machine": self.machine,
@@ -157,6 +171,9 @@ class Run:
                 self.kept.note(stage, broken=f"{type(error).__name__}: {error}", trace=traceback.format_exc())
                 self.say(f"{stage} broke: {type(error).__name__}: {error}")
             self.kept.note(stage, took=round(time.monotonic() - begun, 1))
+
+    def finish(self) -> int:
+        """Say what the results come to; the exit status."""
         found = advice.advice(self.kept.content, self.args.only)
         path = self.kept.say(found.text, found.next)
         print(f"\n{found.text}\n\n{path}", flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -154,7 +155,8 @@ def test_every_test_gets_a_result_whatever_becomes_of_the_others(
     assert [row["outcome"] for row in content["stages"]["tests"]["rows"].values()] == ["passed", "passed"]
 
 
-def test_a_run_that_is_cut_off_goes_on_with_what_is_missing(toy: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_is_cut_off_goes_on_with_what_is_missing(toy: Path, tmp_path: Path, by: signal.Signals) -> None:
     code = (
         "import sys; from benchmarks import first_run; "
         f"first_run.Run.device_facts = lambda self: {FACTS}; sys.exit(first_run.main(sys.argv[1:]))"
@@ -166,8 +168,9 @@ def test_a_run_that_is_cut_off_goes_on_with_what_is_missing(toy: Path, tmp_path:
     first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     _wait_for(lambda: (tmp_path / "log").exists() and "hangs" in (tmp_path / "log").read_text())
     _wait_for(lambda: "test_passes" in path.read_text())
-    first.kill()
-    first.wait()
+    first.send_signal(by)
+    first.wait(30)
+    assert (tmp_path / "found" / kept.TEXT).exists() == (by == signal.SIGTERM)
     hanging = int((tmp_path / "log").read_text().split()[-1])
     # nobody watches it any more: it does not keep the device
     _wait_for(lambda: not _alive(hanging))
@@ -344,7 +347,7 @@ def test_items_are_shared_out_and_one_that_hangs_costs_itself() -> None:
 
 def test_the_time_of_a_pool_is_kept_and_processes_that_do_not_start_are_given_up() -> None:
     start = time.monotonic()
-    found, rows = _pooled("a", "hang", limit=60, until=start + 2)
+    found, rows = _pooled("a", "hang", limit=60, until=start + 4)
     assert found.left == ["hang"] and found.why == "the time was over" and list(rows) == ["a"]
     assert time.monotonic() - start < 10
     found, _ = _pooled(code="raise SystemExit('no luck')")

@@ -25,8 +25,8 @@ help:
 	@echo "make refusals        write docs/refusals.md from attnfuse/reasons.py"
 	@echo "make coverage-table  run all coverage cases and write docs/coverage.md"
 	@echo "make bench           time attention, models, padding and packing beside Inductor, write docs/benchmarks.md"
-	@echo "make gpu-check       tests and headline figures on a CUDA device, in eight minutes; installs nothing"
-	@echo "                     GPU_ARGS='--results FOLDER' keeps the figures elsewhere"
+	@echo "make gpu-check       on a CUDA device, in eight minutes: tests, kernels beside their predictions, headline figures;"
+	@echo "                     installs nothing. GPU_ARGS='--results FOLDER --minutes 12' keeps them elsewhere, and takes longer"
 
 setup: $(STAMP)
 
@@ -94,21 +94,11 @@ GPU_PYTHON = $(or $(wildcard $(BIN)/python),$(PYTHON))
 else
 GPU_PYTHON = $(PYTHON)
 endif
-# compiling takes most of the time, on one core a test
-GPU_WORKERS = $(shell $(GPU_PYTHON) -c 'import os, xdist; print("-n", min(os.cpu_count(), 16))' 2>/dev/null)
-# a kernel that hangs ends with its worker, which pytest-xdist replaces; a signal would wait for the kernel
-GPU_LIMITS = $(shell $(GPU_PYTHON) -c 'import pytest_timeout, xdist; print("--timeout=150 --timeout-method=thread")' 2>/dev/null)
 GPU_MARK ?= gpu and not slow
 
-gpu-check: export PYTHONPATH := .
+# the plain command does all of it where there is no make: python3 -m benchmarks.first_run
 gpu-check:
-	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "gpu-check needs a CUDA device; this torch sees none")'
-	@$(if $(GPU_WORKERS),,echo "pytest-xdist is not installed: tests compile one after the other, which takes longer than eight minutes")
-	@$(if $(GPU_LIMITS),,echo "without pytest-timeout and pytest-xdist a kernel that hangs is not stopped")
-	@start=$$(date +%s); status=0; \
-	TORCHINDUCTOR_COMPILE_THREADS=1 $(GPU_PYTHON) -m pytest tests/gpu -q -m '$(GPU_MARK)' $(GPU_WORKERS) $(GPU_LIMITS) $(PYTEST_ARGS) || status=$$?; \
-	$(GPU_PYTHON) -m benchmarks.gpu --started $$start $(GPU_ARGS) || status=$$?; \
-	exit $$status
+	@$(GPU_PYTHON) -m benchmarks.first_run --mark '$(GPU_MARK)' $(GPU_ARGS) -- $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

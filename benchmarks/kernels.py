@@ -21,16 +21,19 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-import typer
 
 from attnfuse.expr import Algebra, Const, K, Q, causal, dense, documents, window
 from attnfuse.kernels.inputs import DENSE, Bounds, Inputs
 from attnfuse.kernels.triton.configs import PARTITIONED, Config, Pass, config
 from attnfuse.spec import AddFill, Attention, Bias, Operand, ReplaceFill, Scale, Sink, Softcap
 from benchmarks import cycles, kernel_tables, results, traffic
+
+if TYPE_CHECKING or __name__ == "__main__":
+    # benchmarks/first runs where nothing is installed but torch and Triton
+    import typer
 
 TARGETS = (80, 86, 89, 90, 100, 120)
 #: Without matrix instructions in Triton; these compile for a look at registers alone, no kernel is chosen there.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -10,7 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from repository import TESTS
+
+from benchmarks import first_run
+from benchmarks.first import kept
 
 #: pytest looks fixtures up when a test is set up, and a test that is skipped is not.
 PLAN = """
@@ -48,38 +53,48 @@ def test_a_missing_fixture_is_noticed(tmp_path):
     assert result.returncode != 0 and "fixture 'kernel_that_nobody_gives' not found" in result.stdout, result.stdout
 
 
-#: Stands for a Python on a machine with a device: it notes what it is asked to run, has the modules named in HAS and no others.
+#: Stands for a Python on a machine with a device: it notes what it is asked to run.
 PYTHON = """#!/bin/sh
-case "$1$2" in
--c*"import os, xdist"*) echo "$HAS" | grep -q xdist && echo "-n 7" ;;
--c*pytest_timeout*) echo "$HAS" | grep -q timeout && echo "--timeout=150" ;;
--c*) ;;
-*) echo "$@" >> "$LOG" ; exit "$STATUS" ;;
-esac
+for one in "$@"; do echo "$one" >> "$LOG"; done
+exit "$STATUS"
 """
 
 
-@pytest.mark.parametrize(("has", "status"), [("", 0), ("xdist timeout", 0), ("xdist timeout", 3)])
-def test_gpu_check_runs_the_tests_and_then_the_figures_with_what_is_there(tmp_path, has, status):
+@pytest.mark.parametrize("status", [0, 1, 2])
+def test_gpu_check_is_the_first_run_with_what_it_is_given(tmp_path, status):
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     python, log = tmp_path / "python", tmp_path / "log"
     python.write_text(PYTHON)
     python.chmod(0o700)
     folder = tmp_path / "results of mine"
+    given = [f"GPU_ARGS=--results {shlex.quote(str(folder))} --minutes 3", "PYTEST_ARGS=-x -k 'one or two'"]
     result = subprocess.run(
-        ["make", "gpu-check", f"PYTHON={python}", f"GPU_ARGS=--results {shlex.quote(str(folder))}", "PYTEST_ARGS=-x"],
+        ["make", "gpu-check", f"PYTHON={python}", *given],
         capture_output=True,
         text=True,
         cwd=TESTS.parent,
-        env={"PATH": "/usr/bin:/bin", "LOG": str(log), "HAS": has, "STATUS": str(status)},
+        env={"PATH": "/usr/bin:/bin", "LOG": str(log), "STATUS": str(status)},
         timeout=60,
         check=False,
     )
+    # make has a status of its own, and names the command's
     assert (result.returncode == 0) == (status == 0), result.stderr
-    tests, figures = log.read_text().splitlines()
-    limits = "-n 7 --timeout=150 " if has else ""
-    assert tests == f"-m pytest tests/gpu -q -m gpu and not slow {limits}-x"
-    assert re.fullmatch(rf"-m benchmarks\.gpu --started \d+ --results {re.escape(str(folder))}", figures)
-    for name in ("pytest-xdist", "pytest-timeout"):
-        assert (name in result.stdout) == (not has)
+    assert f"Error {status}" in result.stderr or status == 0
+    module, name, *arguments = log.read_text().splitlines()
+    assert (module, name) == ("-m", "benchmarks.first_run")
+    args = first_run.parsed(arguments)
+    assert (args.results, args.minutes, args.mark) == (folder, 3.0, "gpu and not slow")
+    assert args.pytest == ["-x", "-k", "one or two"] and args.only == kept.STAGES
+
+
+def test_tests_for_a_device_are_found_by_its_workers(tmp_path, monkeypatch):
+    """As on a device, but that every test is skipped here."""
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA device is there: `make gpu-check` runs them")
+    monkeypatch.setattr(first_run.Run, "device_facts", lambda self: {"device": "none"})
+    arguments = ["--only", "tests", "--jobs", "1", "--results", str(tmp_path), "--", "-k", "descriptors"]
+    assert first_run.main(arguments) == 0
+    rows = json.loads((tmp_path / kept.FILE).read_text())["stages"]["tests"]["rows"]
+    assert len(rows) > 3 and {row["outcome"] for row in rows.values()} == {"skipped"}
+    assert all("test_descriptors.py::" in name and "needs a CUDA device" in row["text"] for name, row in rows.items())

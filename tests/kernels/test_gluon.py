@@ -1,0 +1,244 @@
+"""The Gluon kernel for compute capability 9.0: what it computes and how its warps wait for each other, in an emulator."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from kernel_cases import INF, check, make_spec, qkv, randn
+
+from attnfuse.expr import Algebra, causal, dense, window
+from attnfuse.kernels import layout, reference
+from attnfuse.kernels.device import Device
+from attnfuse.kernels.gluon import launch
+from attnfuse.kernels.inputs import Inputs
+from attnfuse.kernels.triton.call import Call
+from attnfuse.spec import AddFill, Clamp, ReplaceFill, Scale, Softcap, Tanh
+
+pytest.importorskip("triton")
+import gluon_emulator
+
+A = Algebra()
+HALF = Scale(0.125)
+#: Finite in bfloat16 too.
+LOW = -1e30
+CAUSAL = (HALF, ReplaceFill(causal(), -INF))
+#: Whole tiles, and ones at an edge, in both groups.
+CAUSAL_AND_LONG = (HALF, ReplaceFill(causal(750), -INF))
+HOPPER = Device("cuda", 90)
+DTYPES = [torch.float16, torch.bfloat16]
+
+
+def emulated(seed=0, tiles=None):
+    """The kernel as a module, with results that nobody has written before."""
+
+    def forward(spec, inputs):
+        out, stats = layout.allocate(spec, inputs)
+        out.fill_(math.nan)
+        stats.fill_(math.nan)
+        call = Call(spec, inputs, HOPPER, lambda *launched: gluon_emulator.run(*launched, seed))
+        assert launch.fits(call, out)
+        launch.forward(call, out, stats, tiles)
+        return out, stats
+
+    return SimpleNamespace(forward=forward)
+
+
+def right(q, k, v, operands=(), seed=0, tiles=None, **fields):
+    """Result and log-sum-exp against the oracle, and the maxima that backward reads."""
+    fields = {"lse": True, **fields}
+    out, _ = check(emulated(seed, tiles), q, k, v, operands, backward=False, **fields)
+    spec = make_spec(q, k, v, operands, **fields)
+    wide = [x.double() if x.is_floating_point() else x for x in (q, k, v, *operands)]
+    _, expected = reference.attend(spec, Inputs(*wide[:3], wide[3:]), torch.float64)
+    _, stats = emulated(seed, tiles).forward(spec, Inputs(q, k, v, operands))
+    # without a key the sum says nothing
+    stats[1].masked_fill_(expected[0] == -INF, 0.0)
+    expected[1].masked_fill_(expected[0] == -INF, 0.0)
+    for ours, theirs, what in zip(stats.double(), expected, ("maximum", "sum"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, equal_nan=True, msg=f"{what}s differ")
+    return out
+
+
+STEPS = {
+    "plain": (HALF,),
+    "no step": (),
+    "causal": CAUSAL,
+    "window": (HALF, ReplaceFill(A.and_(causal(), window(100)), -INF)),
+    "far": (HALF, ReplaceFill(causal(-200), -INF)),
+    "softcap": (HALF, Softcap(3.0), ReplaceFill(causal(), -INF)),
+    "tanh": (HALF, Tanh(), Scale(4.0)),
+    "clamp": (HALF, Clamp(-1.0, 1.5), AddFill(causal(), -INF)),
+    "finite": (HALF, ReplaceFill(causal(-200), -1e4)),
+    "finite window": (HALF, AddFill(A.and_(causal(-130), window(70)), LOW)),
+    "a scale below 0": (Scale(-0.25), ReplaceFill(causal(), -INF)),
+}
+
+
+@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
+def test_steps(steps):
+    right(*qkv(1, 1, 200, 300, 64, dtype=torch.bfloat16), steps=steps, hidden="zero")
+
+
+@pytest.mark.parametrize("hidden", ["nan", "nan_to_zero"])
+def test_rows_without_keys(hidden):
+    right(*qkv(1, 1, 200, 300, 64, dtype=torch.bfloat16), steps=STEPS["far"], hidden=hidden)
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_head_sizes_and_dtypes(dtype, D):
+    right(*qkv(2, 2, 150, 290, D, dtype=dtype), steps=CAUSAL)
+
+
+@pytest.mark.parametrize(("Qn", "Kn"), [(65, 1), (128, 128), (129, 127), (70, 129), (65, 700), (400, 64), (193, 385)])
+@pytest.mark.parametrize("steps", ["plain", "causal"])
+def test_lengths(Qn, Kn, steps):
+    right(*qkv(1, 1, Qn, Kn, 64, dtype=torch.bfloat16), steps=STEPS[steps], hidden="zero")
+
+
+def test_padding():
+    kept = torch.ones(2, 1, 1, 300, dtype=torch.bool)
+    kept[0, ..., 130:] = False
+    kept[1, ..., :140] = False
+    q, k, v = qkv(2, 2, 130, 300, 64, dtype=torch.bfloat16)
+    right(q, k, v, [kept], steps=(HALF, ReplaceFill(dense(0), -INF)))
+    right(q, k, v, [kept], steps=(*CAUSAL, AddFill(dense(0), LOW)))
+    kept[1] = False
+    right(q, k, v, [kept], steps=(HALF, ReplaceFill(dense(0), LOW)))
+    right(q, k, v, [kept], steps=(HALF, ReplaceFill(dense(0), -INF)), hidden="zero")
+
+
+def test_heads_that_share_keys():
+    q, k, v = randn(2, 2, 3, 90, 64), randn(2, 2, 1, 140, 64), randn(1, 2, 1, 140, 64)
+    right(*(x.to(torch.bfloat16) for x in (q, k, v)), steps=CAUSAL)
+
+
+def test_other_layouts_in_memory():
+    q, k, v = (x.transpose(1, 2) for x in (randn(2, n, 3, 64, dtype=torch.bfloat16) for n in (130, 140, 140)))
+    right(q, k, v, steps=CAUSAL, out_order=(0, 2, 1, 3))
+    right(q[0, :, 0], k[0, :, 0], v[0, :, 0])
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 1, 2)])
+def test_batch_dims(batch):
+    right(*(randn(*batch, n, 64, dtype=torch.bfloat16) for n in (70, 140, 140)), steps=CAUSAL)
+
+
+def test_nan_stays_in_its_row():
+    q, k, v = qkv(1, 1, 130, 140, 64, dtype=torch.bfloat16)
+    q[0, 0, 70] = math.nan
+    out = right(q, k, v, steps=CAUSAL, lse=False)
+    assert out[0, 0, 70].isnan().all() and not out[0, 0, :70].isnan().any()
+
+
+def test_nothing_is_read_after_the_last_row():
+    q, k, v = qkv(1, 2, 140, 150, 64, dtype=torch.bfloat16)
+    for x, rows in ((q, 130), (k, 140), (v, 140)):
+        x[:, :, rows:] = math.nan
+    right(q[:, :, :130], k[:, :, :140], v[:, :, :140])
+
+
+@pytest.mark.parametrize(
+    "tiles", [launch.Tiles(128, 2, 3, 240), launch.Tiles(64, 3, 2, 160), launch.Tiles(64, 2, 4, 240)]
+)
+def test_other_tiles(tiles):
+    for seed in range(2):
+        right(*qkv(1, 1, 250, 800, 64, dtype=torch.bfloat16), steps=STEPS["window"], seed=seed, tiles=tiles)
+
+
+@pytest.mark.slow
+def test_many_orders_of_what_runs_at_the_same_time():
+    inputs = qkv(1, 1, 200, 900, 64, dtype=torch.bfloat16)
+    for seed in range(0, 400, 4):
+        right(*inputs, steps=CAUSAL, seed=seed)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """In hopper.py `new` stands for `old`, which is there once; said: of it."""
+
+    old: str
+    new: str
+    said: str
+
+
+def late(wait, arrive):
+    """Two lines, the second one first."""
+    return f"    {wait}\n    {arrive}\n", f"    {arrive}\n    {wait}\n"
+
+
+SUMS = "acc, w, fade = warpgroup_mma_wait(0, deps=[acc, w, fade])"
+FREE = "mbarrier.arrive(free_v.index(before), count=1)"
+FADE = "    acc = acc * gl.expand_dims(gl.convert_layout(fade, gl.SliceLayout(1, acc.type.layout)), 1)\n"
+NEXT = "    mbarrier.wait(ready_k.index((i + 1) % STAGES), (i + 1) // STAGES & 1, pred=i + 1 < count)\n"
+WRONG = "max|NaN|sum"
+FAULTS = {
+    "scores that are not waited for": Fault(
+        "s = warpgroup_mma_wait(1, deps=[s])", "s = warpgroup_mma_wait(2, deps=[s])", "may still run"
+    ),
+    "sums that are not waited for": Fault(SUMS, SUMS.replace("0", "1"), "may still run"),
+    "no wait for values": Fault("mbarrier.wait(ready_v.index(before), (i - 1) // STAGES & 1)", "pass", "array 2"),
+    "no wait for the next keys": Fault(NEXT, "", "array 1"),
+    "no wait for queries": Fault("    mbarrier.wait(ready_q.index(GROUP), 0)\n", "", "array 0"),
+    "a wait for keys that never come": Fault(NEXT, NEXT.replace(", pred=i + 1 < count", ""), "deadlock"),
+    "keys that come late": Fault(NEXT, NEXT.replace("& 1", "& 1 ^ 1"), "array 1|deadlock"),
+    "values of the wrong phase": Fault("(i - 1) // STAGES & 1)", "i // STAGES & 1)", "array 2|deadlock"),
+    "the wrong phase of free tiles": Fault("phase = (i // STAGES & 1) ^ 1", "phase = i // STAGES & 1", "deadlock"),
+    "the stage after": Fault("at = i % STAGES", "at = (i + 1) % STAGES", "deadlock|too many|array"),
+    "the keys of another stage": Fault("k_tiles.index(here)", "k_tiles.index(before)", "array 1"),
+    "the values of another stage": Fault(
+        "(p, v_tiles.index(before).reshape([BN, D]), acc, is_async=True)\n    s",
+        "(p, v_tiles.index(here).reshape([BN, D]), acc, is_async=True)\n    s",
+        "array 2",
+    ),
+    "keys that are freed too early": Fault(
+        *late("s = warpgroup_mma_wait(0, deps=[s])", "mbarrier.arrive(free_k.index(0), count=1)"), "array 1"
+    ),
+    "values that are freed too early": Fault(*late(SUMS, FREE), "array 2"),
+    "values that are never freed": Fault(f"    {FREE}\n", "", "deadlock"),
+    "values that one group frees": Fault(
+        "mbarrier.init(free_v.index(i), count=GROUPS)", "mbarrier.init(free_v.index(i), count=1)", "array 2|deadlock"
+    ),
+    "no wait for free keys": Fault("        mbarrier.wait(free_k.index(at), phase)\n", "", "array 1"),
+    "no wait for free values": Fault("        mbarrier.wait(free_v.index(at), phase)\n", "", "array 2"),
+    "a barrier of too few bytes": Fault(
+        "mbarrier.expect(ready_k.index(at), K.block_type.nbytes)",
+        "mbarrier.expect(ready_k.index(at), K.block_type.nbytes // 2)",
+        "deadlock|array|too many",
+    ),
+    "no fence": Fault("    fence_async_shared()\n", "", "fence"),
+    "an end before the result is read": Fault("    tma.store_wait(0)\n", "", "ends before"),
+    "sums that are not made smaller": Fault(FADE, "", "max"),
+    "a masked tile that counts as whole": Fault(
+        "(gl.minimum(full_hi, Kn) - lo) // BN, 1)", "(gl.minimum(full_hi, Kn) - lo + BN - 1) // BN, 1)", WRONG
+    ),
+    "keys after the last": Fault(
+        's = gl.where(k < Kn, s, float("-inf"))', 's = gl.where(k <= Kn, s, float("-inf"))', WRONG
+    ),
+    "another group's rows": Fault("own = q0 + GROUP * BM\n", "own = q0 + GROUP * BM * 0\n", WRONG),
+    "a tile less": Fault("gl.maximum(gl.cdiv(hi - lo, BN), 1)", "gl.maximum((hi - lo) // BN, 1)", WRONG),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_emulator_finds(name, tmp_path, monkeypatch):
+    from attnfuse.kernels import gluon
+    from attnfuse.kernels.gluon import hopper
+
+    fault = FAULTS[name]
+    text = Path(hopper.__file__).read_text()
+    assert text.count(fault.old) == 1
+    path = tmp_path / "mutated.py"
+    path.write_text(text.replace(fault.old, fault.new))
+    found = importlib.util.spec_from_file_location("mutated", path)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    monkeypatch.setattr(gluon, "hopper", module)
+    with pytest.raises(AssertionError, match=fault.said):
+        right(*qkv(1, 1, 200, 900, 64, dtype=torch.bfloat16), steps=CAUSAL_AND_LONG)

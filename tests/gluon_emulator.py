@@ -662,6 +662,8 @@ class _Program:
     def __init__(self, world: World, number: int) -> None:
         from triton.experimental.gluon.language.nvidia import hopper
 
+        from attnfuse.kernels.gluon import hopper as kernel
+
         language = _language(world, number)
         self.language = SimpleNamespace(**language)
         self.modules = {
@@ -670,14 +672,14 @@ class _Program:
             hopper.mbarrier.__name__: SimpleNamespace(
                 init=_init, wait=_wait, arrive=_arrive, expect=_expect, MBarrierLayout=lambda: None
             ),
-            hopper.tma.__name__: SimpleNamespace(
-                async_copy_global_to_shared=_copy_in, async_copy_shared_to_global=_copy_out, store_wait=_store_wait
-            ),
+            hopper.tma.__name__: SimpleNamespace(store_wait=_store_wait),
         }
         self.functions = {
             id(hopper.warpgroup_mma): _product,
             id(hopper.warpgroup_mma_wait): _product_wait,
             id(hopper.fence_async_shared): language["fence"],
+            id(kernel.copy_in): _copy_in,
+            id(kernel.copy_out): _copy_out,
         }
         self.known: dict[int, dict[str, Any]] = {}
 

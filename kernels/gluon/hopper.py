@@ -23,6 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from attnfuse.kernels.triton.template import COUNTS, clipped, finished, index_of, marked, powers
 
+#: Triton 3.9 has other names for copies.
+copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
 
 @gluon.jit
 def span(KEYS: gl.constexpr, q0, rows: gl.constexpr, context, BN: gl.constexpr, WHOLE: gl.constexpr):
@@ -43,17 +47,17 @@ def load(Q, K, V, places, rings, q0, lo, count, BM: gl.constexpr, BN: gl.constex
     q_tiles, k_tiles, v_tiles, ready_q, ready_k, ready_v, free_k, free_v = rings
     for g in gl.static_range(GROUPS):
         mbarrier.expect(ready_q.index(g), Q.block_type.nbytes)
-        tma.async_copy_global_to_shared(Q, q_place + (q0 + g * BM, 0), ready_q.index(g), q_tiles.index(g))
+        copy_in(Q, q_place + (q0 + g * BM, 0), ready_q.index(g), q_tiles.index(g))
     for i in range(count):
         at = i % STAGES
         # the first tiles find an empty ring
         phase = (i // STAGES & 1) ^ 1
         mbarrier.wait(free_k.index(at), phase)
         mbarrier.expect(ready_k.index(at), K.block_type.nbytes)
-        tma.async_copy_global_to_shared(K, k_place + (lo + i * BN, 0), ready_k.index(at), k_tiles.index(at))
+        copy_in(K, k_place + (lo + i * BN, 0), ready_k.index(at), k_tiles.index(at))
         mbarrier.wait(free_v.index(at), phase)
         mbarrier.expect(ready_v.index(at), V.block_type.nbytes)
-        tma.async_copy_global_to_shared(V, v_place + (lo + i * BN, 0), ready_v.index(at), v_tiles.index(at))
+        copy_in(V, v_place + (lo + i * BN, 0), ready_v.index(at), v_tiles.index(at))
 
 
 @gluon.jit
@@ -152,7 +156,7 @@ def compute(GROUP: gl.constexpr, O, M, place, line, lines, rings, q0, lo, count,
     # nothing reads the queries any more
     qt.store(out.to(O.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(O, place + (own, 0), q_tile)
+    copy_out(O, place + (own, 0), q_tile)
     tma.store_wait(0)
 
 

@@ -44,7 +44,7 @@ def load(Q, K, V, places, rings, q0, lo, count, BM: gl.constexpr, BN: gl.constex
          STAGES: gl.constexpr):  # fmt: skip
     """What the loading warp does. places: the batch indices of q, k and v."""
     q_place, k_place, v_place = places
-    q_tiles, k_tiles, v_tiles, ready_q, ready_k, ready_v, free_k, free_v = rings
+    q_tiles, k_tiles, v_tiles, ready_q, ready_k, ready_v, free_k, free_v, turns = rings
     for g in gl.static_range(GROUPS):
         mbarrier.expect(ready_q.index(g), Q.block_type.nbytes)
         copy_in(Q, q_place + (q0 + g * BM, 0), ready_q.index(g), q_tiles.index(g))
@@ -75,14 +75,25 @@ def softmax(s, m, l, q, k, context, SCORE: gl.constexpr, FULL: gl.constexpr, NEA
 
 
 @gluon.jit
-def step(i, count, acc, p, m, l, qt, rings, q, k, zero, context, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-         SCORE: gl.constexpr, FULL: gl.constexpr, NEAR: gl.constexpr, FACTOR: gl.constexpr):  # fmt: skip
-    """(acc, p, m, l) after tile i of the keys, of which p are the weights and are not in acc yet. k: the keys of tile 0."""
-    q_tiles, k_tiles, v_tiles, ready_q, ready_k, ready_v, free_k, free_v = rings
+def step(i, count, acc, p, m, l, fade, qt, rings, q, k, zero, context, GROUP: gl.constexpr, BN: gl.constexpr,
+         D: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, IN_TURN: gl.constexpr, SCORE: gl.constexpr,
+         FULL: gl.constexpr, NEAR: gl.constexpr, FACTOR: gl.constexpr):  # fmt: skip
+    """(acc, p, m, l, fade) after tile i of the keys. Its weights p are not in acc yet, which fade is for. k: the keys of tile 0.
+
+    The order is that of the instructions: sums are made smaller beside the first product, and the wait for the next keys, a
+    loop, keeps the compiler from putting the softmax behind the wait for the second one.
+    """
+    q_tiles, k_tiles, v_tiles, ready_q, ready_k, ready_v, free_k, free_v, turns = rings
     here, before = i % STAGES, (i - 1) % STAGES
+    if IN_TURN:
+        # the first group need not wait for its first turn
+        mbarrier.wait(turns.index(GROUP), (i if GROUP == 0 else i - 1) & 1)
     s = warpgroup_mma(qt, k_tiles.index(here).reshape([BN, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
+    acc = acc * gl.expand_dims(gl.convert_layout(fade, gl.SliceLayout(1, acc.type.layout)), 1)
     mbarrier.wait(ready_v.index(before), (i - 1) // STAGES & 1)
     acc = warpgroup_mma(p, v_tiles.index(before).reshape([BN, D]), acc, is_async=True)
+    if IN_TURN:
+        mbarrier.arrive(turns.index((GROUP + 1) % GROUPS), count=1)
     s = warpgroup_mma_wait(1, deps=[s])
     mbarrier.arrive(free_k.index(here), count=1)
     w, m, l, fade = softmax(s, m, l, q, k + i * BN, context, SCORE, FULL, NEAR, FACTOR)
@@ -90,21 +101,20 @@ def step(i, count, acc, p, m, l, qt, rings, q, k, zero, context, BN: gl.constexp
     mbarrier.wait(ready_k.index((i + 1) % STAGES), (i + 1) // STAGES & 1, pred=i + 1 < count)
     acc, w, fade = warpgroup_mma_wait(0, deps=[acc, w, fade])
     mbarrier.arrive(free_v.index(before), count=1)
-    acc = acc * gl.expand_dims(gl.convert_layout(fade, gl.SliceLayout(1, acc.type.layout)), 1)
-    return acc, w, m, l
+    return acc, w, m, l, fade
 
 
 @gluon.jit
 def compute(GROUP: gl.constexpr, O, M, place, line, lines, rings, q0, lo, count, context, BM: gl.constexpr,
-            BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SCORE: gl.constexpr, KEYS: gl.constexpr,
-            LEFT: gl.constexpr, LOWER: gl.constexpr, NEAR: gl.constexpr, FACTOR: gl.constexpr,
-            HIDDEN: gl.constexpr):  # fmt: skip
+            BN: gl.constexpr, D: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, IN_TURN: gl.constexpr,
+            SCORE: gl.constexpr, KEYS: gl.constexpr, LEFT: gl.constexpr, LOWER: gl.constexpr, NEAR: gl.constexpr,
+            FACTOR: gl.constexpr, HIDDEN: gl.constexpr):  # fmt: skip
     """What a group does: rows q0 + GROUP * BM and on of the result."""
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     W: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=A, k_width=2)
     at, st, n, Qn, Kn = context
-    q_tiles, k_tiles, v_tiles, ready_q, ready_k, ready_v, free_k, free_v = rings
+    q_tiles, k_tiles, v_tiles, ready_q, ready_k, ready_v, free_k, free_v, turns = rings
     own = q0 + GROUP * BM
     q = gl.expand_dims(own + gl.arange(0, BM, layout=gl.SliceLayout(1, S)), 1)
     k = gl.expand_dims(lo + gl.arange(0, BN, layout=gl.SliceLayout(0, S)), 0)
@@ -131,17 +141,21 @@ def compute(GROUP: gl.constexpr, O, M, place, line, lines, rings, q0, lo, count,
     mbarrier.wait(ready_k.index(1), 0, pred=1 < count)
     if LOWER:
         for i in range(1, first):
-            acc, p, m, l = step(
-                i, count, acc, p, m, l, qt, rings, q, k, zero, context, BN, D, STAGES, SCORE, False, NEAR, FACTOR
-            )
+            acc, p, m, l, fade = step(
+                i, count, acc, p, m, l, fade, qt, rings, q, k, zero, context, GROUP, BN, D, GROUPS, STAGES, IN_TURN, SCORE,
+                False, NEAR, FACTOR,
+            )  # fmt: skip
     for i in range(first, last):
-        acc, p, m, l = step(
-            i, count, acc, p, m, l, qt, rings, q, k, zero, context, BN, D, STAGES, SCORE, True, NEAR, FACTOR
-        )
+        acc, p, m, l, fade = step(
+            i, count, acc, p, m, l, fade, qt, rings, q, k, zero, context, GROUP, BN, D, GROUPS, STAGES, IN_TURN, SCORE,
+            True, NEAR, FACTOR,
+        )  # fmt: skip
     for i in range(last, count):
-        acc, p, m, l = step(
-            i, count, acc, p, m, l, qt, rings, q, k, zero, context, BN, D, STAGES, SCORE, False, NEAR, FACTOR
-        )
+        acc, p, m, l, fade = step(
+            i, count, acc, p, m, l, fade, qt, rings, q, k, zero, context, GROUP, BN, D, GROUPS, STAGES, IN_TURN, SCORE,
+            False, NEAR, FACTOR,
+        )  # fmt: skip
+    acc = acc * gl.expand_dims(gl.convert_layout(fade, gl.SliceLayout(1, A)), 1)
     before = (count - 1) % STAGES
     mbarrier.wait(ready_v.index(before), (count - 1) // STAGES & 1)
     acc = warpgroup_mma(p, v_tiles.index(before).reshape([BN, D]), acc, is_async=True)
@@ -163,14 +177,15 @@ def compute(GROUP: gl.constexpr, O, M, place, line, lines, rings, q0, lo, count,
 @gluon.jit(do_not_specialize_on_alignment=COUNTS)
 def forward(
     Q, K, V, O, M, ops, sizes, qb, kb, vb, ob, bst, st, n, lines, Qn, Kn,
-    D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, BASES: gl.constexpr,
-    SCORE: gl.constexpr, KEYS: gl.constexpr, LEFT: gl.constexpr, LOWER: gl.constexpr, WHOLE: gl.constexpr,
-    NEAR: gl.constexpr, FACTOR: gl.constexpr, HIDDEN: gl.constexpr, REGISTERS: gl.constexpr,
+    D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    IN_TURN: gl.constexpr, BASES: gl.constexpr, SCORE: gl.constexpr, KEYS: gl.constexpr, LEFT: gl.constexpr, LOWER: gl.constexpr,
+    WHOLE: gl.constexpr, NEAR: gl.constexpr, FACTOR: gl.constexpr, HIDDEN: gl.constexpr,
 ):  # fmt: skip
     """out and stats [2, lines] of GROUPS * BM queries of one batch element.
 
     Q, K, V, O: tensor descriptors [*batch, rows, D], with the strides of their batch indices: 1, or 0 where they are broadcast.
-    WHOLE: a row may see keys that its masks hide, so that no tile is left out.
+    WHOLE: a row may see keys that its masks hide, so that no tile is left out. IN_TURN: groups issue their products one after the
+    other.
     """
     # the last queries first: under a causal mask they take longest
     tiles = gl.cdiv(Qn, GROUPS * BM)
@@ -191,29 +206,31 @@ def forward(
     ready_v = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free_v = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     for g in gl.static_range(GROUPS):
         mbarrier.init(ready_q.index(g), count=1)
+        mbarrier.init(turns.index(g), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(ready_k.index(i), count=1)
         mbarrier.init(ready_v.index(i), count=1)
         mbarrier.init(free_k.index(i), count=GROUPS)
         mbarrier.init(free_v.index(i), count=GROUPS)
-    rings = (q_tiles, k_tiles, v_tiles, ready_q, ready_k, ready_v, free_k, free_v)
+    rings = (q_tiles, k_tiles, v_tiles, ready_q, ready_k, ready_v, free_k, free_v, turns)
     if GROUPS == 2:
         gl.warp_specialize([
-            (compute, (0, O, M, place, line, lines, rings, q0, lo, count, context, BM, BN, D, STAGES, SCORE, KEYS, LEFT, LOWER,
-                       NEAR, FACTOR, HIDDEN)),
-            (compute, (1, O, M, place, line, lines, rings, q0, lo, count, context, BM, BN, D, STAGES, SCORE, KEYS, LEFT, LOWER,
-                       NEAR, FACTOR, HIDDEN)),
+            (compute, (0, O, M, place, line, lines, rings, q0, lo, count, context, BM, BN, D, GROUPS, STAGES, IN_TURN, SCORE,
+                       KEYS, LEFT, LOWER, NEAR, FACTOR, HIDDEN)),
+            (compute, (1, O, M, place, line, lines, rings, q0, lo, count, context, BM, BN, D, GROUPS, STAGES, IN_TURN, SCORE,
+                       KEYS, LEFT, LOWER, NEAR, FACTOR, HIDDEN)),
             (load, (Q, K, V, places, rings, q0, lo, count, BM, BN, GROUPS, STAGES)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (compute, (0, O, M, place, line, lines, rings, q0, lo, count, context, BM, BN, D, STAGES, SCORE, KEYS, LEFT, LOWER,
-                       NEAR, FACTOR, HIDDEN)),
-            (compute, (1, O, M, place, line, lines, rings, q0, lo, count, context, BM, BN, D, STAGES, SCORE, KEYS, LEFT, LOWER,
-                       NEAR, FACTOR, HIDDEN)),
-            (compute, (2, O, M, place, line, lines, rings, q0, lo, count, context, BM, BN, D, STAGES, SCORE, KEYS, LEFT, LOWER,
-                       NEAR, FACTOR, HIDDEN)),
+            (compute, (0, O, M, place, line, lines, rings, q0, lo, count, context, BM, BN, D, GROUPS, STAGES, IN_TURN, SCORE,
+                       KEYS, LEFT, LOWER, NEAR, FACTOR, HIDDEN)),
+            (compute, (1, O, M, place, line, lines, rings, q0, lo, count, context, BM, BN, D, GROUPS, STAGES, IN_TURN, SCORE,
+                       KEYS, LEFT, LOWER, NEAR, FACTOR, HIDDEN)),
+            (compute, (2, O, M, place, line, lines, rings, q0, lo, count, context, BM, BN, D, GROUPS, STAGES, IN_TURN, SCORE,
+                       KEYS, LEFT, LOWER, NEAR, FACTOR, HIDDEN)),
             (load, (Q, K, V, places, rings, q0, lo, count, BM, BN, GROUPS, STAGES)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

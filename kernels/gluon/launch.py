@@ -17,18 +17,27 @@ _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 @dataclass(frozen=True)
 class Tiles:
-    """BN keys a tile, STAGES of them in memory; groups of four warps, each with `registers` for a thread."""
+    """BN keys a tile, `stages` of them in memory, at least 2; groups of four warps, 2 or 3 of them, each with `registers` for a
+    thread; in_turn: whether one issues its products after the other."""
 
     BN: int
     groups: int
     stages: int
     registers: int
+    in_turn: bool = True
 
     def arguments(self) -> dict[str, int]:
-        return {"BM": ROWS, "BN": self.BN, "GROUPS": self.groups, "STAGES": self.stages, "REGISTERS": self.registers}
+        return {
+            "BM": ROWS,
+            "BN": self.BN,
+            "GROUPS": self.groups,
+            "STAGES": self.stages,
+            "REGISTERS": self.registers,
+            "IN_TURN": self.in_turn,
+        }
 
 
-#: By head size.
+#: By head size. Three groups of 64 queries, with the 160 registers that are left for each, spill at head size 64.
 TILES = {64: Tiles(128, 2, 2, 240), 128: Tiles(128, 2, 2, 240)}
 
 

@@ -16,9 +16,9 @@ from attnfuse import kernels, reasons
 from attnfuse.expr import Algebra, causal, dense, documents, window
 from attnfuse.kernels import gluon, layout, reference, triton
 from attnfuse.kernels.device import Device
-from attnfuse.kernels.gluon import launch
+from attnfuse.kernels.gluon import launch, targets
 from attnfuse.kernels.inputs import Inputs
-from attnfuse.kernels.triton import configs, targets
+from attnfuse.kernels.triton import configs
 from attnfuse.kernels.triton.call import Call
 from attnfuse.spec import AddFill, Bias, Clamp, ReplaceFill, Scale, Sink, Softcap, Tanh
 from benchmarks import sass
@@ -347,16 +347,7 @@ def test_what_it_does_is_launched(monkeypatch):
 
 
 def compiled(q, k, v, operands=(), tiles=None, **fields):
-    found = []
-
-    def record(kernel, programs, arguments):
-        found.append(targets.compile_kernel(kernel, arguments, 90))
-
-    spec = make_spec(q, k, v, operands, **fields)
-    inputs = Inputs(q, k, v, list(operands))
-    out, stats = layout.allocate(spec, inputs)
-    launch.forward(Call(spec, inputs, HOPPER, record), out, stats, tiles)
-    (made,) = found
+    made = targets.compiled(make_spec(q, k, v, operands, **fields), Inputs(q, k, v, list(operands)), tiles)
     assert made.shared <= configs.SHARED[90] and made.bulk and made.partitioned
     assert made.products == ("wgmma.mma_async",)
     return made

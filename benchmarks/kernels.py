@@ -266,7 +266,8 @@ def digest(case: Case) -> str:
         folder = here.parent / "kernels" / "gluon"
         files = [Path(str(module.__file__)).read_text() for module in (call, descriptors, template)]
         files += [(folder / name).read_text() for name in ("hopper.py", "launch.py")]
-        return _hashed([metadata.version("triton"), codegen.source(spec), *files, *counting])
+        texts = [codegen.source(spec, approximate) for approximate in (False, True)]
+        return _hashed([metadata.version("triton"), *texts, *files, *counting])
     modules = (call, launch, gradients, template, *([descriptors] if case.variant else []))
     files = [Path(str(module.__file__)).read_text() for module in modules]
     tiles = " ".join(map(str, (varied(case) if case.variant else _shipped(case)).values()))

@@ -216,6 +216,17 @@ FAULTS = {
     "sums that are not waited for": Fault(SUMS, SUMS.replace("0", "1"), "may still run"),
     "no wait for values": Fault("mbarrier.wait(ready_v.index(before), (i - 1) // STAGES & 1)", "pass", "array 2"),
     "no wait for the next keys": Fault(NEXT, "", "array 1"),
+    "no wait for the first keys": Fault("    mbarrier.wait(ready_k.index(0), 0)\n", "", "array 1"),
+    "no wait for the second keys": Fault("    mbarrier.wait(ready_k.index(1), 0, pred=1 < count)\n", "", "array 1"),
+    "no wait for the last values": Fault(
+        "    mbarrier.wait(ready_v.index(before), (count - 1) // STAGES & 1)\n", "", "array 2"
+    ),
+    "the first scores are not waited for": Fault(
+        "s = warpgroup_mma_wait(0, deps=[s])", "s = warpgroup_mma_wait(1, deps=[s])", "may still run"
+    ),
+    "the last sums are not waited for": Fault(
+        "acc = warpgroup_mma_wait(0, deps=[acc])", "acc = warpgroup_mma_wait(1, deps=[acc])", "may still run"
+    ),
     "no wait for queries": Fault("    mbarrier.wait(ready_q.index(GROUP), 0)\n", "", "array 0"),
     "a wait for keys that never come": Fault(NEXT, NEXT.replace(", pred=i + 1 < count", ""), "deadlock"),
     "keys that come late": Fault(NEXT, NEXT.replace("& 1", "& 1 ^ 1"), "array 1|deadlock"),

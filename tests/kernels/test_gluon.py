@@ -10,31 +10,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from gluon_cases import *  # noqa: F403
+from gluon_cases import CAUSAL, CAUSAL_AND_LONG, HALF, STEPS, right
 from kernel_cases import INF, check, make_spec, qkv, randn
 
 from attnfuse import kernels, reasons
-from attnfuse.expr import Algebra, causal, dense, documents, window
-from attnfuse.kernels import cpu, gluon, layout, reference, triton
+from attnfuse.expr import causal, dense, documents
+from attnfuse.kernels import cpu, gluon, layout, triton
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.gluon import launch, targets
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.triton import codegen, configs
 from attnfuse.kernels.triton.call import Call
-from attnfuse.spec import AddFill, Bias, Clamp, ReplaceFill, Scale, Sink, Softcap, Tanh
+from attnfuse.spec import Bias, ReplaceFill, Scale, Sink, Softcap
 from benchmarks import sass
 
 pytest.importorskip("triton")
 import gluon_emulator
 
-A = Algebra()
-HALF = Scale(0.125)
-#: Finite in bfloat16 too.
-LOW = -1e30
-CAUSAL = (HALF, ReplaceFill(causal(), -INF))
-#: Whole tiles, and ones at an edge, in both groups.
-CAUSAL_AND_LONG = (HALF, ReplaceFill(causal(750), -INF))
 HOPPER = Device("cuda", 90)
-DTYPES = [torch.float16, torch.bfloat16]
 
 
 def emulated(seed=0, tiles=None):
@@ -52,94 +46,9 @@ def emulated(seed=0, tiles=None):
     return SimpleNamespace(forward=forward)
 
 
-def right(q, k, v, operands=(), seed=0, tiles=None, **fields):
-    """Result and log-sum-exp against the oracle, and the maxima that backward reads."""
-    fields = {"lse": True, **fields}
-    out, _ = check(emulated(seed, tiles), q, k, v, operands, backward=False, **fields)
-    spec = make_spec(q, k, v, operands, **fields)
-    wide = [x.double() if x.is_floating_point() else x for x in (q, k, v, *operands)]
-    _, expected = reference.attend(spec, Inputs(*wide[:3], wide[3:]), torch.float64)
-    _, stats = emulated(seed, tiles).forward(spec, Inputs(q, k, v, operands))
-    # tanh is the device's own
-    error = 5e-3 if launch.approximate(spec) else 1e-4
-    # without a key the sum says nothing
-    stats[1].masked_fill_(expected[0] == -INF, 0.0)
-    expected[1].masked_fill_(expected[0] == -INF, 0.0)
-    for ours, theirs, what in zip(stats.double(), expected, ("maximum", "sum"), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=error, atol=error, equal_nan=True, msg=f"{what}s differ")
-    return out
-
-
-STEPS = {
-    "plain": (HALF,),
-    "no step": (),
-    "causal": CAUSAL,
-    "window": (HALF, ReplaceFill(A.and_(causal(), window(100)), -INF)),
-    "far": (HALF, ReplaceFill(causal(-200), -INF)),
-    "softcap": (HALF, Softcap(3.0), ReplaceFill(causal(), -INF)),
-    "tanh": (HALF, Tanh(), Scale(4.0)),
-    "clamp": (HALF, Clamp(-1.0, 1.5), AddFill(causal(), -INF)),
-    "finite": (HALF, ReplaceFill(causal(-200), -1e4)),
-    "finite window": (HALF, AddFill(A.and_(causal(-130), window(70)), LOW)),
-    "a scale below 0": (Scale(-0.25), ReplaceFill(causal(), -INF)),
-}
-
-
-@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
-def test_steps(steps):
-    right(*qkv(1, 1, 200, 300, 64, dtype=torch.bfloat16), steps=steps, hidden="zero")
-
-
-@pytest.mark.parametrize("hidden", ["nan", "nan_to_zero"])
-def test_rows_without_keys(hidden):
-    right(*qkv(1, 1, 200, 300, 64, dtype=torch.bfloat16), steps=STEPS["far"], hidden=hidden)
-
-
-@pytest.mark.parametrize("D", [64, 128])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_head_sizes_and_dtypes(dtype, D):
-    right(*qkv(2, 2, 150, 290, D, dtype=dtype), steps=CAUSAL)
-
-
-@pytest.mark.parametrize(("Qn", "Kn"), [(65, 1), (128, 128), (129, 127), (70, 129), (65, 700), (400, 64), (193, 385)])
-@pytest.mark.parametrize("steps", ["plain", "causal"])
-def test_lengths(Qn, Kn, steps):
-    right(*qkv(1, 1, Qn, Kn, 64, dtype=torch.bfloat16), steps=STEPS[steps], hidden="zero")
-
-
-def test_padding():
-    kept = torch.ones(2, 1, 1, 300, dtype=torch.bool)
-    kept[0, ..., 130:] = False
-    kept[1, ..., :140] = False
-    q, k, v = qkv(2, 2, 130, 300, 64, dtype=torch.bfloat16)
-    right(q, k, v, [kept], steps=(HALF, ReplaceFill(dense(0), -INF)))
-    right(q, k, v, [kept], steps=(*CAUSAL, AddFill(dense(0), LOW)))
-    kept[1] = False
-    right(q, k, v, [kept], steps=(HALF, ReplaceFill(dense(0), LOW)))
-    right(q, k, v, [kept], steps=(HALF, ReplaceFill(dense(0), -INF)), hidden="zero")
-
-
-def test_heads_that_share_keys():
-    q, k, v = randn(2, 2, 3, 90, 64), randn(2, 2, 1, 140, 64), randn(1, 2, 1, 140, 64)
-    right(*(x.to(torch.bfloat16) for x in (q, k, v)), steps=CAUSAL)
-
-
-def test_other_layouts_in_memory():
-    q, k, v = (x.transpose(1, 2) for x in (randn(2, n, 3, 64, dtype=torch.bfloat16) for n in (130, 140, 140)))
-    right(q, k, v, steps=CAUSAL, out_order=(0, 2, 1, 3))
-    right(q[0, :, 0], k[0, :, 0], v[0, :, 0])
-
-
-@pytest.mark.parametrize("batch", [(), (3,), (2, 1, 2)])
-def test_batch_dims(batch):
-    right(*(randn(*batch, n, 64, dtype=torch.bfloat16) for n in (70, 140, 140)), steps=CAUSAL)
-
-
-def test_nan_stays_in_its_row():
-    q, k, v = qkv(1, 1, 130, 140, 64, dtype=torch.bfloat16)
-    q[0, 0, 70] = math.nan
-    out = right(q, k, v, steps=CAUSAL, lse=False)
-    assert out[0, 0, 70].isnan().all() and not out[0, 0, :70].isnan().any()
+@pytest.fixture
+def kernel():
+    return emulated()
 
 
 @pytest.mark.parametrize("cap", [None, 3.0, 30.0])
@@ -161,13 +70,6 @@ def test_only_bfloat16_has_the_tanh_of_the_device():
     assert "tanh_of_device" not in codegen.source(spec_of(steps=steps))
 
 
-def test_nothing_is_read_after_the_last_row():
-    q, k, v = qkv(1, 2, 140, 150, 64, dtype=torch.bfloat16)
-    for x, rows in ((q, 130), (k, 140), (v, 140)):
-        x[:, :, rows:] = math.nan
-    right(q[:, :, :130], k[:, :, :140], v[:, :, :140])
-
-
 #: Tiles that are not shipped, for head size 64.
 OTHERS = {
     "three stages": launch.Tiles(128, 2, 3, 240),
@@ -180,14 +82,14 @@ OTHERS = {
 @pytest.mark.parametrize("tiles", OTHERS.values(), ids=OTHERS)
 def test_other_tiles(tiles):
     for seed in range(2):
-        right(*qkv(1, 1, 250, 800, 64, dtype=torch.bfloat16), steps=STEPS["window"], seed=seed, tiles=tiles)
+        right(emulated(seed, tiles), *qkv(1, 1, 250, 800, 64, dtype=torch.bfloat16), steps=STEPS["window"])
 
 
 @pytest.mark.slow
 def test_many_orders_of_what_runs_at_the_same_time():
     inputs = qkv(1, 1, 200, 900, 64, dtype=torch.bfloat16)
     for seed in range(0, 400, 4):
-        right(*inputs, steps=CAUSAL, seed=seed)
+        right(emulated(seed), *inputs, steps=CAUSAL)
 
 
 @dataclass(frozen=True)
@@ -287,7 +189,7 @@ def test_the_emulator_finds(name, tmp_path, monkeypatch):
     found.loader.exec_module(module)
     monkeypatch.setattr(gluon, "hopper", module)
     with pytest.raises(AssertionError, match=fault.said):
-        right(*qkv(1, 1, 200, 900, 64, dtype=torch.bfloat16), steps=CAUSAL_AND_LONG)
+        right(emulated(), *qkv(1, 1, 200, 900, 64, dtype=torch.bfloat16), steps=CAUSAL_AND_LONG)
 
 
 # -- which specs, and where
@@ -373,6 +275,17 @@ def test_what_it_does_is_launched(monkeypatch):
     spec = make_spec(q, k, v)
     out, stats = gluon.forward(spec, Inputs(q, k, v))
     assert launched == [spec] and out.shape == (1, 1, 130, 64) and stats.shape == (2, 1, 1, 130)
+
+
+def test_the_host_reads_no_values():
+    q, k, v = (torch.empty(1, 2, n, 64, dtype=torch.bfloat16, device="meta") for n in (130, 140, 140))
+    kept = torch.empty(1, 1, 1, 140, dtype=torch.bool, device="meta")
+    spec, inputs = make_spec(q, k, v, [kept], steps=(*CAUSAL, ReplaceFill(dense(0), -INF))), Inputs(q, k, v, [kept])
+    launched = []
+    call = Call(spec, inputs, HOPPER, lambda kernel, programs, arguments: launched.append((programs, arguments)))
+    launch.forward(call, *layout.allocate(spec, inputs))
+    ((programs, arguments),) = launched
+    assert programs == 2 * 2 and set(arguments) >= {"Q", "K", "V", "O", "M"}
 
 
 # -- as compiled

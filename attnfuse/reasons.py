@@ -820,6 +820,12 @@ KERNEL_HEAD_MULTIPLE = Cause(
     "Leave out the option kernel, or use head sizes that 8 divides.",
     KERNELS,
 )
+KERNEL_TILES_BY_VALUE = Cause(
+    "kernel-tiles-by-value",
+    "a mask by the values of operands, such as documents",
+    "Leave out the option kernel: cpu and triton look at such masks before they compute a tile.",
+    KERNELS,
+)
 KERNEL_BATCH_ORDER = Cause(
     "kernel-batch-order",
     "batch dims that are not B, H or B, Hkv, group",

@@ -44,6 +44,8 @@ SPECS = {
     "float16": ("plain", "causal", "mixed", "dropout", "sink", "packed", "decode"),
     "bfloat16": (
         *("causal", "plain", "softcap", "alibi", "relative", "documents", "padding", "decode"),
+        # by the Gluon kernel
+        *("gluon plain", "gluon causal", "gluon softcap", "gluon padding"),
         # of others (benchmarks/compared.py)
         *("tutorial", "tutorial tma", "flex", "flex tma"),
     ),
@@ -70,6 +72,8 @@ _CACHE, _GROUPS, _LENGTHS = 4096, 4, (500, 20, 1000)
 
 #: How specs begin that are kernels of others.
 _OTHERS = ("tutorial", "flex")
+#: And those that the Gluon kernel computes, where there is one.
+_GLUON, _WITH_GLUON = "gluon ", 90
 
 Row = dict[str, Any]
 
@@ -103,8 +107,19 @@ class Case:
         return self.spec.startswith(_OTHERS)
 
     @property
+    def gluon(self) -> bool:
+        """Whether the Gluon kernel computes it."""
+        return self.spec.startswith(_GLUON)
+
+    @property
     def passes(self) -> tuple[Pass, ...]:
-        return ("decode",) if self.spec == "decode" else ("forward",) if self.compared else ("forward", "backward")
+        return (
+            ("decode",)
+            if self.spec == "decode"
+            else ("forward",)
+            if self.compared or self.gluon
+            else ("forward", "backward")
+        )
 
 
 def _joined(values: Iterable[object]) -> str:
@@ -200,7 +215,11 @@ def _compiled(case: Case, backward: bool) -> list[Any]:
         from benchmarks import compared
 
         return compared.compiled(case.capability, case.spec, case.D)
-    spec, inputs = build(case.spec, case.dtype, case.D)
+    spec, inputs = build(case.spec.removeprefix(_GLUON), case.dtype, case.D)
+    if case.gluon:
+        from attnfuse.kernels.gluon.targets import compiled as of_gluon
+
+        return [of_gluon(spec, inputs)]
     torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
     fixed = varied(case) if case.variant else {}
     # slopes are no parameters
@@ -245,10 +264,16 @@ def digest(case: Case) -> str:
     counting = [(here / "sass.py").read_text()] if case.counted else []
     if case.compared:
         return _hashed([metadata.version("triton"), (here / "compared.py").read_text(), *counting])
+    spec, _ = build(case.spec.removeprefix(_GLUON), case.dtype, case.D, device="meta")
+    if case.gluon:
+        folder = here.parent / "kernels" / "gluon"
+        files = [Path(str(module.__file__)).read_text() for module in (call, descriptors, template)]
+        files += [(folder / name).read_text() for name in ("hopper.py", "launch.py")]
+        texts = [codegen.source(spec, approximate) for approximate in (False, True)]
+        return _hashed([metadata.version("triton"), *texts, *files, *counting])
     modules = (call, launch, gradients, template, *([descriptors] if case.variant else []))
     files = [Path(str(module.__file__)).read_text() for module in modules]
     tiles = " ".join(map(str, (varied(case) if case.variant else _shipped(case)).values()))
-    spec, _ = build(case.spec, case.dtype, case.D, device="meta")
     return _hashed([metadata.version("triton"), codegen.source(spec), tiles, *files, *counting])
 
 
@@ -261,6 +286,7 @@ def cases(capabilities: Iterable[int], dtypes: Iterable[str], sizes: Iterable[in
     found = [c for c in found if c.D in _SIZES_OF.get(c.spec, SIZES)]
     found = [c for c in found if c.dtype != "bfloat16" or c.spec == "causal" or c.counted]
     found = [c for c in found if not c.spec.endswith("tma") or c.capability >= 90]
+    found = [c for c in found if not c.gluon or c.capability == _WITH_GLUON]
     # where there is no matrix instruction, a sample
     return [
         c for c in found if c.capability not in WITHOUT or (c.dtype == "float16" and c.D < 256 and c.spec in _SAMPLE)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from attnfuse import reasons
-from attnfuse.kernels import cpu, library, triton
+from attnfuse.kernels import cpu, gluon, library, triton
 from attnfuse.kernels.capability import FLOATS, NUMBERS, STEPS, WEIGHT_STEPS, Capability, filled_weights
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.reference.kernel import CAPABILITY as REFERENCE_CAPABILITY
@@ -39,6 +39,8 @@ class Kernel:
 
 CPU = Kernel("cpu", cpu.CAPABILITY, "attnfuse.kernels.cpu")
 TRITON = Kernel("triton", triton.CAPABILITY, "attnfuse.kernels.triton")
+# not chosen before a device has shown what it does; under the option tune it is compared
+GLUON = Kernel("gluon", gluon.CAPABILITY, "attnfuse.kernels.gluon", on_request=True)
 REFERENCE = Kernel("reference", REFERENCE_CAPABILITY, "attnfuse.kernels.reference.kernel", on_request=True)
 # ATen's are never chosen but by name and by PLAIN_FIRST, since what is faster depends on the device
 FLASH, CUDNN, EFFICIENT, FLASH_CPU = (
@@ -47,7 +49,7 @@ FLASH, CUDNN, EFFICIENT, FLASH_CPU = (
 )
 
 #: All kernels, the preferred ones first.
-KERNELS: tuple[Kernel, ...] = (CPU, TRITON, FLASH, CUDNN, EFFICIENT, FLASH_CPU, REFERENCE)
+KERNELS: tuple[Kernel, ...] = (CPU, TRITON, GLUON, FLASH, CUDNN, EFFICIENT, FLASH_CPU, REFERENCE)
 
 #: What is tried before Triton by compute capability, for the plain specs that ATen's kernels take. cuDNN's is the faster one
 #: on some devices, and comes second until it has been measured and checked here: with `tune` it is compared as well.
@@ -59,6 +61,10 @@ PLAIN_FIRST: dict[int, tuple[Kernel, ...]] = {
     100: (FLASH, CUDNN, EFFICIENT),
     120: (FLASH, EFFICIENT),
 }
+
+#: What is compared besides under the option tune, by compute capability. Nothing of it is proven on a device: where it gives other
+#: results than the kernel that would be taken, it is left (attnfuse/tuning.py).
+UNPROVEN: dict[int, tuple[Kernel, ...]] = {90: (GLUON,)}
 
 
 def _no_bfloat16_casts(spec: Attention) -> list[Reason]:
@@ -131,10 +137,14 @@ def kernel_named(name: str) -> Kernel:
     raise ValueError(f"there is no kernel {name!r}; the kernels are {', '.join(k.name for k in KERNELS)}")
 
 
-def candidates(spec: Attention, device: torch.device | Device) -> list[Kernel]:
-    """The kernels that can run `spec` on `device`, the one that is taken for the fastest first."""
+def candidates(spec: Attention, device: torch.device | Device, unproven: bool = False) -> list[Kernel]:
+    """The kernels that can run `spec` on `device`, the one that is taken for the fastest first.
+
+    unproven: with those of UNPROVEN, before the others, of which the last one is proven.
+    """
     device = Device.of(device)
-    return [k for k in _ordered(device) if not k.capability.reasons(spec, device)]
+    first = UNPROVEN.get(device.capability, ()) if unproven else ()
+    return [k for k in (*first, *_ordered(device)) if not k.capability.reasons(spec, device)]
 
 
 def _ordered(device: Device) -> list[Kernel]:

@@ -118,6 +118,13 @@ def floor_div(a, b: tl.constexpr):
     r = ((a % b) + b) % b
     return tl.where(a < 0, (a + (b - r)) // b - 1, (a - r) // b)
 '''
+#: What is right to 2^-11 of it, of devices that have the instruction.
+_APPROXIMATE = """
+
+@triton.jit
+def tanh_of_device(x):
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+"""
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,7 @@ class Traits:
     """What the kernels need to know of a spec at compile time.
 
     hides     there are hiding fills
+    lower     some hiding fill has a first key, so that tiles before the full ones need their masks
     checked   tiles are looked at before they are computed
     doubt     as in Hiding; -inf where no row needs a second look
     fills     weights are filled with 0
@@ -137,6 +145,7 @@ class Traits:
     """
 
     hides: bool
+    lower: bool
     checked: bool
     doubt: float
     fills: bool
@@ -152,6 +161,7 @@ def traits(spec: Attention) -> Traits:
     near, (left, factor) = _near(spec), _left_over(spec)
     return Traits(
         hides=bool(found.steps),
+        lower=any("from" in cut.bounds or "from_q" in cut.bounds for cut in _cuts(spec).values()),
         checked=bool(looked_at(spec)),
         doubt=found.doubt,
         fills=any(isinstance(s, ReplaceFill) for s in spec.weight_steps),
@@ -210,9 +220,13 @@ def limits(spec: Attention) -> list[Expr]:
     return [x for cut in _cuts(spec).values() for x in cut.bounds.values()]
 
 
-def source(spec: Attention) -> str:
-    """The text of the module for `spec`. Raises ValueError for what the kernels cannot compute."""
-    return _Module(spec).text()
+def source(spec: Attention, approximate: bool = False) -> str:
+    """The text of the module for `spec`. Raises ValueError for what the kernels cannot compute.
+
+    approximate: tanh is the instruction of NVIDIA's devices, an error of 2^-11, and takes a factor before it along. bfloat16
+    rounds the result of a tanh four times as much; of other dtypes it would be the largest error.
+    """
+    return _Module(spec, approximate).text()
 
 
 def _cuts(spec: Attention) -> dict[int, Cut]:
@@ -338,8 +352,8 @@ def _apply(e: Apply, args: list[str]) -> str:
 
 
 class _Module:
-    def __init__(self, spec: Attention) -> None:
-        self.spec = spec
+    def __init__(self, spec: Attention, approximate: bool = False) -> None:
+        self.spec, self.approximate = spec, approximate
         self.hiding: Hiding = hiding(spec)
         self.cuts = _cuts(spec)
         self.left = _left_over(spec)[0]
@@ -363,7 +377,13 @@ class _Module:
         return found
 
     def text(self) -> str:
-        parts = [_HEADER, self._offset(), self._bases(), self._score(), self._score_grad()]
+        parts = [
+            _HEADER + _APPROXIMATE * self.approximate,
+            self._offset(),
+            self._bases(),
+            self._score(),
+            self._score_grad(),
+        ]
         parts += [self._weigh(), self._weigh_grad(), self._left(), self._keys(), self._queries(), self._seen()]
         parts += [self._sink()]
         return "\n\n".join(parts)
@@ -394,6 +414,8 @@ class _Module:
         for i, step in enumerate(self.spec.steps):
             if i == self.left and isinstance(step, Scale):
                 continue
+            if self._taken_along(i):
+                continue
             if i in joined:
                 end = joined[i]
                 body.lines += ["scores = s", "s = tl.zeros_like(s)"]
@@ -407,6 +429,13 @@ class _Module:
             f"s, q, k, FULL: tl.constexpr, {_CONTEXT}",
             [*body.lines, f"return s, ({', '.join(saved)}{',' if saved else ''})"],
         )
+
+    def _taken_along(self, i: int) -> bool:
+        """Whether step i is a factor that the tanh after it multiplies with."""
+        if not self.approximate or not 0 <= i < len(self.spec.steps) - 1:
+            return False
+        step, after = self.spec.steps[i : i + 2]
+        return isinstance(step, Scale) and step.operand is None and isinstance(after, (Softcap, Tanh))
 
     def _step(self, body: _Body, i: int, step: Step) -> str:
         """Write a score step; returns the name of what its gradient needs."""
@@ -426,7 +455,11 @@ class _Module:
             put(f"s = s + {_number(step.value)}")
         elif isinstance(step, (Softcap, Tanh)):
             cap = step.cap if isinstance(step, Softcap) else 1.0
-            if self.spec.qk_dtype == "float32":
+            if self.approximate:
+                before = self.spec.steps[i - 1]
+                factor = before.value if self._taken_along(i - 1) and isinstance(before, Scale) else 1.0
+                kept = body.let(f"tanh_of_device(s * {_number(factor / cap)})")
+            elif self.spec.qk_dtype == "float32":
                 kept = body.let(f"tanh(s / {_number(cap)})")
             else:
                 kept = body.let(f"tanh_of_half(s * {_number(2.0 * math.log2(math.e) / cap)})")

@@ -93,11 +93,10 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], capability: int) -> C
     """A kernel with the arguments of a launch, num_warps and STAGES among them."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     options = {"num_warps": arguments.get("num_warps", 4), "num_stages": arguments.get("STAGES", 2)}
     signature, constants, attributes = specialisation(kernel, arguments)
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    source = _source(kernel)(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, spilled = _usage(made.asm["cubin"])
     products = re.findall(r"(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", made.asm["ptx"])
@@ -116,6 +115,17 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], capability: int) -> C
         reduces,
         made.asm["cubin"],
     )
+
+
+def _source(kernel: Any) -> Any:
+    """What the compiler takes of a kernel in Triton, or in Gluon."""
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource
+    from triton.compiler import ASTSource
+
+    return ASTSource
 
 
 def specialisation(
@@ -146,7 +156,9 @@ def _typed(
         return "constexpr"
     if hasattr(value, "block_shape"):
         # a tensor descriptor
-        return f"tensordesc<{_TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
+        layout = getattr(value, "layout", None)
+        laid_out = "" if layout is None else f",{layout!r}"
+        return f"tensordesc<{_TYPES[value.base.dtype][1:]}{list(value.block_shape)}{laid_out}>"
     if isinstance(value, torch.Tensor):
         # allocations of a device are aligned
         attributes[at] = [["tt.divisibility", 16]]

@@ -1,0 +1,101 @@
+"""Fused attention in Gluon, Triton's language one level below, for compute capability 9.0; backward is the Triton kernels'.
+
+What the kernel is for: a loop of the Triton kernels waits for the scores of a tile before its softmax, with all warps in step.
+Here products of one part of the warps run beside the softmax of another (hopper.py). The functions of a spec are those of
+`kernels/triton/codegen.py`, and the statistics mean the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+import torch
+
+from attnfuse import reasons
+from attnfuse.kernels import triton
+from attnfuse.kernels.capability import NUMBERS, STEPS, Capability
+from attnfuse.kernels.device import Device
+from attnfuse.kernels.gluon import launch
+from attnfuse.kernels.inputs import Inputs
+from attnfuse.kernels.layout import allocate, check_bounds
+from attnfuse.kernels.triton import codegen
+from attnfuse.kernels.triton.call import Call
+from attnfuse.kernels.triton.launch import current, run
+from attnfuse.reasons import Reason
+from attnfuse.spec import Attention
+
+__all__ = ["CAPABILITY", "backward", "forward", "missing"]
+
+#: A tensor descriptor has five dims, two of which are rows and columns.
+_BATCH_DIMS = 3
+
+
+def _limits(spec: Attention) -> Iterable[Reason]:
+    for dim, size in (("D", spec.D), ("E", spec.E)):
+        if size not in launch.TILES:
+            known = "unknown" if size is None else size
+            yield reasons.KERNEL_HEAD_SIZE(dim=dim, size=known, taken=" and ".join(map(str, launch.TILES)))
+    if spec.D != spec.E:
+        yield reasons.KERNEL_HEAD_SIZES(first=spec.D, second=spec.E)
+    if len({spec.qk_dtype, spec.v_dtype, spec.out_dtype}) > 1:
+        yield reasons.KERNEL_SEVERAL_DTYPES()
+    if spec.softmax != "plain":
+        yield reasons.KERNEL_UNSHIFTED()
+    if spec.sink is not None:
+        yield reasons.KERNEL_SINK()
+    if codegen.traits(spec).checked:
+        yield reasons.KERNEL_TILES_BY_VALUE()
+
+
+@functools.lru_cache(maxsize=1)
+def missing() -> str:
+    """What of Gluon is not there, for which this kernel has a name; empty if all is."""
+    try:
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: F401
+
+        from attnfuse.kernels.gluon import hopper  # noqa: F401
+    except (ImportError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _missing() -> Reason | None:
+    return reasons.KERNEL_NOT_AVAILABLE(error=missing()) if missing() else None
+
+
+CAPABILITY = Capability(
+    frozenset({"cuda"}),
+    frozenset({"float16", "bfloat16"}),
+    NUMBERS | {"int16", "int8"},
+    # what is added to each score needs more registers than there are
+    STEPS - {"bias"},
+    frozenset(),
+    dropout=False,
+    max_batch_rank=_BATCH_DIMS,
+    least=90,
+    most=90,
+    also=_limits,
+    available=_missing,
+)
+
+
+def forward(spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [*batch, Q, E] of spec.out_dtype in spec.out_order; stats float32 [2, *batch, Q], as those of the Triton kernels.
+
+    q, k and v in float16 or bfloat16, with the same head size of launch.TILES. The Triton kernels run in its place where a
+    tensor cannot have a tensor descriptor, where there are few queries, and where there is nothing to compute. Raises
+    ValueError for dims that are too long or other bounds, and what Triton raises where it cannot compile or launch.
+    """
+    check_bounds(spec, inputs.bounds)
+    out, stats = allocate(spec, inputs)
+    if out.numel() and inputs.k.shape[-2]:
+        call = Call(spec, inputs, Device.of(inputs.q.device), run)
+        if launch.fits(call, out):
+            with current(out.device):
+                launch.forward(call, out, stats)
+            return out, stats
+    return triton.forward(spec, inputs)
+
+
+backward = triton.backward

@@ -1,0 +1,94 @@
+"""Launches of the Gluon kernel, and its tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attnfuse.kernels.triton import descriptors, generated
+from attnfuse.kernels.triton.call import HIDDEN, Call
+from attnfuse.spec import Attention, Softcap, Tanh
+
+#: Queries of a group: one product of four warps has 64 rows.
+ROWS = 64
+_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """BN keys a tile, `stages` of them in memory, at least 2; groups of four warps, 2 or 3 of them, each with `registers` for a
+    thread; in_turn: whether one issues its products after the other."""
+
+    BN: int
+    groups: int
+    stages: int
+    registers: int
+    in_turn: bool = True
+
+    def arguments(self) -> dict[str, int]:
+        return {
+            "BM": ROWS,
+            "BN": self.BN,
+            "GROUPS": self.groups,
+            "STAGES": self.stages,
+            "REGISTERS": self.registers,
+            "IN_TURN": self.in_turn,
+        }
+
+
+#: By head size. Three groups of 64 queries, with the 160 registers that are left for each, spill at head size 64.
+TILES = {64: Tiles(128, 2, 2, 240), 128: Tiles(128, 2, 2, 240)}
+
+
+def approximate(spec: Attention) -> bool:
+    """Whether tanh may be the device's own: it is right to a quarter of what bfloat16 rounds."""
+    return spec.qk_dtype == "bfloat16" and any(isinstance(step, (Softcap, Tanh)) for step in spec.steps)
+
+
+def described(x: torch.Tensor, rows: int) -> tuple[Any, tuple[int, ...]]:
+    """As descriptors.described, laid out for products of warp groups."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    found, steps = descriptors.described(x, rows, x.shape[-1])
+    layout = gl.NVMMASharedLayout.get_default_for(found.block_shape, getattr(gl, _DTYPES[x.dtype]))
+    return TensorDescriptor(found.base, found.shape, found.strides, found.block_shape, layout), steps
+
+
+def fits(call: Call, out: torch.Tensor) -> bool:
+    """Whether the kernel takes these tensors, and they are more than what the Triton kernels split the keys of."""
+    return call.decoding() is None and all(map(descriptors.fits, (call.q, call.k, call.v, out)))
+
+
+def forward(call: Call, out: torch.Tensor, stats: torch.Tensor, tiles: Tiles | None = None) -> None:
+    """Fill out and stats, as layout.allocate makes them, of a call that fits()."""
+    from attnfuse.kernels.gluon import hopper
+
+    tiles = TILES[call.D] if tiles is None else tiles
+    f, traits = generated.functions(call.spec, approximate(call.spec)), call.traits
+    matrices: dict[str, Any] = {}
+    for name, x, rows in (("q", call.q, ROWS), ("k", call.k, tiles.BN), ("v", call.v, tiles.BN), ("o", out, ROWS)):
+        matrices[name.upper()], matrices[f"{name}b"] = described(x, rows)
+    shared = call.shared()
+    call.launch(
+        hopper.forward,
+        -(-call.Q // (tiles.groups * ROWS)) * call.elements,
+        {
+            **matrices,
+            "M": stats,
+            **{name: shared[name] for name in ("ops", "sizes", "bst", "st", "n", "lines", "Qn", "Kn")},
+            "D": call.D,
+            **tiles.arguments(),
+            "BASES": f.bases,
+            "SCORE": f.score,
+            "KEYS": f.keys,
+            "LEFT": f.left,
+            "LOWER": traits.lower,
+            "WHOLE": traits.doubt > float("-inf"),
+            **call.exponents(),
+            "HIDDEN": HIDDEN[call.spec.hidden],
+            "num_warps": 4,
+        },
+    )

@@ -127,7 +127,6 @@ TESTED_BY = {
     "attnfuse.passes.capture.foreign": "tests/passes/test_foreign.py",
     "attnfuse.passes.masks.structure": "tests/passes/test_mask_properties.py",
     "attnfuse.passes.padding.region": "tests/packing/test_padding_properties.py",
-    "attnfuse.passes.read.graph_breaks": "tests/user/test_explain.py",
 }
 IDIOMS = "attnfuse.passes.read.idioms."
 

@@ -124,7 +124,6 @@ def test_the_check_sees_private_names_however_they_are_used() -> None:
 
 #: Modules that no test names, since what is tested is what they make others do: the files that test that.
 TESTED_BY = {
-    "attnfuse.passes.masks.structure": "tests/passes/test_mask_properties.py",
     "attnfuse.passes.padding.region": "tests/packing/test_padding_properties.py",
 }
 IDIOMS = "attnfuse.passes.read.idioms."

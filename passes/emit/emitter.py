@@ -45,16 +45,18 @@ class Emitter(Edits):
         if site in self.done:
             self.calls.append(self.done[site])
             return
-        if self._trains_a_branch(site, scope):
-            raise EmitError(reasons.TRAINED_BRANCH())
-        if any(self._is_overwritten(leaf, site) for leaf in (site.q, site.k, site.v, *site.operands)):
-            raise EmitError(reasons.KEPT_TENSOR_WRITTEN())
         others = partners(self.view, site, self.sites)
+        # what one call may not have, the body may not
+        served = [site] if isinstance(others, Refusal) else [site, *others]
+        if any(self._trains_a_branch(s) for s in served):
+            raise EmitError(reasons.TRAINED_BRANCH())
+        if any(self._is_overwritten(leaf, s) for s in served for leaf in (s.q, s.k, s.v, *s.operands)):
+            raise EmitError(reasons.KEPT_TENSOR_WRITTEN())
         if isinstance(others, Refusal):
             raise EmitError(others.reason)
         writer = NodeWriter(self, scope, owner, value_of(site.q.node).device)
         with scope.module.graph.inserting_before(owner):
-            call, result = self._insert(site, kernel, writer, any(map(self.may_be_written, (site, *others))))
+            call, result = self._insert(site, kernel, writer, any(map(self.may_be_written, served)))
             found, users = self._log_sum_exp(site, scope, owner, call, writer)
             self.redirect(site.final, scope, owner, result, writer)
         if site.lse is not None:
@@ -83,11 +85,11 @@ class Emitter(Edits):
                 self.replaced, self.touched, self.calls, self.done = kept
                 raise
 
-    def _trains_a_branch(self, site: Site, scope: Scope) -> bool:
+    def _trains_a_branch(self, site: Site) -> bool:
         """Whether a branch of a torch.cond has the site and gradients: a kernel's need not have the strides of eager's."""
         if not (self.view.trains and self.view.grad.get(site.final, True)):
             return False
-        at: Scope | None = scope
+        at: Scope | None = self.view.origin[site.final].scope
         while at is not None and not (at.call is not None and is_choice(at.call)):
             at = at.parent
         return at is not None

@@ -123,13 +123,7 @@ def test_the_check_sees_private_names_however_they_are_used() -> None:
 # -- each module of the passes has tests of its own
 
 #: Modules that no test names, since what is tested is what they make others do: the files that test that.
-TESTED_BY = {
-    "attnfuse.passes.capture.foreign": "tests/passes/test_foreign.py",
-    "attnfuse.passes.emit.repeated": "tests/passes/test_regions.py",
-    "attnfuse.passes.masks.structure": "tests/passes/test_mask_properties.py",
-    "attnfuse.passes.padding.region": "tests/packing/test_padding_properties.py",
-    "attnfuse.passes.read.graph_breaks": "tests/user/test_explain.py",
-}
+TESTED_BY: dict[str, str] = {}
 IDIOMS = "attnfuse.passes.read.idioms."
 
 

@@ -8,9 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
 
 import attnfuse
+from attnfuse._compat import FakeTensorMode
+from attnfuse.passes.capture.foreign import fresh_like, holds_foreign, is_foreign, is_nested, touches_foreign
 
 SHAPE = (2, 3, 8, 16)
 
@@ -269,3 +274,115 @@ def test_attention_in_front_of_a_tensor_parallel_projection(mesh: Any, sharded: 
     found = torch.autograd.grad((got**2).sum(), list(parallel.parameters()))
     for a, b in zip(found, expected):
         torch.testing.assert_close(*(x.to_local() if hasattr(x, "to_local") else x for x in (a, b)))
+
+
+# -- what is what
+
+
+class Named(Tensor):
+    """A class that has nothing of its own but its name."""
+
+
+class Special(nn.Parameter):
+    pass
+
+
+def faked(x: Tensor) -> Any:
+    return FakeTensorMode(allow_non_fake_inputs=True).from_tensor(x)
+
+
+def jagged() -> Tensor:
+    return torch.nested.nested_tensor([torch.ones(2, 4), torch.ones(3, 4)], layout=torch.jagged)
+
+
+#: Values, and whether they are nested, or of a foreign class.
+VALUES: dict[str, tuple[Callable[[], Any], str]] = {
+    "tensor": (lambda: torch.ones(2, 3), ""),
+    "parameter": (lambda: nn.Parameter(torch.ones(2, 3)), ""),
+    "buffer": (lambda: nn.Buffer(torch.ones(2, 3)), ""),
+    "meta": (lambda: torch.ones(2, 3, device="meta"), ""),
+    "sparse": (lambda: torch.eye(3).to_sparse(), ""),
+    "fake": (lambda: faked(torch.ones(2, 3)), ""),
+    "fake parameter": (lambda: faked(nn.Parameter(torch.ones(2, 3))), ""),
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(2, 4), torch.ones(3, 4)]), "nested"),
+    "jagged": (jagged, "nested"),
+    "wrapper": (lambda: Pair(torch.ones(2, 3)), "foreign"),
+    "fake wrapper": (lambda: faked(Pair(torch.ones(2, 3))), "foreign"),
+    "wrapper marked as a parameter": (lambda: nn.Parameter(Pair(torch.ones(2, 3))), "foreign"),
+    "subclass": (lambda: torch.ones(2, 3).as_subclass(Named), "foreign"),
+    "subclass of parameters": (lambda: Special(torch.ones(2, 3)), "foreign"),
+    "number": (lambda: 3.0, ""),
+    "nothing": (lambda: None, ""),
+    "class": (lambda: Pair, ""),
+}
+
+
+def node_of(value: Any, *inputs: fx.Node) -> fx.Node:
+    graph = inputs[0].graph if inputs else fx.Graph()
+    node = graph.call_function(torch.add, inputs)
+    node.meta["example_value"] = value
+    return node
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("name", VALUES)
+def test_values_that_a_trace_cannot_look_into_are_known_by_their_class(name: str) -> None:
+    make, what = VALUES[name]
+    value = make()
+    assert (is_nested(value), is_foreign(value)) == (what == "nested", what == "foreign")
+    foreign = what == "foreign"
+    for held in (value, [value], (1, {"a": [torch.ones(2), value]})):
+        node = node_of(held)
+        assert holds_foreign(node) == touches_foreign(node) == foreign
+        # one that takes it, and one that takes what that makes
+        user = node_of(torch.ones(2), node)
+        assert not holds_foreign(user) and touches_foreign(user) == foreign
+        assert not touches_foreign(node_of(torch.ones(2), user))
+        assert touches_foreign(node_of(torch.ones(2), user, node)) == foreign
+
+
+def test_a_node_of_which_nothing_is_known_holds_nothing() -> None:
+    node = node_of(None)
+    del node.meta["example_value"]
+    assert not holds_foreign(node) and not touches_foreign(node)
+
+
+def test_what_a_transform_wraps_is_neither() -> None:
+    met = []
+
+    def look(x: Tensor) -> Tensor:
+        # a class on top of the wrapper as little
+        met.extend((is_foreign(y), is_nested(y)) for y in (x, x.as_subclass(Named)))
+        return x * 2.0
+
+    torch.vmap(look)(torch.ones(3, 2).as_subclass(Named))
+    torch.func.grad(lambda x: look(x).sum())(nn.Parameter(torch.ones(3)))
+    assert met == [(False, False)] * 4
+
+
+@settings(max_examples=50)
+@drawn(
+    st.lists(st.integers(0, 3), min_size=1, max_size=4),
+    st.randoms(use_true_random=False),
+    st.sampled_from([torch.float32, torch.float16, torch.int64, torch.bool]),
+    st.booleans(),
+    st.sampled_from(["", "wrapper", "parameter", "fake", "meta"]),
+)
+def test_a_stand_in_is_laid_out_alike_in_memory_of_its_own(
+    shape: list[int], random: Any, dtype: torch.dtype, widened: bool, kind: str
+) -> None:
+    x = torch.zeros(shape, dtype=dtype, requires_grad=dtype.is_floating_point)
+    x = x.permute(random.sample(range(len(shape)), len(shape)))
+    x = x.unsqueeze(0).expand(5, *x.shape) if widened else x
+    value = {
+        "": lambda: x,
+        "wrapper": lambda: Pair(x.detach()),
+        "fake": lambda: faked(x),
+        "meta": lambda: x.to("meta"),
+    }.get(kind, lambda: nn.Parameter(x.detach(), requires_grad=False))()
+    made = fresh_like(value)
+    assert type(made) is Tensor and not made.requires_grad and made.is_leaf
+    assert (made.shape, made.stride(), made.dtype) == (value.shape, value.stride(), value.dtype)
+    assert made.device == value.device
+    if kind not in ("fake", "meta") and x.numel():
+        assert made.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()

@@ -207,9 +207,10 @@ def test_unsorted_documents_cost_no_more_than_the_tiles_whose_ranges_of_ids_meet
     # runs of 16 tokens; of the ids of a tile only the least and the greatest are known
     ids = torch.randint(0, 12, (16,)).repeat_interleave(16).view(1, 1, 256, 1)
     found, (kept,) = ran([documents(0, 1)], 1, 256, 256, (ids, ids.mT.contiguous()))
-    rows, columns = ids.view(8, 32), ids.view(4, 64)
-    meet = (rows.amin(1)[:, None] <= columns.amax(1)) & (columns.amin(1) <= rows.amax(1)[:, None])
     for name, tiles in visited(found).items():
+        BM, BN = size(CPU, name)
+        rows, columns = ids.view(-1, BM), ids.view(-1, BN)
+        meet = (rows.amin(1)[:, None] <= columns.amax(1)) & (columns.amin(1) <= rows.amax(1)[:, None])
         assert needed(kept)[name] <= tiles, name
         assert tiles == as_set(meet[None]), name
 

@@ -795,7 +795,7 @@ KERNEL_NOT_PLAIN = Cause(
 )
 KERNEL_NOT_BANDED = Cause(
     "kernel-not-banded",
-    "more than a scale, a softcap, and keys that -inf hides by their distance",
+    "more than a scale, a softcap, and keys that are hidden by their distance",
     "Leave out the option kernel: cpu and triton take masks, biases and the rest.",
     KERNELS,
 )
@@ -816,8 +816,8 @@ KERNEL_BAND_LENGTHS = Cause(
 )
 KERNEL_ROW_WITHOUT_KEYS = Cause(
     "kernel-row-without-keys",
-    "rows without a key that give NaN (it gives 0)",
-    "Leave out the option kernel, or give such rows a key.",
+    "rows that see no key, which give something else than 0",
+    "Leave out the option kernel, or let such rows see a key.",
     KERNELS,
 )
 KERNEL_HEADS_HERE = Cause(

@@ -18,6 +18,7 @@ from attnfuse.expr import Const, Expr
 from attnfuse.kernels import sink
 from attnfuse.kernels.capability import FLOATS, NUMBERS, STEPS, WEIGHT_STEPS, Capability
 from attnfuse.kernels.device import Device
+from attnfuse.kernels.fills import HIDDEN_BELOW, lifts_always
 from attnfuse.kernels.inputs import Bounds, Inputs
 from attnfuse.kernels.layout import allocate, check_bounds
 from attnfuse.kernels.library.heads import grouped, laid_out, like, of_heads, of_rows, ordered, with_heads
@@ -31,15 +32,17 @@ _INF = math.inf
 
 @dataclass(frozen=True)
 class Form:
-    """A spec in the words of these libraries: softmax(softcap * tanh(scale * q @ k^T / softcap)) @ v, hidden by -inf.
+    """A spec in the words of these libraries: softmax(softcap * tanh(scale * q @ k^T / softcap)) @ v in a band of keys.
 
     softcap: 0 for none. Query q sees the keys from q - back to q + ahead, both included; None: all there are on that side.
+    finite: the others are hidden by a number, not by -inf. It is the same where a row sees a key.
     """
 
     scale: float = 1.0
     softcap: float = 0.0
     back: int | None = None
     ahead: int | None = None
+    finite: bool = False
 
     @property
     def banded(self) -> bool:
@@ -48,28 +51,35 @@ class Form:
 
 def form_of(spec: Attention) -> Form | None:
     """None if the spec is more than that. Sinks, dtypes and shapes are not looked at."""
-    if spec.weight_steps or spec.dropout or spec.softmax != "plain" or spec.hidden == "nan_to_zero":
+    if (
+        spec.weight_steps
+        or spec.dropout
+        or spec.softmax != "plain"
+        or spec.hidden == "nan_to_zero"
+        or lifts_always(spec)
+    ):
         return None
-    factors, softcap = [1.0], 0.0
+    factors, softcap, finite = [1.0], 0.0, False
     back: list[int] = []
     ahead: list[int] = []
     for step in spec.steps:
-        if isinstance(step, Scale) and step.operand is None and not softcap:
+        if isinstance(step, Scale) and step.operand is None and not (softcap or finite):
             # -inf stays -inf under a positive factor
             factors.append(step.value)
         elif isinstance(step, Softcap) and not (softcap or back or ahead):
             softcap = step.cap
-        elif isinstance(step, (ReplaceFill, AddFill)) and step.value == -_INF:
+        elif isinstance(step, (ReplaceFill, AddFill)) and step.value <= HIDDEN_BELOW:
             edges = _band(step.keep)
             if edges is None:
                 return None
             back += edges[0]
             ahead += edges[1]
+            finite = finite or step.value > -_INF
         elif not isinstance(step, Cast) or rounding.rounds(step):
             return None
     # two negative ones would hide the other way round in between
     scale = next((x for x in factors if not x > 0.0), math.prod(factors))
-    return Form(scale, softcap, min(back, default=None), min(ahead, default=None))
+    return Form(scale, softcap, min(back, default=None), min(ahead, default=None), finite)
 
 
 def _band(keep: Expr) -> tuple[list[int], list[int]] | None:
@@ -243,7 +253,10 @@ class Banded:
         yield spec.sink is not None and not self._has("sink", _one_a_head(spec)), reasons.KERNEL_SINK()
         yield form.banded and not known, reasons.KERNEL_BAND_LENGTHS()
         yield form.banded and known and band is None, reasons.KERNEL_BAND()
-        yield form.banded and known and bare and spec.hidden == "nan", reasons.KERNEL_ROW_WITHOUT_KEYS()
+        yield (
+            form.banded and known and bare and (form.finite or spec.hidden == "nan"),
+            reasons.KERNEL_ROW_WITHOUT_KEYS(),
+        )
         yield spec.nan_policy == "eager", reasons.KERNEL_NAN_POLICY()
         yield spec.lse, reasons.KERNEL_LOG_SUM_EXP()
         yield len({spec.qk_dtype, spec.v_dtype, spec.out_dtype}) > 1, reasons.KERNEL_SEVERAL_DTYPES()

@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import INF, bounds_of, check, make_spec, qkv, randn
+from kernel_cases import FLOAT_MIN, INF, bounds_of, check, make_spec, qkv, randn
 from packed_cases import packed
+from padded_cases import LENGTHS, C, back_by_op, by_op, heads, merged
 
-from attnfuse import _compat, expr, reasons, tuning
+from attnfuse import _compat, expr, ops, reasons, tuning
 from attnfuse.expr import Algebra, Const, causal, dense, window
-from attnfuse.kernels import CUDNN, FLASH4, REFERENCE, VARLEN, choose, compared, not_compared
+from attnfuse.kernels import CPU, CUDNN, FLASH4, REFERENCE, VARLEN, choose, compared, not_compared
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.inputs import DENSE, Bounds, Inputs
 from attnfuse.kernels.library import banded, flash4, varlen
@@ -43,10 +44,10 @@ def installed(monkeypatch):
 # --- dense ------------------------------------------------------------------------------------------------------------
 
 
-def within(back: int | None, ahead: int | None):
+def within(back: int | None, ahead: int | None, value: float = -INF):
     """Masks that keep q - back <= k <= q + ahead, each a fill of its own."""
-    found = [] if ahead is None else [ReplaceFill(causal(ahead), -INF)]
-    return found + ([] if back is None else [AddFill(window(back + 1), -INF)])
+    found = [] if ahead is None else [ReplaceFill(causal(ahead), value)]
+    return found + ([] if back is None else [AddFill(window(back + 1), value)])
 
 
 @st.composite
@@ -58,7 +59,7 @@ def attentions(draw, packed_rows=False, takes=flash4.FLASH4.takes):
     steps = [Scale(draw(st.sampled_from([0.3, 1.0, 2.5]))), Cast("float32")]
     if "softcap" in takes and draw(st.booleans()):
         steps.append(Softcap(draw(st.sampled_from([0.7, 4.0]))))
-    steps += draw(st.permutations(within(draw(edge), draw(edge))))
+    steps += draw(st.permutations(within(draw(edge), draw(edge), draw(st.sampled_from([-INF, FLOAT_MIN, -1e30])))))
     fields = {"steps": tuple(steps), "hidden": draw(st.sampled_from(["zero", "nan"]))}
     sink = draw(st.sampled_from(["none", "one", "heads"] if "sink" in takes else ["none"]))
     return heads, groups, fields, sink, draw(st.integers(1, 9)), draw(st.integers(1, 9)), draw(st.integers(0, 99))
@@ -108,8 +109,8 @@ def test_dense_attentions_are_those_of_the_reference():
 
 
 @pytest.mark.parametrize(("Q", "K"), [(5, 5), (3, 8), (8, 3)])
-@pytest.mark.parametrize("hidden", ["zero", "nan"])
-def test_what_is_refused_of_bands_is_what_the_libraries_cannot_say(Q, K, hidden):
+@pytest.mark.parametrize(("hidden", "value"), [("zero", -INF), ("nan", -INF), ("zero", FLOAT_MIN)])
+def test_what_is_refused_of_bands_is_what_the_libraries_cannot_say(Q, K, hidden, value):
     """Every band of these sizes: taken if some window of theirs leaves the same keys, and rows without one give the same."""
     q, k, v, own = tensors((2,), False, Q, K)
     at, key = torch.arange(Q)[:, None], torch.arange(K)[None]
@@ -125,10 +126,10 @@ def test_what_is_refused_of_bands_is_what_the_libraries_cannot_say(Q, K, hidden)
     }
     for back in edges:
         for ahead in edges:
-            spec = make_spec(q, k, v, **own, steps=tuple(within(back, ahead)), hidden=hidden)
+            spec = make_spec(q, k, v, **own, steps=tuple(within(back, ahead, value)), hidden=hidden)
             causes = {reason.cause for reason in flash4.FLASH4.limits(spec)}
             keep = kept(back, ahead)
-            bare = hidden == "nan" and not bool(keep.any(-1).all())
+            bare = (hidden == "nan" or value > -INF) and not bool(keep.any(-1).all())
             assert (reasons.KERNEL_ROW_WITHOUT_KEYS in causes) == bare, (back, ahead)
             if not causes:
                 assert tuple(keep.flatten().tolist()) in theirs
@@ -156,7 +157,9 @@ MORE = {
     "a scale after the softcap": {"steps": (Softcap(2.0), Scale(2.0))},
     "two softcaps": {"steps": (Softcap(2.0), Softcap(3.0))},
     "a softcap of hidden keys": {"steps": (CAUSAL, Softcap(2.0))},
-    "a finite fill": {"steps": (ReplaceFill(causal(), -1e9),)},
+    "a fill that does not hide for good": {"steps": (ReplaceFill(causal(), -1e9),)},
+    "a fill that is made smaller": {"steps": (ReplaceFill(causal(), FLOAT_MIN), Scale(1e-30))},
+    "scores as large as a fill": {"steps": (Scale(1e25), ReplaceFill(causal(), FLOAT_MIN))},
     "a mask that is loaded": {"steps": (ReplaceFill(dense(0, "float16"), -INF),)},
     "keys from a number on": {"steps": (ReplaceFill(Algebra().compare("ge", expr.K, Const(2)), -INF),)},
     "scores in bfloat16": {"steps": (Cast("bfloat16"),)},
@@ -505,3 +508,68 @@ def test_limits_of_cudnn():
         assert [r.cause for r in CUDNN.capability.reasons(plain, HOPPER)] == [reasons.KERNEL_NOT_DETERMINISTIC]
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+# --- what graphs give -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Whether the bounds of both sides are known to be the same, for each call of the CPU's kernel."""
+    cpu, found = CPU.load(), []
+
+    class Recorder:
+        def forward(self, spec, inputs):
+            found.append(banded.same(inputs.bounds))
+            return cpu.forward(spec, inputs)
+
+        def backward(self, spec, inputs, *rest):
+            found.append(banded.same(inputs.bounds))
+            return cpu.backward(spec, inputs, *rest)
+
+    monkeypatch.setitem(ops._loaded, "cpu", Recorder())
+    return found
+
+
+def jagged(lengths, like=None):
+    rows = torch.randn(sum(lengths), 2, 8)
+    offsets = torch.tensor([0, *lengths]).cumsum(0) if like is None else like.offsets()
+    return torch.nested.nested_tensor_from_jagged(rows, offsets)
+
+
+@pytest.mark.parametrize(
+    ("inner", "strict"),
+    [("aot_eager", False), ("aot_eager", True), pytest.param("inductor", False, marks=pytest.mark.slow)],
+)
+def test_one_structure_of_nested_tensors_is_one_tensor_of_bounds(inner, strict, seen):
+    def attend(q, k, v):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+    q = jagged([3, 5, 1])
+    k, v = (jagged([3, 5, 1], q) for _ in range(2))
+    options = {"inner": inner, "strict": strict}
+    torch.compiler.reset()
+    compiled = torch.compile(attend, backend="attnfuse", options=options)
+    q.requires_grad_()
+    compiled(q, k, v).values().sum().backward()
+    assert seen == [True, True] and q.grad is not None
+    seen.clear()
+    other = jagged([3, 5, 1])
+    compiled(q.detach(), other, jagged([3, 5, 1], other))
+    assert seen == [False]
+
+
+def test_rows_that_a_model_pads_have_one_tensor_of_bounds(seen):
+    def block(values, offsets):
+        x, mask = by_op(values, offsets)
+        keep = mask[:, None, None] & torch.ones(*mask.shape[1:] * 2, dtype=torch.bool).tril()
+        y = torch.nn.functional.scaled_dot_product_attention(*[heads(x)] * 3, attn_mask=keep)
+        return back_by_op(merged(y), mask, values, offsets)
+
+    offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
+    values = torch.randn(sum(LENGTHS), C)
+    torch.compiler.reset()
+    found = torch.compile(block, backend="attnfuse", options={"inner": "aot_eager", "strict": True})(values, offsets)
+    torch.testing.assert_close(found, block(values, offsets), rtol=1e-4, atol=1e-5)
+    assert seen == [True]

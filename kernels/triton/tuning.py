@@ -114,7 +114,7 @@ def skewed(bounds: Bounds, rows: tuple[int, int], device: torch.device) -> Bound
 
     queries = made(bounds.q, rows[0])
     # one tensor for both sides tells that they are alike
-    return Bounds(queries, queries if bounds.k is bounds.q else made(bounds.k, rows[1]))
+    return Bounds(queries, queries if bounds.k is bounds.q and rows[0] == rows[1] else made(bounds.k, rows[1]))
 
 
 def _wanted(spec: Attention, inputs: Inputs, needs: Sequence[bool], device: torch.device) -> list[Pass]:

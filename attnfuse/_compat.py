@@ -51,6 +51,7 @@ __all__ = [
     "aot_eager",
     "arguments_of",
     "aten_attention",
+    "aten_varlen_attention",
     "autocast_devices",
     "compile_fx",
     "detect_fake_mode",
@@ -508,6 +509,19 @@ def aten_attention(name: str) -> tuple[OpOverload, OpOverload] | None:
     forward = getattr(torch.ops.aten, found, None)
     backward = getattr(torch.ops.aten, f"{found}_backward", None)
     return None if forward is None or backward is None else (forward.default, backward.default)
+
+
+def aten_varlen_attention() -> tuple[OpOverload, OpOverload] | None:
+    """ATen's flash attention of packed rows, forward and backward; None where this torch has none with windows."""
+    forward = getattr(torch.ops.aten, "_flash_attention_forward", None)
+    backward = getattr(torch.ops.aten, "_flash_attention_backward", None)
+    if forward is None or backward is None:
+        return None
+    forward, backward = forward.default, backward.default
+    wanted = {"cum_seq_q", "cum_seq_k", "window_size_left", "window_size_right"}
+    if not all(wanted <= {a.name for a in op._schema.arguments} for op in (forward, backward)):
+        return None
+    return forward, backward
 
 
 def has_tangent(values: Sequence[Any]) -> bool:

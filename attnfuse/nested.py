@@ -223,7 +223,10 @@ def attend(
         q_rows = q_rows.unflatten(1, (k.shape[1], q.shape[1] // k.shape[1]))
         k_rows, v_rows = k_rows.unsqueeze(2), v_rows.unsqueeze(2)
     q_bounds = _bounds(q, strict) if is_jagged(q) else None
-    k_bounds = _bounds(k, strict) if is_jagged(k) else None
+    k_bounds = None
+    if is_jagged(k):
+        # one tensor for both tells kernels that a sequence has as many keys as queries
+        k_bounds = q_bounds if is_jagged(q) and _alike(q, k) else _bounds(k, strict)
     operands = [] if call.attn_mask is None else [_mask(call)]
     if spec.dropout and seed is None:
         seed = torch.randint(0, SEED_LIMIT, (1,), dtype=torch.int64, device=q_rows.device)
@@ -232,6 +235,16 @@ def attend(
     )
     out = out.flatten(1, 2) if grouped else out
     return _compat.jagged_like(q, out.squeeze(0).movedim(-2, 0)) if is_jagged(q) else out
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the rows of both are known to be the same, without a guard and without a trace of the question."""
+    with _compat.no_proxies():
+        lengths = a.shape[_compat.ragged_dim(a)] == b.shape[_compat.ragged_dim(b)]
+        known = _compat.statically_known_true(lengths)
+    (first, given), (second, other) = _compat.offsets_and_lengths(a), _compat.offsets_and_lengths(b)
+    # with gaps the dims tell of the lengths alone
+    return known and ((given is None and other is None) or first is second)
 
 
 def _bounds(x: torch.Tensor, strict: bool) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import fx
@@ -257,11 +257,18 @@ def _tuned(state: State) -> State:
     if emitter is None or not (state.fused and state.settings.tune):
         return state
     if state.settings.kernel is None:
-        names = iter(tuning.take_fastest(emitter.calls, state.settings.strict))
-        renamed = (replace(r, kernel=next(names)) if r.status == "fused" else r for r in state.settled)
+        names = tuning.take_fastest(emitter.calls, state.settings.strict)
+        chosen = zip(names, map(tuning.passed_over, emitter.calls), strict=True)
+        renamed = (_chosen(r, *next(chosen)) if r.status == "fused" else r for r in state.settled)
         state = replace(state, settled=tuple(renamed))
     tuning.tune_all(emitter.view.scopes, state.settings.strict)
     return state
+
+
+def _chosen(report: SiteReport, kernel: str, passed_over: Sequence[Reason]) -> SiteReport:
+    notes = (*report.notes, *map(str, passed_over))
+    causes = (*report.note_causes, *(reason.cause.name for reason in passed_over))
+    return replace(report, kernel=kernel, notes=notes, note_causes=causes)
 
 
 STAGES: tuple[tuple[str, Callable[[State], State]], ...] = (

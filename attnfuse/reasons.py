@@ -793,6 +793,67 @@ KERNEL_NOT_PLAIN = Cause(
     "Leave out the option kernel: cpu and triton take masks, biases and the rest.",
     KERNELS,
 )
+KERNEL_NOT_BANDED = Cause(
+    "kernel-not-banded",
+    "more than a scale, a softcap, and keys that are hidden by their distance",
+    "Leave out the option kernel: cpu and triton take masks, biases and the rest.",
+    KERNELS,
+)
+KERNEL_SOFTCAP = Cause(
+    "kernel-softcap", "a softcap", "Leave out the option kernel: cpu and triton have softcaps.", KERNELS
+)
+KERNEL_BAND = Cause(
+    "kernel-band",
+    "a band of keys with an edge beyond the diagonal of the last query and key",
+    "Leave out the option kernel: cpu and triton take any band.",
+    KERNELS,
+)
+KERNEL_BAND_LENGTHS = Cause(
+    "kernel-band-lengths",
+    "a mask by position, with numbers of queries and keys that are not known",
+    "Leave out the option kernel, or compile with dynamic=False.",
+    KERNELS,
+)
+KERNEL_ROW_WITHOUT_KEYS = Cause(
+    "kernel-row-without-keys",
+    "rows that see no key, which give something else than 0",
+    "Leave out the option kernel, or let such rows see a key.",
+    KERNELS,
+)
+KERNEL_HEADS_HERE = Cause(
+    "kernel-heads-here",
+    "head sizes {first} and {second}, with this softcap, sink and groups, on {device}",
+    "Leave out the option kernel: cpu and triton take other head sizes.",
+    KERNELS,
+)
+KERNEL_ONE_KEY = Cause("kernel-one-key", "a single key", "Leave out the option kernel.", KERNELS)
+KERNEL_LARGE_BATCH = Cause(
+    "kernel-large-batch", "a batch or heads of more than {most}", "Leave out the option kernel.", KERNELS
+)
+KERNEL_NOT_DETERMINISTIC = Cause(
+    "kernel-not-deterministic",
+    "torch.use_deterministic_algorithms, which it does not follow",
+    "Leave out the option kernel: triton is deterministic.",
+    KERNELS,
+)
+KERNEL_PACKAGE = Cause(
+    "kernel-package",
+    "package {package} is not installed",
+    "Install it if you want the kernel compared; others run the attention without it.",
+    KERNELS,
+)
+KERNEL_PACKAGE_UNFIT = Cause(
+    "kernel-package-unfit",
+    "package {package} {version} cannot be used: {error}",
+    "Install another version; others run the attention without it.",
+    KERNELS,
+)
+KERNEL_NOT_COMPARED = Cause(
+    "kernel-not-compared",
+    "kernel {kernel} was not compared: {limits}",
+    "Nothing to do: the fastest of the other kernels was taken.",
+    KERNELS,
+)
 KERNEL_SCALE = Cause(
     "kernel-scale",
     "scale {scale} (takes positive ones)",

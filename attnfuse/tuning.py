@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnfuse.kernels import TRITON, Kernel, candidates
+from attnfuse.kernels import TRITON, Kernel, compared, not_compared
 from attnfuse.kernels.device import Device, tf32_allowed
 from attnfuse.kernels.inputs import Bounds, Inputs
 from attnfuse.kernels.measured import fastest, records, timing
 from attnfuse.passes.capture.view import Scope
 from attnfuse.passes.graph.labels import stride_hint
+from attnfuse.reasons import Reason
 from attnfuse.spec import Attention
 from attnfuse.warning import said, warn
 
@@ -60,14 +61,24 @@ def take_fastest(calls: Sequence[fx.Node], strict: bool) -> list[str]:
     return [str(node.args[_KERNEL]) for node in calls]
 
 
+def passed_over(node: fx.Node) -> list[Reason]:
+    """Why kernels that only measuring could choose were not measured for a call of the op."""
+    query: Any = node.args[0]
+    example = query.meta.get("example_value")
+    if not isinstance(example, torch.Tensor):
+        return []
+    return not_compared(Attention.parse(str(node.args[_SPEC])), example.device)
+
+
 def _fastest_of(job: Job) -> str | None:
     """None where there is nothing to choose."""
-    found = candidates(job.spec, job.device, unproven=True)
-    if len(found) < 2 or job.spec.layout != "dense":
+    found = compared(job.spec, job.device, job.inputs.bounds)
+    if len(found) < 2:
         return None
-    key = (job.spec.text, job.device, job.needs, *((tuple(x.shape), x.stride(), x.dtype) for x in job.inputs.tensors))
+    names = [kernel.name for kernel in found]
+    tensors = (*job.inputs.tensors, *(x for x in job.inputs.bounds if x is not None))
+    key = (job.spec.text, job.device, job.needs, *names, *((tuple(x.shape), x.stride(), x.dtype) for x in tensors))
     if key not in _fastest:
-        names = [kernel.name for kernel in found]
         name = fastest.key(job.spec, job.inputs.tensors, job.needs, Device.of(job.device), names)
         known = fastest.entries().get(name) if name else None
         # a name that is not among them was not written by attnfuse
@@ -113,9 +124,11 @@ def _same(results: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> 
 def _measured(kernel: Kernel, job: Job) -> tuple[float, list[torch.Tensor]]:
     """Milliseconds of one forward, and one backward where gradients are needed, and their results; infinite and nothing for
     a kernel that fails."""
-    from attnfuse.kernels.triton.tuning import tensors_like
+    from attnfuse.kernels.triton.tuning import skewed, tensors_like
 
     inputs = job.inputs.with_tensors(tensors_like(job.inputs.tensors, job.device, True, 0))
+    lengths = inputs.q.shape[-2], inputs.k.shape[-2]
+    inputs = inputs._replace(bounds=skewed(inputs.bounds, lengths, job.device))
     if job.spec.dropout:
         inputs = inputs._replace(seed=torch.zeros(1, dtype=torch.int64, device=job.device))
     module = kernel.load()
@@ -192,6 +205,8 @@ def job(node: fx.Node) -> Job:
     given = iter(tensors[len(nodes) :])
     parsed = Attention.parse(str(node.args[_SPEC]))
     packed = Bounds(*(None if b is None else next(given) for b in bounds))
+    if bounds[0] is bounds[1]:
+        packed = packed._replace(k=packed.q)
     q, k, v, *operands = tensors[: len(nodes)]
     return Job(parsed, Inputs(q, k, v, operands, bounds=packed), needs, examples[0].device)
 

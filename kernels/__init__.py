@@ -13,6 +13,8 @@ from attnfuse import reasons
 from attnfuse.kernels import cpu, gluon, library, triton
 from attnfuse.kernels.capability import FLOATS, NUMBERS, STEPS, WEIGHT_STEPS, Capability, filled_weights
 from attnfuse.kernels.device import Device
+from attnfuse.kernels.inputs import DENSE, Bounds
+from attnfuse.kernels.library import banded, flash4, varlen
 from attnfuse.kernels.reference.kernel import CAPABILITY as REFERENCE_CAPABILITY
 from attnfuse.reasons import Reason
 from attnfuse.spec import Attention
@@ -48,8 +50,14 @@ FLASH, CUDNN, EFFICIENT, FLASH_CPU = (
     for x in (library.FLASH, library.CUDNN, library.EFFICIENT, library.FLASH_CPU)
 )
 
+# these never but by name, and where `tune` has measured them
+FLASH4, VARLEN = (
+    Kernel(x.name, x.capability, f"attnfuse.kernels.library.{x.name}:{x.name.upper()}", on_request=True)
+    for x in (flash4.FLASH4, varlen.VARLEN)
+)
+
 #: All kernels, the preferred ones first.
-KERNELS: tuple[Kernel, ...] = (CPU, TRITON, GLUON, FLASH, CUDNN, EFFICIENT, FLASH_CPU, REFERENCE)
+KERNELS: tuple[Kernel, ...] = (CPU, TRITON, GLUON, FLASH, CUDNN, EFFICIENT, FLASH_CPU, FLASH4, VARLEN, REFERENCE)
 
 #: What is tried before Triton by compute capability, for the plain specs that ATen's kernels take. cuDNN's is the faster one
 #: on some devices, and comes second until it has been measured and checked here: with `tune` it is compared as well.
@@ -62,9 +70,16 @@ PLAIN_FIRST: dict[int, tuple[Kernel, ...]] = {
     120: (FLASH, EFFICIENT),
 }
 
-#: What is compared besides under the option tune, by compute capability. Nothing of it is proven on a device: where it gives other
-#: results than the kernel that would be taken, it is left (attnfuse/tuning.py).
-UNPROVEN: dict[int, tuple[Kernel, ...]] = {90: (GLUON,)}
+#: What `tune` compares with those, by compute capability.
+COMPARED: dict[int, tuple[Kernel, ...]] = {
+    80: (VARLEN,),
+    86: (VARLEN,),
+    89: (VARLEN,),
+    90: (GLUON, FLASH4, VARLEN),
+    100: (FLASH4, VARLEN),
+    103: (FLASH4, VARLEN),
+    120: (VARLEN,),
+}
 
 
 def _no_bfloat16_casts(spec: Attention) -> list[Reason]:
@@ -137,14 +152,26 @@ def kernel_named(name: str) -> Kernel:
     raise ValueError(f"there is no kernel {name!r}; the kernels are {', '.join(k.name for k in KERNELS)}")
 
 
-def candidates(spec: Attention, device: torch.device | Device, unproven: bool = False) -> list[Kernel]:
-    """The kernels that can run `spec` on `device`, the one that is taken for the fastest first.
-
-    unproven: with those of UNPROVEN, before the others, of which the last one is proven.
-    """
+def candidates(spec: Attention, device: torch.device | Device) -> list[Kernel]:
+    """The kernels that can run `spec` on `device`, the one that is taken for the fastest first."""
     device = Device.of(device)
-    first = UNPROVEN.get(device.capability, ()) if unproven else ()
-    return [k for k in (*first, *_ordered(device)) if not k.capability.reasons(spec, device)]
+    return [k for k in _ordered(device) if not k.capability.reasons(spec, device)]
+
+
+def compared(spec: Attention, device: torch.device | Device, bounds: Bounds = DENSE) -> list[Kernel]:
+    """The kernels that `tune` measures: those of COMPARED and then the candidates. bounds: as in Inputs, whose values are not
+    read; kernels that need the same on both sides are left out where they are not known to be that."""
+    device = Device.of(device)
+    uneven = spec.layout != "dense" and not banded.same(bounds) and banded.by_position(spec)
+    others = () if uneven else COMPARED.get(device.capability, ())
+    return [*(k for k in others if not k.capability.reasons(spec, device)), *candidates(spec, device)]
+
+
+def not_compared(spec: Attention, device: torch.device | Device) -> list[Reason]:
+    """Why `tune` does not measure kernels of COMPARED for a spec."""
+    device = Device.of(device)
+    against = ((k.name, k.capability.reasons(spec, device)) for k in COMPARED.get(device.capability, ()))
+    return [reasons.KERNEL_NOT_COMPARED(kernel=name, limits=found) for name, found in against if found]
 
 
 def _ordered(device: Device) -> list[Kernel]:

@@ -33,6 +33,7 @@ class Capability:
     least, most     compute capabilities of NVIDIA GPUs, as 10 * major + minor; 0 for any
     chips           chips of an NPU by name; none for any
     also            what else speaks against a spec
+    here            what else speaks against it on a device
     available       None if the kernel can run here, else why not (a compiler is missing, say)
     """
 
@@ -50,11 +51,15 @@ class Capability:
     most: int = 0
     chips: frozenset[str] = frozenset()
     also: Callable[[Attention], Iterable[Reason]] = lambda spec: ()
+    here: Callable[[Attention, Device], Iterable[Reason]] = lambda spec, device: ()
     available: Callable[[], Reason | None] = lambda: None
 
     def reasons(self, spec: Attention, device: torch.device | Device) -> tuple[Reason, ...]:
         """Why the kernel cannot run `spec` on `device`; empty if it can."""
-        found = self._of_device(Device.of(device))
+        device = Device.of(device)
+        found = self._of_device(device)
+        # head sizes of a device that is none of the kernel's say nothing
+        found += [] if found else self.here(spec, device)
         for name, dtype in (("q and k", spec.qk_dtype), ("v", spec.v_dtype), ("the result", spec.out_dtype)):
             if dtype not in self.dtypes:
                 found.append(reasons.KERNEL_DTYPE(what=name, dtype=dtype, taken=_list(self.dtypes)))

@@ -1,4 +1,4 @@
-"""Dense attention in every variant, beside eager, Inductor, each SDPA backend and FlexAttention; decoding likewise."""
+"""Dense attention in every variant, beside eager, Inductor, FlashAttention-4, each SDPA backend and FlexAttention; decoding too."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ def problem(case: Case, device: torch.device, compilers: Compilers) -> Problem:
     contenders: dict[str, Callable[[], Contender]] = {
         OURS: lambda: bound(compilers.ours(attend), arguments, cotangent),
         f"{OURS} triton": lambda: bound(compilers.ours(attend, "triton"), arguments, cotangent),
+        f"{OURS} flash4": lambda: bound(compilers.ours(attend, "flash4"), arguments, cotangent),
         "eager": lambda: bound(attend, arguments, cotangent),
         "inductor": lambda: bound(compilers.inductor(attend), arguments, cotangent),
         **_sdpa(case, variant, arguments, cotangent),

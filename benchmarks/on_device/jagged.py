@@ -99,6 +99,8 @@ def problem(case: Case, device: torch.device, compilers: Compilers) -> Problem:
     x = Inputs(case, device)
     contenders: dict[str, Callable[[], Contender]] = {
         f"{OURS} nested": lambda: _nested(x, compilers.ours(_attend_nested)),
+        f"{OURS} nested flash4": lambda: _nested(x, compilers.ours(_attend_nested, "flash4")),
+        f"{OURS} nested varlen": lambda: _nested(x, compilers.ours(_attend_nested, "varlen")),
         f"{OURS} packed": lambda: _packed(x, compilers.ours(_attend_documents(x))),
         f"{OURS} padded": lambda: _padded(x, compilers.ours(_attend_padded(x))),
         "padded dense": lambda: _padded(x, _attend_padded(x)),

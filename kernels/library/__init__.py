@@ -19,10 +19,9 @@ from attnfuse.expr import causal
 from attnfuse.kernels.capability import FLOATS, NUMBERS, STEPS, WEIGHT_STEPS, Capability
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.layout import allocate, check_bounds
+from attnfuse.kernels.library.heads import Tensors, grouped, laid_out, like, of_heads, ordered, with_heads
 from attnfuse.reasons import Reason
 from attnfuse.spec import AddFill, Attention, Cast, ReplaceFill, Scale
-
-Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -71,17 +70,10 @@ def limits(spec: Attention, groups: bool) -> Iterable[Reason]:
         yield reasons.KERNEL_HEAD_SIZES(first=spec.D, second=spec.E)
     if spec.D is not None and spec.D % 8:
         yield reasons.KERNEL_HEAD_MULTIPLE(size=spec.D)
-    q, k, v = spec.broadcast
-    shared = 1 if _grouped(spec) else 0
-    if q or k != v or len(k) > shared or len(spec.batch) - shared > 2:
+    if not ordered(spec):
         yield reasons.KERNEL_BATCH_ORDER()
-    elif shared and not groups:
+    elif grouped(spec) and not groups:
         yield reasons.KERNEL_GROUPS()
-
-
-def _grouped(spec: Attention) -> bool:
-    """Whether the innermost batch dim is that of query heads which share a key head."""
-    return len(spec.batch) > 1 and all(spec.batch[-1] in names for names in spec.broadcast[1:])
 
 
 @dataclass(frozen=True)
@@ -89,7 +81,8 @@ class Library:
     """One of ATen's kernels.
 
     run(op, (q, k, v), plain) gives (out, log-sum-exp [B, H, Q]); reverse(op, dout, (q, k, v), out, log-sum-exp, plain) the
-    gradients of q, k and v. groups: whether it takes fewer key heads than query heads; the others as in `Capability`.
+    gradients of q, k and v. groups: whether it takes fewer key heads than query heads; also: what else speaks against a plain
+    spec; the others as in `Capability`.
     """
 
     name: str
@@ -100,6 +93,7 @@ class Library:
     least: int = 0
     groups: bool = False
     device: str = "cuda"
+    also: Callable[[Attention], Iterable[Reason]] = lambda spec: ()
 
     @property
     def capability(self) -> Capability:
@@ -113,7 +107,7 @@ class Library:
             max_batch_rank=3,
             head_dims=self.head_dims,
             least=self.least,
-            also=lambda spec: limits(spec, self.groups),
+            also=lambda spec: [*limits(spec, self.groups), *self.also(spec)],
             available=lambda: self.missing() or _switched_off(self.name),
         )
 
@@ -138,15 +132,11 @@ class Library:
             stats[0].fill_(-math.inf)
             stats[1].zero_()
             return out.zero_(), stats
-        result, lse = self.run(self._ops()[0], _heads(spec, inputs), _plain(spec))
+        result, lse = self.run(self._ops()[0], of_heads(spec, inputs), _plain(spec))
         result = result.reshape(out.shape)
         lse = lse.reshape(out.shape[:-1])
         stats = torch.stack([lse, torch.ones_like(lse)])
-        # ATen lays a result out like q, which most often is as the model reads it
-        same = all(a == b or n == 1 for a, b, n in zip(result.stride(), out.stride(), out.shape))
-        if same and result.dtype == out.dtype:
-            return result.as_strided(out.shape, out.stride()), stats
-        return out.copy_(result), stats
+        return laid_out(out, result), stats
 
     def backward(
         self,
@@ -167,12 +157,12 @@ class Library:
         if out.numel() == 0 or inputs.k.shape[-2] == 0:
             return [torch.zeros_like(x) if need else None for x, need in zip(tensors, needs, strict=True)]
         rows, sums = stats.unbind()
-        lse = _four(rows + sums.log(), spec, 3)
-        grad = _four(dout.to(inputs.v.dtype), spec, 4)
+        lse = with_heads(rows + sums.log(), spec, 3)
+        grad = with_heads(dout.to(inputs.v.dtype), spec, 4)
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        found = self.reverse(self._ops()[1], grad, _heads(spec, inputs), _four(out, spec, 4), lse, _plain(spec))
+        found = self.reverse(self._ops()[1], grad, of_heads(spec, inputs), with_heads(out, spec, 4), lse, _plain(spec))
         grads: list[torch.Tensor | None] = [
-            _like(x, g) if need else None for x, g, need in zip(tensors[:3], found, needs[:3], strict=True)
+            like(x, g) if need else None for x, g, need in zip(tensors[:3], found, needs[:3], strict=True)
         ]
         return [
             *grads,
@@ -180,31 +170,11 @@ class Library:
         ]
 
 
-def _heads(spec: Attention, inputs: Inputs) -> Tensors:
-    q, k, v = (_four(x, spec, 4) for x in (inputs.q, inputs.k, inputs.v))
-    # ATen steps over whole rows
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return q, k, v
-
-
-def _four(x: torch.Tensor, spec: Attention, dims: int) -> torch.Tensor:
-    """[B, H, ...] of so many dims from [*batch, ...]."""
-    if _grouped(spec):
-        first = len(spec.batch) - 2
-        x = x.flatten(first, first + 1)
-    return x.reshape((1,) * (dims - x.dim()) + tuple(x.shape))
-
-
 def _plain(spec: Attention) -> Plain:
     found = plain(spec)
     if found is None:
         raise ValueError(f"ATen's kernels take a scale and a causal mask, not: {spec}")
     return found
-
-
-def _like(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    grad = grad.reshape(x.shape)
-    return grad if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)
 
 
 def _no_state(x: torch.Tensor, dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -285,11 +255,28 @@ def _switched_off(name: str) -> Reason | None:
         return reasons.KERNEL_SWITCHED_OFF(kernel=name)
     if name == "cudnn" and torch.cuda.is_available() and not torch.backends.cudnn.is_available():
         return reasons.KERNEL_WITHOUT_CUDNN()
+    strictly = (
+        torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    )
+    if name == "cudnn" and strictly:
+        return reasons.KERNEL_NOT_DETERMINISTIC()
     return None
+
+
+#: Of the batch, and of heads, in cuDNN.
+_MOST = 65535
+
+
+def _cudnn_limits(spec: Attention) -> Iterable[Reason]:
+    """What PyTorch asks before it takes cuDNN (check_cudnn_tensor_shapes in its sdp_utils.cpp), beside what all ask."""
+    if spec.K == 1:
+        yield reasons.KERNEL_ONE_KEY()
+    if any(size is not None and size > _MOST for size in spec.sizes[: len(spec.batch)]):
+        yield reasons.KERNEL_LARGE_BATCH(most=_MOST)
 
 
 _HALVES = frozenset({"float16", "bfloat16"})
 FLASH = Library("flash", _flash, _flash_reverse, _HALVES, head_dims=256, least=80, groups=True)
-CUDNN = Library("cudnn", _cudnn, _cudnn_reverse, _HALVES, head_dims=128, least=80)
+CUDNN = Library("cudnn", _cudnn, _cudnn_reverse, _HALVES, head_dims=128, least=80, groups=True, also=_cudnn_limits)
 EFFICIENT = Library("efficient", _efficient, _efficient_reverse, FLOATS, head_dims=256, least=50)
 FLASH_CPU = Library("flash_cpu", _cpu, _cpu_reverse, FLOATS, device="cpu")

@@ -112,7 +112,9 @@ def skewed(bounds: Bounds, rows: tuple[int, int], device: torch.device) -> Bound
         ends = (shares.cumsum(0) / shares.sum() * total).round().to(given.dtype)
         return torch.stack([torch.cat([ends.new_zeros(1), ends])[:-1], ends]).to(device)
 
-    return Bounds(made(bounds.q, rows[0]), made(bounds.k, rows[1]))
+    queries = made(bounds.q, rows[0])
+    # one tensor for both sides tells that they are alike
+    return Bounds(queries, queries if bounds.k is bounds.q and rows[0] == rows[1] else made(bounds.k, rows[1]))
 
 
 def _wanted(spec: Attention, inputs: Inputs, needs: Sequence[bool], device: torch.device) -> list[Pass]:

@@ -6,6 +6,7 @@ import ast
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -443,6 +444,23 @@ def test_a_backend_can_be_registered_again_under_its_name():
     finally:
         registry._COMPILER_FNS.pop(other)
         registry._BACKENDS.pop(other)
+
+
+def test_atens_attention_of_packed_rows_has_windows(monkeypatch):
+    forward, backward = _compat.aten_varlen_attention()
+    names = [a.name for a in forward._schema.arguments]
+    assert names[:10] == [
+        *("query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"),
+        "return_debug_mask",
+    ]
+    gradients = [a.name for a in backward._schema.arguments]
+    assert gradients[:6] == ["grad_out", "query", "key", "value", "out", "logsumexp"]
+    assert gradients[12:15] == ["rng_state", "unused", "scale"]
+    plain = SimpleNamespace(default=torch.ops.aten._scaled_dot_product_flash_attention.default)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", plain)
+    assert _compat.aten_varlen_attention() is None
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", None)
+    assert _compat.aten_varlen_attention() is None
 
 
 @pytest.mark.parametrize("said", [True, CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE])

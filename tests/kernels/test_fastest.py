@@ -136,6 +136,34 @@ def test_what_goes_wrong_leaves_the_choice(timed, monkeypatch):
         run(options=EAGER)
 
 
+def test_a_kernel_that_only_measuring_can_choose(timed, file, monkeypatch):
+    monkeypatch.setitem(kernels.PLAIN_FIRST, 0, ())
+    monkeypatch.setitem(kernels.COMPARED, 0, (FLASH_CPU,))
+    (site,) = run(options=EAGER).sites
+    assert (site.kernel, site.notes) == ("flash_cpu", ())
+    timed["flash_cpu"] = 3.0
+    forget()
+    file.unlink()
+    assert taken() == "cpu"
+    timed["flash_cpu"] = 1.0
+    forget()
+    file.unlink()
+    assert taken() == "flash_cpu"
+    forget()
+    assert taken(tune=False) == "cpu"
+
+
+def test_a_kernel_that_was_not_compared_is_in_the_report_with_the_reason(timed, monkeypatch):
+    monkeypatch.setitem(kernels.COMPARED, 0, (kernels.FLASH4,))
+    (site,) = run(options=EAGER).sites
+    assert site.kernel == "flash_cpu" and site.note_causes == ("kernel-not-compared",)
+    assert site.notes[0].startswith("kernel flash4 was not compared: device cpu (runs on cuda)")
+    (site,) = run(options={**EAGER, "tune": False}).sites
+    assert site.notes == ()
+    (site,) = run(options={**EAGER, "kernel": "cpu"}).sites
+    assert site.notes == ()
+
+
 def test_a_measured_time_is_that_of_the_call():
     taken = timing.milliseconds(lambda: torch.ones(10).sum(), torch.device("cpu"))
     assert 0.0 < taken < 1000.0

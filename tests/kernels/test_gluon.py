@@ -206,7 +206,7 @@ def test_nothing_chooses_it_but_its_name_and_tuning():
     assert kernels.GLUON not in kernels.candidates(spec, HOPPER)
     assert kernels.choose(spec, HOPPER).kernel is not kernels.GLUON
     assert kernels.choose(spec, HOPPER, "gluon").kernel is kernels.GLUON
-    found = kernels.candidates(spec, HOPPER, unproven=True)
+    found = kernels.compared(spec, HOPPER)
     # what others' results are held against comes last
     assert found[0] is kernels.GLUON and found[-1] is kernels.TRITON
     assert kernels.successor("gluon", spec, HOPPER) is kernels.candidates(spec, HOPPER)[0]
@@ -215,7 +215,7 @@ def test_nothing_chooses_it_but_its_name_and_tuning():
 @pytest.mark.parametrize("capability", [80, 89, 100, 120])
 def test_other_devices_have_no_such_kernel(capability):
     device = Device("cuda", capability)
-    assert kernels.GLUON not in kernels.candidates(spec_of(), device, unproven=True)
+    assert kernels.GLUON not in kernels.compared(spec_of(), device)
     assert "takes 9.0 to 9.0" in str(kernels.choose(spec_of(), device, "gluon").reason)
 
 

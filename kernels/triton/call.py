@@ -98,6 +98,10 @@ class Call:
         heavy = bool(self.operands) or self.spec.sink is not None or self.spec.layout != "dense"
         heavy = heavy or self.traits.checked or self.traits.doubt > -math.inf
         described = self.describable(which)
+        if which == "forward" and self.Q <= _FEW and not self.packed_q:
+            # few queries that need no parts: rows that are not there would be computed all the same
+            made = self.table("decode")
+            return replace(made, BM=min(made.BM, max(16, 1 << (self.Q - 1).bit_length())))
         return config(self.device.capability, which, self.q.element_size() * 8, self.D, self.E, heavy, described)
 
     def _unshrunk(self, which: Pass) -> Config:
@@ -123,8 +127,13 @@ class Call:
         made = replace(made, BM=min(made.BM, max(16, 1 << (rows - 1).bit_length())))
         programs = self.elements // group * -(-rows // made.BM)
         # two waves, of parts that are no shorter than two tiles
-        parts = min(-(-2 * (self.device.processors or _PROCESSORS) // programs), -(-self.K // (2 * made.BN)))
+        parts = min(-(-self.waves // programs), -(-self.K // (2 * made.BN)))
         return Decoding(made, group, max(parts, 1)) if parts > 1 or group > 1 else None
+
+    @property
+    def waves(self) -> int:
+        """How many programs keep the device busy."""
+        return 2 * (self.device.processors or _PROCESSORS)
 
     def _group(self) -> int:
         """How many batch elements next to each other have the same keys, values and masks."""

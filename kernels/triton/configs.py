@@ -226,16 +226,18 @@ def _shared(capability: int) -> int:
 def _fits(c: Config, which: Pass, bits: int, D: int, E: int, shared: int) -> bool:
     """Whether the least that a configuration can need is there."""
     d, e = padded(D), padded(E)
-    sums = max(c.BM * d, c.BN * (d + e)) if which == "backward" else c.BM * e
+    # the second kernel of backward has as many keys as the first has queries
+    sums = c.BM * (d + e) if which == "backward" else c.BM * e
     spread = (sums + c.BM * c.BN) // (32 * c.warps)
-    return ahead(c, which, bits, D, E) <= shared and spread <= _ACCUMULATED
+    return ahead(c, bits, D, E) <= shared and spread <= _ACCUMULATED
 
 
-def ahead(c: Config, which: Pass, bits: int, D: int, E: int) -> int:
-    """Bytes of shared memory for what is loaded while the tile before is worked on; all in all it takes more."""
-    # the second kernel of backward loads tiles of queries and of gradients
-    rows = max(c.BM, c.BN) if which == "backward" else c.BN
-    return (c.stages - 1) * rows * (padded(D) + padded(E)) * bits // 8
+def ahead(c: Config, bits: int, D: int, E: int) -> int:
+    """Bytes of shared memory for what is loaded while the tile before is worked on; all in all it takes more.
+
+    That are BN keys, or as many queries in the second kernel of backward.
+    """
+    return (c.stages - 1) * c.BN * (padded(D) + padded(E)) * bits // 8
 
 
 def _distance(a: Config, b: Config) -> int:

@@ -169,11 +169,12 @@ def _backward_columns(
     # batch dims that neither k nor v has are summed over inside of a program
     full = tuple(not (a == b == 1) for a, b in zip(k.shape[:-2], v.shape[:-2]))
     full = (True, *full[1:]) if call.packed_k else full
+    tiles = call.K // made.BN + call.sequences if call.packed_k else -(-call.K // made.BN)
+    full = _split(batch, full, tiles, -(-call.Q // made.BM), call.waves)
     outer = tuple(n if own else 1 for n, own in zip(batch, full))
     inner = tuple(1 if own else n for n, own in zip(batch, full))
     dk, dv = _target(k, batch, full, call.packed_k), _target(v, batch, full, call.packed_k)
     outer_heads = math.prod(outer) // call.sequences if call.packed_k else 1
-    tiles = call.K // made.BN + call.sequences if call.packed_k else -(-call.K // made.BN)
     call.launch(
         template.backward_columns,
         tiles * (outer_heads if call.packed_k else math.prod(outer)),
@@ -201,6 +202,25 @@ def _backward_columns(
         },
     )
     return dk, dv
+
+
+#: Tiles that one program may go through while others of the device have none.
+_LONG = 16
+
+
+def _split(batch: Sequence[int], full: tuple[bool, ...], tiles: int, loop: int, programs: int) -> tuple[bool, ...]:
+    """The batch dims that programs of `tiles` tiles of keys are of: `full` ones, and of the others, the last first, as many as keep
+    a device busy.
+
+    loop: tiles of queries that an element of the others has. Gradients of those are summed over them afterwards.
+    """
+    found = list(full)
+    for d in reversed(range(len(batch))):
+        inside = math.prod(n for n, own in zip(batch, found) if not own)
+        if inside * loop <= _LONG or tiles * math.prod(n for n, own in zip(batch, found) if own) >= programs:
+            break
+        found[d] = True
+    return tuple(found)
 
 
 def _added(dq: torch.Tensor | None, made: Config) -> dict[str, Any]:

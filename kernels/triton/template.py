@@ -853,17 +853,18 @@ def backward_rows(
         last = tl.where(q0 + BM <= Qn, last, 0)
         first, last, edges, fulls = parted(lo, hi, first, last, BN)
     dq = tl.zeros([BM, DP], tl.float32)
-    for i in tl.range(0, fulls, num_stages=STAGES, warp_specialize=SPECIALISED):
-        dq = row_tile(
-            dq, full_tile(i, first, LIST, BN, LISTED), qt, gt, shift, inverse, delta, first_line + q, q, q0, q1, whole, K, V, ks,
-            vs, at, st, n, gat, gst, Qn, Kn, seed, threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE, SCORE_GRAD, WEIGH,
-            WEIGH_GRAD, SEEN, 2 if LISTED else 1, CHECKED, HIDES, DROPOUT, MERGED, FACTOR, ZEROS, PRECISION, GIVE,
-        )  # fmt: skip
+    # a specialised loop that another one follows does not compile on 10.0
     for i in tl.range(0, edges, num_stages=STAGES):
         dq = row_tile(
             dq, edge_tile(i, lo, first, last, LIST, Kn, whole, BN, LISTED), qt, gt, shift, inverse, delta, first_line + q, q, q0,
             q1, whole, K, V, ks, vs, at, st, n, gat, gst, Qn, Kn, seed, threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE,
             SCORE_GRAD, WEIGH, WEIGH_GRAD, SEEN, 0, CHECKED, HIDES, DROPOUT, MERGED, FACTOR, ZEROS, PRECISION, GIVE,
+        )  # fmt: skip
+    for i in tl.range(0, fulls, num_stages=STAGES, warp_specialize=SPECIALISED):
+        dq = row_tile(
+            dq, full_tile(i, first, LIST, BN, LISTED), qt, gt, shift, inverse, delta, first_line + q, q, q0, q1, whole, K, V, ks,
+            vs, at, st, n, gat, gst, Qn, Kn, seed, threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE, SCORE_GRAD, WEIGH,
+            WEIGH_GRAD, SEEN, 2 if LISTED else 1, CHECKED, HIDES, DROPOUT, MERGED, FACTOR, ZEROS, PRECISION, GIVE,
         )  # fmt: skip
     dq *= SLOPE
     put_tile(DQ + OFFSET(wide, sizes, dqb) + q_start * dqs[0], rows, dqs[0], Qn, D, DP, dqs[1], dq)

@@ -8,8 +8,10 @@ from kernel_cases import FLOAT_MIN, INF, bounds_of, check, make_spec, qkv, randn
 
 from attnfuse.expr import Algebra, Const, K, Load, Q, causal, dense, window
 from attnfuse.kernels import triton
+from attnfuse.kernels.device import Device
 from attnfuse.kernels.inputs import Bounds, Inputs
 from attnfuse.kernels.triton import launch
+from attnfuse.kernels.triton.call import Call
 from attnfuse.spec import AddFill, Bias, ReplaceFill, Scale, Softcap
 
 A = Algebra()
@@ -130,3 +132,13 @@ def test_weights_that_are_filled():
 def test_many_queries_are_not_decoded(launched):
     check(triton, *qkv(1, 2, 65, 300, 16), backward=False)
     assert "decode" not in [x[0] for x in launched]
+
+
+def test_few_queries_of_many_heads_get_tiles_of_their_size():
+    # enough programs without parts, and no keys that are shared
+    q, k, v = randn(4, 4, 3, 8), randn(4, 4, 70, 8), randn(4, 4, 70, 8)
+    spec = make_spec(q, k, v)
+    made = Call(spec, Inputs(q, k, v), Device("cuda", 90), launch.run)
+    assert made.decoding() is None
+    assert made.config("forward").BM == 16
+    check(triton, q, k, v)

@@ -9,11 +9,11 @@ from collections import Counter
 
 import pytest
 import torch
-from kernel_cases import FLOAT_MIN, INF, make_spec, qkv, randn
+from kernel_cases import FLOAT_MIN, INF, check, make_spec, qkv, randn
 from visits import Run, as_set, run
 
 from attnfuse.expr import Algebra, Const, Expr, K, Load, Q, causal, dense, documents, window
-from attnfuse.kernels import reference
+from attnfuse.kernels import reference, triton
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.triton import configs
 from attnfuse.spec import AddFill, ReplaceFill, Scale
@@ -290,3 +290,13 @@ def test_heads_that_share_keys_each_cost_their_tiles() -> None:
     # one program goes through the queries of all three heads
     expected = Counter(dict.fromkeys(needed(kept[:, :, 0])["backward_columns"], 3))
     assert found["backward_columns"].tiles == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_heads_that_share_keys_are_split_where_programs_would_be_few(dtype: torch.dtype) -> None:
+    # one head of keys for 6 of queries: 2 programs, of which each would go through 6 * 5 tiles of queries
+    q, k, v = randn(1, 6, 320, 8, dtype=dtype), *(randn(1, 1, 40, 8, dtype=dtype) for _ in range(2))
+    found = run(make_spec(q, k, v, steps=(HALF,)), q, k, v)["backward_columns"]
+    assert found.programs == 6 * 2
+    assert found.tiles == Counter({(e, i, j): 1 for e in range(6) for i in range(5) for j in range(2)})
+    check(triton, q, k, v, steps=(HALF, ReplaceFill(causal(), -INF)))

@@ -63,7 +63,7 @@ class Call:
 
         self.functions: Any = generated.functions(self.spec)
         self.traits = codegen.traits(self.spec)
-        self.q, self.k, self.v, operands, self.seed, bounds = self.inputs
+        self.q, self.k, self.v, operands, self.seed, bounds, _ = self.inputs
         # bools as bytes, which every backend loads alike
         self.operands = [o.view(torch.uint8) if o.dtype == torch.bool else o for o in operands]
         # the kernels step over whole rows of bounds

@@ -47,7 +47,7 @@ class Emitter(Edits):
             return
         if self._trains_a_branch(site, scope):
             raise EmitError(reasons.TRAINED_BRANCH())
-        if any(self._is_overwritten(leaf, site) for leaf in (site.q, site.k, site.v, *site.operands)):
+        if any(self._is_overwritten(leaf, site) for leaf in site.leaves):
             raise EmitError(reasons.KEPT_TENSOR_WRITTEN())
         others = partners(self.view, site, self.sites)
         if isinstance(others, Refusal):
@@ -95,10 +95,17 @@ class Emitter(Edits):
     def _insert(self, site: Site, kernel: str, writer: NodeWriter, own: bool) -> tuple[fx.Node, fx.Node]:
         """The call of the op, and its result as the site's is; own: as a copy."""
         q = writer.canonical(site.q, site.batch, site.q_dim, site.d_dim)
-        k = writer.canonical(site.k, site.batch, site.k_dim, site.d_dim)
-        v = writer.canonical(site.v, site.batch, site.k_dim, site.e_dim)
+        paging = site.paging
+        if paging is None:
+            k = writer.canonical(site.k, site.batch, site.k_dim, site.d_dim)
+            v = writer.canonical(site.v, site.batch, site.k_dim, site.e_dim)
+            pages = None
+        else:
+            k = writer.canonical(site.k, site.batch, paging.k_blocks, paging.row, site.d_dim)
+            v = writer.canonical(site.v, site.batch, paging.v_blocks, paging.row, site.e_dim)
+            pages = writer.pages(site, paging, k)
         operands = writer.operands(site, site.spec)
-        pair = writer.attention(q, k, v, operands, (None, None), site.spec, kernel, self.strict)
+        pair = writer.attention(q, k, v, operands, (None, None), site.spec, kernel, self.strict, pages)
         out = writer.getitem(pair, 0)
         dims = (*((a,) for a in site.batch), site.q_dim, site.e_dim)
         result = writer.shaped(out, dims, site.out_labels, value_of(site.final))

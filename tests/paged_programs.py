@@ -31,7 +31,9 @@ class Sizes:
         return self.M * self.S
 
 
-def tensors(x: Sizes, form: str, wraps: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
+def tensors(
+    x: Sizes, form: str, wraps: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> dict[str, Tensor]:
     """The inputs of a program: the caches laid out as `form` says, and a table that may name a block from the end of them."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -108,7 +110,9 @@ def _heads_first(cache: Tensor, table: Tensor) -> Tensor:
 
 FORMS: dict[str, Form] = {
     "blocks": Form(_same, lambda c, t: c[t].flatten(1, 2).transpose(1, 2)),
-    "blocks of heads": Form(_heads_inside, lambda c, t: c[t].transpose(2, 3).reshape(len(t), -1, *c.shape[1:4:2]).transpose(1, 2)),
+    "blocks of heads": Form(
+        _heads_inside, lambda c, t: c[t].transpose(2, 3).reshape(len(t), -1, *c.shape[1:4:2]).transpose(1, 2)
+    ),
     "blocks of heads, permuted": Form(
         _heads_inside, lambda c, t: c[t].permute(0, 2, 1, 3, 4).reshape(len(t), c.shape[1], -1, c.shape[3])
     ),
@@ -118,8 +122,12 @@ FORMS: dict[str, Form] = {
     ),
     "turned": Form(_same, _turned),
     "heads first": Form(_same, _heads_first),
-    "one cache of both": Form(lambda x: torch.stack([x + 1.0, x]), lambda c, t: c[1][t].flatten(1, 2).transpose(1, 2), blocks=(1,)),
-    "both gathered": Form(lambda x: torch.stack([x + 1.0, x]), lambda c, t: c[:, t][1].flatten(1, 2).transpose(1, 2), blocks=(1,)),
+    "one cache of both": Form(
+        lambda x: torch.stack([x + 1.0, x]), lambda c, t: c[1][t].flatten(1, 2).transpose(1, 2), blocks=(1,)
+    ),
+    "both gathered": Form(
+        lambda x: torch.stack([x + 1.0, x]), lambda c, t: c[:, t][1].flatten(1, 2).transpose(1, 2), blocks=(1,)
+    ),
     "both in a block": Form(
         lambda x: torch.stack([x + 1.0, x], 1), lambda c, t: c[t].unbind(2)[1].flatten(1, 2).transpose(1, 2)
     ),
@@ -192,6 +200,12 @@ def reads(report: Any) -> list[str]:
 
 def mark(given: dict[str, Tensor], form: str) -> None:
     """Let the numbers of sequences, of blocks, and of blocks of a sequence be symbolic."""
-    for name, dims in (("q", (0,)), ("table", (0, 1)), ("lengths", (0,)), ("k", FORMS[form].blocks), ("v", FORMS[form].blocks)):
+    for name, dims in (
+        ("q", (0,)),
+        ("table", (0, 1)),
+        ("lengths", (0,)),
+        ("k", FORMS[form].blocks),
+        ("v", FORMS[form].blocks),
+    ):
         for dim in dims:
             torch._dynamo.mark_dynamic(given[name], dim)

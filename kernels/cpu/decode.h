@@ -4,6 +4,8 @@
 #include "forward.h"
 
 constexpr i64 FEW = 16;
+// How many rows ahead those that lie in blocks are fetched.
+constexpr i64 AHEAD = 32;
 
 struct DecodeItem {
   const Problem& p;
@@ -11,6 +13,8 @@ struct DecodeItem {
   i64 n, width, q_width;
   float *q, *s, *o, *m, *l, *wide;
   Limits limits;
+  // the keys of the tile that each row sees
+  i64 lo[FEW], hi[FEW];
 
   DecodeItem(const Problem& problem, i64 queries) : p(problem), rows(problem), n(queries) {
     width = round_up(p.E, VL);
@@ -57,6 +61,7 @@ struct DecodeItem {
       const i64 some = count - j < VL ? count - j : VL;
       i64 pitch;
       const float* k = widen(keys, first + j, some, p.D, q_width, pitch);
+      keys.prefetch(first + j + AHEAD, count - j - AHEAD < VL ? count - j - AHEAD : VL, p.D);
       if (n == 1) dots_<1>(k, pitch, some, 0, j);
       else
         for (i64 r = 0; r < n; r += 2) n - r > 1 ? dots_<2>(k, pitch, some, r, j) : dots_<1>(k, pitch, some, r, j);
@@ -99,11 +104,15 @@ struct DecodeItem {
       const i64 some = count - j < 16 ? count - j : 16;
       i64 pitch;
       const float* v = widen(values, first + j, some, p.E, width, pitch);
+      values.prefetch(first + j + AHEAD, count - j - AHEAD < 16 ? count - j - AHEAD : 16, p.E);
       for (i64 r = 0; r < n; ++r) {
-        const float* w = s + r * LD + j;
+        // a weight of 0 would let NaN in a hidden value through
+        const i64 from = lo[r] > j ? lo[r] - j : 0, own = (hi[r] - j < some ? hi[r] - j : some) - from;
+        if (own <= 0) continue;
+        const float *w = s + r * LD + j + from, *x = v + from * pitch;
         i64 e = 0;
-        for (; e + 8 * VL <= width; e += 8 * VL) gather_<8>(o + r * width + e, w, v + e, pitch, some);
-        for (; e < width; e += VL) gather_<1>(o + r * width + e, w, v + e, pitch, some);
+        for (; e + 8 * VL <= width; e += 8 * VL) gather_<8>(o + r * width + e, w, x + e, pitch, own);
+        for (; e < width; e += VL) gather_<1>(o + r * width + e, w, x + e, pitch, own);
       }
     }
   }
@@ -132,10 +141,16 @@ struct DecodeItem {
         rows.enter_tile(0, p.Q, k0, count, full, limits);
         unseen[g] = !limits.any;
         if (unseen[g]) continue;
-        if (!multiplied) dots(keys, k0, count);
+        if (!multiplied) {
+          keys.prefetch(k0, count < AHEAD ? count : AHEAD, p.D);
+          dots(keys, k0, count);
+          values.prefetch(k0, count < AHEAD ? count : AHEAD, p.E);
+        }
         multiplied = true;
         for (i64 i = 0; i < p.Q; ++i) {
           const i64 r = g * p.Q + i;
+          lo[r] = limits.lo[i];
+          hi[r] = limits.hi[i];
           float* x = s + r * LD;
           rows.scores(x, i, 0, count, false);
           const float alpha = online(x, 0, count, m[r], l[r]);
@@ -147,7 +162,7 @@ struct DecodeItem {
       }
       if (!multiplied) continue;
       for (i64 r = 0; r < n; ++r)
-        if (unseen[r / p.Q]) fill(s + r * LD, 0, count, 0.0f);
+        if (unseen[r / p.Q]) lo[r] = hi[r] = 0;
       gather(values, k0, count);
     }
   }

@@ -132,6 +132,16 @@ struct Lines {
     }
     return base + at * size_of(x.dtype);
   }
+  // Fetches rows out of blocks, which no machine foresees: up to `count` from row k on, of `cols` elements.
+  INLINE void prefetch(i64 k, i64 count, i64 cols) const {
+    if (!blocks || count <= 0) return;
+    for (i64 n; count > 0; k += n, count -= n) {
+      n = count;
+      const char* row = run(k, n);
+      for (i64 r = 0; r < n; ++r, row += x.row() * size_of(x.dtype))
+        for (i64 b = 0; b < cols * size_of(x.dtype); b += 64) __builtin_prefetch(row + b);
+    }
+  }
 };
 
 struct Operand : Ref {

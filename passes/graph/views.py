@@ -62,7 +62,9 @@ def backward(axes: Axes, found: DimMap, labels: Labels, cut: Cut = lambda label,
     own = shape_of(found.source)
     placed: list[Dim] = [()] * len(own)
     parts = [(dim, (), start, 1) for dim, start in found.fixed]
-    parts += [(x.dim, y, x.start, x.step) for x, y in zip(found.dims, labels, strict=True) if isinstance(x, moves.Slice)]
+    parts += [
+        (x.dim, y, x.start, x.step) for x, y in zip(found.dims, labels, strict=True) if isinstance(x, moves.Slice)
+    ]
     for dim, label, start, step in parts:
         whole = None if start is None or step != 1 else cut(label, own[dim], start)
         if whole is None:

@@ -133,7 +133,11 @@ class _Walk:
 
     def _cut(self, label: Dim, size: Size, start: Size) -> Dim | None:
         if self._is_keys(label):
-            if label != self.key or not known_equal(start, 0) or (self.whole and not known_equal(self.whole[0].size, size)):
+            if (
+                label != self.key
+                or not known_equal(start, 0)
+                or (self.whole and not known_equal(self.whole[0].size, size))
+            ):
                 return None
             self.whole = self.whole or self.axes.fresh(size)
             return self.whole or None
@@ -246,6 +250,9 @@ def _same_op(a: fx.Node, b: fx.Node, depth: int) -> bool:
         and not (is_mutating(x) or is_stale(x) or torch.Tag.nondeterministic_seeded in x.target.tags)
         for x in (a, b)
     )
-    return pure and a.target is b.target and a.kwargs.keys() == b.kwargs.keys() and (
-        _same(a.args, b.args, depth) and _same(list(a.kwargs.values()), [b.kwargs[x] for x in a.kwargs], depth)
+    return (
+        pure
+        and a.target is b.target
+        and a.kwargs.keys() == b.kwargs.keys()
+        and (_same(a.args, b.args, depth) and _same(list(a.kwargs.values()), [b.kwargs[x] for x in a.kwargs], depth))
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -160,10 +159,10 @@ def _expanded(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-    B, H, K, D = k.shape
+    B, H, _, D = k.shape
     q = q.view(B, H, -1, *q.shape[2:])
     scores = torch.einsum("bhgqd,bhkd->bhgqk", q, k) * D**-0.5
-    scores = scores + torch.where(keep, 0.0, torch.finfo(scores.dtype).min)[:, None, None, None]
+    scores = scores + torch.where(keep, 0.0, torch.finfo(torch.float32).min)[:, None, None, None]
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype)
     return torch.einsum("bhgqk,bhkd->bhgqd", weights, v).flatten(1, 2)
 
@@ -190,12 +189,6 @@ def program(form: str, attention: str, kept: int | None = None) -> Callable[...,
         return attend(q, keys, values, keep)
 
     return run
-
-
-def reads(report: Any) -> list[str]:
-    """The ops of a rewritten graph that read a tensor by another one."""
-    words = ("index_select", "embedding", "gather", "[l_table_", "operator.getitem(l_k_", "aten.index")
-    return [line.strip() for line in report.after.splitlines() if any(word in line for word in words)]
 
 
 def mark(given: dict[str, Tensor], form: str) -> None:

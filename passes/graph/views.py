@@ -61,7 +61,7 @@ def backward(axes: Axes, found: DimMap, labels: Labels, cut: Cut = lambda label,
     """The labels of the source of a map; None where there are none, as for one of which the result has not all elements."""
     own = shape_of(found.source)
     placed: list[Dim] = [()] * len(own)
-    parts = [(dim, (), start, 1) for dim, start in found.fixed]
+    parts: list[tuple[int, Dim, Size | None, int]] = [(dim, (), start, 1) for dim, start in found.fixed]
     parts += [
         (x.dim, y, x.start, x.step) for x, y in zip(found.dims, labels, strict=True) if isinstance(x, moves.Slice)
     ]

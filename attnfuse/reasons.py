@@ -746,7 +746,7 @@ KERNEL_HEAD_SIZE = Cause(
 KERNEL_LAYOUT = Cause(
     "kernel-layout",
     "layout {layout} (takes {taken})",
-    "Leave out the option kernel: cpu and triton take packed rows, and cpu takes paged caches.",
+    "Leave out the option kernel: cpu and triton take packed rows and paged caches.",
     KERNELS,
 )
 KERNEL_DEVICE = Cause(

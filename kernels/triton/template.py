@@ -51,7 +51,15 @@ def matrix_of(X, e, start, sizes, strides, steps, OFFSET: tl.constexpr):
             return X + OFFSET(e.to(tl.int64), sizes, strides) + start * steps[0], steps
         else:
             table = steps[5] + OFFSET(e.to(tl.int64), sizes, steps[6])
-            return X + OFFSET(e.to(tl.int64), sizes, strides), (steps[0], steps[1], steps[2], steps[3], steps[4], table, steps[7])
+            return X + OFFSET(e.to(tl.int64), sizes, strides), (
+                steps[0],
+                steps[1],
+                steps[2],
+                steps[3],
+                steps[4],
+                table,
+                steps[7],
+            )
     else:
         return X, index_of(e.to(tl.int32), sizes, strides)
 

@@ -13,13 +13,18 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_programs import ATTENTIONS, FORMS, Sizes, mark, program, tensors
+from repository import ROOT
 
 import attnfuse
 from attnfuse import reasons
+from attnfuse.passes.emit.edits import EmitError
+from attnfuse.passes.emit.writer import NodeWriter
 from attnfuse.report.report import SiteReport
 
 Tensor = torch.Tensor
 Inputs = Mapping[str, Tensor]
+#: Of a compile in the guide, without Inductor.
+FAST = 'backend="attnfuse", options={"inner": "aot_eager"}'
 PROGRAMS = 300 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 6
 
 
@@ -310,12 +315,20 @@ def test_what_only_looks_like_a_block_table_stays(trap: str) -> None:
 #: What is no block table by its looks, and is one all the same.
 HEADS = torch.tensor([0, 0, 1, 1])
 LINES = torch.tensor([4, 7])
+SLOTS = torch.randint(0, 48, (2, 30, 2), generator=torch.Generator().manual_seed(0))
 TOO: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "one row of each block": lambda q, k, v: attend(q, *(x[TABLE, 3].transpose(1, 2) for x in (k, v))),
     "one line for each sequence": lambda q, k, v: attend(q, *(x[LINES].transpose(1, 2) for x in (k, v))),
     "heads that are chosen": lambda q, k, v: attend(q, *(x[:2].transpose(1, 2)[:, HEADS] for x in (k, v))),
     "one table made twice": lambda q, k, v: attend(q, *(flat(x[(TABLE + 2) % 9]) for x in (k, v))),
     "rows of a narrower cache": lambda q, k, v: attend(q, *(flat(x[:, 4:12][TABLE]) for x in (k, v))),
+    "rows of each head": lambda q, k, v: attend(
+        q,
+        *(
+            x[:6].reshape(2, 48, 2, 16).gather(1, SLOTS[..., None].expand(-1, -1, -1, 16)).transpose(1, 2)
+            for x in (k, v)
+        ),
+    ),
     "repeated before": lambda q, k, v: F.scaled_dot_product_attention(
         q, *(flat(x.repeat_interleave(2, 2)[TABLE]) for x in (k, v))
     ),
@@ -450,3 +463,40 @@ def allocated(run: Callable[..., Tensor], inputs: Inputs) -> int:
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as made:
         run(**inputs)
     return sum(max(e.self_cpu_memory_usage, 0) for e in made.key_averages())
+
+
+def test_a_call_that_cannot_be_written_is_one_of_what_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise EmitError(reasons.NO_SUCH_SIZE(size=3))
+
+    monkeypatch.setattr(NodeWriter, "pages", broken)
+    site = site_of(program("blocks", "repeated"), tensors(Sizes(), "blocks"))
+    assert not is_paged(site) and site.note_causes == (reasons.NO_SUCH_SIZE.name,)
+
+
+def test_the_body_of_a_region_with_several_calls_reads_each_ones_cache() -> None:
+    @torch.compiler.nested_compile_region
+    def layer(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        return attend(q, *(flat(x[table]) for x in (k, v)))
+
+    def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        return layer(layer(q, k[0], v[0], table), k[1], v[1], table)
+
+    inputs = {"q": torch.randn(2, 4, 1, 16), "table": torch.randint(-9, 9, (2, 3))}
+    inputs |= {name: torch.randn(2, 9, 16, 2, 16) for name in ("k", "v")}
+    torch.compiler.reset()
+    attnfuse.reset()
+    compiled = torch.compile(run, backend="attnfuse", options={"inner": "aot_eager", "kernel": "cpu", "strict": True})
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**inputs), run(**inputs), rtol=1e-4, atol=1e-5)
+    sites = [s for r in attnfuse.reports() for s in r.sites]
+    assert [(s.status, is_paged(s)) for s in sites] == [("fused", True)] * 2
+
+
+def test_the_python_of_the_guide_runs_and_says_what_it_says() -> None:
+    guide = (ROOT / "docs" / "paged.md").read_text()
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", guide, re.M | re.S)).replace('backend="attnfuse"', FAST)
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/paged.md", "exec"), names)
+    (site,) = (s for r in attnfuse.reports() for s in r.sites)
+    assert is_paged(site) and site.reads.endswith("GQA 4:1, reads through the block table")

@@ -249,10 +249,10 @@ def _paged(state: State) -> State:
             if isinstance(result, Site):
                 choice = choose(result.spec, value_of(site.q.node).device, state.settings.kernel)
                 result = result if choice.kernel is not None else choice.reason
+            unread = None if site.unread is None else paged(view, site.unread)
         except Exception as error:
             result = state.failures.reason(error)
         if isinstance(result, Site):
-            unread = None if site.unread is None else paged(view, site.unread)
             return replace(result, unread=unread if isinstance(unread, Site) else None)
         return site if result is None else _gathering(site, result)
 

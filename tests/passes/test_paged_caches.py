@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,11 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_programs import ATTENTIONS, FORMS, Sizes, mark, program, tensors
 from repository import ROOT
+from traced_programs import viewed
 
 import attnfuse
 from attnfuse import reasons
+from attnfuse.passes.capture.view import View
 from attnfuse.passes.emit.edits import EmitError
 from attnfuse.passes.emit.writer import NodeWriter
+from attnfuse.passes.read import anchors, peel
+from attnfuse.passes.read.paged import paged
+from attnfuse.passes.site import Site
 from attnfuse.report.report import SiteReport
 
 Tensor = torch.Tensor
@@ -117,6 +123,37 @@ def test_any_sizes_lengths_and_paddings_give_eagers_result(data: st.DataObject) 
         assert len(sites) == 1 and sites[0].status == "fused"
         # a dim of one block or one row is none that could be split
         assert is_paged(sites[0]) or kept is not None or 1 in (size.M, size.S, size.N)
+
+
+def site_in(run: Callable[..., Any], *given: Tensor) -> tuple[View, Site]:
+    view = viewed(run, *given)
+    (anchor,) = anchors.find(view)
+    site = peel.read(view, anchor)
+    assert isinstance(site, Site)
+    return view, site
+
+
+def test_a_paged_site_says_what_each_dim_of_its_tensors_is() -> None:
+    def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, *(x[table].flatten(1, 2).transpose(1, 2) for x in (k, v)))
+
+    q, k, v = torch.randn(3, 2, 4, 8), torch.randn(9, 16, 2, 8), torch.randn(7, 16, 2, 10)
+    view, site = site_in(run, q, k, v, torch.zeros(3, 5, dtype=torch.int64))
+    made = paged(view, site)
+    assert isinstance(made, Site) and made.paging is not None and made.gathered is site
+    assert made.spec == replace(site.spec, layout="paged", wraps=True)
+    batch, heads = made.batch
+    (column,), (row,) = made.paging.columns, made.paging.row
+    assert (column.size, row.size) == (5, 16)
+    assert made.paging.table.labels == ((batch,), (column,))
+    assert made.k.labels == (made.paging.k_blocks, (row,), (heads,), made.d_dim)
+    assert made.v.labels == (made.paging.v_blocks, (row,), (heads,), made.e_dim)
+    assert [dim[0].size for dim in (made.paging.k_blocks, made.paging.v_blocks)] == [9, 7]
+
+
+def test_what_is_not_gathered_is_none_of_its_business() -> None:
+    view, site = site_in(F.scaled_dot_product_attention, *(torch.randn(2, 3, 5, 8) for _ in range(3)))
+    assert paged(view, site) is None
 
 
 def one_sequence(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:

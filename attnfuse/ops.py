@@ -1,13 +1,14 @@
 """The op family that compiled graphs call: `attnfuse::attention` and its backward.
 
-    attention(q, k, v, operands, seed, q_bounds, k_bounds, spec, kernel, strict) -> (out, stats)
+    attention(q, k, v, operands, seed, q_bounds, k_bounds, spec, kernel, strict, table=None, keys=0) -> (out, stats)
     attention_backward(dout, dlse, q, k, v, operands, seed, q_bounds, k_bounds, out, stats, spec, kernel, strict, needs)
         -> the gradients needed
     own(x) -> a copy of x that no compiler takes for x itself
     checked_offsets(offsets, lengths, rows) -> a copy of offsets [B + 1] of a jagged tensor of so many rows, or ValueError
 
 Shapes as in attnfuse.spec; operands a list, or None for none (AOTInductor's runtime makes None of an empty list); seed
-int64 [1] or None; q_bounds and k_bounds as in kernels/inputs.py, None where the layout is dense; spec is `Attention.argument`;
+int64 [1] or None; q_bounds and k_bounds as in kernels/inputs.py, None where the layout is not packed; table and keys those of
+its `Pages` in a paged layout, which has no gradients; spec is `Attention.argument`;
 kernel the name of one; strict whether a failing kernel raises instead of giving way to the next one. Both raise ValueError for
 arguments that are not those of the spec, before a kernel sees them. stats
 [2, *batch, Q], float32 (float64 where q, k or v are), holds each row's maximum and its sum of exp(s - maximum). They are
@@ -30,7 +31,7 @@ from attnfuse import second
 from attnfuse._compat import has_tangent
 from attnfuse.kernels import REFERENCE, Kernel, kernel_named, statistics, successor
 from attnfuse.kernels.arguments import check_arguments, check_results
-from attnfuse.kernels.inputs import Bounds, Inputs
+from attnfuse.kernels.inputs import Bounds, Inputs, Pages
 from attnfuse.kernels.layout import allocate, batch_shape
 from attnfuse.report import registry
 from attnfuse.spec import Attention
@@ -39,7 +40,7 @@ from attnfuse.warning import said, warn
 _LIBRARY = torch.library.Library("attnfuse", "DEF")
 _LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor[]? operands, Tensor? seed, Tensor? q_bounds, Tensor? k_bounds, "
-    "str spec, str kernel, bool strict) -> (Tensor, Tensor)"
+    "str spec, str kernel, bool strict, Tensor? table=None, SymInt keys=0) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor[] operands, Tensor? seed, "
@@ -118,6 +119,9 @@ def _check_once(spec: Attention, inputs: Inputs) -> None:
     kind: tuple[Any, ...] = (spec.text, *((x.shape, x.dtype, x.device) for x in inputs.tensors))
     if seed is not None or bounds.q is not None or bounds.k is not None:
         kind += tuple(None if x is None else (x.shape, x.dtype, x.device) for x in (seed, *bounds))
+    if inputs.pages is not None:
+        table = inputs.pages.table
+        kind += (table.shape, table.dtype, table.device, inputs.pages.keys)
     if kind in _fitting:
         return
     check_arguments(spec, inputs)
@@ -138,10 +142,13 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _takes_more(kernel: Kernel, inputs: Inputs) -> bool:
-    """Whether the kernel is the reference, and its scores are more than all of the tensors."""
+    """Whether the kernel is the reference, and what it makes is more than all of the tensors."""
     if kernel is not REFERENCE:
         return False
-    elements = math.prod(batch_shape(inputs.tensors)) * inputs.q.shape[-2] * inputs.k.shape[-2]
+    elements = math.prod(batch_shape(inputs.shapes)) * inputs.q.shape[-2] * inputs.keys
+    if inputs.pages is not None:
+        # it makes copies of k and v, too
+        elements += sum(map(math.prod, inputs.shapes[1:3]))
     return elements * 4 > sum(x.nbytes for x in inputs.tensors)
 
 
@@ -168,8 +175,11 @@ def _forward(
     spec: str,
     kernel: str,
     strict: bool,
+    table: torch.Tensor | None = None,
+    keys: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    parsed, inputs = Attention.parse(spec), Inputs(q, k, v, operands or (), seed, Bounds(q_bounds, k_bounds))
+    parsed, pages = Attention.parse(spec), None if table is None else Pages(table, keys)
+    inputs = Inputs(q, k, v, operands or (), seed, Bounds(q_bounds, k_bounds), pages)
     _no_tangents(inputs.tensors)
     _check_once(parsed, inputs)
     for observe in observers:
@@ -218,8 +228,11 @@ def _(
     spec: str,
     kernel: str,
     strict: bool,
+    table: Any = None,
+    keys: Any = 0,
 ) -> Any:
-    parsed, inputs = Attention.parse(spec), Inputs(q, k, v, operands or (), seed, Bounds(q_bounds, k_bounds))
+    parsed, pages = Attention.parse(spec), None if table is None else Pages(table, keys)
+    inputs = Inputs(q, k, v, operands or (), seed, Bounds(q_bounds, k_bounds), pages)
     check_arguments(parsed, inputs)
     return allocate(parsed, inputs)
 
@@ -246,10 +259,11 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    q, k, v, operands, seed, q_bounds, k_bounds, spec, kernel, strict = inputs
+    q, k, v, operands, seed, q_bounds, k_bounds, spec, kernel, strict, *_ = inputs
     operands = operands or ()
     out, stats = output
     parsed = Attention.parse(spec)
+    ctx.paged = parsed.paged
     if not parsed.lse:
         ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
@@ -262,6 +276,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 def _differentiate(ctx: Any, dout: torch.Tensor | None, dstats: torch.Tensor | None) -> tuple[Any, ...]:
     none = [None] * ctx.count
+    if ctx.paged:
+        raise NotImplementedError("attnfuse::attention has no gradients through a block table")
     if dout is None and dstats is None:
         return None, None, None, none, None, None, None, None, None, None
     q, k, v, *rest = ctx.saved_tensors
@@ -275,6 +291,7 @@ def _differentiate(ctx: Any, dout: torch.Tensor | None, dstats: torch.Tensor | N
     )
     grads = iter(made)
     found = [next(grads) if need else None for need in ctx.needs]
+    # one for each argument, without those that are left at their defaults: the dispatcher does not pass them on
     return found[0], found[1], found[2], found[3:], None, None, None, None, None, None
 
 

@@ -28,6 +28,7 @@ from attnfuse.passes.padding.region import find_regions
 from attnfuse.passes.padding.rewrite import RegionRewriter
 from attnfuse.passes.read.anchors import find
 from attnfuse.passes.read.fully_masked import fully_masked
+from attnfuse.passes.read.paged import paged
 from attnfuse.passes.read.peel import read
 from attnfuse.passes.read.unseen import unseen
 from attnfuse.passes.site import Refusal, Site
@@ -236,6 +237,33 @@ def _unpadded(state: State) -> State:
     return replace(state, found=tuple(left))
 
 
+def _paged(state: State) -> State:
+    """Keys and values that the graph gathers from a cache are read through the block table, where a kernel can."""
+    view = state.view
+    if view is None:
+        return state
+
+    def read_through(site: Site) -> Site:
+        try:
+            result = paged(view, site)
+            if isinstance(result, Site):
+                choice = choose(result.spec, value_of(site.q.node).device, state.settings.kernel)
+                result = result if choice.kernel is not None else choice.reason
+            unread = None if site.unread is None else paged(view, site.unread)
+        except Exception as error:
+            result = state.failures.reason(error)
+        if isinstance(result, Site):
+            return replace(result, unread=unread if isinstance(unread, Site) else None)
+        return site if result is None else _gathering(site, result)
+
+    return replace(state, found=tuple(read_through(x) if isinstance(x, Site) else x for x in state.found))
+
+
+def _gathering(site: Site, why: Reason) -> Site:
+    """The site, with a note of why a gather stays."""
+    return replace(site, notes=(*site.notes, reasons.GATHER_STAYS(why=why)))
+
+
 def _emitted(state: State) -> State:
     """A kernel is chosen for each site and its call written in place of the site's result."""
     if state.emitter is None:
@@ -277,6 +305,7 @@ STAGES: tuple[tuple[str, Callable[[State], State]], ...] = (
     ("read", _read),
     ("unseen", _unseen),
     ("unpad", _unpadded),
+    ("page", _paged),
     ("emit", _emitted),
     ("tune", _tuned),
 )
@@ -356,20 +385,27 @@ def _settled(found: Found, state: State, emitter: Emitter) -> tuple[SiteReport, 
         return _refusal(found), None
     try:
         # the rewrite of another call of its region may have done it, as it is or with its mask as a tensor
-        done = found in emitter.done or found.unread in emitter.done
+        done = any(x in emitter.done for x in (found, found.unread, found.gathered) if x is not None)
         if not state.has_fuel and not done:
             out = reasons.FUEL(fuel=state.settings.fuel)
             return _report(found, emitter)(status="left", kernel=None, **told(out)), None
         report, site = _tried(found, state, emitter)
+        # a kernel may take a mask as a tensor that it does not take as an expression
         if site is None and found.unread is not None:
-            # a kernel may take a mask as a tensor that it does not take as an expression
-            again, site = _tried(found.unread, state, emitter)
-            if site is not None:
-                notes, causes = (*again.notes, report.reason or ""), (*again.note_causes, report.cause or "")
-                return replace(again, notes=notes, note_causes=causes), site
+            report, site = _instead(report, *_tried(found.unread, state, emitter))
+        if site is None and found.gathered is not None:
+            report, site = _instead(report, *_settled(found.gathered, state, emitter))
     except Exception as error:
         return replace(_refusal(found), **told(state.failures.reason(error))), None
     return report, site
+
+
+def _instead(report: SiteReport, again: SiteReport, site: Site | None) -> tuple[SiteReport, Site | None]:
+    """What another form of a site came to, with a note of what spoke against the first; if that did no better, the first."""
+    if site is None:
+        return report, None
+    notes, causes = (*again.notes, report.reason or ""), (*again.note_causes, report.cause or "")
+    return replace(again, notes=notes, note_causes=causes), site
 
 
 def _refusal(found: Found) -> SiteReport:

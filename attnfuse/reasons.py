@@ -83,6 +83,7 @@ NESTED = "Nested tensors"
 GRAPHS = "Whole graphs"
 MASKS = "Notes: masks and biases that stay tensors"
 PADDING = "Notes: padding that stays"
+GATHERS = "Notes: gathers that stay"
 
 #: The groups in the order of docs/refusals.md, with what is said of each.
 GROUPS: Mapping[str, str] = types.MappingProxyType(
@@ -100,6 +101,8 @@ GROUPS: Mapping[str, str] = types.MappingProxyType(
         "'a mask stays a tensor: ...', with one of these.",
         PADDING: "Attentions are fused all the same, on padded rows. The notes of a site say 'padding stays: ...', with one of "
         "these; see [padding.md](padding.md).",
+        GATHERS: "Attentions are fused all the same, on keys and values that the graph gathers from a cache. The notes of a site "
+        "say 'a gather stays: ...', with one of these; see [paged.md](paged.md).",
     }
 )
 
@@ -743,7 +746,7 @@ KERNEL_HEAD_SIZE = Cause(
 KERNEL_LAYOUT = Cause(
     "kernel-layout",
     "layout {layout} (takes {taken})",
-    "Leave out the option kernel: cpu and triton take packed rows.",
+    "Leave out the option kernel: cpu and triton take packed rows and paged caches.",
     KERNELS,
 )
 KERNEL_DEVICE = Cause(
@@ -1208,6 +1211,43 @@ MASK_VALUE_PER_PAIR = Cause(
 )
 MASK_OTHER_INDEX = Cause(
     "mask-other-index", "a value depends on an index that the attention does not have", _FOR_THE_MASK, MASKS
+)
+
+# -- notes: gathers that stay
+
+GATHER_STAYS = Cause("gather-stays", "a gather stays: {why}", "See what it says after the colon.", GATHERS)
+GATHER_GRADIENT = Cause(
+    "gather-gradient",
+    "gradients are needed",
+    "Call the model under torch.no_grad() or torch.inference_mode(): kernels read through a block table without gradients.",
+    GATHERS,
+)
+GATHER_INDEX = Cause(
+    "gather-index",
+    "{op} takes something else than one tensor of integers",
+    "Index the cache by one tensor of integers, the block table or the slots of all keys.",
+    GATHERS,
+)
+GATHER_OF_ONE = Cause(
+    "gather-of-one", "only one of k and v is gathered", "Gather both from caches, by one block table.", GATHERS
+)
+GATHER_TABLES = Cause(
+    "gather-tables", "k and v are gathered by different block tables", "Use one block table for both.", GATHERS
+)
+GATHER_ORDER = Cause(
+    "gather-order",
+    "it does not say block by block where the keys are",
+    "Flatten the blocks of a sequence, and the rows of a block, to the dim of the keys, in this order.",
+    GATHERS,
+)
+GATHER_CAST = Cause(
+    "gather-cast", "what is gathered is converted to {dtype}", "Keep the cache in the dtype of the model.", GATHERS
+)
+GATHER_WRITTEN = Cause(
+    "gather-written",
+    "the cache or the block table is written between the gather and the attention",
+    "Write new keys and values to their caches before the first of them is gathered.",
+    GATHERS,
 )
 
 # -- notes: padding that stays

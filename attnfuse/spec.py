@@ -12,6 +12,10 @@ has the rows from bounds[0, s] on and before bounds[1, s]; the result lies like 
 are the sequence's own: its first query and its first key are number 0, in masks and in operands [sequences or 1, *rest, Q, K],
 which are as long as the longest sequence. No row belongs to two sequences; rows of none give 0.
 
+In the paged layout k and v lie in caches of blocks, k [*batch, blocks, block, D] and v [*batch, blocks, block, E], and a table of
+integers [*batch, T] says which block comes where: key j is row j % block of block table[..., j // block]. Each batch dim of a
+cache and of the table is full or 1. K, the number of keys, is at most T * block.
+
 A spec holds no tensor, no graph node and no symbolic size. It is hashable and survives a trip through JSON text, which is
 how it reaches the op: `Attention.parse(spec.argument) == spec`, and that of `spec.text` too.
 """
@@ -31,15 +35,15 @@ from attnfuse import expr
 from attnfuse.expr import Expr
 
 #: Part of every spec's text, so that a compiled graph cached under an older meaning of a spec is never reused.
-OP_VERSION = 6
+OP_VERSION = 7
 
 #: What a row whose scores are all -inf gives: NaN as softmax does, 0 as scaled_dot_product_attention does, or 0 for every
 #: row that is NaN for whatever reason (softmax followed by nan_to_num).
 Hidden = Literal["nan", "zero", "nan_to_zero"]
 
 #: 'packed': the rows of q, and of k and v, lie one sequence after the other; 'packed_queries' and 'packed_keys': those of q
-#: alone, and of k and v alone.
-Layout = Literal["dense", "packed", "packed_queries", "packed_keys"]
+#: alone, and of k and v alone. 'paged': those of k and v are read through a block table.
+Layout = Literal["dense", "packed", "packed_queries", "packed_keys", "paged"]
 
 #: 'plain' is softmax. 'unshifted' is exp(s) / sum(exp(s)) without subtracting the maximum: the same where that sum is a
 #: finite positive float32, NaN elsewhere.
@@ -204,12 +208,14 @@ class Attention:
 
     batch        names of the batch dims, outermost first, such as ('B', 'H') or ('B', 'Hkv', 'G')
     sizes        the size of each dim in batch + (Q, K, D, E), None where it is symbolic
-    broadcast    for q, k and v, the names of the batch dims in which it has size 1 while the batch has more (or may have)
+    broadcast    for q, k and v, the names of the batch dims in which it has size 1 while the batch has more (or may have); in a
+                 paged layout a cache may have 1 where the table has more, and the other way round
     qk_dtype     dtype of q and k; v_dtype of v; out_dtype of the result
     steps        applied to the scores in order; weight_steps (ReplaceFill with 0, Scale) to the weights after softmax
     sink         a score besides those of the keys, or None
     lse          whether the log-sum-exp of each row's scores (and sink) is a result too, which may have a gradient
     dropout      probability of dropping a weight, 0 for none
+    wraps        in a paged layout: a negative number in the table counts blocks from the end, and is no error
     out_order    the dims of out from the slowest to the fastest in memory
     """
 
@@ -228,6 +234,7 @@ class Attention:
     dropout: float = 0.0
     broadcast: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]] = ((), (), ())
     layout: Layout = "dense"
+    wraps: bool = False
     out_order: tuple[int, ...] = ()
     nan_policy: Literal["skip", "eager"] = "skip"
     version: int = field(default=OP_VERSION)
@@ -238,7 +245,7 @@ class Attention:
             raise ValueError(f"sizes must name batch + (Q, K, D, E), {rank + 2} entries; got {self.sizes}")
         if not self.out_order:
             object.__setattr__(self, "out_order", tuple(range(rank)))
-        if self.layout != "dense" and not self.batch:
+        if self.packed and not self.batch:
             raise ValueError(f"layout {self.layout} needs a batch dim for the sequences")
         if sorted(self.out_order) != list(range(rank)):
             raise ValueError(f"out_order must be a permutation of range({rank}); got {self.out_order}")
@@ -248,6 +255,8 @@ class Attention:
         for operand in self.operands:
             if len(operand.dims) != rank:
                 raise ValueError(f"operand {operand} must have {rank} dims, as [*batch, Q, K]")
+        if self.wraps and not self.paged:
+            raise ValueError(f"only a paged layout has a table whose numbers wrap; got {self.layout}")
         for load in self.loads:
             if load.dtype != self.operands[load.operand].dtype:
                 raise ValueError(f"operand {load.operand} is {self.operands[load.operand].dtype}, not {load.dtype}")
@@ -286,6 +295,16 @@ class Attention:
         steps = [s for s in self.steps + self.weight_steps if isinstance(s, Bias)]
         reads: list[expr.Load | Bias] = [*self.loads, *steps]
         return frozenset(x.operand for x in reads if x.row is not None or x.col is not None)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the rows of a side lie one sequence after the other."""
+        return self.packed_queries or self.packed_keys
+
+    @property
+    def paged(self) -> bool:
+        """Whether k and v are read through a block table."""
+        return self.layout == "paged"
 
     @property
     def packed_queries(self) -> bool:
@@ -358,8 +377,10 @@ class Attention:
             parts.append(f"dropout {_number(self.dropout)}")
         if self.groups not in (1, None) and len(self.batch) >= 2:
             parts.append(f"GQA {self.groups}:1")
-        if self.layout != "dense":
+        if self.packed:
             parts.append(self.layout.replace("_", " "))
+        if self.paged:
+            parts.append("reads through the block table")
         if self.E != self.D:
             parts.append(f"E {self.E} != D {self.D}")
         if self.lse:

@@ -189,7 +189,10 @@ def _tune(job: Job, step: Any) -> None:
 
 
 def _can_be_tuned(node: fx.Node) -> bool:
-    return node.target is torch.ops.attnfuse.attention.default and node.args[_KERNEL] == TRITON.name
+    if node.target is not torch.ops.attnfuse.attention.default or node.args[_KERNEL] != TRITON.name:
+        return False
+    # what a block table holds is not known when a graph is compiled
+    return not Attention.parse(str(node.args[_SPEC])).paged
 
 
 def job(node: fx.Node) -> Job:

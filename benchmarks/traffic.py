@@ -160,7 +160,7 @@ class _Count:
         q, k, v, operands, *_ = inputs
         self.spec, self.operands, self.tiles = spec, operands, tiles
         self.Q, self.K, self.keys = q.shape[-2], k.shape[-2], _row(k) + _row(v)
-        self.batch = batch_shape(inputs.tensors)
+        self.batch = batch_shape(inputs.shapes)
         self.elements = math.prod(self.batch)
         self.queries = self.elements * self.Q
         self.rows, self.columns = _sizes(self.Q, tiles.BM), _sizes(self.K, tiles.BN)

@@ -40,6 +40,17 @@ class Bounds(NamedTuple):
 DENSE = Bounds()
 
 
+class Pages(NamedTuple):
+    """Where the keys of a paged layout are.
+
+    table   int32 or int64 [*batch, T], of numbers of blocks
+    keys    how many of the T * block that the table names are keys: the first ones
+    """
+
+    table: torch.Tensor
+    keys: int
+
+
 class Inputs(NamedTuple):
     """The tensors of one attention, beside the spec that says what is computed of them. Any strides; of one device.
 
@@ -50,6 +61,7 @@ class Inputs(NamedTuple):
               which are read at computed indices, with any last two dims
     seed      of dropout, int64 of one element; None without
     bounds    of the sequences, in a packed layout
+    pages     the block table of a paged layout, in which k is [*batch, blocks, block, D] and v [*batch, blocks, block, E]
 
     Each batch dim is 1 or full. Packed rows of all sequences lie one after the other, in a tensor whose first dim is 1.
     """
@@ -60,6 +72,22 @@ class Inputs(NamedTuple):
     operands: Sequence[torch.Tensor] = ()
     seed: torch.Tensor | None = None
     bounds: Bounds = DENSE
+    pages: Pages | None = None
+
+    @property
+    def keys(self) -> int:
+        """The number of keys; of all sequences, where they are packed."""
+        return self.k.shape[-2] if self.pages is None else self.pages.keys
+
+    @property
+    def shapes(self) -> tuple[Sequence[int], ...]:
+        """The shapes of `tensors`, those of k and v as if they were gathered from their blocks."""
+        found: list[Sequence[int]] = [x.shape for x in self.tensors]
+        if self.pages is not None:
+            lead, keys = self.pages.table.shape[:-1], self.pages.keys
+            for at, cache in enumerate((self.k, self.v), 1):
+                found[at] = (*map(wider, cache.shape[:-3], lead), keys, cache.shape[-1])
+        return tuple(found)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -70,3 +98,14 @@ class Inputs(NamedTuple):
         """The same with other (q, k, v, *operands)."""
         q, k, v, *operands = tensors
         return self._replace(q=q, k=k, v=v, operands=operands)
+
+
+def wider(*sizes: int) -> int:
+    """The size that these broadcast to. Puts no guard on symbolic ones: one is taken for the full size where no number is."""
+    symbolic: int | None = None
+    for size in sizes:
+        if not isinstance(size, int):
+            symbolic = size if symbolic is None else symbolic
+        elif size != 1:
+            return size
+    return 1 if symbolic is None else symbolic

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from attnfuse.kernels.inputs import Bounds, Inputs
+from attnfuse.kernels.inputs import Bounds, Inputs, wider
 from attnfuse.spec import Attention, dtype_of
 
 
@@ -26,7 +26,7 @@ def check_bounds(spec: Attention, bounds: Bounds) -> None:
 def check_sequences(spec: Attention, inputs: Inputs) -> None:
     """Raises ValueError where a tensor of a packed layout is for another number of sequences than the bounds, if both are
     known."""
-    if spec.layout == "dense":
+    if not spec.packed:
         return
     sides = (spec.packed_queries, spec.packed_keys, spec.packed_keys, *[False] * len(inputs.operands))
     sequences = inputs.bounds.sequences
@@ -37,19 +37,18 @@ def check_sequences(spec: Attention, inputs: Inputs) -> None:
             raise ValueError(f"a tensor {list(x.shape)} for {sequences} sequences")
 
 
-def batch_shape(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
-    """The broadcast of the batch dims (all but the last two) of tensors of one rank. Puts no guard on symbolic sizes.
+def batch_shape(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The broadcast of the batch dims (all but the last two) of shapes of one rank. Puts no guard on symbolic sizes.
 
-    Where no tensor has a number other than 1, a symbolic size is taken for the full one.
+    Where no shape has a number other than 1, a symbolic size is taken for the full one.
     """
-    rank = tensors[0].dim() - 2
-    return tuple(_full([t.shape[d] for t in tensors]) for d in range(rank))
+    return tuple(wider(*(shape[d] for shape in shapes)) for d in range(len(shapes[0]) - 2))
 
 
 def spread(spec: Attention, inputs: Inputs) -> tuple[int, ...]:
     """The batch dims that the scores have: those of all tensors broadcast, with the number of sequences in a packed layout."""
-    found = batch_shape(inputs.tensors)
-    return found if spec.layout == "dense" else (inputs.bounds.sequences, *found[1:])
+    found = batch_shape(inputs.shapes)
+    return found if not spec.packed else (inputs.bounds.sequences, *found[1:])
 
 
 def precision(spec: Attention) -> torch.dtype:
@@ -70,13 +69,3 @@ def allocate(spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tenso
     out = q.new_empty([shape[d] for d in spec.out_order], dtype=dtype_of(spec.out_dtype))
     inverse = [spec.out_order.index(d) for d in range(len(shape))]
     return out.permute(inverse), q.new_empty([2, *shape[:-1]], dtype=precision(spec))
-
-
-def _full(sizes: Sequence[int]) -> int:
-    symbolic: int | None = None
-    for size in sizes:
-        if not isinstance(size, int):
-            symbolic = size if symbolic is None else symbolic
-        elif size != 1:
-            return size
-    return 1 if symbolic is None else symbolic

@@ -57,6 +57,23 @@ class Leaf:
         return self.dtype or self.cast or dtype_of(self.node)
 
 
+@dataclass(frozen=True)
+class Paging:
+    """How k and v, which are caches of blocks, are read: through a table.
+
+    table      its leaf, whose dims are some of the batch and `columns`
+    columns    what the key's number is made of there, the slowest first; several where the table has as many dims for them
+    row        the dim of a row in its block, which both caches have; none for blocks of one row
+    k_blocks, v_blocks    the dim of the blocks of each cache
+    """
+
+    table: Leaf
+    columns: Dim
+    row: Dim
+    k_blocks: Dim
+    v_blocks: Dim
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
     """An attention in the view.
@@ -90,7 +107,15 @@ class Site:
     # a sink was added relative to the maximum of the scores alone
     by_own_maximum: bool = False
     lse_labels: Labels = ()
+    # k and v are read through a block table, and the same site with what the graph gathers
+    paging: Paging | None = None
+    gathered: Site | None = None
     # why masks stay tensors
     notes: tuple[Reason, ...] = ()
     # the same site with its masks as the tensors they are in the graph
     unread: Site | None = None
+
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """All tensors that the op takes."""
+        return (self.q, self.k, self.v, *self.operands, *([] if self.paging is None else [self.paging.table]))

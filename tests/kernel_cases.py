@@ -64,7 +64,7 @@ def qkv(B=2, H=2, Q=33, K=33, D=16, E=None, dtype=None, scale=1.0):
     return randn(B, H, Q, D, dtype=dtype, scale=scale), randn(B, H, K, D, dtype=dtype), randn(B, H, K, E, dtype=dtype)
 
 
-def evaluate(spec, tensors, seed, compute, dout, bounds=DENSE, dlse=None):
+def evaluate(spec, tensors, seed, compute, dout, bounds=DENSE, dlse=None, pages=None):
     """out and gradients of the reference, through leaves of dtype `compute` (float64) or the inputs' own.
 
     dlse: a gradient of the log-sum-exp, which then counts as a result after out.
@@ -74,7 +74,7 @@ def evaluate(spec, tensors, seed, compute, dout, bounds=DENSE, dlse=None):
     floating = [t for t in leaves if t.is_floating_point()]
     for t in floating:
         t.requires_grad_()
-    out, stats = reference.attend(spec, Inputs(*leaves[:3], leaves[3:], seed, bounds), compute)
+    out, stats = reference.attend(spec, Inputs(*leaves[:3], leaves[3:], seed, bounds, pages), compute)
     lse = None if dlse is None else reference.log_sum_exp(stats)
     pairs = [(out, dout.to(compute))] + ([] if lse is None else [(lse, dlse.to(compute))])
     pairs = [(result, given) for result, given in pairs if result.requires_grad]
@@ -101,10 +101,12 @@ def assert_close(got, oracle, eager, what, factor=2.0):
     assert ours.mean() <= mean * theirs.mean() + 1e-6, f"{what}: mean {ours.mean():.2e}, eager {theirs.mean():.2e}"
 
 
-def check(kernel, q, k, v, operands: Sequence[torch.Tensor] = (), seed=None, backward=True, bounds=DENSE, **fields):
+def check(
+    kernel, q, k, v, operands: Sequence[torch.Tensor] = (), seed=None, backward=True, bounds=DENSE, pages=None, **fields
+):
     """Forward and backward of a kernel module against the oracle; returns (out, gradients)."""
     spec = make_spec(q, k, v, operands, **fields)
-    inputs = Inputs(q, k, v, operands, seed, bounds)
+    inputs = Inputs(q, k, v, operands, seed, bounds, pages)
     tensors = inputs.tensors
     out, stats = kernel.forward(spec, inputs)
     fake_out, fake_stats = layout.allocate(spec, inputs)
@@ -112,8 +114,8 @@ def check(kernel, q, k, v, operands: Sequence[torch.Tensor] = (), seed=None, bac
     assert (stats.shape, stats.stride(), stats.dtype) == (fake_stats.shape, fake_stats.stride(), fake_stats.dtype)
     dout = torch.randn(out.shape).to(out.dtype)
     dlse = torch.randn(out.shape[:-1]) if spec.lse else None
-    oracle, oracle_grads = evaluate(spec, tensors, seed, torch.float64, dout, bounds, dlse)
-    eager, eager_grads = evaluate(spec, tensors, seed, q.dtype, dout, bounds, dlse)
+    oracle, oracle_grads = evaluate(spec, tensors, seed, torch.float64, dout, bounds, dlse, pages)
+    eager, eager_grads = evaluate(spec, tensors, seed, q.dtype, dout, bounds, dlse, pages)
     assert_close(out, oracle[..., : v.shape[-1]], eager[..., : v.shape[-1]], "out")
     if spec.lse:
         assert_close(ops.log_sum_exp(stats), oracle[..., -1], eager[..., -1], "log-sum-exp")

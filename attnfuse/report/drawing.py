@@ -27,7 +27,7 @@ def kept_keys(
 ) -> torch.Tensor | None:
     """Bool [*batch, Q, K], batch dims of size 1 where all elements are alike: the keys that a kernel may not skip, for each query.
 
-    None for masks of more than 2**24 elements, and for packed sequences: each has a mask of its own.
+    None for masks of more than 2**24 elements, for packed sequences, of which each has a mask of its own, and for paged caches.
     """
     if spec.layout != "dense":
         return None

@@ -20,10 +20,14 @@ from attnfuse.kernels.cpu.build import available, load, warm_up
 from attnfuse.kernels.cpu.plan import Plan, Reverse, plan_of, reverse_words
 from attnfuse.kernels.inputs import DENSE, Bounds, Inputs
 from attnfuse.kernels.layout import check_bounds
+from attnfuse.kernels.pages import no_pages, out_of_range
 from attnfuse.reasons import Reason
 from attnfuse.spec import Attention
 
 __all__ = ["CAPABILITY", "BuildError", "available", "backward", "forward", "warm_up"]
+
+#: What the library returns where the table has a number that no block of k, or of v, has.
+_CACHES = (-2, -3)
 
 
 def _missing() -> Reason | None:
@@ -37,7 +41,14 @@ def _limits(spec: Attention) -> list[Reason]:
 
 
 CAPABILITY = Capability(
-    frozenset({"cpu"}), FLOATS, NUMBERS, STEPS, WEIGHT_STEPS, layouts=LAYOUTS, also=_limits, available=_missing
+    frozenset({"cpu"}),
+    FLOATS,
+    NUMBERS,
+    STEPS,
+    WEIGHT_STEPS,
+    layouts=LAYOUTS | {"paged"},
+    also=_limits,
+    available=_missing,
 )
 
 
@@ -45,11 +56,12 @@ def forward(spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor
     """out [*batch, Q, E] of spec.out_dtype in spec.out_order; stats float32 [2, *batch, Q].
 
     q, k and v in float32, bfloat16 or float16. stats: the row maximum m and the row sum of exp(s - m). Raises
-    BuildError if the kernels cannot be built, ValueError for tensors that do not fit the spec, MemoryError.
+    BuildError if the kernels cannot be built, ValueError for tensors that do not fit the spec, IndexError for a block table with a
+    number that no block has, MemoryError.
     """
     library = load()
     plan = plan_of(spec)
-    q, k, v, operands, seed, _ = inputs
+    q, k, v, operands, seed, _, pages = inputs
     tensors = inputs.tensors
     _on_cpu(*tensors)
     unhidden = plan.unhidden(operands)
@@ -60,7 +72,13 @@ def forward(spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor
         key += (o.shape, o.stride(), o.dtype)
     at = _Packed.of(spec, inputs)
     key += at.key
-    words = plan.forward.get(key) or plan.lay_out(key, tensors, at.sequences, at.longest)
+    table = None
+    if pages is not None:
+        # the kernel goes through it row by row
+        table = pages.table.to(torch.int64).contiguous()
+        _on_cpu(table)
+        key += (pages.keys, table.shape)
+    words = plan.forward.get(key) or plan.lay_out(key, inputs, at.sequences, at.longest)
     out = torch.empty_strided(words.out_shape, words.out_stride, dtype=plan.out)
     stats = torch.empty(words.stats_shape, dtype=torch.float32)
     if spec.packed_queries:
@@ -79,8 +97,12 @@ def forward(spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor
         v.data_ptr(),
         out.data_ptr(),
         *[o.data_ptr() for o in operands],
+        0 if table is None else table.data_ptr(),
     )
-    if library.attnfuse_forward(plan.words, words.words, pointers):
+    failure = library.attnfuse_forward(plan.words, words.words, pointers)
+    if failure in _CACHES and table is not None:
+        raise out_of_range(table, (k, v)[_CACHES.index(failure)].shape[-3], spec.wraps)
+    if failure:
         raise MemoryError("no memory for the tiles of an attention")
     return out, stats
 
@@ -98,12 +120,13 @@ def backward(
 
     out and stats are what forward returned for the same inputs; dout has out's shape and any strides. dlse [*batch, Q]: the
     gradient of the log-sum-exp, where that was used. The same bits come out on every run with the same number of threads.
-    Raises as forward does.
+    Raises as forward does, and ValueError for a paged layout, which has none.
     """
+    no_pages(spec)
     library = load()
     plan = plan_of(spec)
     threads = torch.get_num_threads()
-    q, k, v, operands, seed, _ = inputs
+    q, k, v, operands, seed, *_ = inputs
     tensors = inputs.tensors
     unhidden = plan.unhidden(operands)
     if unhidden is not None:
@@ -121,7 +144,7 @@ def backward(
     made = plan.backward.get(key)
     if made is None:
         tile = library.attnfuse_key_tile()
-        made = plan.lay_out_reverse(key, tensors, tuple(out.shape), needs, threads, tile, at.sequences, at.longest)
+        made = plan.lay_out_reverse(key, inputs, tuple(out.shape), needs, threads, tile, at.sequences, at.longest)
     if dlse is not None:
         _on_cpu(dlse)
         dlse = dlse.to(torch.float32).expand(stats.shape[1:]).contiguous()
@@ -177,7 +200,7 @@ def _sums(spec: Attention, made: Reverse, tensors: Sequence[torch.Tensor]) -> li
             sums.append(torch.zeros(target.shape, dtype=torch.float32))
         else:
             # tiles that are skipped leave an operand's gradient as it was, and rows of no sequence every gradient
-            written = target.mode == 1 and i < 3 and spec.layout == "dense"
+            written = target.mode == 1 and i < 3 and not spec.packed
             sums.append(torch.empty_like(x) if written else torch.zeros_like(x))
     return sums
 
@@ -200,7 +223,7 @@ class _Packed(NamedTuple):
     def of(spec: Attention, inputs: Inputs) -> _Packed:
         bounds = inputs.bounds
         check_bounds(spec, bounds)
-        if spec.layout == "dense":
+        if not spec.packed:
             return _DENSE
         _on_cpu(*(x for x in bounds if x is not None))
         longest = (inputs.q.shape[-2], inputs.k.shape[-2])

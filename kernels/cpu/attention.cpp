@@ -53,6 +53,33 @@ void read(Grad& g, Reader& layout, Reader& pointers) {
   read(static_cast<Ref&>(g), layout, pointers, dtype);
 }
 
+thread_local Arena table_arena;
+
+// Where blocks are, of k and v in a paged layout. 0; -1 when memory ran out; -2 or -3 for a number in the table that no block of
+// k, or of v, has.
+int read_pages(Problem& p, Reader& layout, Reader& pointers) {
+  const i64 block = layout.next(), wraps = layout.next(), elements = layout.next();
+  const i64* hop = layout.take(BATCH + 1);
+  const i64* table = reinterpret_cast<const i64*>(pointers.pointer());
+  if (block == 0) return 0;
+  i64* kept = static_cast<i64*>(table_arena.take((2 * elements + 1) * 8));
+  if (!kept) return -1;
+  for (Keys* x : {&p.k, &p.v}) {
+    const i64 blocks = layout.next(), least = wraps ? -blocks : 0;
+    x->step = layout.next();
+    x->block = block;
+    x->hop = hop;
+    x->table = kept;
+    for (i64 i = 0; i < elements; ++i) {
+      const i64 at = table[i];
+      if (at < least || at >= blocks) return x == &p.k ? -2 : -3;
+      kept[i] = at < 0 ? at + blocks : at;
+    }
+    kept += elements;
+  }
+  return 0;
+}
+
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -62,7 +89,7 @@ EXPORT void attnfuse_set_launch(Launch f) { launch = f; }
 // Keys of a tile, which bounds how far the keys can be split.
 EXPORT i64 attnfuse_key_tile() { return KT; }
 
-// 0, or -1 when memory ran out.
+// 0, -1 when memory ran out, or what read_pages gives.
 EXPORT int attnfuse_forward(const Plan* plan, const i64* layout_words, const i64* pointer_words) {
   Problem p;
   p.plan = plan;
@@ -76,9 +103,12 @@ EXPORT int attnfuse_forward(const Plan* plan, const i64* layout_words, const i64
   read(p.v, layout, pointers, plan->v_dtype);
   read(p.out, layout, pointers, plan->out_dtype);
   for (int i = 0; i < plan->n_operands; ++i) read(p.operand[i], layout, pointers, plan->operand_dtype[i]);
+  if (const int failure = read_pages(p, layout, pointers)) return failure;
   finish(p);
   if (p.elements * p.Q == 0) return 0;
-  return (packing.dim < 0 ? forward_all(p) : forward_packed(p, packing)) ? 0 : -1;
+  const bool done = packing.dim < 0 ? forward_all(p) : forward_packed(p, packing);
+  table_arena.trim(KEPT_BYTES / 16);
+  return done ? 0 : -1;
 }
 
 // 0, or -1 when memory ran out. Q, K and the batch are not empty.

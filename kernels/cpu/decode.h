@@ -4,6 +4,8 @@
 #include "forward.h"
 
 constexpr i64 FEW = 16;
+// How many rows ahead those that lie in blocks are fetched.
+constexpr i64 AHEAD = 32;
 
 struct DecodeItem {
   const Problem& p;
@@ -11,6 +13,8 @@ struct DecodeItem {
   i64 n, width, q_width;
   float *q, *s, *o, *m, *l, *wide;
   Limits limits;
+  // the keys of the tile that each row sees
+  i64 lo[FEW], hi[FEW];
 
   DecodeItem(const Problem& problem, i64 queries) : p(problem), rows(problem), n(queries) {
     width = round_up(p.E, VL);
@@ -26,16 +30,22 @@ struct DecodeItem {
     rows.carve(c, false);
   }
 
-  // `count` rows of src as float32 with zeros up to a whole vector; src itself where it is that already.
-  const float* widen(const Ref& src, const char* at, i64 count, i64 cols, i64 padded, i64& pitch) {
-    if (src.dtype == F32 && cols == padded) {
-      pitch = src.row();
-      return reinterpret_cast<const float*>(at);
+  // `count` rows from `first` on as float32 with zeros up to a whole vector; the rows themselves where they are that already.
+  const float* widen(const Lines& src, i64 first, i64 count, i64 cols, i64 padded, i64& pitch) {
+    i64 some = count, r = 0;
+    const char* row = src.run(first, some);
+    if (some == count && src.x.dtype == F32 && cols == padded) {
+      pitch = src.x.row();
+      return reinterpret_cast<const float*>(row);
     }
     pitch = padded;
-    for (i64 r = 0; r < count; ++r) {
-      const char* row = at + r * src.row() * size_of(src.dtype);
-      with_float(src.dtype, [&](auto dt) {
+    for (i64 end = some; r < count; ++r, row += src.x.row() * size_of(src.x.dtype)) {
+      if (r == end) {
+        some = count - r;
+        row = src.run(first + r, some);
+        end += some;
+      }
+      with_float(src.x.dtype, [&](auto dt) {
         i64 c = 0;
         for (; c + VL <= cols; c += VL) store(wide + r * padded + c, loadv<dt>(row + c * size_of(dt)));
         for (; c < cols; ++c) wide[r * padded + c] = load1<dt>(row + c * size_of(dt));
@@ -46,11 +56,12 @@ struct DecodeItem {
   }
 
   // Sums run over d one by one, as in the tiled kernels: backward, which is tiled, then meets the very same scores.
-  void dots(const char* keys, i64 count) {
+  void dots(const Lines& keys, i64 first, i64 count) {
     for (i64 j = 0; j < count; j += VL) {
       const i64 some = count - j < VL ? count - j : VL;
       i64 pitch;
-      const float* k = widen(p.k, keys + j * p.k.row() * size_of(p.k.dtype), some, p.D, q_width, pitch);
+      const float* k = widen(keys, first + j, some, p.D, q_width, pitch);
+      keys.prefetch(first + j + AHEAD, count - j - AHEAD < VL ? count - j - AHEAD : VL, p.D);
       if (n == 1) dots_<1>(k, pitch, some, 0, j);
       else
         for (i64 r = 0; r < n; r += 2) n - r > 1 ? dots_<2>(k, pitch, some, r, j) : dots_<1>(k, pitch, some, r, j);
@@ -88,16 +99,20 @@ struct DecodeItem {
     for (int i = 0; i < W; ++i) store(o_ + i * VL, acc[i]);
   }
 
-  void gather(const char* values, i64 count) {
+  void gather(const Lines& values, i64 first, i64 count) {
     for (i64 j = 0; j < count; j += 16) {
       const i64 some = count - j < 16 ? count - j : 16;
       i64 pitch;
-      const float* v = widen(p.v, values + j * p.v.row() * size_of(p.v.dtype), some, p.E, width, pitch);
+      const float* v = widen(values, first + j, some, p.E, width, pitch);
+      values.prefetch(first + j + AHEAD, count - j - AHEAD < 16 ? count - j - AHEAD : 16, p.E);
       for (i64 r = 0; r < n; ++r) {
-        const float* w = s + r * LD + j;
+        // a weight of 0 would let NaN in a hidden value through
+        const i64 from = lo[r] > j ? lo[r] - j : 0, own = (hi[r] - j < some ? hi[r] - j : some) - from;
+        if (own <= 0) continue;
+        const float *w = s + r * LD + j + from, *x = v + from * pitch;
         i64 e = 0;
-        for (; e + 8 * VL <= width; e += 8 * VL) gather_<8>(o + r * width + e, w, v + e, pitch, some);
-        for (; e < width; e += VL) gather_<1>(o + r * width + e, w, v + e, pitch, some);
+        for (; e + 8 * VL <= width; e += 8 * VL) gather_<8>(o + r * width + e, w, x + e, pitch, own);
+        for (; e < width; e += VL) gather_<1>(o + r * width + e, w, x + e, pitch, own);
       }
     }
   }
@@ -117,8 +132,7 @@ struct DecodeItem {
     }
     for (i64 r = 0; r < n; ++r) m[r] = -INF, l[r] = 0.0f;
     std::memset(o, 0, n * width * sizeof(float));
-    const char* keys = p.k.at(index);
-    const char* values = p.v.at(index);
+    const Lines keys(p.k, index), values(p.v, index);
     for (i64 k0 = begin; k0 < end; k0 += KT) {
       const i64 count = end - k0 < KT ? end - k0 : KT;
       bool multiplied = false, unseen[FEW];
@@ -127,10 +141,16 @@ struct DecodeItem {
         rows.enter_tile(0, p.Q, k0, count, full, limits);
         unseen[g] = !limits.any;
         if (unseen[g]) continue;
-        if (!multiplied) dots(keys + k0 * p.k.row() * size_of(p.k.dtype), count);
+        if (!multiplied) {
+          keys.prefetch(k0, count < AHEAD ? count : AHEAD, p.D);
+          dots(keys, k0, count);
+          values.prefetch(k0, count < AHEAD ? count : AHEAD, p.E);
+        }
         multiplied = true;
         for (i64 i = 0; i < p.Q; ++i) {
           const i64 r = g * p.Q + i;
+          lo[r] = limits.lo[i];
+          hi[r] = limits.hi[i];
           float* x = s + r * LD;
           rows.scores(x, i, 0, count, false);
           const float alpha = online(x, 0, count, m[r], l[r]);
@@ -142,8 +162,8 @@ struct DecodeItem {
       }
       if (!multiplied) continue;
       for (i64 r = 0; r < n; ++r)
-        if (unseen[r / p.Q]) fill(s + r * LD, 0, count, 0.0f);
-      gather(values + k0 * p.v.row() * size_of(p.v.dtype), count);
+        if (unseen[r / p.Q]) lo[r] = hi[r] = 0;
+      gather(values, k0, count);
     }
   }
 };
@@ -166,7 +186,9 @@ inline bool forward_few(const Problem& p, const Split& heads, i64 threads, bool 
     if (!c.base) return failed.store(true);
     t.carve(c);
     const i64 s = i % splits;
-    t.run(heads, i / splits, p.K * s / splits, p.K * (s + 1) / splits, full);
+    // rows that are read together lie in one block more often where parts begin at a multiple
+    const auto edge = [&](i64 part) { return part == splits || !p.k.table ? p.K * part / splits : p.K * part / splits / 16 * 16; };
+    t.run(heads, i / splits, edge(s), edge(s + 1), full);
     float* out = parts + i * part;
     std::memcpy(out, t.m, n * 4);
     std::memcpy(out + n, t.l, n * 4);
@@ -225,7 +247,7 @@ inline bool forward_all(const Problem& p) {
     }
     return true;
   }
-  const Split heads(p.batch, [&](int d) { return p.k.stride[d] == 0 && p.v.stride[d] == 0; });
+  const Split heads(p.batch, [&](int d) { return p.k.shared(d) && p.v.shared(d); });
   const bool straight = (p.k.col() == 1 || p.D <= 1) && (p.v.col() == 1 || p.E <= 1);
   if (p.Q <= 8 && heads.inner * p.Q <= FEW && straight && !p.fills_weights) return forward_few(p, heads, threads, false);
   return forward_tiled(p, threads);

@@ -254,7 +254,30 @@ struct ForwardTile {
   }
 };
 
+// The same out of blocks: panels of k whose columns lie in several, and the rows of v that lie in each.
+inline void pack_blocks(const Problem& p, const i64* index, i64 k0, i64 k1, float* kp, float* vp) {
+  const Lines keys(p.k, index), values(p.v, index);
+  for (i64 k = k0; k < k1; k += NR) {
+    const i64 n = k1 - k < NR ? k1 - k : NR;
+    const char* column[NR];
+    for (i64 j = 0; j < n;) {
+      i64 some = n - j;
+      const char* row = keys.run(k + j, some);
+      for (i64 i = 0; i < some; ++i) column[j + i] = row + i * p.k.row() * size_of(p.k.dtype);
+      j += some;
+    }
+    with_float(p.k.dtype, [&](auto dt) { pack_columns_<dt>(kp + k * p.D, column, p.k.col(), p.D, n); });
+  }
+  for (i64 k = k0; k < k1;) {
+    i64 n = k1 - k;
+    const char* row = values.run(k, n);
+    pack(vp + k * NR, p.K * NR, p.v.dtype, row, p.v.row(), p.v.col(), n, p.E, n, 1.0f);
+    k += n;
+  }
+}
+
 inline void pack_keys(const Problem& p, const i64* index, i64 k0, i64 k1, float* kp, float* vp) {
+  if (p.k.table) return pack_blocks(p, index, k0, k1, kp, vp);
   pack(kp + k0 * p.D, p.D * NR, p.k.dtype, p.k.at(index) + k0 * p.k.row() * size_of(p.k.dtype), p.k.col(), p.k.row(),
        p.D, k1 - k0, p.D, 1.0f);
   pack(vp + k0 * NR, p.K * NR, p.v.dtype, p.v.at(index) + k0 * p.v.row() * size_of(p.v.dtype), p.v.row(), p.v.col(),
@@ -264,7 +287,7 @@ inline void pack_keys(const Problem& p, const i64* index, i64 k0, i64 k1, float*
 inline thread_local Arena tile_arena, shared_arena;
 
 inline bool forward_tiled(const Problem& p, i64 threads) {
-  const Split heads(p.batch, [&](int d) { return p.k.stride[d] == 0 && p.v.stride[d] == 0; });
+  const Split heads(p.batch, [&](int d) { return p.k.shared(d) && p.v.shared(d); });
   const i64 tiles = (p.Q + QT - 1) / QT, keys = round_up(p.K, NR);
   i64 qt = round_up((p.Q + tiles - 1) / tiles, MR);
   while (threads > 1 && qt > 2 * MR && p.elements * ((p.Q + qt - 1) / qt) < threads) qt = round_up(qt / 2, MR);

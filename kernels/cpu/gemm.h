@@ -59,6 +59,27 @@ inline void pack(float* dst, i64 panel, i64 dtype, const char* src, i64 rs, i64 
       std::memset(dst + c0 / NR * panel + rows * NR, 0, (padded - rows) * NR * sizeof(float));
 }
 
+// One panel of `rows` rows, whose n columns lie anywhere; elements of a column are rs apart.
+template <i64 DT>
+void pack_columns_(float* dst, const char* const* column, i64 rs, i64 rows, i64 n) {
+  const i64 width = size_of(DT);
+  i64 r0 = 0;
+  for (; rs == 1 && r0 + VL <= rows; r0 += VL) {
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      vf t[VL];
+#pragma GCC unroll 16
+      for (int j = 0; j < VL; ++j)
+        t[j] = h * VL + j < n ? loadv<DT>(column[h * VL + j] + r0 * width) : splat(0.0f);
+      transpose(t);
+#pragma GCC unroll 16
+      for (int j = 0; j < VL; ++j) store(dst + (r0 + j) * NR + h * VL, t[j]);
+    }
+  }
+  for (i64 r = r0; r < rows; ++r)
+    for (i64 c = 0; c < NR; ++c) dst[r * NR + c] = c < n ? load1<DT>(column[c] + r * rs * width) : 0.0f;
+}
+
 // a * b + c with the rounding that `block` has: compilers fuse its products and sums wherever the machine can.
 INLINE float multiply_add(float a, float b, float c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)

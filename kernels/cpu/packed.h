@@ -36,7 +36,7 @@ struct Sequence {
       if (r.data) r.data += (bounds ? row * r.row() : s * r.stride[packing.dim]) * size_of(r.dtype);
     };
     for (Ref* r : {&p.q, &p.out, &p.dout, static_cast<Ref*>(&p.dq)}) move(*r, packing.q, q0);
-    for (Ref* r : {&p.k, &p.v, static_cast<Ref*>(&p.dk), static_cast<Ref*>(&p.dv)}) move(*r, packing.k, k0);
+    for (Ref* r : std::initializer_list<Ref*>{&p.k, &p.v, &p.dk, &p.dv}) move(*r, packing.k, k0);
     for (int i = 0; i < all.plan->n_operands; ++i) move(p.operand[i], nullptr, 0), move(p.doperand[i], nullptr, 0);
   }
 };

@@ -17,7 +17,9 @@ import torch
 from attnfuse import expr, rounding
 from attnfuse.expr import Expr
 from attnfuse.kernels import dropout, fills, layout
+from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.mask_ranges import cut
+from attnfuse.kernels.pages import check_pages
 from attnfuse.spec import (
     AddFill,
     Attention,
@@ -166,32 +168,35 @@ class Plan:
         body = [_pad(steps), _pad(weights), programs.packed()]
         return head + struct.pack(f"={MAX_OPERANDS}q", *dtypes) + b"".join(body)
 
-    def batch(self, tensors: Sequence[torch.Tensor], sequences: int) -> tuple[int, ...]:
+    def batch(self, inputs: Inputs, sequences: int) -> tuple[int, ...]:
         """The batch dims of the scores; sequences: how many, in a packed layout."""
-        found = layout.batch_shape(tensors)
-        return found if self.spec.layout == "dense" else (sequences, *found[1:])
+        found = layout.batch_shape(inputs.shapes)
+        return (sequences, *found[1:]) if self.spec.packed else found
 
-    def check(
-        self, tensors: Sequence[torch.Tensor], sequences: int = 0, longest: tuple[int, int] | None = None
-    ) -> None:
-        """Raises ValueError for (q, k, v, *operands) that are not what the spec says, before C++ reads past one's end.
+    def check(self, inputs: Inputs, sequences: int = 0, longest: tuple[int, int] | None = None) -> None:
+        """Raises ValueError for inputs that are not what the spec says, before C++ reads past one's end.
 
         longest: the most queries and keys of a sequence; None for those of the tensors.
         """
+        tensors = inputs.tensors
         given = tuple(t.dtype for t in tensors)
         wanted = (self.qk, self.qk, self.v, *self.operands)
         if given != wanted:
             raise ValueError(f"dtypes {given} where the spec has {wanted}")
         rank = len(self.spec.batch) + 2
-        if any(t.dim() != rank for t in tensors):
+        if any(t.dim() != rank + (self.spec.paged and i in (1, 2)) for i, t in enumerate(tensors)):
             raise ValueError(f"tensors of {rank} dims are needed; got {[t.dim() for t in tensors]}")
+        check_pages(self.spec, inputs)
         q, k, v, *operands = tensors
-        batch = self.batch(tensors, sequences)
+        batch = self.batch(inputs, sequences)
         fits = all(t.shape[d] in (1, batch[d]) for t in tensors for d in range(rank - 2))
         fits = fits and q.shape[-1] == k.shape[-1] and k.shape[-2] == v.shape[-2]
+        fits = fits and (
+            inputs.pages is None or all(inputs.pages.table.shape[d] in (1, n) for d, n in enumerate(batch))
+        )
         packed = [(q, self.spec.packed_queries), (k, self.spec.packed_keys), (v, self.spec.packed_keys)]
         fits = fits and all(x.shape[0] == 1 for x, side in packed if side)
-        lengths = (q.shape[-2], k.shape[-2])
+        lengths = (q.shape[-2], inputs.keys)
         for i, o in enumerate(operands):
             if i not in self.tables and longest is None:
                 fits = fits and o.shape[-2] in (1, lengths[0]) and o.shape[-1] in (1, lengths[1])
@@ -216,15 +221,15 @@ class Plan:
     def lay_out(
         self,
         key: object,
-        tensors: Sequence[torch.Tensor],
+        inputs: Inputs,
         sequences: int = 0,
         longest: tuple[int, int] | None = None,
     ) -> Words:
-        """The forward layout of (q, k, v, *operands), kept under `key`."""
-        self.check(tensors, sequences, longest)
-        q, k, v, *operands = tensors
-        batch = self.batch(tensors, sequences)
-        Q, K, D, E = q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]
+        """The forward layout of the inputs, kept under `key`. A block table must be contiguous."""
+        self.check(inputs, sequences, longest)
+        q, k, v, *operands = inputs.tensors
+        batch = self.batch(inputs, sequences)
+        Q, K, D, E = q.shape[-2], inputs.keys, q.shape[-1], v.shape[-1]
         lines = (1, *batch[1:], Q) if self.spec.packed_queries else (*batch, Q)
         shape = (*lines, E)
         stride = [0] * len(shape)
@@ -232,9 +237,11 @@ class Plan:
         for d in reversed(self.spec.out_order):
             stride[d] = step
             step *= max(shape[d], 1)
-        words = [*self.sizes(batch, Q, K, D, E, 1), *_strides(q), *_strides(k), *_strides(v), *_from(shape, stride)]
+        sides = (_strides(x) if inputs.pages is None else _block_strides(x) for x in (k, v))
+        words = [*self.sizes(batch, Q, K, D, E, 1), *_strides(q), *itertools.chain(*sides), *_from(shape, stride)]
         for o in operands:
             words += [*_strides(o, masked=True), o.shape[-2], o.shape[-1]]
+        words += _page_words(self.spec, inputs)
         made = Words(
             struct.pack(f"={len(words)}q", *words),
             batch,
@@ -242,14 +249,14 @@ class Plan:
             tuple(stride),
             (2, *lines),
             math.prod(batch) * Q == 0,
-            struct.Struct(f"={9 + len(operands)}q"),
+            struct.Struct(f"={10 + len(operands)}q"),
         )
         return _keep(self.forward, key, made)
 
     def lay_out_reverse(
         self,
         key: object,
-        tensors: Sequence[torch.Tensor],
+        inputs: Inputs,
         out_shape: tuple[int, ...],
         needs: Sequence[bool],
         threads: int,
@@ -257,10 +264,11 @@ class Plan:
         sequences: int = 0,
         longest: tuple[int, int] | None = None,
     ) -> Reverse:
-        """How the gradients of tensors (q, k, v, *operands) are made, kept under `key`."""
+        """How the gradients of (q, k, v, *operands) are made, kept under `key`."""
+        tensors = inputs.tensors
         q, k, v, *operands = tensors
-        self.check(tensors, sequences, longest)
-        batch = self.batch(tensors, sequences)
+        self.check(inputs, sequences, longest)
+        batch = self.batch(inputs, sequences)
         Q, K = q.shape[-2], k.shape[-2]
         rows = ((1, *batch[1:]) if self.spec.packed_queries else batch) + (Q,)
         if out_shape != (*rows, v.shape[-1]):
@@ -291,7 +299,7 @@ class Plan:
         classes = math.prod(s for s, b in zip(batch, summed, strict=True) if not b)
         chunks = 1
         work = math.prod(batch) * Q * K * (q.shape[-1] + v.shape[-1])
-        if classes < threads and work > 1_000_000 and self.spec.layout == "dense":
+        if classes < threads and work > 1_000_000 and not self.spec.packed:
             chunks = max(1, min(-(-threads // max(classes, 1)), -(-K // key_tile)))
         empty = math.prod(batch) * Q * K * v.shape[-1] == 0
         made = Reverse(tuple(targets), batch, chunks, empty, struct.Struct(f"={14 + 2 * len(operands)}q"))
@@ -299,7 +307,7 @@ class Plan:
 
     def sizes(self, batch: Sequence[int], Q: int, K: int, D: int, E: int, chunks: int) -> list[int]:
         """The words before the tensors'."""
-        dim = -1 if self.spec.layout == "dense" else BATCH - len(batch)
+        dim = BATCH - len(batch) if self.spec.packed else -1
         return [1] * (BATCH - len(batch)) + [*batch, Q, K, D, E, chunks, dim]
 
 
@@ -364,6 +372,28 @@ def _from(shape: Sequence[int], stride: Sequence[int], masked: bool = False) -> 
     if not masked and shape[-1] == 1:
         own[-1] = 1
     return list(itertools.chain([0] * (BATCH + 2 - len(own)), own))
+
+
+def _block_strides(cache: torch.Tensor) -> list[int]:
+    """Those of one block of [*batch, blocks, block, columns]."""
+    at = cache.dim() - 3
+    shape, stride = list(cache.shape), list(cache.stride())
+    return _from(shape[:at] + shape[at + 1 :], stride[:at] + stride[at + 1 :])
+
+
+def _page_words(spec: Attention, inputs: Inputs) -> list[int]:
+    """Rows of a block (0: there are none), whether numbers wrap, elements of the table, its strides [6 batch dims, column] where
+    it is contiguous, and for each cache how many blocks it has and how far they are apart."""
+    if inputs.pages is None:
+        return [0] * (3 + BATCH + 1 + 4)
+    shape, step, strides = inputs.pages.table.shape, 1, [0] * len(inputs.pages.table.shape)
+    for d in reversed(range(len(shape))):
+        strides[d] = 0 if shape[d] == 1 else step
+        step *= shape[d]
+    found = [inputs.k.shape[-2], int(spec.wraps), step, *[0] * (BATCH + 1 - len(strides)), *strides]
+    for cache in (inputs.k, inputs.v):
+        found += [cache.shape[-3], cache.stride(-3)]
+    return found
 
 
 def _keep(kept: dict[object, _T], key: object, made: _T) -> _T:

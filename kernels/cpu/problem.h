@@ -84,7 +84,9 @@ struct Plan {
 // [0, K), [0, D) and [0, E); operands at the query's own row and the key's own column only where their shape has them, or
 // has 1, which is stride 0. Batch indices stay below the batch's sizes, which every tensor has or has 1 of.
 // Indices that are data (those of tables, loads in masks, bounds of packed layouts): clamped into [0, size) where they are
-// used, by Masks::clamped, Place::inside, and Bounds.clipped in layout.py. No table is empty.
+// used, by Masks::clamped, Place::inside, and Bounds.clipped in inputs.py. No table is empty. Block tables: each number is held
+// against the number of blocks before anything is read, and what is read is the copy that was looked at; K is at most what the
+// table names (pages.py).
 // Rows of a tile: [0, QT) queries of pitch LD, [lo, hi) within [0, keys) for every row (Limits, Masks::edges). Whole vectors
 // and whole blocks of MR rows reach up to round_up(keys, NR) <= KT <= LD and round_up(n, MR) <= QT.
 // Panels: [ceil(cols / NR)][rows][NR] with rows up to a multiple of MR, as carve lays them out.
@@ -100,6 +102,46 @@ struct Ref {
   char* at(const i64* index) const { return data + offset(index) * size_of(dtype); }
   i64 row() const { return stride[BATCH]; }
   i64 col() const { return stride[BATCH + 1]; }
+};
+
+// k or v. Paged: a row of `stride` lies in a block, and the table says which block comes where.
+struct Keys : Ref {
+  const i64* table = nullptr;  // numbers of blocks, all of them there; null where rows lie one after the other
+  const i64* hop = nullptr;    // [BATCH + 1], between elements of the table: batch dims, and blocks of a sequence
+  i64 block = 1, step = 0;     // rows of a block; elements between blocks
+  // Whether all along this dim of the batch have the same rows.
+  bool shared(int d) const { return stride[d] == 0 && (!table || hop[d] == 0); }
+};
+
+// The rows of one element of the batch.
+struct Lines {
+  const Keys& x;
+  const char* base;
+  const i64* blocks;
+  Lines(const Keys& keys, const i64* index) : x(keys), base(keys.at(index)), blocks(keys.table) {
+    if (blocks)
+      for (int d = 0; d < BATCH; ++d) blocks += index[d] * x.hop[d];
+  }
+  // Where row k is. n: how many rows are wanted; less where fewer than that lie row() apart from there on.
+  INLINE const char* run(i64 k, i64& n) const {
+    i64 at = k * x.row();
+    if (blocks) {
+      const i64 own = k % x.block;
+      if (n > x.block - own) n = x.block - own;
+      at = blocks[k / x.block * x.hop[BATCH]] * x.step + own * x.row();
+    }
+    return base + at * size_of(x.dtype);
+  }
+  // Fetches rows out of blocks, which no machine foresees: up to `count` from row k on, of `cols` elements.
+  INLINE void prefetch(i64 k, i64 count, i64 cols) const {
+    if (!blocks || count <= 0) return;
+    for (i64 n; count > 0; k += n, count -= n) {
+      n = count;
+      const char* row = run(k, n);
+      for (i64 r = 0; r < n; ++r, row += x.row() * size_of(x.dtype))
+        for (i64 b = 0; b < cols * size_of(x.dtype); b += 64) __builtin_prefetch(row + b);
+    }
+  }
 };
 
 struct Operand : Ref {
@@ -121,7 +163,8 @@ struct Problem {
   uint64_t seed;
   float* stats;
   const float* dlse = nullptr;  // [lines] or null
-  Ref q, k, v, out, dout;
+  Ref q, out, dout;
+  Keys k, v;
   Operand operand[MAX_OPERANDS];
   Grad dq, dk, dv, doperand[MAX_OPERANDS];
   // the scale folded into q, and the first step left to do

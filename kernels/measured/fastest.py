@@ -58,7 +58,7 @@ def key(
     if not name:
         return None
     q, k, v, *_ = tensors
-    lengths = (q.shape[-2], k.shape[-2], math.prod(batch_shape(tensors)))
+    lengths = (q.shape[-2], k.shape[-2], math.prod(batch_shape([x.shape for x in tensors])))
     tf32 = " tf32" if spec.qk_dtype == "float32" and tf32_allowed() else ""
     return (
         f"{name}, {_software()}, {' or '.join(names)}, {records.digest(spec)}, {spec.qk_dtype}{tf32}, "

@@ -16,6 +16,7 @@ from attnfuse import expr, rounding
 from attnfuse.kernels import dropout, statistics
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.layout import check_bounds, check_sequences
+from attnfuse.kernels.pages import check_pages, gathered
 from attnfuse.spec import (
     AddFill,
     Attention,
@@ -37,10 +38,13 @@ def attend(spec: Attention, inputs: Inputs, compute: torch.dtype) -> tuple[torch
 
     A sink is one of the scores here. Differentiable in q, k, v and in floating operands; stats only through log_sum_exp, of
     a spec with lse. Fill values are taken as they are, however `compute` rounds; a
-    `Cast` does what it does in kernels.
+    `Cast` does what it does in kernels. Raises IndexError for a block table with a number that no block has.
     """
     check_bounds(spec, inputs.bounds)
-    if spec.layout == "dense":
+    check_pages(spec, inputs)
+    if spec.paged:
+        inputs = gathered(spec, inputs)
+    if not spec.packed:
         return _attend(spec, inputs, compute)
     check_sequences(spec, inputs)
     return _packed(spec, inputs, compute)
@@ -67,10 +71,10 @@ class Part(NamedTuple):
 
 def parts(spec: Attention, inputs: Inputs) -> Iterator[Part]:
     """The attentions that a layout holds, which are computed one after the other."""
-    if spec.layout == "dense":
+    if not spec.packed:
         yield Part(inputs)
         return
-    q, k, v, operands, seed, bounds = inputs
+    q, k, v, operands, seed, bounds, _ = inputs
     rest = torch.broadcast_shapes(*(x.shape[1:-2] for x in inputs.tensors))
     heads, total = math.prod(rest), q.shape[-2]
     q_ends, k_ends = (None if b is None else b.T.tolist() for b in bounds.clipped((total, k.shape[-2])))

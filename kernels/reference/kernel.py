@@ -12,6 +12,7 @@ from attnfuse.kernels import reference, sink
 from attnfuse.kernels.capability import FLOATS, LAYOUTS, NUMBERS, STEPS, WEIGHT_STEPS, Capability
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.layout import allocate, precision
+from attnfuse.kernels.pages import no_pages
 from attnfuse.kernels.reference import attend
 from attnfuse.spec import Attention, ReplaceFill
 
@@ -21,7 +22,7 @@ CAPABILITY = Capability(
     NUMBERS | {"int16", "int8"},
     STEPS,
     WEIGHT_STEPS,
-    layouts=LAYOUTS,
+    layouts=LAYOUTS | {"paged"},
 )
 
 #: How far the weights of all keys of a row may be from 1 in sum.
@@ -53,8 +54,9 @@ def backward(
     and delta, which the gradient of every weight is less by, is sum(out * dout). So the keys may be some of those that the
     rows have seen (a step of a ring): the gradients of all of them add up. Where weights are filled with another number than 0,
     out does not tell delta, and the keys must be all.
-    dlse [*batch, Q]: the gradient of the log-sum-exp, where that was used.
+    dlse [*batch, Q]: the gradient of the log-sum-exp, where that was used. A paged layout has no gradients (ValueError).
     """
+    no_pages(spec)
     compute = precision(spec)
     delta = (dout.to(compute) * out.to(compute)).sum(-1)
     shift, inverse = sink.inverse_sums(spec, stats.to(compute))

@@ -18,6 +18,7 @@ from attnfuse.kernels.capability import FLOATS, LAYOUTS, NUMBERS, STEPS, WEIGHT_
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.layout import allocate, check_bounds
+from attnfuse.kernels.pages import check_pages, no_pages
 from attnfuse.kernels.triton import gradients, launch
 from attnfuse.kernels.triton.call import Call, interpreted
 from attnfuse.reasons import Reason
@@ -45,7 +46,7 @@ CAPABILITY = Capability(
     NUMBERS | {"int16", "int8"},
     STEPS,
     WEIGHT_STEPS,
-    layouts=LAYOUTS,
+    layouts=LAYOUTS | {"paged"},
     head_dims=256,
     # below, Triton has no tensor cores and Inductor's own kernels are faster
     least=80,
@@ -58,18 +59,20 @@ def forward(spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor
     """out [*batch, Q, E] of spec.out_dtype in spec.out_order; stats float32 [2, *batch, Q].
 
     q, k and v in float32, bfloat16 or float16. stats: the row maximum m and the row sum of exp(s - m). Raises
-    ValueError for dims that are too long or other bounds, and what Triton raises where it cannot compile or launch.
+    ValueError for dims that are too long or other bounds, and what Triton raises where it cannot compile or launch. A number in a
+    block table that no block has is read as one that is there: only the device knows it.
     """
     check_bounds(spec, inputs.bounds)
+    check_pages(spec, inputs)
     if spec.lse and inputs.v.shape[-1] == 0:
         raise ValueError("a log-sum-exp of values without features")
     out, stats = allocate(spec, inputs)
-    empty = out.numel() == 0 or inputs.k.shape[-2] == 0
+    empty = out.numel() == 0 or inputs.keys == 0
     if empty or spec.packed_queries:
         # the rows of no sequence too
         sink.without_keys(spec, inputs.operands, stats)
         out.zero_()
-    if empty or (spec.layout != "dense" and inputs.bounds.sequences == 0):
+    if empty or (spec.packed and inputs.bounds.sequences == 0):
         return out, stats
     call = Call(spec, inputs, Device.of(inputs.q.device), launch.run)
     if call.decoding() is None:
@@ -92,10 +95,11 @@ def backward(
 
     out and stats are what forward returned for the same inputs; dout has out's shape and any strides. dlse [*batch, Q]: the
     gradient of the log-sum-exp, where that was used. Under torch.use_deterministic_algorithms the same bits come out on every
-    run, except for tables (RuntimeError, or a warning with warn_only). Raises as forward does.
+    run, except for tables (RuntimeError, or a warning with warn_only). Raises as forward does, and ValueError for a paged layout.
     """
+    no_pages(spec)
     check_bounds(spec, inputs.bounds)
-    if out.numel() == 0 or inputs.k.shape[-2] == 0 or (spec.layout != "dense" and inputs.bounds.sequences == 0):
+    if out.numel() == 0 or inputs.k.shape[-2] == 0 or (spec.packed and inputs.bounds.sequences == 0):
         zeros = [torch.zeros_like(x) if need else None for x, need in zip(inputs.tensors, needs, strict=True)]
         delta = torch.zeros_like(stats[0]) if dlse is None else -dlse.float()
         sink.add_gradient(spec, inputs.operands, zeros, *sink.inverse_sums(spec, stats), delta)

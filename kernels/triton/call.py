@@ -63,7 +63,7 @@ class Call:
 
         self.functions: Any = generated.functions(self.spec)
         self.traits = codegen.traits(self.spec)
-        self.q, self.k, self.v, operands, self.seed, bounds = self.inputs
+        self.q, self.k, self.v, operands, self.seed, bounds, self.pages = self.inputs
         # bools as bytes, which every backend loads alike
         self.operands = [o.view(torch.uint8) if o.dtype == torch.bool else o for o in operands]
         # the kernels step over whole rows of bounds
@@ -74,7 +74,7 @@ class Call:
         self.sequences = self.batch[0] if self.packed_q or self.packed_k else 1
         #: batch elements of one sequence
         self.heads = self.elements // self.sequences
-        self.Q, self.K, self.D, self.E = self.q.shape[-2], self.k.shape[-2], self.q.shape[-1], self.v.shape[-1]
+        self.Q, self.K, self.D, self.E = self.q.shape[-2], self.inputs.keys, self.q.shape[-1], self.v.shape[-1]
         if max(self.Q, self.K, self.elements, *(n for o in self.operands for n in o.shape)) > _LONGEST:
             raise ValueError(f"no dim may be longer than {_LONGEST}")
         if self.spec.dropout and self.seed is None:
@@ -140,7 +140,7 @@ class Call:
         masks = [self.operands[load.operand] for load in self.spec.loads]
         group = 1
         for d in reversed(range(1 if self.packed_k else 0, len(self.batch))):
-            if any(x.shape[d] != 1 for x in (self.k, self.v, *masks)):
+            if any(shape[d] != 1 for shape in (*self.inputs.shapes[1:3], *(x.shape for x in masks))):
                 break
             group *= self.batch[d]
         return group
@@ -167,7 +167,15 @@ class Call:
 
     def strides(self, x: torch.Tensor) -> tuple[int, ...]:
         """Of the batch dims, 0 where x is broadcast."""
-        return tuple(0 if n == 1 else s for n, s in zip(x.shape[:-2], x.stride()))
+        return tuple(0 if n == 1 else s for n, s in zip(x.shape[: len(self.batch)], x.stride()))
+
+    def blocks(self, cache: torch.Tensor) -> tuple[Any, ...]:
+        """What the kernels need to know of a cache besides the steps of a row and a column: the step of a block, rows of a block,
+        how many blocks there are, the table, its batch strides and its step. Nothing of what is not paged."""
+        if self.pages is None or not (cache is self.k or cache is self.v):
+            return ()
+        table = self.pages.table
+        return (cache.stride(-3), cache.shape[-2], cache.shape[-3], table, self.strides(table), table.stride(-1))
 
     def shared(self) -> dict[str, Any]:
         """Arguments that every kernel takes."""
@@ -259,13 +267,13 @@ class Call:
         """Each matrix with its batch strides and its row and column strides: q gives Q, qb and qs."""
         found: dict[str, Any] = {}
         for name, x in named.items():
-            found |= {name.upper(): x, f"{name}b": self.strides(x), f"{name}s": tuple(x.stride()[-2:])}
+            found |= {name.upper(): x, f"{name}b": self.strides(x), f"{name}s": (*x.stride()[-2:], *self.blocks(x))}
         return found
 
     def tiled(self, made: Config, rows: int, packed: bool, **named: torch.Tensor) -> dict[str, Any]:
         """As matrices(), of what a loop reads `rows` rows of at a time: by tensor descriptors if `made` has them and all can."""
         found = self.matrices(**named)
-        if not made.descriptors or not _describable(packed, *named.values()):
+        if not made.descriptors or self.pages is not None or not _describable(packed, *named.values()):
             return found
         for name, x in named.items():
             found[name.upper()], found[f"{name}b"] = descriptors.described(x, rows, padded(x.shape[-1]))
@@ -276,11 +284,12 @@ class Call:
         result here."""
         if which == "backward":
             return _describable(self.packed_q, self.q)
-        return _describable(self.packed_k, self.k, self.v)
+        return self.pages is None and _describable(self.packed_k, self.k, self.v)
 
     def specialised(self, made: Config) -> bool:
-        """Whether loops are specialised: not those that pass over tiles, whose products Triton does not always find."""
-        return made.specialised and not self.traits.checked
+        """Whether loops are specialised: not those that pass over tiles, whose products Triton does not always find, nor those that
+        read through a block table."""
+        return made.specialised and not self.traits.checked and self.pages is None
 
 
 def _describable(packed: bool, *tensors: torch.Tensor) -> bool:

@@ -321,7 +321,7 @@ class _Body:
             elif dims[which - 2] != "1":
                 uses.add(name)
                 # a table's other dim is the query's or the key's own; nobody has seen how long packed sequences are
-                own_size = not table and self.module.spec.layout == "dense"
+                own_size = not table and not self.module.spec.packed
                 bound = name if own_size else f"clamped({name}, n[{operand}][{which}])"
                 terms.append(f"{bound}.to(tl.int64) * {strides}[{which}]")
         mask = " & ".join(f"({x} < {x.upper()}n)" for x in sorted(uses, reverse=True))

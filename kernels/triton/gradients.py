@@ -287,7 +287,7 @@ class _Sums:
             if ordered:
                 if i in call.spec.tables:
                     _not_deterministic("the gradient of a table that is read at computed indices")
-                if call.spec.layout != "dense" and shape[-2:] == (1, 1):
+                if call.spec.packed and shape[-2:] == (1, 1):
                     _not_deterministic("the gradient of a number that packed sequences share")
                 # one program adds to each element, one tile after the other
                 shape = (*call.batch, *((call.Q, shape[-1]) if shape[-2:] == (1, 1) else shape[-2:]))

@@ -43,11 +43,23 @@ def tile_of(base, rows, row_stride, n_rows, width: tl.constexpr, padded: tl.cons
 def matrix_of(X, e, start, sizes, strides, steps, OFFSET: tl.constexpr):
     """Of batch element e, from row `start` on: (X, place) as tile_at takes them.
 
-    X: the address of a tensor, with its batch strides and the steps between rows and columns; or a tensor descriptor, of
-    which `strides` are 1, or 0 where it is broadcast, and which has no start.
+    X: the address of a tensor, with its batch strides and the steps between rows and columns, of a paged one also what
+    Call.blocks gives; or a tensor descriptor, of which `strides` are 1, or 0 where it is broadcast, and which has no start.
     """
     if isinstance(X, tl.tensor):
-        return X + OFFSET(e.to(tl.int64), sizes, strides) + start * steps[0], steps
+        if len(steps) == 2:
+            return X + OFFSET(e.to(tl.int64), sizes, strides) + start * steps[0], steps
+        else:
+            table = steps[5] + OFFSET(e.to(tl.int64), sizes, steps[6])
+            return X + OFFSET(e.to(tl.int64), sizes, strides), (
+                steps[0],
+                steps[1],
+                steps[2],
+                steps[3],
+                steps[4],
+                table,
+                steps[7],
+            )
     else:
         return X, index_of(e.to(tl.int32), sizes, strides)
 
@@ -67,10 +79,23 @@ def index_of(e, sizes, strides):
 def tile_at(X, first, rows, place, n_rows, width: tl.constexpr, padded: tl.constexpr, size: tl.constexpr):
     """As tile_of, of the `size` rows from `first` on, through addresses or a tensor descriptor: (X, place) of matrix_of."""
     if isinstance(X, tl.tensor):
-        return tile_of(X, rows, place[0], n_rows, width, padded, place[1])
+        if len(place) == 2:
+            return tile_of(X, rows, place[0], n_rows, width, padded, place[1])
+        else:
+            return rows_at(X, paged(rows, n_rows, place), rows < n_rows, width, padded, place[1])
     else:
         # a block of it has rows of one matrix, and is 0 outside of that
         return tl.reshape(X.load(place + (first, 0)), [size, padded])  # noqa: RUF005
+
+
+@triton.jit
+def paged(rows, n_rows, place):
+    """Where rows are that a block table names, int64; place: (step of a row, of a column, of a block, rows of a block, number of
+    blocks, table, its step). A negative number counts from the end. One that no block has is cut to one that is there."""
+    block = tl.load(place[5] + (rows // place[3]).to(tl.int64) * place[6], mask=rows < n_rows, other=0).to(tl.int64)
+    block = tl.where(block < 0, block + place[4], block)
+    block = tl.maximum(tl.minimum(block, place[4] - 1), 0)
+    return block * place[2] + (rows % place[3]).to(tl.int64) * place[0]
 
 
 @triton.jit
@@ -524,8 +549,8 @@ def combine(
         l = l * fade + l_part * gain
         m = top
     if float("-inf") < DOUBT:
-        K += OFFSET(first.to(tl.int64), sizes, kb) + k_start * ks[0]
-        V += OFFSET(first.to(tl.int64), sizes, vb) + k_start * vs[0]
+        K, ks = matrix_of(K, first, k_start, sizes, kb, ks, OFFSET)
+        V, vs = matrix_of(V, first, k_start, sizes, vb, vs, OFFSET)
         acc, m, l = seen_all(
             acc, m, l, inside, Q, OFFSET(wide, sizes, qb) + query.to(tl.int64) * qs[0], qs, line[:, None], q, K, V, ks,
             vs, at, st, n, Qn, Kn, seed, threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE, WEIGH, SINK, SEEN, DOUBT,

@@ -120,7 +120,7 @@ def skewed(bounds: Bounds, rows: tuple[int, int], device: torch.device) -> Bound
 def _wanted(spec: Attention, inputs: Inputs, needs: Sequence[bool], device: torch.device) -> list[Pass]:
     """The passes that have not been measured yet."""
     check_bounds(spec, inputs.bounds)
-    if spec.layout != "dense" and inputs.bounds.sequences == 0:
+    if spec.packed and inputs.bounds.sequences == 0:
         raise TuningError("no sequences")
     if not all(x.numel() for x in inputs.tensors):
         raise TuningError(f"a tensor without elements among {[list(x.shape) for x in inputs.tensors]}")

@@ -50,7 +50,7 @@ class Emitter(Edits):
         served = [site] if isinstance(others, Refusal) else [site, *others]
         if any(self._trains_a_branch(s) for s in served):
             raise EmitError(reasons.TRAINED_BRANCH())
-        if any(self._is_overwritten(leaf, s) for s in served for leaf in (s.q, s.k, s.v, *s.operands)):
+        if any(self._is_overwritten(leaf, s) for s in served for leaf in s.leaves):
             raise EmitError(reasons.KEPT_TENSOR_WRITTEN())
         if isinstance(others, Refusal):
             raise EmitError(others.reason)
@@ -97,10 +97,17 @@ class Emitter(Edits):
     def _insert(self, site: Site, kernel: str, writer: NodeWriter, own: bool) -> tuple[fx.Node, fx.Node]:
         """The call of the op, and its result as the site's is; own: as a copy."""
         q = writer.canonical(site.q, site.batch, site.q_dim, site.d_dim)
-        k = writer.canonical(site.k, site.batch, site.k_dim, site.d_dim)
-        v = writer.canonical(site.v, site.batch, site.k_dim, site.e_dim)
+        paging = site.paging
+        if paging is None:
+            k = writer.canonical(site.k, site.batch, site.k_dim, site.d_dim)
+            v = writer.canonical(site.v, site.batch, site.k_dim, site.e_dim)
+            pages = None
+        else:
+            k = writer.canonical(site.k, site.batch, paging.k_blocks, paging.row, site.d_dim)
+            v = writer.canonical(site.v, site.batch, paging.v_blocks, paging.row, site.e_dim)
+            pages = writer.pages(site, paging, k)
         operands = writer.operands(site, site.spec)
-        pair = writer.attention(q, k, v, operands, (None, None), site.spec, kernel, self.strict)
+        pair = writer.attention(q, k, v, operands, (None, None), site.spec, kernel, self.strict, pages)
         out = writer.getitem(pair, 0)
         dims = (*((a,) for a in site.batch), site.q_dim, site.e_dim)
         result = writer.shaped(out, dims, site.out_labels, value_of(site.final))

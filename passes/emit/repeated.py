@@ -29,14 +29,15 @@ def partners(view: View, site: Site, sites: Iterable[Site]) -> list[Site] | Refu
     """The same attention in each other call of the site's region, from among `sites`."""
     scope = view.origin[site.final].scope
     found: list[Site] = []
-    candidates = [x for s in sites for x in (s, s.unread) if x is not None]
+    every = [x for s in sites for x in (s, s.gathered) if x is not None]
+    candidates = [x for s in every for x in (s, s.unread) if x is not None]
     for other in calls_of(view, scope):
         if other is scope:
             continue
         same = matching(view, scope, other)
         if same is None:
             return Refusal(reasons.CALLS_DIFFER(), site.final)
-        if not same.keys() >= {*site.inside, *(leaf.node for leaf in _leaves(site))}:
+        if not same.keys() >= {*site.inside, *(leaf.node for leaf in site.leaves)}:
             return Refusal(reasons.CALLS_READ_OUTSIDE(), site.final)
         partner = next((c for c in candidates if _is_same(site, c, same)), None)
         if partner is None:
@@ -81,7 +82,7 @@ def _is_same(site: Site, other: Site, same: Matching) -> bool:
     if (site.lse is None) != (other.lse is None) or (site.lse is not None and same.get(site.lse) is not other.lse):
         return False
     names = [_names(s) for s in (site, other)]
-    leaves, others = map(_leaves, (site, other))
+    leaves, others = site.leaves, other.leaves
     return (
         _named(site.out_labels, names[0]) == _named(other.out_labels, names[1])
         and len(leaves) == len(others)
@@ -92,12 +93,11 @@ def _is_same(site: Site, other: Site, same: Matching) -> bool:
     )
 
 
-def _leaves(site: Site) -> tuple[Leaf, ...]:
-    return (site.q, site.k, site.v, *site.operands)
-
-
 def _names(site: Site) -> dict[Atom, str]:
     dims = {"q": site.q_dim, "k": site.k_dim, "d": site.d_dim, "e": site.e_dim, "b": site.batch}
+    if site.paging is not None:
+        own = site.paging
+        dims |= {"column": own.columns, "row": own.row, "k block": own.k_blocks, "v block": own.v_blocks}
     return {atom: f"{name}{i}" for name, dim in dims.items() for i, atom in enumerate(dim)}
 
 

@@ -21,7 +21,7 @@ from attnfuse.passes.graph.aten import name_of, shape_of, source_of, value_of
 from attnfuse.passes.graph.labels import Atom, Dim, Distances, Labels, is_one, known_equal, stride_hint
 from attnfuse.passes.graph.memory import is_mutating, is_stale, opaque, returned_as_written, same_memory, written
 from attnfuse.passes.graph.vocabulary import functional
-from attnfuse.passes.site import Leaf, Site
+from attnfuse.passes.site import Leaf, Paging, Site
 from attnfuse.spec import Attention, Operand, dtype_of
 
 _RANDOM = {torch.Tag.nondeterministic_seeded}
@@ -86,6 +86,7 @@ class NodeWriter:
         spec: Attention,
         kernel: str,
         strict: bool,
+        pages: tuple[fx.Node, int | fx.Node] | None = None,
     ) -> fx.Node:
         """A call of the op. Raises EmitError for nodes that are not what the spec says."""
         seed = None
@@ -94,7 +95,8 @@ class NodeWriter:
             save_for_backward(seed)
         op = torch.ops.attnfuse.attention.default
         try:
-            return self.call(op, (q, k, v, list(operands), seed, *bounds, spec.argument, kernel, strict))
+            given = (q, k, v, list(operands), seed, *bounds, spec.argument, kernel, strict)
+            return self.call(op, given if pages is None else (*given, *pages))
         except ValueError as error:
             raise EmitError(reasons.OP_REFUSES(error=error)) from error
 
@@ -269,8 +271,8 @@ class NodeWriter:
             return queries + keys - 1
         return self.call(operator.sub, (self.call(operator.add, (queries, keys)), 1))
 
-    def canonical(self, leaf: Leaf, batch: Dim, row: Dim, column: Dim) -> fx.Node:
-        """The leaf as [*batch, row, column] with 1 where it has no such dim: only views, no copy."""
+    def canonical(self, leaf: Leaf, batch: Dim, *rest: Dim) -> fx.Node:
+        """The leaf as [*batch, *rest], such as rows and columns, with 1 where it has no such dim: only views, no copy."""
         node = self.here(leaf.node) if leaf.made is None else self._made(leaf)
         for at, start in enumerate(leaf.starts):
             length: Any = 1
@@ -295,7 +297,7 @@ class NodeWriter:
             )
             node = self._squeezed(node, labels)
         flat = [a for dim in labels for a in dim]
-        wanted = [*((a,) for a in batch), row, column]
+        wanted = [*((a,) for a in batch), *rest]
         order = [flat.index(dim[0]) for dim in wanted if dim and dim[0] in flat]
         if order != list(range(len(order))):
             node = self.method("permute", node, *order)
@@ -304,6 +306,24 @@ class NodeWriter:
                 node = self.method("unsqueeze", node, at)
         sizes = [dim[0].size if dim and dim[0] in flat else 1 for dim in wanted]
         return self.checked(node, "a tensor that the attention takes", sizes, leaf.given)
+
+    def pages(self, site: Site, paging: Paging, cache: fx.Node) -> tuple[fx.Node, int | fx.Node]:
+        """The block table as [*batch, T], and the number of keys. cache: [*batch, blocks, block, D]."""
+        table = self.canonical(paging.table, site.batch, *((a,) for a in paging.columns))
+        if len(paging.columns) > 1:
+            table = self.method("flatten", table, -len(paging.columns))
+        elif not paging.columns:
+            table = self.method("unsqueeze", table, -1)
+        (atom,), blocks = site.k_dim, known(table).shape[-1]
+        number = atom.size if isinstance(atom.size, int) else atom.size.node.maybe_as_int()
+        if number is not None:
+            return table, int(number)
+        rows = known(cache).shape[-2]
+        if known_equal(blocks * rows, atom.size):
+            # what the graph has of this size is what it gathers
+            rows = rows if isinstance(rows, int) else self.method("size", cache, -2)
+            return table, self.call(operator.mul, (self.method("size", table, -1), rows))
+        return table, self.size(atom.size)
 
     def operands(self, site: Site, spec: Attention) -> list[fx.Node]:
         """The site's side tensors as `spec` says that they are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import fx
@@ -9,7 +10,7 @@ from torch import fx
 from attnfuse._compat import alias_key
 from attnfuse.passes.graph import moves
 from attnfuse.passes.graph.aten import arguments, dtype_of, is_tensor, name_of, shape_of, source_of, value_of
-from attnfuse.passes.graph.labels import Axes, Dim, Labels
+from attnfuse.passes.graph.labels import Axes, Dim, Labels, Size
 from attnfuse.passes.graph.memory import is_stale
 from attnfuse.passes.graph.moves import DimMap
 
@@ -44,19 +45,31 @@ def back(axes: Axes, node: fx.Node, labels: Labels) -> ViewInput | None:
     if found is None:
         placed = labels if is_identity(node) else None
     else:
-        placed = _placed(axes, found, labels)
+        placed = backward(axes, found, labels)
     if placed is None:
         return None
     copied = alias_key(value_of(source)) != alias_key(value_of(node))
     return ViewInput(source, placed, copied or (found is not None and found.repeats))
 
 
-def _placed(axes: Axes, found: DimMap, labels: Labels) -> Labels | None:
-    """The labels of the source; None for one of which the result has not all elements."""
+#: Labels a dim of a source of which the result has a part: from the label of the part (none where one index was chosen), the
+#: size of the dim, and where the part begins. None where that cannot be labelled.
+Cut = Callable[[Dim, Size, Size], Dim | None]
+
+
+def backward(axes: Axes, found: DimMap, labels: Labels, cut: Cut = lambda label, size, start: None) -> Labels | None:
+    """The labels of the source of a map; None where there are none, as for one of which the result has not all elements."""
     own = shape_of(found.source)
     placed: list[Dim] = [()] * len(own)
-    if found.fixed:
-        return None
+    parts: list[tuple[int, Dim, Size | None, int]] = [(dim, (), start, 1) for dim, start in found.fixed]
+    parts += [
+        (x.dim, y, x.start, x.step) for x, y in zip(found.dims, labels, strict=True) if isinstance(x, moves.Slice)
+    ]
+    for dim, label, start, step in parts:
+        whole = None if start is None or step != 1 else cut(label, own[dim], start)
+        if whole is None:
+            return None
+        placed[dim] = whole
     for x, label in zip(found.dims, labels, strict=True):
         if isinstance(x, moves.Dim):
             placed[x.dim] = label
@@ -67,13 +80,11 @@ def _placed(axes: Axes, found: DimMap, labels: Labels) -> Labels | None:
             if split is None:
                 return None
             placed[x.dim] = split[inner]
-        elif isinstance(x, moves.Slice):
-            return None
     for run in found.runs:
-        parts = axes.regroup(tuple(labels[d] for d in run.outs), [own[d] for d in run.dims])
-        if parts is None:
+        regrouped = axes.regroup(tuple(labels[d] for d in run.outs), [own[d] for d in run.dims])
+        if regrouped is None:
             return None
-        for d, part in zip(run.dims, parts, strict=True):
+        for d, part in zip(run.dims, regrouped, strict=True):
             placed[d] = part
     return tuple(placed)
 

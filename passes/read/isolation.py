@@ -21,11 +21,10 @@ def isolated(view: View, site: Site) -> Refusal | None:
             if user in view.live and user not in site.inside and not _takes_shape_only(view, user, node, site):
                 what = "a hook or opaque code" if user.target is opaque else name_of(user) or user.op
                 return Refusal(reasons.USED_ELSEWHERE(what=_role(site, node), user=what), user)
-    leaves = (site.q, site.k, site.v, *site.operands)
-    for leaf in leaves:
+    for leaf in site.leaves:
         if leaf.node in site.inside:
             return Refusal(reasons.USED_ELSEWHERE(what="scores or weights", user="as an operand"), leaf.node)
-    problem = _overwritten(view, site)
+    problem = overwritten(view, site)
     if problem is not None:
         return problem
     grad = view.grad.get(site.final, True)
@@ -36,14 +35,17 @@ def isolated(view: View, site: Site) -> Refusal | None:
     return None
 
 
-def _overwritten(view: View, site: Site) -> Refusal | None:
-    """Something the attention works on, or reads, is written in place before the op would run, but after it was read."""
+def overwritten(view: View, site: Site) -> Refusal | None:
+    """Something the attention works on, or reads, is written in place before the op would run, but after it was read.
+
+    None if nothing is.
+    """
     end = view.order[site.final]
     for node in site.inside:
         for writer in view.writes.between(node, view.order[node], end):
             if writer not in site.inside:
                 return Refusal(reasons.SCORES_WRITTEN(), writer)
-    for leaf in (site.q, site.k, site.v, *site.operands):
+    for leaf in site.leaves:
         for source in read_by(leaf):
             first = _first_read(view, source, site)
             # the first that reads it may write to it as well
@@ -91,7 +93,7 @@ def _takes_shape_only(view: View, user: fx.Node, node: fx.Node, site: Site) -> b
     if name_of(user) not in _LIKE or user.args[0] is not node:
         return False
     # it is to be gone with the site: what the op takes would keep it
-    taken = {source for leaf in (site.q, site.k, site.v, *site.operands) for source in read_by(leaf)}
+    taken = {source for leaf in site.leaves for source in read_by(leaf)}
     stack, seen = [user], {user}
     while stack:
         at = stack.pop()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import attnfuse
-from benchmarks import jagged, masks, models, packing, padding, results, spelled, summary
+from benchmarks import jagged, masks, models, packing, padding, paged, results, spelled, summary
 from benchmarks.memory import peak_of
 from benchmarks.spelled import Case, deviation
 from benchmarks.timing import copy_of, interleaved
@@ -133,6 +133,17 @@ def test_contenders_of_a_block_with_padding_compute_the_same(mode: str, monkeypa
     assert row["reads"] == "scale 0.125, packed"
     assert set(row["timings"]) == {"eager", "inductor", "attnfuse", "control"}
     assert "1 MiB" in padding._cells({**row, "peaks": {"attnfuse": 2**20}})[-1]
+
+
+@pytest.mark.parametrize("layout", ["blocks", pytest.param("blocks of heads", marks=pytest.mark.slow)])
+def test_contenders_of_a_paged_cache_compute_the_same(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged, "B", 3)
+    # raises where one of them is off
+    row = paged.measure(paged.Case(64, layout=layout), 0.1)
+    (reads,) = row["reads"]
+    assert reads.endswith("GQA 4:1, reads through the block table")
+    assert set(row["timings"]) == {"eager", "inductor", "attnfuse", "dense", "control"}
+    assert "1.0 MiB" in paged._cells({**row, "peaks": {"attnfuse": 2**20}})[-1]
 
 
 @pytest.mark.parametrize("share", [0.5, 0.7, 0.85])

@@ -1,4 +1,4 @@
-"""The cases of packed sequences and of decoding in tests/interpreted, on a device."""
+"""The cases of packed sequences, of block tables and of decoding in tests/interpreted, on a device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from interpreted import test_decode, test_packed
+from interpreted import test_decode, test_packed, test_paged
 from interpreted.test_decode import launched
 from interpreted.test_packed import kernel
 
@@ -14,7 +14,7 @@ __all__ = ["kernel", "launched"]
 
 pytestmark = pytest.mark.gpu
 
-for _module in (test_decode, test_packed):
+for _module in (test_decode, test_packed, test_paged):
     for _name, _value in list(vars(_module).items()):
         if _name.startswith("test_"):
             assert _name not in globals() or _name == "test_ops_pass_opcheck", _name

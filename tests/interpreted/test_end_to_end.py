@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from kernel_cases import INF, make_spec
+from paged_programs import Sizes, program, tensors
 
 import attnfuse
 from attnfuse import testing
@@ -80,3 +81,17 @@ def test_ops_pass_opcheck(grad: bool) -> None:
         atol=1e-5,
         rtol=1e-5,
     )
+
+
+@pytest.mark.parametrize(("form", "Q"), [("blocks", 1), ("blocks of heads", 24), ("slots", 1)])
+def test_paged_caches_are_read_through_the_table(form, Q):
+    given = tensors(Sizes(Q=Q, M=9), form)
+    run = program(form, "repeated")
+    torch.compiler.reset()
+    attnfuse.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.compile(run, backend="attnfuse", options=OPTIONS)(**given), run(**given), rtol=1e-3, atol=1e-4
+        )
+    (site,) = (s for r in attnfuse.reports() for s in r.sites)
+    assert site.kernel == "triton" and site.spec is not None and site.spec.paged

@@ -22,10 +22,11 @@ from attnfuse.kernels.cpu import build
 pytestmark = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
 
 ROOT = TESTS.parent
-#: Of tests/kernels/test_kernel_cpu.py: each way of the kernel through tiles, few queries and backward once.
+#: Of tests/kernels/test_kernel_cpu.py and test_paged.py: each way of the kernel through tiles, few queries and backward once.
 SAMPLE = (
     "test_every_step_forward_and_backward or test_tables_and or test_weight_steps or test_dropout_draws or test_unshifted "
-    "or test_rows_of_nothing_but_padding or test_sinks_forward or test_masks_join or test_an_empty_dim or test_grouped_queries"
+    "or test_rows_of_nothing_but_padding or test_sinks_forward or test_masks_join or test_an_empty_dim or test_grouped_queries "
+    "or test_blocks_of_any_size or test_numbers_that_no_block_has"
 )
 
 
@@ -79,7 +80,7 @@ def _pytest(run, *arguments):
 
 
 def test_a_sample_of_the_kernels_tests_finds_nothing(sanitized):
-    names = [str(TESTS / "kernels" / f"test_kernel_cpu{part}.py") for part in ("", "_bounds")]
+    names = [str(TESTS / "kernels" / f"test_{part}.py") for part in ("kernel_cpu", "kernel_cpu_bounds", "paged")]
     status, said = _pytest(sanitized, *names, "-k", f"{SAMPLE} or test_kernel_cpu_bounds")
     assert status == 0, said[-4000:]
     assert " passed" in said and "skipped" not in said
@@ -88,6 +89,7 @@ def test_a_sample_of_the_kernels_tests_finds_nothing(sanitized):
 @pytest.mark.slow
 def test_no_test_of_the_kernel_finds_anything(sanitized):
     names = ("kernels/test_kernel_cpu.py", "kernels/test_kernel_cpu_bounds.py", "kernels/test_packed.py")
+    names += ("kernels/test_paged.py",)
     names += ("passes/test_rounding.py", "passes/test_sinks.py")
     status, said = _pytest(sanitized, *(str(TESTS / name) for name in names), "-m", "not slow")
     assert status == 0, said[-4000:]

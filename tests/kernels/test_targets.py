@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_cases import FLOAT_MIN, INF, bounds_of, make_spec, qkv, randn
+from paged_cases import attention
 from target_cases import HALF, A, mixed
 
 from attnfuse.expr import causal, window
@@ -91,6 +92,22 @@ def test_other_batches_and_numbers_of_queries_compile_nothing_anew():
         assert launches(2, 4, Q, 256) == first
     decoding = launches(2, 4, 5, 4096)
     assert "decode" in decoding and decoding == launches(2, 4, 7, 4096)
+
+
+@pytest.mark.parametrize(
+    ("capability", "Q"),
+    [(90, 1), *(pytest.param(c, Q, marks=pytest.mark.slow) for c in TARGETS for Q in (1, 256) if (c, Q) != (90, 1))],
+)
+def test_reads_through_a_block_table_compile(capability, Q):
+    from attnfuse.kernels.triton import configs, targets
+
+    q, k, v, pages = attention(Q, 16, 64, N=99, D=128, E=128, dtype=torch.float16, numbers=torch.int32)
+    spec = make_spec(q, k, v, layout="paged", wraps=True, steps=(HALF,))
+    made = targets.compiled(spec, Inputs(q, k, v, pages=pages), capability, backward=False)
+    assert [c.kernel for c in made] == (["decode", "combine"] if Q == 1 else ["forward"])
+    for c in made:
+        assert c.shared <= configs.SHARED[capability] and c.spilled <= 16, c
+    assert made[0].products
 
 
 def sunk(capability, dtype, D) -> None:

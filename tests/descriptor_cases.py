@@ -184,8 +184,10 @@ def test_packed_sides_have_no_descriptors(described, layout):
 
 @pytest.mark.parametrize(("Qn", "Kn", "D", "E"), [(40, 70, 64, 64), (97, 65, 80, 24), (66, 200, 16, 128)])
 def test_one_pass_of_backward_adds_up_the_gradients_of_queries(added, Qn, Kn, D, E):
-    check(triton, *qkv(2, 1, Qn, Kn, D, E, dtype=torch.float16), steps=(HALF, ReplaceFill(causal(Kn - Qn + 3), -INF)))
-    assert added == FORWARD + ADDED
+    steps = (HALF, ReplaceFill(causal(Kn - Qn + 3), -INF))
+    for dtype in (torch.float16, torch.bfloat16):
+        check(triton, *qkv(2, 1, Qn, Kn, D, E, dtype=dtype), steps=steps)
+    assert added == (FORWARD + ADDED) * 2
 
 
 def test_operands_and_dropout_where_gradients_of_queries_are_added_up(added):

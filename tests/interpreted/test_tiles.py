@@ -15,7 +15,7 @@ from visits import Run, as_set, run
 from attnfuse.expr import Algebra, Const, Expr, K, Load, Q, causal, dense, documents, window
 from attnfuse.kernels import reference, triton
 from attnfuse.kernels.device import Device
-from attnfuse.kernels.triton import configs
+from attnfuse.kernels.triton import configs, lists
 from attnfuse.spec import AddFill, ReplaceFill, Scale
 from benchmarks.traffic import tiles_of
 
@@ -300,3 +300,16 @@ def test_heads_that_share_keys_are_split_where_programs_would_be_few(dtype: torc
     assert found.programs == 6 * 2
     assert found.tiles == Counter({(e, i, j): 1 for e in range(6) for i in range(5) for j in range(2)})
     check(triton, q, k, v, steps=(HALF, ReplaceFill(causal(), -INF)))
+
+
+def test_a_list_is_made_of_chunks_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    # two tiles of keys at once, or four of queries
+    monkeypatch.setattr(lists, "_WIDTH", 128)
+    keep = torch.ones(2, 1, 1, 500, dtype=torch.bool)
+    keep[0, ..., :130] = keep[0, ..., 200:330] = keep[1, ..., 64:128] = keep[1, ..., 400:] = False
+    found, (kept,) = ran([dense(0)], 2, 300, 500, (keep,))
+    assert visited(found) == needed(kept)
+    for name in LOOPS[1:]:
+        assert set(found[name].full) == inside(kept, name), name
+    given = qkv(2, 2, 300, 500, 8)
+    check(triton, *given, [keep], steps=(HALF, ReplaceFill(A.and_(causal(150), dense(0)), -INF)), hidden="zero")

@@ -114,11 +114,11 @@ _TABLES: tuple[tuple[str, str, tuple[str, ...], Callable[[Row], list[str]]], ...
 _WITHOUT = ("prepare", "combine")
 
 
-_VARIANTS = ("spec", "target", "D", "kernel", "tile", "addresses", "descriptors", "specialised", "instruction")
+_VARIANTS = ("spec", "target", "D", "kernel", "tile", "shipped", "descriptors", "specialised", "instruction")
 
 
 def variants(content: Row) -> str:
-    """Kernels with tensor descriptors beside the same configuration with addresses."""
+    """Kernels with tensor descriptors, and backward in two kernels, beside what ships."""
     kept = content.get("variants", [])
     made = {(_case(r), r.get("variant", "")): _named(r) for r in (*content["rows"], *kept)}
     lines = []

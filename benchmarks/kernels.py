@@ -16,7 +16,7 @@ import itertools
 import json
 import math
 import multiprocessing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -208,14 +208,19 @@ def compiled(case: Case, backward: bool = True) -> Row:
     return {**asdict(case), "failed": "", "kernels": [_kept(case, x) for x in found]}
 
 
-def _compiled(case: Case, backward: bool) -> list[Any]:
+#: Of what is compiled: long enough for lists of tiles.
+_LONG = 1024
+
+
+def _compiled(case: Case, backward: bool, how: Callable[..., Any] | None = None) -> list[Any]:
+    """how: as targets.compiled takes it."""
     from attnfuse.kernels.triton import targets
 
     if case.compared:
         from benchmarks import compared
 
         return compared.compiled(case.capability, case.spec, case.D)
-    spec, inputs = build(case.spec.removeprefix(_GLUON), case.dtype, case.D)
+    spec, inputs = build(case.spec.removeprefix(_GLUON), case.dtype, case.D, length=_LONG)
     if case.gluon:
         from attnfuse.kernels.gluon.targets import compiled as of_gluon
 
@@ -224,7 +229,7 @@ def _compiled(case: Case, backward: bool) -> list[Any]:
     fixed = varied(case) if case.variant else {}
     # slopes are no parameters
     needs = [True] * 3 + [False] if case.spec == "alibi" else ()
-    return targets.compiled(spec, inputs, case.capability, backward=backward, fixed=fixed, needs=needs)
+    return targets.compiled(spec, inputs, case.capability, backward=backward, fixed=fixed, needs=needs, how=how)
 
 
 def _kept(case: Case, made: Any) -> Row:
@@ -239,7 +244,7 @@ def _shipped(case: Case) -> dict[Pass, Config]:
     from attnfuse.kernels.device import Device
     from attnfuse.kernels.triton.call import Call
 
-    spec, inputs = build(case.spec, case.dtype, case.D, device="meta")
+    spec, inputs = build(case.spec, case.dtype, case.D, device="meta", length=_LONG)
     inputs = inputs._replace(seed=torch.zeros(1, dtype=torch.int64))
     call = Call(spec, inputs, Device("cuda", case.capability), lambda *_: None)
     return {which: call.config(which) for which in case.passes}
@@ -250,14 +255,14 @@ def varied(case: Case) -> dict[Pass, Config]:
 
     def made(which: Pass, shipped: Config) -> Config:
         specialised = case.variant == "specialised" and (which, case.capability) in PARTITIONED
-        return replace(shipped, descriptors=True, specialised=specialised)
+        return replace(shipped, descriptors=case.variant != "addresses", adds=False, specialised=specialised)
 
     return {which: made(which, shipped) for which, shipped in _shipped(case).items()}
 
 
 def digest(case: Case) -> str:
     """Of what the case's kernels are made from: another one means that its figures are of the past."""
-    from attnfuse.kernels.triton import call, codegen, descriptors, gradients, launch, template
+    from attnfuse.kernels.triton import call, codegen, descriptors, targets, template
 
     here = Path(__file__).parent
     # what counts
@@ -271,10 +276,27 @@ def digest(case: Case) -> str:
         files += [(folder / name).read_text() for name in ("hopper.py", "launch.py")]
         texts = [codegen.source(spec, approximate) for approximate in (False, True)]
         return _hashed([metadata.version("triton"), *texts, *files, *counting])
-    modules = (call, launch, gradients, template, *([descriptors] if case.variant else []))
-    files = [Path(str(module.__file__)).read_text() for module in modules]
-    tiles = " ".join(map(str, (varied(case) if case.variant else _shipped(case)).values()))
-    return _hashed([metadata.version("triton"), codegen.source(spec), tiles, *files, *counting])
+    launched: list[str] = []
+
+    def record(kernel: Any, arguments: Mapping[str, Any], capability: int) -> Any:
+        launched.append(_described(kernel, dict(arguments)))
+        return targets.Compiled(kernel.fn.__name__, 0, 0, 0, 0, 0, 0, 0, ())
+
+    _compiled(case, "backward" in case.passes, record)
+    return _hashed(
+        [metadata.version("triton"), codegen.source(spec), Path(template.__file__).read_text(), *launched, *counting]
+    )
+
+
+def _described(kernel: Any, arguments: dict[str, Any]) -> str:
+    """All that is compiled into a kernel besides its source."""
+    from attnfuse.kernels.triton import targets
+
+    types, constants, known = targets.specialisation(kernel, arguments)
+    # functions are of the source
+    plain = {at: getattr(x, "__name__", x) for at, x in constants.items()}
+    options = {name: arguments.get(name) for name in ("num_warps", "STAGES")}
+    return f"{kernel.fn.__name__} {types} {plain} {known} {options}"
 
 
 def _hashed(parts: list[str]) -> str:

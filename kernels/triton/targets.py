@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -63,16 +63,19 @@ def compiled(
     backward: bool = True,
     needs: Sequence[bool] = (),
     fixed: Mapping[Pass, Config] = MappingProxyType({}),
+    how: Callable[..., Compiled] | None = None,
 ) -> list[Compiled]:
     """The kernels that these tensors would run on an NVIDIA GPU of this compute capability (10 * major + minor).
 
     needs: of which of (q, k, v, *operands) gradients are made; all floating ones if empty. fixed: by pass, in place of the
-    shipped configuration. Raises what Triton raises where it cannot compile, OSError without its ptxas.
+    shipped configuration. how: in place of compile_kernel. Raises what Triton raises where it cannot compile, OSError without its
+    ptxas.
     """
     found: list[Compiled] = []
+    made = how or compile_kernel
 
     def record(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
-        found.append(compile_kernel(kernel, arguments, capability))
+        found.append(made(kernel, arguments, capability))
 
     device = Device("cuda", capability)
     if spec.dropout and inputs.seed is None:

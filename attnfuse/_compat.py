@@ -526,8 +526,7 @@ def aten_varlen_attention() -> tuple[OpOverload, OpOverload] | None:
 
 def has_tangent(values: Sequence[Any]) -> bool:
     """Whether forward-mode AD is on and one of the values is a dual tensor. May be asked inside of an op too."""
-    from torch.autograd import forward_ad
-
+    forward_ad = torch.autograd.forward_ad
     if forward_ad._current_level < 0:
         return False
     # inside of an op the keys are excluded by which a tensor would be taken apart

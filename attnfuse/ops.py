@@ -116,9 +116,10 @@ def _no_tangents(tensors: Sequence[torch.Tensor]) -> None:
 def _check_once(spec: Attention, inputs: Inputs) -> None:
     """check_arguments, which takes as long as a small attention, for each kind of arguments once."""
     seed, bounds = inputs.seed, inputs.bounds
-    kind: tuple[Any, ...] = (spec.text, *((x.shape, x.dtype, x.device) for x in inputs.tensors))
-    if seed is not None or bounds.q is not None or bounds.k is not None:
-        kind += tuple(None if x is None else (x.shape, x.dtype, x.device) for x in (seed, *bounds))
+    kind: tuple[Any, ...] = (spec.text,)
+    # a loop, which calls nothing
+    for x in (inputs.q, inputs.k, inputs.v, *inputs.operands, seed, *bounds):
+        kind += (None,) if x is None else (x.shape, x.dtype, x.device)
     if inputs.pages is not None:
         table = inputs.pages.table
         kind += (table.shape, table.dtype, table.device, inputs.pages.keys)

@@ -20,6 +20,7 @@ import gc
 import importlib
 import logging
 import shutil
+import sys
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -158,6 +159,13 @@ def nothing_unread_is_made() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
+def _forget_plans() -> None:
+    """Tests put other things in the place of what calls of the Triton kernels are planned by."""
+    plans = sys.modules.get("attnfuse.kernels.triton.plans")
+    if plans is not None:
+        plans.forget()
+
+
 @pytest.fixture(autouse=True)
 def fresh_state() -> Iterator[None]:
     """Each test starts from the same random numbers, an empty Dynamo cache, no reports and no failed kernels."""
@@ -168,8 +176,10 @@ def fresh_state() -> Iterator[None]:
     torch.compiler.reset()
     attnfuse.reset()
     ops.forget()
+    _forget_plans()
     yield
     ops.forget()
+    _forget_plans()
     left_off = not torch.is_grad_enabled()
     torch.set_grad_enabled(True)
     assert not left_off, "the test leaves gradients switched off for those after it"

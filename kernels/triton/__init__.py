@@ -15,16 +15,20 @@ import torch
 from attnfuse import reasons
 from attnfuse.kernels import sink
 from attnfuse.kernels.capability import FLOATS, LAYOUTS, NUMBERS, STEPS, WEIGHT_STEPS, Capability, filled_weights
-from attnfuse.kernels.device import Device
-from attnfuse.kernels.inputs import Inputs
+from attnfuse.kernels.device import Device, tf32_allowed
+from attnfuse.kernels.inputs import Bounds, Inputs
 from attnfuse.kernels.layout import allocate, check_bounds
 from attnfuse.kernels.pages import check_pages, no_pages
-from attnfuse.kernels.triton import gradients, launch
+from attnfuse.kernels.triton import gradients, launch, plans
 from attnfuse.kernels.triton.call import Call, interpreted
 from attnfuse.reasons import Reason
 from attnfuse.spec import Attention
 
 __all__ = ["CAPABILITY", "available", "backward", "forward", "interpreted"]
+
+
+#: What may be left out once kernels are compiled, as nobody has put anything in its place.
+_RUN = launch.run
 
 
 def available() -> str | None:
@@ -62,24 +66,55 @@ def forward(spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor
     ValueError for dims that are too long or other bounds, and what Triton raises where it cannot compile or launch. A number in a
     block table that no block has is read as one that is there: only the device knows it.
     """
+    q, k, v, operands, seed, bounds, pages = inputs
+    given = [q, k, v, *operands, seed, *bounds]
+    run = launch.run
+    if pages is not None:
+        # what a block table brings along is in no plan
+        out, stats = _forward(spec, inputs, plans.PLAIN, run)
+        assert out is not None and stats is not None
+        return out, stats
+    out, stats = plans.perform(
+        ("forward", spec.text, tf32_allowed()),
+        run,
+        run is _RUN,
+        given,
+        lambda given, recorder, run: _forward(spec, _inputs(given), recorder, run),
+    )
+    assert out is not None and stats is not None
+    return out, stats
+
+
+def _inputs(given: plans.Tensors) -> Inputs:
+    q, k, v, *operands, seed, q_bounds, k_bounds = given
+    return Inputs(q, k, v, operands, seed, Bounds(q_bounds, k_bounds))  # type: ignore[arg-type]
+
+
+def _forward(spec: Attention, inputs: Inputs, recorder: plans.Recorder, run: plans.Run) -> list[torch.Tensor]:
     check_bounds(spec, inputs.bounds)
     check_pages(spec, inputs)
     if spec.lse and inputs.v.shape[-1] == 0:
         raise ValueError("a log-sum-exp of values without features")
     out, stats = allocate(spec, inputs)
     empty = out.numel() == 0 or inputs.keys == 0
+    recorder.allocated(out)
+    recorder.allocated(stats)
     if empty or spec.packed_queries:
         # the rows of no sequence too
-        sink.without_keys(spec, inputs.operands, stats)
-        out.zero_()
+        recorder.computed(_without_keys, out, stats, *inputs.operands, spec=spec)
     if empty or (spec.packed and inputs.bounds.sequences == 0):
-        return out, stats
-    call = Call(spec, inputs, Device.of(inputs.q.device), launch.run)
+        return [out, stats]
+    call = Call(spec, inputs, Device.of(inputs.q.device), run, recorder=recorder)
     if call.decoding() is None:
         launch.fitting(call, "forward", lambda: launch.forward(call, out, stats))
     else:
         launch.fitting(call, "decode", lambda: launch.decode(call, out, stats))
-    return out, stats
+    return [out, stats]
+
+
+def _without_keys(out: torch.Tensor, stats: torch.Tensor, *operands: torch.Tensor, spec: Attention) -> torch.Tensor:
+    sink.without_keys(spec, operands, stats)
+    return out.zero_()
 
 
 def backward(
@@ -98,11 +133,35 @@ def backward(
     run, except for tables (RuntimeError, or a warning with warn_only). Raises as forward does, and ValueError for a paged layout.
     """
     no_pages(spec)
+    q, k, v, operands, seed, bounds, _ = inputs
+    given = [q, k, v, *operands, seed, *bounds, dout, out, stats, dlse]
+    run = launch.run
+    found = plans.perform(
+        ("backward", spec.text, tf32_allowed(), torch.are_deterministic_algorithms_enabled(), (*needs,)),
+        run,
+        run is _RUN,
+        given,
+        lambda given, recorder, run: _backward(spec, _inputs(given[:-4]), given[-4:], needs, recorder, run),
+    )
+    return [*found]
+
+
+def _backward(
+    spec: Attention,
+    inputs: Inputs,
+    rest: plans.Tensors,
+    needs: Sequence[bool],
+    recorder: plans.Recorder,
+    run: plans.Run,
+) -> list[torch.Tensor | None]:
+    dout, out, stats, dlse = rest
+    assert dout is not None and out is not None and stats is not None
     check_bounds(spec, inputs.bounds)
     if out.numel() == 0 or inputs.k.shape[-2] == 0 or (spec.packed and inputs.bounds.sequences == 0):
+        recorder.refuse()
         zeros = [torch.zeros_like(x) if need else None for x, need in zip(inputs.tensors, needs, strict=True)]
         delta = torch.zeros_like(stats[0]) if dlse is None else -dlse.float()
         sink.add_gradient(spec, inputs.operands, zeros, *sink.inverse_sums(spec, stats), delta)
         return zeros
-    call = Call(spec, inputs, Device.of(inputs.q.device), launch.run)
+    call = Call(spec, inputs, Device.of(inputs.q.device), run, recorder=recorder)
     return launch.fitting(call, "backward", lambda: gradients.backward(call, dout, out, stats, needs, dlse))

@@ -14,7 +14,7 @@ from attnfuse.kernels import dropout
 from attnfuse.kernels.device import Device, tf32_allowed
 from attnfuse.kernels.inputs import Bounds, Inputs
 from attnfuse.kernels.layout import spread
-from attnfuse.kernels.triton import descriptors, tuned
+from attnfuse.kernels.triton import descriptors, plans, tuned
 from attnfuse.kernels.triton.configs import Config, Pass, config, padded
 from attnfuse.spec import Attention
 
@@ -48,15 +48,16 @@ class Call:
     """What the launches of one call have in common.
 
     device: whose configurations are taken; launch(kernel, programs, arguments): what runs a kernel; fixed: a configuration
-    in place of every other, such as one that is being measured. Raises ValueError for dims that are too long, and without a
-    seed for dropout.
+    in place of every other, such as one that is being measured; recorder: notes what is done for a plan. Raises ValueError for
+    dims that are too long, and without a seed for dropout.
     """
 
     spec: Attention
     inputs: Inputs
     device: Device
-    launch: Callable[[Any, int, dict[str, Any]], None]
+    launch: Callable[[Any, int, dict[str, Any]], Any]
     fixed: Config | None = None
+    recorder: plans.Recorder = plans.PLAIN
 
     def __post_init__(self) -> None:
         from attnfuse.kernels.triton import codegen, generated
@@ -65,9 +66,11 @@ class Call:
         self.traits = codegen.traits(self.spec)
         self.q, self.k, self.v, operands, self.seed, bounds, self.pages = self.inputs
         # bools as bytes, which every backend loads alike
-        self.operands = [o.view(torch.uint8) if o.dtype == torch.bool else o for o in operands]
+        self.operands = [self.recorder.computed(_bytes, o) if o.dtype == torch.bool else o for o in operands]
         # the kernels step over whole rows of bounds
-        self.bounds = Bounds(*(None if b is None else b.contiguous() for b in bounds))
+        self.bounds = Bounds(
+            *(None if b is None else self.recorder.computed(torch.Tensor.contiguous, b) for b in bounds)
+        )
         self.batch = spread(self.spec, self.inputs)
         self.elements = math.prod(self.batch)
         self.packed_q, self.packed_k = self.spec.packed_queries, self.spec.packed_keys
@@ -154,6 +157,7 @@ class Call:
         if self.config(which).smaller() is None:
             return False
         _shrunk[key] = _shrunk.get(key, 0) + 1
+        plans.forget()
         return True
 
     def without_descriptors(self, which: Pass) -> bool:
@@ -225,11 +229,13 @@ class Call:
         """
         if bounds is None:
             return self.q
-        ends = bounds.clamp(0, rows)
-        tiles, order = (
-            ((ends[1] - ends[0]).clamp(min=0) + (size - 1)).div(size, rounding_mode="floor").sort(descending=True)
-        )
-        return torch.stack([tiles.cumsum(0), order]).to(torch.int32)
+        return self.recorder.computed(_dealt, bounds, rows=rows, size=size)
+
+    def scratch(self, *shape: int, dtype: torch.dtype = torch.float32, zero: bool = False) -> torch.Tensor:
+        """A new tensor, of zeros or without contents."""
+        if zero:
+            return self.recorder.computed(torch.zeros, size=shape, dtype=dtype, device=self.q.device)
+        return self.recorder.allocated(torch.empty(shape, dtype=dtype, device=self.q.device))
 
     def scores(self) -> dict[str, Any]:
         """What kernels of the forward pass take to compute scores and weights."""
@@ -290,6 +296,18 @@ class Call:
         """Whether loops are specialised: not those that pass over tiles, whose products Triton does not always find, nor those that
         read through a block table."""
         return made.specialised and not self.traits.checked and self.pages is None
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    return x.view(torch.uint8)
+
+
+def _dealt(bounds: torch.Tensor, rows: int, size: int) -> torch.Tensor:
+    ends = bounds.clamp(0, rows)
+    tiles, order = (
+        ((ends[1] - ends[0]).clamp(min=0) + (size - 1)).div(size, rounding_mode="floor").sort(descending=True)
+    )
+    return torch.stack([tiles.cumsum(0), order]).to(torch.int32)
 
 
 def _describable(packed: bool, *tensors: torch.Tensor) -> bool:

@@ -12,6 +12,7 @@ from attnfuse.kernels import sink
 from attnfuse.kernels.triton import descriptors, lists
 from attnfuse.kernels.triton.call import HIDDEN, Call
 from attnfuse.kernels.triton.configs import Config, padded
+from attnfuse.spec import Attention
 from attnfuse.warning import warn
 
 
@@ -28,27 +29,48 @@ def backward(
     dout [*batch, Q, E], out and stats as of forward, dlse [*batch, Q]. Raises ValueError where an operand has no gradient,
     RuntimeError where one has none that is deterministic, and OutOfResources where tiles do not fit the device.
     """
-    made, dout = call.config("backward"), dout.to(call.v.dtype)
+    made, dout = call.config("backward"), _cast(call, dout, call.v.dtype)
     sums = _Sums(call, needs[3:])
     prepared = _prepare(call, made, dout, out, stats, dlse)
     common = {**_common(call, dout), **prepared, **sums.arguments()}
     dq, dk, dv = None, None, None
     if needs[0] and made.adds and _can_add(call):
-        dq = torch.zeros((*call.batch, *call.q.shape[-2:]), dtype=torch.float32, device=call.q.device)
+        dq = call.scratch(*call.batch, *call.q.shape[-2:], zero=True)
         dk, dv = _backward_columns(call, made, dout, common, sums.by_rows | sums.by_columns, dq)
-        dq = dq if call.traits.slope == 1.0 else dq.mul_(call.traits.slope)
+        dq = dq if call.traits.slope == 1.0 else call.recorder.computed(torch.Tensor.mul_, dq, other=call.traits.slope)
     else:
         if needs[0] or sums.by_rows:
             dq = _backward_rows(call, made, common, sums.by_rows)
         if needs[1] or needs[2] or sums.by_columns:
             dk, dv = _backward_columns(call, made, dout, common, sums.by_columns)
     grads: list[torch.Tensor | None] = [
-        _summed(x, g) if need else None for x, g, need in zip((call.q, call.k, call.v), (dq, dk, dv), needs)
+        _summed(call, x, g) if need else None for x, g, need in zip((call.q, call.k, call.v), (dq, dk, dv), needs)
     ]
     grads += sums.results()
-    rows = prepared["W"].view(3, *stats.shape[1:])
-    sink.add_gradient(call.spec, call.operands, grads, *rows.unbind())
+    if call.spec.sink is not None and call.spec.sink.operand is not None:
+        at = 3 + call.spec.sink.operand
+        if (grad := grads[at]) is not None:
+            grads[at] = call.recorder.computed(
+                _with_sink, grad, prepared["W"], *call.operands, spec=call.spec, at=at, shape=(3, *stats.shape[1:])
+            )
     return grads
+
+
+def _cast(call: Call, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x if x.dtype == dtype else call.recorder.computed(torch.Tensor.to, x, dtype=dtype)
+
+
+def _with_sink(
+    grad: torch.Tensor, work: torch.Tensor, *operands: torch.Tensor, spec: Attention, at: int, shape: Sequence[int]
+) -> torch.Tensor:
+    """The gradient of the sink's operand with what the sink itself adds to it. work: as `prepare` fills it."""
+    grads: list[torch.Tensor | None] = [None] * (3 + len(operands))
+    grads[at] = grad
+    shift, inverse, delta = work.view(shape).unbind()
+    sink.add_gradient(spec, operands, grads, shift, inverse, delta)
+    found = grads[at]
+    assert found is not None
+    return found
 
 
 def _can_add(call: Call) -> bool:
@@ -63,15 +85,14 @@ def _prepare(
     """What `prepare` finds out of each row for the other two kernels, as their arguments W, F and marks."""
     from attnfuse.kernels.triton import template
 
-    spec, traits, device = call.spec, call.traits, call.q.device
+    spec, traits = call.spec, call.traits
     # the sink's gradient reads the rows of no sequence too
-    make = torch.zeros if call.packed_q and spec.sink is not None else torch.empty
-    work = make((3, call.lines), dtype=torch.float32, device=device)
-    of_lse = None if dlse is None else dlse.to(torch.float32).expand(stats.shape[1:]).contiguous()
+    work = call.scratch(3, call.lines, zero=call.packed_q and spec.sink is not None)
+    of_lse = None if dlse is None else call.recorder.computed(_spread, dlse, shape=stats.shape[1:])
     programs = call.query_programs(made.BM)
     # one for each query tile; packed sequences leave gaps between theirs
     marks = programs + call.heads if call.packed_q else programs
-    flags = torch.zeros(marks + call.elements if traits.hides else 1, dtype=torch.int32, device=device)
+    flags = call.scratch(marks + call.elements if traits.hides else 1, dtype=torch.int32, zero=True)
     found = {"W": work, "F": flags, "marks": marks}
     call.launch(
         template.prepare,
@@ -104,6 +125,10 @@ def _prepare(
     return found
 
 
+def _spread(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    return x.to(torch.float32).expand(shape).contiguous()
+
+
 def _common(call: Call, dout: torch.Tensor) -> dict[str, Any]:
     """What both kernels take that compute gradients."""
     f = call.functions
@@ -132,7 +157,7 @@ def _backward_rows(call: Call, made: Config, common: dict[str, Any], operands: i
     """The gradient of q as its kernel writes it. operands: a bit for each whose gradient that kernel adds up."""
     from attnfuse.kernels.triton import template
 
-    dq = _target(call.q, call.batch, (True,) * len(call.batch), call.packed_q)
+    dq = _target(call, call.q, (True,) * len(call.batch), call.packed_q)
     call.launch(
         template.backward_rows,
         call.query_programs(made.BM),
@@ -173,7 +198,7 @@ def _backward_columns(
     full = _split(batch, full, tiles, -(-call.Q // made.BM), call.waves)
     outer = tuple(n if own else 1 for n, own in zip(batch, full))
     inner = tuple(1 if own else n for n, own in zip(batch, full))
-    dk, dv = _target(k, batch, full, call.packed_k), _target(v, batch, full, call.packed_k)
+    dk, dv = _target(call, k, full, call.packed_k), _target(call, v, full, call.packed_k)
     outer_heads = math.prod(outer) // call.sequences if call.packed_k else 1
     call.launch(
         template.backward_columns,
@@ -230,26 +255,33 @@ def _added(dq: torch.Tensor | None, made: Config) -> dict[str, Any]:
     return {"DQ": described, "dqb": strides, "ADDS": True}
 
 
-def _target(x: torch.Tensor, batch: tuple[int, ...], full: Sequence[bool], packed: bool) -> torch.Tensor:
+def _target(call: Call, x: torch.Tensor, full: Sequence[bool], packed: bool) -> torch.Tensor:
     """What a kernel writes the gradient of x to: like x, or in float32 with the dims that are summed over afterwards."""
-    shape = tuple(n if own else 1 for n, own in zip(batch, full))
+    shape = tuple(n if own else 1 for n, own in zip(call.batch, full))
     if packed:
         shape = (1, *shape[1:])
     # rows of no sequence are not written
     make = torch.zeros_like if packed else torch.empty_like
     if shape == tuple(x.shape[:-2]):
-        return make(x)
-    return make(x.new_empty((*shape, *x.shape[-2:])), dtype=torch.float32)
+        return call.recorder.computed(make, x)
+    # laid out as new
+    return call.scratch(*shape, *x.shape[-2:], zero=packed)
 
 
-def _summed(x: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
+def _summed(call: Call, x: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
     assert grad is not None
     if grad.shape == x.shape and grad.dtype == x.dtype:
         return grad
+    return call.recorder.computed(_like, x, grad)
+
+
+def _like(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x).copy_(grad.sum_to_size(x.shape))
 
 
-def _not_deterministic(what: str) -> None:
+def _not_deterministic(call: Call, what: str) -> None:
+    # each call says so
+    call.recorder.refuse()
     text = f"{what} has no deterministic kernel"
     if not torch.is_deterministic_algorithms_warn_only_enabled():
         raise RuntimeError(f"attnfuse: {text}; torch.use_deterministic_algorithms(True, warn_only=True) would allow it")
@@ -286,16 +318,16 @@ class _Sums:
             shape: tuple[int, ...] = tuple(o.shape)
             if ordered:
                 if i in call.spec.tables:
-                    _not_deterministic("the gradient of a table that is read at computed indices")
+                    _not_deterministic(call, "the gradient of a table that is read at computed indices")
                 if call.spec.packed and shape[-2:] == (1, 1):
-                    _not_deterministic("the gradient of a number that packed sequences share")
+                    _not_deterministic(call, "the gradient of a number that packed sequences share")
                 # one program adds to each element, one tile after the other
                 shape = (*call.batch, *((call.Q, shape[-1]) if shape[-2:] == (1, 1) else shape[-2:]))
-            self.targets.append(torch.zeros(shape, dtype=torch.float32, device=o.device))
+            self.targets.append(call.scratch(*shape, zero=True))
 
     def arguments(self) -> dict[str, Any]:
         # Triton has no tuples with None in them: what is not needed has an address that nothing is written to
-        none = self.call.q.new_empty((1,) * self.call.q.dim(), dtype=torch.float32)
+        none = self.call.scratch(*(1,) * self.call.q.dim())
         given = [none if t is None else t for t in self.targets]
         return {
             "gops": tuple(given),
@@ -305,6 +337,6 @@ class _Sums:
 
     def results(self) -> list[torch.Tensor | None]:
         return [
-            None if t is None else torch.empty_like(o).copy_(t.sum_to_size(o.shape))
+            None if t is None else self.call.recorder.computed(_like, o, t)
             for o, t in zip(self.call.operands, self.targets, strict=True)
         ]

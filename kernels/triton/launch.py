@@ -16,9 +16,12 @@ from attnfuse.warning import said, warn
 _T = TypeVar("_T")
 
 
-def run(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
-    """Launch a kernel of the template on the current device: what a Call launches with, unless it only looks."""
-    kernel[(programs,)](**arguments)
+def run(kernel: Any, programs: int, arguments: dict[str, Any]) -> Any:
+    """Launch a kernel of the template on the current device: what a Call launches with, unless it only looks.
+
+    Gives what Triton compiled, None in its interpreter.
+    """
+    return kernel[(programs,)](**arguments)
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -38,11 +41,13 @@ def fitting(call: Call, which: Pass, attempt: Callable[[], _T]) -> _T:
             try:
                 return attempt()
             except OutOfResources:
+                call.recorder.refuse()
                 if not call.shrink(which):
                     raise
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
+                call.recorder.refuse()
                 if not call.without_descriptors(which):
                     raise
                 warn(
@@ -86,8 +91,8 @@ def decode(call: Call, out: torch.Tensor, stats: torch.Tensor) -> None:
     padded_e = padded(call.E)
     common = {
         **call.matrices(q=call.q, k=call.k, v=call.v),
-        "P": torch.empty((found.parts, call.lines, padded_e), dtype=torch.float32, device=call.q.device),
-        "S": torch.empty((found.parts, 2, call.lines), dtype=torch.float32, device=call.q.device),
+        "P": call.scratch(found.parts, call.lines, padded_e),
+        "S": call.scratch(found.parts, 2, call.lines),
         **call.shared(),
         **call.scores(),
         **found.config.arguments(),

@@ -49,7 +49,7 @@ def _lists(call: Call, made: Config, own: int, own_size: int, other: int, size: 
     entries = tiles * (2 + others)
     if not worthwhile(call.spec, others, math.prod(sizes) * entries):
         return unlisted
-    found = torch.empty((*sizes, entries), dtype=torch.int32, device=call.q.device)
+    found = call.scratch(*sizes, entries, dtype=torch.int32)
     shared = call.shared()
     call.launch(
         template.listed,

@@ -13,6 +13,7 @@ from typing import Any
 
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.measured import records
+from attnfuse.kernels.triton import plans
 from attnfuse.kernels.triton.configs import Config, Pass
 from attnfuse.spec import Attention
 
@@ -53,7 +54,23 @@ class Entry:
 
 
 _table = records.Table("tuned", Entry.of, "the shipped configurations are used")
-entries, add, reset = _table.entries, _table.add, _table.reset
+entries = _table.entries
+
+
+def add(found: dict[str, Entry]) -> None:
+    """As records.Table.add: use these from now on, and keep them."""
+    try:
+        _table.add(found)
+    finally:
+        plans.forget()
+
+
+def reset() -> None:
+    """Read the file again when entries are asked for the next time."""
+    _table.reset()
+    plans.forget()
+
+
 _digest = functools.lru_cache(maxsize=512)(records.digest)
 
 

@@ -72,15 +72,14 @@ def forward(spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor
     if pages is not None:
         # what a block table brings along is in no plan
         out, stats = _forward(spec, inputs, plans.PLAIN, run)
-        assert out is not None and stats is not None
-        return out, stats
-    out, stats = plans.perform(
-        ("forward", spec.text, tf32_allowed()),
-        run,
-        run is _RUN,
-        given,
-        lambda given, recorder, run: _forward(spec, _inputs(given), recorder, run),
-    )
+    else:
+        out, stats = plans.perform(
+            ("forward", spec.text, tf32_allowed()),
+            run,
+            run is _RUN,
+            given,
+            lambda given, recorder, run: _forward(spec, _inputs(given), recorder, run),
+        )
     assert out is not None and stats is not None
     return out, stats
 

@@ -295,14 +295,19 @@ def made(kind, rows, dtype, lays, laid, alias):
     return spec, Inputs(*tensors, operands, seed, bounds)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(calls_made(), min_size=1, max_size=4), st.data())
-def test_launches_of_planned_calls_are_those_of_others(ran, drawn, data):
-    """Calls that come again and again, with other things changed between them."""
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(calls_made(), st.lists(calls_made(), min_size=1, max_size=3), st.data())
+def test_launches_of_planned_calls_are_those_of_others(ran, base, others, data):
+    """Calls that come again and again, and between them some that differ in one thing."""
+    drawn = [base]
+    for other in others:
+        changed = data.draw(st.sampled_from(sorted(base)), label="changed")
+        drawn.append({**base, changed: other[changed]})
     plans.forget()
     tuned.reset()
     calls._shrunk.clear()
-    order = data.draw(st.lists(st.sampled_from(range(len(drawn))), min_size=4, max_size=12), label="order")
+    order = data.draw(st.lists(st.sampled_from(range(len(drawn))), min_size=2, max_size=8), label="order")
+    order = [0, 0, 0, *order]
     entries: dict = {}
     original, precision = tuned.entries, torch.backends.cuda.matmul.fp32_precision
     try:
@@ -368,6 +373,94 @@ def test_a_plan_holds_for_its_own_kind_of_tensors_alone(ran, change, backward):
         both(*changed)
     assert planned() == 2
     assert both(*tensors) == first
+
+
+def as_default():
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def tf32():
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+SETTINGS = {
+    "deterministic backward": (deterministic, torch.bfloat16, True, (True, True, True)),
+    "tf32 forward": (tf32, torch.float32, False, ()),
+    "tf32 backward": (tf32, torch.float32, True, (True, True, True)),
+    "gradient of q alone": (as_default, torch.float32, True, (True, False, False)),
+    "gradients of k and v alone": (as_default, torch.float32, True, (False, True, True)),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_plan_holds_for_its_own_settings_alone(ran, name):
+    setting, dtype, backward, needs = SETTINGS[name]
+    q, k, v = qkv(1, 2, 300, 300, 64, dtype=dtype)
+    spec = make_spec(q, k, v, steps=CAUSAL)
+    seen = []
+    for made, wanted in [(as_default, (True, True, True)), (setting, needs)] * 2:
+        given = (ran, spec, Inputs(q, k, v), backward, list(wanted), q, None)
+        with made():
+            got = [launches(*given) for _ in range(3)]
+            with unplanned():
+                assert got == [launches(*given)] * 3
+        seen.append(got[0])
+    assert planned() == 2 and seen[0] == seen[2] != seen[1] == seen[3]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_one_tensor_that_is_given_twice_may_be_two_in_the_next_call(ran, backward):
+    q, k, v = qkv(1, 2, 300, 300, 64, dtype=torch.bfloat16)
+    spec = make_spec(q, k, v)
+    for _ in range(3):
+        launches(ran, spec, Inputs(k, k, k), backward, [True] * 3, k, None)
+    assert planned() == 1
+    got = launches(ran, spec, Inputs(q, k, v), backward, [True] * 3, q, None)
+    with unplanned():
+        assert got == launches(ran, spec, Inputs(q, k, v), backward, [True] * 3, q, None)
+    assert planned() == 1
+
+
+@pytest.mark.parametrize("number", [torch.int32, torch.int64])
+def test_dtypes_that_a_spec_does_not_name(ran, number):
+    """Of bounds, and of the gradient of the result: the same plan would hand on what kernels were not compiled for."""
+    q, k, v = qkv(1, 2, 64, 64, 64, dtype=torch.bfloat16)
+    spec = make_spec(q, k, v, layout="packed")
+
+    def launched(number, dtype):
+        bounds = bounds_of(30, 34).to(number)
+        inputs = Inputs(q, k, v, bounds=Bounds(bounds, bounds))
+        for backward in (False, True):
+            given = (ran, spec, inputs, backward, [True] * 3, q.to(dtype), None)
+            got = launches(*given)
+            with unplanned():
+                want = launches(*given)
+            known = addresses(q, k, v, bounds)
+            for (_, _, a), (_, _, b) in zip(got[0], want[0], strict=True):
+                assert a["QB"] == b["QB"] and a["QB"][2] == number and a["QB"][-1] in known
+                assert a.get("G", (0, 0, 0))[2] == b.get("G", (0, 0, 0))[2] != torch.float32
+
+    for _ in range(3):
+        launched(number, torch.bfloat16)
+    assert planned() == 2
+    for other in (torch.int32, torch.int64):
+        for _ in range(3):
+            launched(other, torch.float32)
 
 
 def test_what_configurations_depend_on_drops_plans(ran, monkeypatch, tmp_path):

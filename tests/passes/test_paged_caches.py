@@ -295,7 +295,18 @@ def rows_of(cache: Tensor, blocks: Tensor, rows: Tensor) -> Tensor:
     return cache[blocks, rows].transpose(1, 2)
 
 
+def zeroed(x: Tensor) -> Tensor:
+    return x.mul_(0.5)
+
+
+def cleared(x: Tensor) -> Tensor:
+    x.view(-1)[7:500].zero_()
+    return x
+
+
 TABLE = torch.tensor([[3, 0, 5], [1, 2, 5]])
+SQUARE = torch.tensor([[3, 0], [1, 2]])
+FEATURES = torch.randint(0, 48, (2, 30, 2, 16), generator=torch.Generator().manual_seed(0))
 OTHER = torch.tensor([[3, 0, 5], [1, 2, 4]])
 BLOCKS = TABLE.repeat_interleave(16, 1)
 ROWS = torch.arange(16).repeat(3).expand(2, -1)
@@ -335,6 +346,20 @@ TRAPS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], reasons.Cause
         lambda q, k, v: attend(q, *(flat(x.bfloat16()[TABLE]).float() for x in (k, v))),
         reasons.GATHER_CAST,
     ),
+    "blocks of two dims": (
+        lambda q, k, v: attend(q, *(x.view(9, 4, 4, 2, 16)[TABLE].flatten(1, 3).transpose(1, 2) for x in (k, v))),
+        reasons.GATHER_ORDER,
+    ),
+    "rows of each feature": (
+        lambda q, k, v: attend(q, *(x[:6].reshape(2, 48, 2, 16).gather(1, FEATURES).transpose(1, 2) for x in (k, v))),
+        reasons.GATHER_TABLES,
+    ),
+    "one table, turned for v": (
+        lambda q, k, v: attend(q, flat(k[SQUARE]), flat(v[SQUARE.T])),
+        reasons.GATHER_TABLES,
+    ),
+    "a copy that is written": (lambda q, k, v: attend(q, *(flat(zeroed(x[TABLE])) for x in (k, v))), None),
+    "a copy that is written by a view": (lambda q, k, v: attend(q, *(flat(cleared(x[TABLE])) for x in (k, v))), None),
     "flipped keys": (lambda q, k, v: attend(q, *(flat(x[TABLE]).flip(2) for x in (k, v))), None),
 }
 
@@ -376,6 +401,15 @@ TOO: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 def test_other_reads_by_one_tensor_of_integers_are_block_tables_too(name: str) -> None:
     inputs = {"q": torch.randn(2, 4, 1, 16), "k": torch.randn(9, 16, 2, 16), "v": torch.randn(9, 16, 2, 16)}
     site = site_of(TOO[name], inputs)
+    assert is_paged(site), site.notes
+
+
+def test_a_table_whose_sequences_are_flattened_stays_as_it_is() -> None:
+    def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        return attend(q, *(flat(x[table.flatten(0, 1)]) for x in (k, v)))
+
+    inputs = {"q": torch.randn(4, 4, 1, 16), "table": torch.randint(-9, 9, (2, 2, 3))}
+    site = site_of(run, inputs | {name: torch.randn(9, 16, 2, 16) for name in ("k", "v")})
     assert is_paged(site), site.notes
 
 

@@ -71,15 +71,16 @@ def forward(spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor
     run = launch.run
     if pages is not None:
         # what a block table brings along is in no plan
-        out, stats = _forward(spec, inputs, plans.PLAIN, run)
+        found: Sequence[torch.Tensor | None] = _forward(spec, inputs, plans.PLAIN, run)
     else:
-        out, stats = plans.perform(
+        found = plans.perform(
             ("forward", spec.text, tf32_allowed()),
             run,
             run is _RUN,
             given,
             lambda given, recorder, run: _forward(spec, _inputs(given), recorder, run),
         )
+    out, stats = found
     assert out is not None and stats is not None
     return out, stats
 

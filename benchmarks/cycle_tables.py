@@ -100,7 +100,7 @@ def _cost(row: Row) -> Iterator[list[str]]:
         tile = f"{kernel['BM']}x{kernel['BN']}, {kernel['warps']} warps, {stages}"
         count = cycles.instructions(kernel["loop"])
         work = cycles.work(kernel, row["D"])
-        alone = kernel["kernel"] not in ("decode", "backward_rows", "backward_columns")
+        alone = kernel["kernel"] not in ("decode", "backward_rows", "backward_columns") or kernel.get("reduces", False)
         yield [
             *_what(row, kernel),
             *(tile, kernel["loop"]["loads"], str(count), f"{cycles.per_score(kernel):.1f}"),

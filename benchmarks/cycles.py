@@ -60,6 +60,13 @@ FIGURES = {
 PRODUCTS = {"forward": 2, "decode": 2, "backward_rows": 3, "backward_columns": 4, "tutorial": 2, "flex": 2}
 PASSES = {"forward": 2, "backward": 5}
 
+
+def products(kernel: Mapping[str, Any]) -> int:
+    """As PRODUCTS; of backward in one kernel, which adds gradients of queries up, all of the pass."""
+    return PASSES["backward"] if kernel.get("reduces") else PRODUCTS[kernel["kernel"]]
+
+
+
 Row = dict[str, Any]
 
 
@@ -113,7 +120,7 @@ class Cycles:
 def cycles(figures: Figures, kernel: Row, D: int) -> Cycles:
     """kernel: of benchmarks/results/kernels.json, with its loop."""
     loop, a_quarter = kernel["loop"], kernel["warps"] / QUARTERS
-    needed = PRODUCTS[kernel["kernel"]] * kernel["BM"] * kernel["BN"] * D / figures.products
+    needed = products(kernel) * kernel["BM"] * kernel["BN"] * D / figures.products
     # one thread issues a product of 10.0, with its dims in a register
     T = loop["groups"] * a_quarter / figures.products + loop["singles"] * kernel["warps"] / figures.by_warp
     return Cycles(
@@ -134,7 +141,7 @@ def backward(figures: Figures, kernels: Iterable[Row], D: int) -> Cycles:
 def work(kernel: Row, D: int) -> float | None:
     """Multiply-adds that are done, over those that the tile needs; None where instructions do not tell."""
     done = kernel["loop"]["groups"] * kernel["warps"] // 4 + kernel["loop"]["singles"] * kernel["warps"]
-    return done / (PRODUCTS[kernel["kernel"]] * kernel["BM"] * kernel["BN"] * D) if done else None
+    return done / (products(kernel) * kernel["BM"] * kernel["BN"] * D) if done else None
 
 
 def instructions(loop: Mapping[str, Any]) -> int:

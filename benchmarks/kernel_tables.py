@@ -73,15 +73,17 @@ def _tiles(kernel: Row) -> str:
 
 def _cells(row: Row) -> list[str]:
     made = {kernel["kernel"]: kernel for kernel in row["kernels"]}
-    forward, rows, columns = (made[name] for name in ("forward", "backward_rows", "backward_columns"))
-    figures = [[str(x["registers"]), _kib(x["shared"])] for x in (forward, rows, columns)]
+    # backward may be in one kernel
+    forward, rows, columns = (made.get(name) for name in ("forward", "backward_rows", "backward_columns"))
+    assert forward is not None and columns is not None
+    figures = [["", ""] if x is None else [str(x["registers"]), _kib(x["shared"])] for x in (forward, rows, columns)]
     products = sorted({p for kernel in made.values() for p in kernel["products"]})
     cells = [
         str(row["capability"]),
         str(row["D"]),
         _tiles(forward),
         *figures[0],
-        _tiles(rows),
+        _tiles(columns if rows is None else rows),
         *figures[1],
         *figures[2],
     ]

@@ -196,7 +196,6 @@ def test_few_calls_on_the_host(fake):
     found["decode"] = counted(lambda: triton.forward(few, Inputs(*one)))
     op, text = torch.ops.attnfuse.attention, spec.argument
     found["op"] = counted(lambda: op(q, k, v, [], None, None, None, text, "triton", True))
-    print(found)
     totals = {name: sum(calls) for name, calls in found.items()}
     assert totals["forward"] <= 60 and totals["decode"] <= 90 and totals["backward"] <= 140, found
     assert totals["op"] - totals["forward"] <= 40, found

@@ -21,7 +21,7 @@ help:
 	@echo "make test-coverage   make test, with the lines and branches that it ran"
 	@echo "make suite-table     make test, with its time by file written to docs/suite.md"
 	@echo "make lint            ruff and mypy"
-	@echo "make mutants         the tests that must fail by each of 45 seeded defects, in 45 minutes at most"
+	@echo "make mutants         the tests that must fail by each of 46 seeded defects, in 45 minutes at most"
 	@echo "make refusals        write docs/refusals.md from attnfuse/reasons.py"
 	@echo "make coverage-table  run all coverage cases and write docs/coverage.md"
 	@echo "make bench           time attention, models, padding and packing beside Inductor, write docs/benchmarks.md"

@@ -316,10 +316,18 @@ DEFECTS = (
     Defect(
         "arguments of another dtype were checked already",
         "attnfuse/ops.py",
-        "*((x.shape, x.dtype, x.device) for x in inputs.tensors)",
-        "*((x.shape, x.device) for x in inputs.tensors)",
+        "(None,) if x is None else (x.shape, x.dtype, x.device)",
+        "(None,) if x is None else (x.shape, x.device)",
         ("tests/kernels/test_op_calls.py",),
         "not_the_specs",
+    ),
+    Defect(
+        "a plan is taken for tensors with other strides",
+        "kernels/triton/plans.py",
+        "(x.shape, x.stride(), x.dtype, x.data_ptr()",
+        "(x.shape, x.dtype, x.data_ptr()",
+        ("tests/kernels/test_plans.py",),
+        "its_own_kind",
     ),
     Defect(
         "sequences with gaps between them reach to the next one",

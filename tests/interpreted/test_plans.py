@@ -36,7 +36,7 @@ def sunk():
 
 def grouped():
     """Gradients of keys in float32, summed over heads by the host."""
-    q, k, v = randn(2, 4, 3, 16, dtype=torch.bfloat16), *(randn(2, 1, 300, 16, dtype=torch.bfloat16) for _ in "kv")
+    q, k, v = randn(2, 4, 3, 16, dtype=torch.bfloat16), *(randn(2, 1, 150, 16, dtype=torch.bfloat16) for _ in "kv")
     return (q, k, v), [], {"steps": (HALF,)}
 
 
@@ -56,7 +56,8 @@ KINDS = [plain, biased, flagged, sunk, grouped, dropped, packed]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_planned_calls_compute_what_others_do(kind):
-    for at in range(4):
+    # the first call leaves its key, the second one is recorded, and the third goes by its plan
+    for at in range(3):
         (q, k, v, *bounds), operands, fields = kind()
         seed = torch.randint(2**40, (1,)) if "dropout" in fields else None
         spec = make_spec(q, k, v, operands, **fields)
@@ -71,15 +72,11 @@ def test_planned_calls_compute_what_others_do(kind):
             return [out, stats, *triton.backward(spec, inputs, dout, out, stats, needs, dlse)]
 
         found = both()
-        kept = dict(plans._plans)
-        assert sum(isinstance(x, plans.Plan) for x in kept.values()) == (2 if at else 0)
-        plans.forget()
-        expected = both()
-        plans._plans.clear()
-        plans._plans.update(kept)
-        for a, b in zip(found, expected, strict=True):
-            assert (a is None) == (b is None)
-            assert a is None or ((a.dtype, a.stride()) == (b.dtype, b.stride()) and torch.equal(a, b))
+        assert sum(isinstance(x, plans.Plan) for x in plans._plans.values()) == (2 if at else 0)
+    plans.forget()
+    for a, b in zip(found, both(), strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or ((a.dtype, a.stride()) == (b.dtype, b.stride()) and torch.equal(a, b))
 
 
 def test_plans_are_made_and_used_in_and_out_of_inference_mode():

@@ -543,7 +543,9 @@ class _Module:
             if dims[1] == "1":
                 x = inner.let(f"tl.sum({x}, 1 - QUERIES, keep_dims=True)")
             if dims == ("1", "1"):
-                place, mask = f"{place} + tl.zeros([1, 1], tl.int32)", ""
+                # an address for each tile of queries, where sums are kept apart for their order: elsewhere the stride is 0
+                apart = f"tl.min(q, QUERIES, keep_dims=True).to(tl.int64) * gst[{operand}][0]"
+                place, mask = f"{place} + {apart}", ""
         else:
             mask = "(q < Qn) & (k < Kn)"
             place = f"{place} + tl.zeros_like({x}).to(tl.int32)"

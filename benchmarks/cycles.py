@@ -66,7 +66,6 @@ def products(kernel: Mapping[str, Any]) -> int:
     return PASSES["backward"] if kernel.get("reduces") else PRODUCTS[kernel["kernel"]]
 
 
-
 Row = dict[str, Any]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from kernel_cases import FLOAT_MIN, INF, bounds_of, check, make_spec, qkv, randn
 
-from attnfuse.expr import Algebra, causal, dense, documents, window
+from attnfuse.expr import Algebra, Const, K, Q, causal, dense, documents, window
 from attnfuse.kernels import triton
 from attnfuse.kernels.inputs import Bounds, Inputs
 from attnfuse.kernels.triton import call, launch
@@ -236,6 +236,25 @@ def test_nothing_is_added_up_where_order_matters_or_nobody_needs_it(added):
     q, k, v = qkv(1, 2, 70, 70, 32, dtype=torch.float16)
     check(triton, q, k, v, layout="packed", bounds=Bounds(bounds, bounds))
     assert ("backward_rows", "") in added
+
+
+def test_what_is_refused_says_nothing_of_descriptors(added, recwarn):
+    q, k, v = qkv(1, 2, 40, 40, 32, dtype=torch.float16)
+    table = randn(1, 2, 1, 79)
+    step = Bias(0, 1.0, None, A.add(A.sub(K, Q), Const(39)))
+    spec = make_spec(q, k, v, [table], [("1", "B1", "1", "T")], steps=(HALF, step))
+    inputs, dout = Inputs(q, k, v, [table]), randn(1, 2, 40, 32, dtype=torch.float16)
+    out, stats = triton.forward(spec, inputs)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError, match="deterministic"):
+            triton.backward(spec, inputs, dout, out, stats, [True] * 4)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not [w for w in recwarn if "descriptors" in str(w.message)]
+    added.clear()
+    triton.backward(spec, inputs, dout, out, stats, [True] * 4)
+    assert added == ADDED
 
 
 @pytest.mark.parametrize("failing", ["forward", "backward_columns"])

@@ -123,15 +123,16 @@ def test_offsets_beyond_31_bits(device, which, dim):
 def test_deterministic_mode_gives_the_same_bits_on_every_run(device):
     with device:
         q, k, v = qkv(2, 3, 150, 170, 32, dtype=torch.float16)
-        biases = [torch.randn(1, 3, 150, 170), torch.randn(2, 1, 1, 170)]
-        spec = make_spec(q, k, v, biases, steps=(Scale(0.2), Bias(0), Bias(1), ReplaceFill(causal(20), -INF)))
+        biases = [torch.randn(*shape) for shape in ((1, 3, 150, 170), (2, 1, 1, 170), (1, 3, 1, 1))]
+        steps = (Scale(0.2), *(Bias(i) for i in range(3)), ReplaceFill(causal(20), -INF))
+        spec = make_spec(q, k, v, biases, steps=steps)
         dout = torch.randn(2, 3, 150, 32).to(torch.float16)
     runs = []
     torch.use_deterministic_algorithms(True)
     try:
         for _ in range(20 if device.type == "cuda" else 2):
             out, stats = triton.forward(spec, Inputs(q, k, v, biases))
-            grads = triton.backward(spec, Inputs(q, k, v, biases), dout, out, stats, [True] * 5)
+            grads = triton.backward(spec, Inputs(q, k, v, biases), dout, out, stats, [True] * 6)
             runs.append([out, stats, *grads])
     finally:
         torch.use_deterministic_algorithms(False)

@@ -188,6 +188,7 @@ WRAPPING = {
     "ordered": _A.compare("lt", _OF_KEYS, _OF_QUERIES),
     "ordered, shifted": _A.compare("le", _OF_KEYS, _A.add(_OF_QUERIES, Const(3))),
     "distance": _A.compare("le", _A.abs(_A.sub(_OF_KEYS, _OF_QUERIES)), Const(40)),
+    "least": _A.compare("lt", _A.abs(_OF_KEYS), Const(0)),
     "equal": _A.compare("eq", _A.sub(_OF_KEYS, _OF_QUERIES), Const(5)),
     "hash": _A.compare(
         "ge",

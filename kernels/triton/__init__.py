@@ -164,4 +164,6 @@ def _backward(
         sink.add_gradient(spec, inputs.operands, zeros, *sink.inverse_sums(spec, stats), delta)
         return zeros
     call = Call(spec, inputs, Device.of(inputs.q.device), run, recorder=recorder)
+    # not in what is tried again with other tiles
+    gradients.check(call, needs)
     return launch.fitting(call, "backward", lambda: gradients.backward(call, dout, out, stats, needs, dlse))

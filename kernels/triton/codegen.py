@@ -543,7 +543,9 @@ class _Module:
             if dims[1] == "1":
                 x = inner.let(f"tl.sum({x}, 1 - QUERIES, keep_dims=True)")
             if dims == ("1", "1"):
-                place, mask = f"{place} + tl.zeros([1, 1], tl.int32)", ""
+                # an address for each tile of queries, where sums are kept apart for their order: elsewhere the stride is 0
+                apart = f"tl.min(q, QUERIES, keep_dims=True).to(tl.int64) * gst[{operand}][0]"
+                place, mask = f"{place} + {apart}", ""
         else:
             mask = "(q < Qn) & (k < Kn)"
             place = f"{place} + tl.zeros_like({x}).to(tl.int32)"
@@ -705,6 +707,9 @@ class _Intervals(_Body):
         if isinstance(e, Linear):
             return self._summed(e)
         assert isinstance(e, Apply)
+        if e.op == "abs" and Algebra(LONGEST + 1, LONGEST + 1).bounds(e.args[0])[0] <= expr.INT64[0]:
+            # that number's negative is itself
+            return None
         args = [self.of(x) for x in e.args]
         rule: Callable[..., Ends | None] = getattr(self, f"_{e.op}")
         if e.op in ("and", "or"):
@@ -720,14 +725,17 @@ class _Intervals(_Body):
             return ("0", "1") if e.dtype == "bool" else None
         base, strides = f"at[{e.operand}]", f"st[{e.operand}]"
         if dims == ("1", "1"):
-            x = self.let(f"tl.load({base}).to(tl.int64)")
-            return x, x
+            # any byte but 0 is a true bool
+            x = self.let(f"tl.load({base}) != 0" if e.dtype == "bool" else f"tl.load({base}).to(tl.int64)")
+            return self._truths(x, x) if e.dtype == "bool" else (x, x)
         by_key = dims[1] != "1"
         first, end, size, stride = (
             ("k0", "Kn", "BN", f"{strides}[1]") if by_key else ("q0", "Qn", "BM", f"{strides}[0]")
         )
         last = f"tl.minimum({end}, n[{e.operand}][{int(by_key)}]) - 1"
         x = self.let(f"ends_of({base}, {first}, {last}, {stride}, {size}, MANY == {1 if by_key else 2})")
+        if e.dtype == "bool":
+            return self._truths(f"{x}[0] > 0", f"{x}[1] > 0")
         return f"{x}[0]", f"{x}[1]"
 
     def _summed(self, e: Linear) -> Ends | None:

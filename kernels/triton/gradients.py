@@ -16,6 +16,19 @@ from attnfuse.spec import Attention
 from attnfuse.warning import warn
 
 
+def check(call: Call, needs: Sequence[bool]) -> None:
+    """Raises ValueError where an operand of which `needs` asks for the gradient has none, RuntimeError where it has none that is
+    deterministic and that is what PyTorch is set to; or warns, where PyTorch is set to warn only."""
+    ordered = torch.are_deterministic_algorithms_enabled()
+    for i, (o, need) in enumerate(zip(call.operands, needs[3:], strict=True)):
+        if need and not o.dtype.is_floating_point:
+            raise ValueError(f"operand {i} of dtype {o.dtype} has no gradient")
+        if need and ordered and i in call.spec.tables:
+            _not_deterministic(call, "the gradient of a table that is read at computed indices")
+        if need and ordered and call.spec.packed and o.shape[-2:] == (1, 1):
+            _not_deterministic(call, "the gradient of a number that packed sequences share")
+
+
 def backward(
     call: Call,
     dout: torch.Tensor,
@@ -309,18 +322,12 @@ class _Sums:
             if not need:
                 self.targets.append(None)
                 continue
-            if not o.dtype.is_floating_point:
-                raise ValueError(f"operand {i} of dtype {o.dtype} has no gradient")
             if codegen.by_columns(call.spec, i):
                 self.by_columns |= 1 << i
             else:
                 self.by_rows |= 1 << i
             shape: tuple[int, ...] = tuple(o.shape)
             if ordered:
-                if i in call.spec.tables:
-                    _not_deterministic(call, "the gradient of a table that is read at computed indices")
-                if call.spec.packed and shape[-2:] == (1, 1):
-                    _not_deterministic(call, "the gradient of a number that packed sequences share")
                 # one program adds to each element, one tile after the other
                 shape = (*call.batch, *((call.Q, shape[-1]) if shape[-2:] == (1, 1) else shape[-2:]))
             self.targets.append(call.scratch(*shape, zero=True))

@@ -100,10 +100,19 @@ def decode(call: Call, out: torch.Tensor, stats: torch.Tensor) -> None:
         "parts": found.parts,
     }
     programs = call.elements // found.group * -(-found.group * call.Q // found.config.BM)
+    # tiles are looked at for all queries of an element, of which a tile may have some
+    rows = max(found.config.BM, 1 << (call.Q - 1).bit_length())
     read = call.tiled(found.config, found.config.BN, call.packed_k, k=call.k, v=call.v)
     call.launch(
         template.decode,
         programs * found.parts,
-        {**common, **read, **call.exponents(), "KEYS": call.functions.keys, "CHECKED": call.traits.checked},
+        {
+            **common,
+            **read,
+            **call.exponents(),
+            "KEYS": call.functions.keys,
+            "CHECKED": call.traits.checked,
+            "ROWS": rows,
+        },
     )
     call.launch(template.combine, programs, {**common, **call.matrices(o=out), "M": stats, **call.finish()})

@@ -476,12 +476,12 @@ def decode(
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     OFFSET: tl.constexpr, BASES: tl.constexpr, SCORE: tl.constexpr, WEIGH: tl.constexpr, KEYS: tl.constexpr,
     SEEN: tl.constexpr, CHECKED: tl.constexpr, DROPOUT: tl.constexpr, NEAR: tl.constexpr, FACTOR: tl.constexpr,
-    PRECISION: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums of few queries over one of `parts` parts of their keys, so that a long cache keeps the whole device busy.
 
     P float32 [parts, lines, EP], S float32 [parts, 2, lines]: acc, and m and l. The rows of a tile are the queries of `group`
-    batch elements with the same keys, which are read once for all of them.
+    batch elements with the same keys, which are read once for all of them. ROWS: as many as BM and as Qn, at least.
     """
     part = tl.program_id(0) % parts
     tiles = tl.cdiv(group * Qn, BM)
@@ -504,7 +504,7 @@ def decode(
     for k0 in tl.range(begin, tl.minimum(begin + share, hi), BN, num_stages=STAGES):
         acc, m, l = visit(
             acc, m, l, qt, line[:, None], query[:, None], 0, Qn - 1, k0, K, V, ks, vs, at, shared, st, n, Qn, Kn, seed,
-            threshold, keep_scale, D, E, DP, EP, BM, BN, SCORE, WEIGH, SEEN, 0, CHECKED, DROPOUT, NEAR, FACTOR, PRECISION,
+            threshold, keep_scale, D, E, DP, EP, ROWS, BN, SCORE, WEIGH, SEEN, 0, CHECKED, DROPOUT, NEAR, FACTOR, PRECISION,
         )  # fmt: skip
     S += part.to(tl.int64) * 2 * lines
     tl.store(S + line, m * FACTOR, mask=inside)
@@ -758,6 +758,16 @@ def numbers_at(W, rows, Qn, FULL: tl.constexpr):
 
 
 @triton.jit
+def any_marked(F, q0, Qn, BM: tl.constexpr, MARKED: tl.constexpr):
+    """Whether a tile of BM queries from q0 on has a row that may see hidden keys. F: a mark for each MARKED queries."""
+    if BM <= MARKED:
+        return tl.load(F + q0 // MARKED) != 0
+    else:
+        marks = q0 // MARKED + tl.arange(0, BM // MARKED)
+        return tl.max(tl.load(F + marks, mask=marks * MARKED < Qn, other=0), 0) != 0
+
+
+@triton.jit
 def column_tile(
     dk, dv, q0, kt, vt, k, k0, k1, Q, G, DQ, W, F, qs, gs, dqs, first_line, lines, at, st, n, gat, gst, Qn, Kn, seed, threshold,
     keep_scale, D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -767,12 +777,12 @@ def column_tile(
 ):  # fmt: skip
     """dk and dv with what one tile of queries adds to them; ADDS: and what it adds to that tile's dq, in memory.
 
-    W, F: from the first query and the first tile of the element on, which in F has MARKED queries.
+    W, F: from the first query and the first tile of the element on; a tile of F is of MARKED queries, more or less than BM.
     """
     needed = True
     if CHECKED:
         needed, sure = SEEN(q0, tl.minimum(q0 + BM, Qn) - 1, k0, k1, BM, BN, 0, at, st, n, Qn, Kn)
-        needed = needed | (tl.load(F + q0 // MARKED) != 0)
+        needed = needed | any_marked(F, q0, Qn, BM, MARKED)
     if needed:
         rows = q0 + tl.arange(0, BM)
         qt = tile_at(Q, q0, rows, qs, Qn, D, DP, BM)

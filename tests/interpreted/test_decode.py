@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_cases import FLOAT_MIN, INF, bounds_of, check, make_spec, qkv, randn
 
-from attnfuse.expr import Algebra, Const, K, Load, Q, causal, dense, window
+from attnfuse.expr import Algebra, Const, K, Load, Q, causal, dense, documents, window
 from attnfuse.kernels import triton
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.inputs import Bounds, Inputs
@@ -51,6 +51,16 @@ def test_heads_that_share_keys_share_a_tile(launched):
     check(triton, *grouped(), steps=(HALF, Softcap(20.0)), backward=False)
     name, programs, arguments = launched[0]
     assert (name, arguments["group"], programs) == ("decode", 4, 4 * arguments["parts"])
+
+
+@pytest.mark.parametrize(("heads", "queries"), [(1, 40), (3, 20)])
+def test_tiles_are_looked_at_for_all_queries_of_an_element(launched, heads, queries):
+    # the last queries, of which a first tile has none, are of a sequence of their own
+    q, k = randn(1, 1, heads, queries, 16), randn(1, 1, 1, 300, 16)
+    of_queries, of_keys = torch.arange(queries) >= queries - 8, torch.arange(300) >= 192
+    operands = [of_queries.long().view(1, 1, 1, queries, 1), of_keys.long().view(1, 1, 1, 1, 300)]
+    check(triton, q, k, k.flip(-2), operands, backward=False, steps=(HALF, ReplaceFill(documents(0, 1), -INF)))
+    assert [x[0] for x in launched] == ["decode", "combine"]
 
 
 @pytest.mark.parametrize("queries", [1, 5, 16])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import kernel_cases
+import numpy as np
 import pytest
 import torch
 from kernel_cases import FLOAT_MIN, GATES, INF, STEPS, WEIGHTS, make_spec, qkv, randn
 from sink_cases import *  # noqa: F403
+from triton.runtime import interpreter
 
 from attnfuse.expr import Algebra, Const, K, Q, causal, dense, documents, window
 from attnfuse.kernels import layout, triton
 from attnfuse.kernels.inputs import Inputs
-from attnfuse.kernels.triton import codegen, generated
+from attnfuse.kernels.triton import codegen, generated, launch
 from attnfuse.spec import AddFill, Attention, Bias, Cast, ReplaceFill, Scale, Softcap
 
 HALF = Scale(0.25)
@@ -342,6 +344,32 @@ def test_deterministic_gradients_of_operands_are_right_and_tables_are_refused():
             )
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 70, 90), (1, 2, 70, 1), (2, 1, 1, 90), (1, 2, 1, 1)])
+def test_deterministic_gradients_of_operands_are_added_up_by_one_program_each(shape, monkeypatch):
+    builder = interpreter.InterpreterBuilder
+    atomic, adding, launches = builder.create_atomic_rmw, {}, []
+
+    def create_atomic_rmw(self, op, pointers, value, mask, *rest):
+        places = pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)]
+        for place in np.unique(places).tolist():
+            adding.setdefault(place, set()).add((len(launches), *self.grid_idx))
+        return atomic(self, op, pointers, value, mask, *rest)
+
+    def run(kernel, programs, arguments):
+        launches.append(kernel)
+        kernel[(programs,)](**arguments)
+
+    monkeypatch.setattr(builder, "create_atomic_rmw", create_atomic_rmw)
+    monkeypatch.setattr(launch, "run", run)
+    torch.use_deterministic_algorithms(True)
+    try:
+        check(*qkv(2, 2, 70, 90, 8), [randn(*shape)], steps=(HALF, Bias(0)))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert adding
+    assert {len(programs) for programs in adding.values()} == {1}
 
 
 # -- the source

@@ -16,6 +16,7 @@ from attnfuse.expr import Algebra, Const, Expr, K, Load, Q, causal, dense, docum
 from attnfuse.kernels import reference, triton
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.triton import configs, lists
+from attnfuse.kernels.triton.call import Call
 from attnfuse.spec import AddFill, ReplaceFill, Scale
 from benchmarks.traffic import tiles_of
 
@@ -263,6 +264,25 @@ def test_a_tile_with_a_row_that_has_no_key_is_computed_over_all_keys_once_more()
     # without a mask that is looked at tile by tile a column takes all queries of such an element
     assert set(found["backward_columns"].tiles) == as_set(torch.ones(1, 4, 7))
     assert {n for name in LOOPS[1:] for n in found[name].tiles.values()} == {1}
+
+
+@BOTH
+@pytest.mark.parametrize("tile", [(16, 64), (64, 16)])
+def test_all_queries_of_a_tile_may_see_hidden_keys(tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    # queries 16 to 31 are of no document; keys from 64 on are of another one than the queries before those
+    monkeypatch.setattr(Call, "table", lambda self, which: configs.Config(*tile, 4, 1))
+    of_queries, of_keys = torch.zeros(1, 1, 70, 1, dtype=torch.int64), torch.zeros(1, 1, 1, 150, dtype=torch.int64)
+    of_queries[..., 16:32, :] = -1
+    of_keys[..., 64:] = 7
+    check(triton, *qkv(1, 1, 70, 150, 16), [of_queries, of_keys], steps=(HALF, ReplaceFill(documents(0, 1), FLOAT_MIN)))
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(1, 1, 1, 150), (1, 1, 70, 1), (1, 1, 1, 1)])
+def test_any_byte_but_0_is_a_true_bool(shape: tuple[int, ...]) -> None:
+    keep = torch.full(shape, 2, dtype=torch.uint8).view(torch.bool)
+    once = A.compare("eq", A.add(A.int_(Load(0, "bool")), A.int_(Load(1, "bool"))), Const(1))
+    check(triton, *qkv(1, 1, 70, 150, 16), [keep, torch.zeros_like(keep)], steps=(HALF, ReplaceFill(once, -INF)))
 
 
 def test_rows_of_padding_without_a_gradient_cost_nothing_in_backward() -> None:

@@ -101,7 +101,7 @@ def decode(call: Call, out: torch.Tensor, stats: torch.Tensor) -> None:
     }
     programs = call.elements // found.group * -(-found.group * call.Q // found.config.BM)
     # tiles are looked at for all queries of an element, of which a tile may have some
-    rows = max(found.config.BM, 1 << (call.Q - 1).bit_length())
+    rows = max(found.config.BM, 1 << (call.Q - 1).bit_length() if call.traits.checked else 0)
     read = call.tiled(found.config, found.config.BN, call.packed_k, k=call.k, v=call.v)
     call.launch(
         template.decode,

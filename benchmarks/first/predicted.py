@@ -42,8 +42,12 @@ def predicted(
     if which not in _LOOPS:
         return {"why": "bound by memory"}
     found, sources = [], set()
-    for name in _LOOPS[which]:
-        ran = next((row for row in kernels if row["kernel"] == name), None)
+    launched = {row["kernel"]: row for row in kernels}
+    # one kernel may have all products of backward
+    once = which == "backward" and "backward_columns" in launched and "backward_rows" not in launched
+    for name in _LOOPS[which][once:]:
+        ran = launched.get(name)
+        ran = ran and {**ran, "reduces": once}
         if ran is not None and ran.get("loop"):
             found.append(ran)
             sources.add("the code that ran")
@@ -63,14 +67,12 @@ def predicted(
 
 
 def _committed(capability: int, spec: str, D: int, ran: Row) -> Row | None:
-    if ran.get("descriptors"):
-        # counted for shipped configurations alone
-        return None
     for row in _rows():
         if (row["capability"], row["dtype"], row["spec"], row["D"]) == (capability, "bfloat16", spec, D):
             for kernel in row["kernels"]:
                 alike = kernel["kernel"] == ran["kernel"] and all(kernel[name] == ran[name] for name in _TILES)
-                if alike and kernel.get("loop"):
+                alike = alike and kernel.get("bulk", False) == bool(ran.get("descriptors"))
+                if alike and kernel.get("loop") and kernel.get("reduces", False) == ran["reduces"]:
                     return kernel
     return None
 

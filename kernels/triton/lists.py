@@ -46,7 +46,8 @@ def _lists(call: Call, made: Config, own: int, own_size: int, other: int, size: 
         return unlisted
     tiles, others = -(-own // own_size), -(-other // size)
     sizes = elements(call.spec, call.operands, call.batch)
-    entries = tiles * (2 + others)
+    # strides that 16 divides, whatever the length: others would compile the kernels anew
+    entries = -(-tiles * (2 + others) // 16) * 16
     if not worthwhile(call.spec, others, math.prod(sizes) * entries):
         return unlisted
     found = call.scratch(*sizes, entries, dtype=torch.int32)

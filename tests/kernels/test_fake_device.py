@@ -106,8 +106,10 @@ def test_launches_read_no_value_and_take_no_tensor_of_the_host(
     assert [None if g is None else (g.shape, g.dtype, g.device) for g in grads] == [
         (x.shape, x.dtype, META) if need else None for x, need in zip(inputs.tensors, needs, strict=True)
     ]
-    expected = {"decode" if name == "few queries" else "forward", "backward_rows", "backward_columns"}
-    assert expected <= {kernel for kernel, _ in launches}
+    launched = {kernel for kernel, _ in launches}
+    assert {"decode" if name == "few queries" else "forward", "backward_columns"} <= launched
+    # elsewhere gradients of queries are added up
+    assert ("backward_rows" in launched) == (deterministic or name == "packed sequences")
     for kernel, arguments in launches:
         for argument, value in arguments.items():
             for tensor in value if isinstance(value, tuple) else (value,):

@@ -1231,6 +1231,12 @@ GATHER_INDEX = Cause(
 GATHER_OF_ONE = Cause(
     "gather-of-one", "only one of k and v is gathered", "Gather both from caches, by one block table.", GATHERS
 )
+GATHER_USED = Cause(
+    "gather-used",
+    "what is gathered is used elsewhere too",
+    "Nothing to do: it is made for what else uses it, and is read faster than through a block table.",
+    GATHERS,
+)
 GATHER_TABLES = Cause(
     "gather-tables", "k and v are gathered by different block tables", "Use one block table for both.", GATHERS
 )

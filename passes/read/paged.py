@@ -21,19 +21,20 @@ from attnfuse.passes.graph import moves, views
 from attnfuse.passes.graph.aten import arguments, dtype_of, is_tensor, name_of, shape_of, source_of
 from attnfuse.passes.graph.labels import Atom, Axes, Dim, Labels, Size, known_equal
 from attnfuse.passes.graph.memory import is_mutating, is_stale
-from attnfuse.passes.read.isolation import overwritten
+from attnfuse.passes.read.isolation import overwritten, read_by
 from attnfuse.passes.site import Leaf, Paging, Site
 from attnfuse.reasons import Reason
 
 
 @dataclass(frozen=True)
 class Gather:
-    """An op that reads a cache by a tensor of integers.
+    """An op, `node`, that reads a cache by a tensor of integers.
 
     cache, cache_labels, table, table_labels    with the atoms of the result, and `blocks` for the dim that the table is an index of
     wraps       negative numbers count from the end of it
     """
 
+    node: fx.Node
     cache: fx.Node
     cache_labels: Labels
     blocks: Dim
@@ -58,7 +59,29 @@ def paged(view: View, site: Site) -> Site | Reason | None:
         return reasons.GATHER_OF_ONE()
     if view.trains and view.grad.get(site.final, True):
         return reasons.GATHER_GRADIENT()
+    if any(_is_kept(view, site, x.node) for x in (k, v)):
+        return reasons.GATHER_USED()
     return _joined(view, site, walk, k, v)
+
+
+def _is_kept(view: View, site: Site, gather: fx.Node) -> bool:
+    """Whether something else than the keys and values of the site needs what is gathered, which is made all the same then."""
+    others = {source for leaf in (site.q, *site.operands) for source in read_by(leaf)}
+    stack, seen = [gather], {gather}
+    while stack:
+        at = stack.pop()
+        users = [u for u in at.users if u in view.live]
+        if at in others or not users:
+            return True
+        more = {u for u in users if u not in site.inside and not _is_size(u)} - seen
+        seen |= more
+        stack += more
+    return False
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Whether only the shape of the argument is read."""
+    return name_of(node) in ("sym_size", "sym_stride", "sym_numel", "sym_storage_offset")
 
 
 def _joined(view: View, site: Site, walk: _Walk, k: Gather, v: Gather) -> Site | Reason:
@@ -162,7 +185,7 @@ class _Walk:
         if not any(map(self._is_keys, labels[dim:])):
             # it is heads that are chosen, say
             return None
-        return Gather(cache, (*labels[:dim], blocks, *labels[end:]), blocks, table, own, wraps)
+        return Gather(node, cache, (*labels[:dim], blocks, *labels[end:]), blocks, table, own, wraps)
 
     def table(self, node: fx.Node, labels: Labels) -> Leaf:
         """The table behind views and wider integers."""

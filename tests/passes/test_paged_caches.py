@@ -304,6 +304,18 @@ def cleared(x: Tensor) -> Tensor:
     return x
 
 
+def summed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(q, k, v) + k.sum()
+
+
+def of_itself(k: Tensor, v: Tensor) -> Tensor:
+    return attend(k * 2.0, k, v)
+
+
+def biased(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q[:, :2], k, v, attn_mask=k.sum(-1)[:, :, None])
+
+
 TABLE = torch.tensor([[3, 0, 5], [1, 2, 5]])
 SQUARE = torch.tensor([[3, 0], [1, 2]])
 FEATURES = torch.randint(0, 48, (2, 30, 2, 16), generator=torch.Generator().manual_seed(0))
@@ -360,6 +372,12 @@ TRAPS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], reasons.Cause
     ),
     "a copy that is written": (lambda q, k, v: attend(q, *(flat(zeroed(x[TABLE])) for x in (k, v))), None),
     "a copy that is written by a view": (lambda q, k, v: attend(q, *(flat(cleared(x[TABLE])) for x in (k, v))), None),
+    "keys that are a result": (
+        lambda q, k, v: summed(q, flat(k[TABLE]), flat(v[TABLE])),
+        reasons.GATHER_USED,
+    ),
+    "queries of the same gather": (lambda q, k, v: of_itself(flat(k[TABLE]), flat(v[TABLE])), reasons.GATHER_USED),
+    "a bias of the same gather": (lambda q, k, v: biased(q, flat(k[TABLE]), flat(v[TABLE])), reasons.GATHER_USED),
     "flipped keys": (lambda q, k, v: attend(q, *(flat(x[TABLE]).flip(2) for x in (k, v))), None),
 }
 

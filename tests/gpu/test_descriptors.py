@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import descriptor_cases as shared
 import pytest
 import torch
-from descriptor_cases import described
+from descriptor_cases import added, described
 
-__all__ = ["described"]
+__all__ = ["added", "described"]
 
 pytestmark = pytest.mark.gpu
 
@@ -17,6 +17,7 @@ pytestmark = pytest.mark.gpu
 _QUICK = (
     "test_head_sizes_by_descriptors",
     "test_broadcast_inputs_by_descriptors",
+    "test_one_pass_of_backward_adds_up_the_gradients_of_queries",
     "test_few_queries_by_descriptors",
     "test_specialised_loops_give_the_same",
 )

@@ -12,7 +12,7 @@ def named(defect: Defect) -> str:
 
 
 def test_each_has_a_name_of_its_own() -> None:
-    assert len({d.name for d in DEFECTS}) == len(DEFECTS) == 43
+    assert len({d.name for d in DEFECTS}) == len(DEFECTS) == 46
 
 
 @pytest.mark.parametrize("defect", DEFECTS, ids=named)

@@ -408,7 +408,7 @@ def test_they_are_compared_and_not_chosen(installed):
     pytest.importorskip("triton")
     spec = half_spec(steps=(Scale(0.3), Softcap(30.0), CAUSAL))
     names = [k.name for k in compared(spec, HOPPER)]
-    assert names == ["flash4", "triton"] and choose(spec, HOPPER).kernel.name == "triton"
+    assert names == ["gluon", "flash4", "triton"] and choose(spec, HOPPER).kernel.name == "triton"
     rows = replace(half_spec(steps=(CAUSAL,), sizes=(2, 4, None, None, 64, 64)), layout="packed")
     one = torch.zeros(2, 2, dtype=torch.int32)
     assert [k.name for k in compared(rows, HOPPER, Bounds(one, one))] == ["flash4", "varlen", "triton"]

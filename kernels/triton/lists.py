@@ -58,6 +58,7 @@ def _lists(call: Call, made: Config, own: int, own_size: int, other: int, size: 
         {
             **{name: shared[name] for name in ("ops", "bst", "st", "n")},
             "LIST": found,
+            "entries": entries,
             "sizes": sizes,
             "Qn": call.Q,
             "Kn": call.K,

@@ -340,15 +340,15 @@ def full_tile(i, first, LIST, SIZE: tl.constexpr, LISTED: tl.constexpr):
 
 @triton.jit(do_not_specialize_on_alignment=COUNTS)
 def listed(
-    LIST, ops, sizes, bst, st, n, Qn, Kn,
+    LIST, entries, ops, sizes, bst, st, n, Qn, Kn,
     BM: tl.constexpr, BN: tl.constexpr, MANY: tl.constexpr, BASES: tl.constexpr, RANGE: tl.constexpr, SEEN: tl.constexpr,
     COLUMNS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Which tiles of keys a tile of queries needs, MANY looked at at once; with COLUMNS which of queries a tile of keys needs.
 
-    LIST int32 [elements, tiles, 2 + others]: the numbers of other and of full tiles, then the full ones' numbers, and at the end
-    those of the others, backwards. Elements are those of the masks, which may be fewer than the batch has. RAGGED: rows behind
-    the last query do not make a tile less than full.
+    LIST int32 [elements, entries], of which [tiles, 2 + others]: the numbers of other and of full tiles, then the full ones'
+    numbers, and at the end those of the others, backwards. Elements are those of the masks, which may be fewer than the batch
+    has. RAGGED: rows behind the last query do not make a tile less than full.
     """
     SIZE: tl.constexpr = BM if COLUMNS else BN
     if COLUMNS:
@@ -366,7 +366,7 @@ def listed(
     lo, hi = clipped(lo, hi, total, SIZE)
     if not RAGGED:
         last = tl.where(beyond <= count, last, 0)
-    LIST += tl.program_id(0).to(tl.int64) * (2 + tl.cdiv(total, SIZE))
+    LIST += (tl.program_id(0) // own).to(tl.int64) * entries + tile * (2 + tl.cdiv(total, SIZE))
     edges = lo * 0
     fulls = lo * 0
     for place in range(lo // SIZE, tl.cdiv(hi, SIZE), MANY):

@@ -39,8 +39,8 @@ def backward(
 ) -> list[torch.Tensor | None]:
     """Gradients of q, k, v and the operands where `needs` asks for them, each with its input's shape and dtype.
 
-    dout [*batch, Q, E], out and stats as of forward, dlse [*batch, Q]. Raises ValueError where an operand has no gradient,
-    RuntimeError where one has none that is deterministic, and OutOfResources where tiles do not fit the device.
+    dout [*batch, Q, E], out and stats as of forward, dlse [*batch, Q]. What has no gradient, `check` refuses before. Raises
+    OutOfResources where tiles do not fit the device.
     """
     made, dout = call.config("backward"), _cast(call, dout, call.v.dtype)
     sums = _Sums(call, needs[3:])

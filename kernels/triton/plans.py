@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
+from attnfuse.warning import log, said
+
 #: Keys that are remembered.
 MOST = 512
 #: Of an address, as Triton and tensor descriptors know it.
@@ -256,8 +258,9 @@ def perform(
                 return plan.again(given)
         except torch.OutOfMemoryError:
             raise
-        except Exception:
+        except Exception as error:
             # made anew it fails again, and gets other tiles where these are the reason
+            log.info("a planned call failed and is made anew, as all like it from now on: %s", said(error))
             _keep(key, _NONE)
         del given
     return anew(tensors, PLAIN, run)

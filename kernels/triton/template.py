@@ -722,28 +722,9 @@ def row_tile(
         )  # fmt: skip
         dw = tl.dot(gt, tl.trans(vt), input_precision=PRECISION)
         ds = scores_grad(
-            dw,
-            p,
-            more,
-            delta,
-            q,
-            k,
-            at,
-            st,
-            n,
-            gat,
-            gst,
-            Qn,
-            Kn,
-            keep_scale,
-            SCORE_GRAD,
-            WEIGH_GRAD,
-            FULL,
-            DROPOUT,
-            ZEROS,
-            GIVE,
+            dw, p, more, delta, q, k, at, st, n, gat, gst, Qn, Kn, keep_scale, SCORE_GRAD, WEIGH_GRAD, FULL, DROPOUT, ZEROS, GIVE,
             0,
-        )
+        )  # fmt: skip
         dq = tl.dot(ds.to(kt.dtype), kt, dq, input_precision=PRECISION)
     return dq
 
@@ -801,28 +782,9 @@ def column_tile(
         dw = tl.dot(vt, tl.trans(gt), input_precision=PRECISION)
         dv = tl.dot(w.to(gt.dtype), gt, dv, input_precision=PRECISION)
         ds = scores_grad(
-            dw,
-            p,
-            more,
-            delta,
-            q,
-            k,
-            at,
-            st,
-            n,
-            gat,
-            gst,
-            Qn,
-            Kn,
-            keep_scale,
-            SCORE_GRAD,
-            WEIGH_GRAD,
-            FULL,
-            DROPOUT,
-            ZEROS,
-            GIVE,
+            dw, p, more, delta, q, k, at, st, n, gat, gst, Qn, Kn, keep_scale, SCORE_GRAD, WEIGH_GRAD, FULL, DROPOUT, ZEROS, GIVE,
             1,
-        )
+        )  # fmt: skip
         dk = tl.dot(ds.to(qt.dtype), qt, dk, input_precision=PRECISION)
         if ADDS:
             dq = tl.dot(tl.trans(ds.to(kt.dtype)), kt, input_precision=PRECISION)
@@ -865,11 +827,11 @@ def backward_rows(
     qt = tile_of(Q + OFFSET(wide, sizes, qb) + q_start * qs[0], rows, qs[0], Qn, D, DP, qs[1])
     gt = tile_of(G + OFFSET(wide, sizes, gb) + q_start * gs[0], rows, gs[0], Qn, E, EP, gs[1])
     W += first_line
-    shift = tl.load(W + rows, mask=rows < Qn, other=0.0)
+    shift = numbers_at(W, rows, Qn, False)
     inverse = shift
     if not MERGED:
-        inverse = tl.load(W + lines + rows, mask=rows < Qn, other=0.0)
-    delta = tl.load(W + 2 * lines + rows, mask=rows < Qn, other=0.0)
+        inverse = numbers_at(W + lines, rows, Qn, False)
+    delta = numbers_at(W + 2 * lines, rows, Qn, False)
     whole = False
     if HIDES:
         whole = tl.load(F + mark + tile) != 0

@@ -28,7 +28,7 @@ import torch
 from attnfuse.expr import Algebra, Const, K, Q, causal, dense, documents, window
 from attnfuse.kernels.inputs import DENSE, Bounds, Inputs
 from attnfuse.kernels.triton.configs import PARTITIONED, Config, Pass, config
-from attnfuse.spec import AddFill, Attention, Bias, Operand, ReplaceFill, Scale, Sink, Softcap
+from attnfuse.spec import AddFill, Attention, Bias, Operand, Ramp, ReplaceFill, Scale, Sink, Softcap
 from benchmarks import cycles, kernel_tables, results, traffic
 
 if TYPE_CHECKING or __name__ == "__main__":
@@ -43,7 +43,7 @@ SIZES = (64, 128, 256)
 SPECS = {
     "float16": ("plain", "causal", "mixed", "dropout", "sink", "packed", "decode"),
     "bfloat16": (
-        *("causal", "plain", "softcap", "alibi", "relative", "documents", "padding", "decode"),
+        *("causal", "plain", "softcap", "alibi", "distances", "relative", "documents", "padding", "decode"),
         # by the Gluon kernel
         *("gluon plain", "gluon causal", "gluon softcap", "gluon padding"),
         # of others (benchmarks/compared.py)
@@ -149,7 +149,11 @@ def build(
         declared = [Operand(own, ("1", "H", "1", "1"))]
         fields["sink"] = Sink(operand=0)
     if name == "alibi":
-        # slope * (k - q), which is read from a table
+        # slope * (k - q)
+        operands = [torch.empty(1, heads, 1, 1, dtype=torch.float32, device=device)]
+        declared = [Operand("float32", ("1", "H", "1", "1"))]
+    if name == "distances":
+        # a table by k - q
         operands = [torch.empty(1, heads, 1, 2 * length - 1, dtype=made, device=device)]
         declared = [Operand(own, ("1", "H", "1", "T"))]
     if name == "relative":
@@ -186,7 +190,8 @@ def _steps(name: str, D: int, length: int) -> tuple[Any, ...]:
         "causal": (scale, before),
         "packed": (scale, before),
         "softcap": (scale, Softcap(30.0), before),
-        "alibi": (scale, Bias(0, col=distance), before),
+        "alibi": (scale, Ramp(0, algebra.sub(K, Q)), before),
+        "distances": (scale, Bias(0, col=distance), before),
         "relative": (scale, Bias(0)),
         "documents": (scale, ReplaceFill(algebra.and_(causal(), documents(0, 1)), -math.inf)),
         "padding": (scale, ReplaceFill(dense(0), -math.inf)),
@@ -227,8 +232,8 @@ def _compiled(case: Case, backward: bool, how: Callable[..., Any] | None = None)
         return [of_gluon(spec, inputs)]
     torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
     fixed = varied(case) if case.variant else {}
-    # slopes are no parameters
-    needs = [True] * 3 + [False] if case.spec == "alibi" else ()
+    # neither slopes nor such a table are parameters
+    needs = [True] * 3 + [False] if case.spec in ("alibi", "distances") else ()
     return targets.compiled(spec, inputs, case.capability, backward=backward, fixed=fixed, needs=needs, how=how)
 
 

@@ -68,8 +68,8 @@ CAPABILITY = Capability(
     frozenset({"cuda"}),
     frozenset({"float16", "bfloat16"}),
     NUMBERS | {"int16", "int8"},
-    # what is added to each score needs more registers than there are
-    STEPS - {"bias"},
+    # what is read for each score needs more registers than there are
+    (STEPS | {"ramp"}) - {"bias"},
     frozenset(),
     dropout=False,
     max_batch_rank=_BATCH_DIMS,

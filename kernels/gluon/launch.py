@@ -67,7 +67,7 @@ def forward(call: Call, out: torch.Tensor, stats: torch.Tensor, tiles: Tiles | N
     from attnfuse.kernels.gluon import hopper
 
     tiles = TILES[call.D] if tiles is None else tiles
-    f, traits = generated.functions(call.spec, approximate(call.spec)), call.traits
+    f, traits = generated.functions(call.spec, approximate(call.spec), call.far), call.traits
     matrices: dict[str, Any] = {}
     for name, x, rows in (("q", call.q, ROWS), ("k", call.k, tiles.BN), ("v", call.v, tiles.BN), ("o", out, ROWS)):
         matrices[name.upper()], matrices[f"{name}b"] = described(x, rows)

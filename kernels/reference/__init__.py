@@ -23,6 +23,7 @@ from attnfuse.spec import (
     Bias,
     Cast,
     Clamp,
+    Ramp,
     ReplaceFill,
     Scale,
     Shift,
@@ -209,6 +210,16 @@ def _added(step: Bias, s: torch.Tensor, operands: Sequence[torch.Tensor]) -> tor
     return expr.load(read, operands, *_indices(s))
 
 
+def _ramp(step: Ramp, s: torch.Tensor, operands: Sequence[torch.Tensor]) -> torch.Tensor:
+    number = expr.evaluate(step.number, operands, *_indices(s))
+    factor = operands[step.operand]
+    if step.dtype == step.number_dtype == "float32":
+        return step.alpha * (factor.to(s.dtype) * number.to(s.dtype))
+    # what is rounded to fewer digits is made in float32 whatever the others are computed in, as in the graph
+    number = number.to(torch.float32).to(dtype_of(step.number_dtype)).to(torch.float32)
+    return step.alpha * (factor.to(torch.float32) * number).to(dtype_of(step.dtype)).to(s.dtype)
+
+
 def _stepped(steps: Sequence[Step], s: torch.Tensor, operands: Sequence[torch.Tensor]) -> torch.Tensor:
     """The scores after the steps."""
     joined = rounding.joined(steps)
@@ -232,6 +243,9 @@ def _apply(step: Step, s: torch.Tensor, operands: Sequence[torch.Tensor]) -> tor
         return s * (step.value if step.operand is None else operands[step.operand].to(s.dtype))
     if isinstance(step, Bias):
         added = step.alpha * _added(step, s, operands).to(s.dtype)
+        return s + (added if step.keep is None else torch.where(keep_of(step.keep, s, operands), added, 0.0))
+    if isinstance(step, Ramp):
+        added = _ramp(step, s, operands)
         return s + (added if step.keep is None else torch.where(keep_of(step.keep, s, operands), added, 0.0))
     if isinstance(step, Shift):
         return s + step.value

@@ -16,7 +16,7 @@ from attnfuse.kernels.inputs import Bounds, Inputs
 from attnfuse.kernels.layout import spread
 from attnfuse.kernels.triton import descriptors, plans, tuned
 from attnfuse.kernels.triton.configs import Config, Pass, config, padded
-from attnfuse.spec import Attention
+from attnfuse.spec import Attention, Ramp
 
 #: What the kernels have for Attention.hidden.
 HIDDEN = {"nan": 0, "zero": 1, "nan_to_zero": 2}
@@ -62,7 +62,6 @@ class Call:
     def __post_init__(self) -> None:
         from attnfuse.kernels.triton import codegen, generated
 
-        self.functions: Any = generated.functions(self.spec)
         self.traits = codegen.traits(self.spec)
         self.q, self.k, self.v, operands, self.seed, bounds, self.pages = self.inputs
         # bools as bytes, which every backend loads alike
@@ -80,6 +79,9 @@ class Call:
         self.Q, self.K, self.D, self.E = self.q.shape[-2], self.inputs.keys, self.q.shape[-1], self.v.shape[-1]
         if max(self.Q, self.K, self.elements, *(n for o in self.operands for n in o.shape)) > _LONGEST:
             raise ValueError(f"no dim may be longer than {_LONGEST}")
+        #: whether there are so many queries or keys that their numbers cannot be computed in float32
+        self.far = max(self.Q, self.K) >= codegen.NEARBY and any(isinstance(s, Ramp) for s in self.spec.steps)
+        self.functions: Any = generated.functions(self.spec, far=self.far)
         if self.spec.dropout and self.seed is None:
             raise ValueError("a spec with dropout needs a seed")
         self.precision = "tf32" if tf32_allowed() and not interpreted() else "ieee"

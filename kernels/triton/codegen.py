@@ -44,6 +44,7 @@ from attnfuse.spec import (
     Bias,
     Cast,
     Clamp,
+    Ramp,
     ReplaceFill,
     Scale,
     Shift,
@@ -56,6 +57,11 @@ from attnfuse.spec import (
 
 #: No query or key index is larger: sums with constants below it fit 32 bits.
 LONGEST = 2**29
+#: Below it, queries and keys are numbers that float32 has as they are, and differences of two of them; beyond it, integers are
+#: converted one by one (FAR).
+NEARBY = 2**22
+#: Up to it, float32 has every integer.
+_WHOLE = 2**24
 #: Factors that do not make scores of products that models have pass 2^30.
 _NEAR = 2**10
 _CONTEXT = "at, st, n, Qn, Kn"
@@ -89,6 +95,12 @@ def held(s, CUT: tl.constexpr, COARSE: tl.constexpr, GREATEST: tl.constexpr):
     whole = near.to(tl.float32, bitcast=True)
     whole = tl.where(whole > GREATEST, float("inf"), whole)
     return tl.where(tl.abs(s) >= COARSE, tl.where(s < 0.0, -whole, whole), s)
+
+
+@triton.jit
+def lifted(i):
+    # 2^23 + i for i in [0, 2^22), without the instruction that converts, which is four times as slow as others
+    return (i + 0x4B000000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -220,13 +232,15 @@ def limits(spec: Attention) -> list[Expr]:
     return [x for cut in _cuts(spec).values() for x in cut.bounds.values()]
 
 
-def source(spec: Attention, approximate: bool = False) -> str:
+def source(spec: Attention, approximate: bool = False, far: bool = False) -> str:
     """The text of the module for `spec`. Raises ValueError for what the kernels cannot compute.
+
+    far: there may be NEARBY queries or keys, or more.
 
     approximate: tanh is the instruction of NVIDIA's devices, an error of 2^-11, and takes a factor before it along. bfloat16
     rounds the result of a tanh four times as much; of other dtypes it would be the largest error.
     """
-    return _Module(spec, approximate).text()
+    return _Module(spec, approximate, far).text()
 
 
 def _cuts(spec: Attention) -> dict[int, Cut]:
@@ -244,6 +258,11 @@ def _number(x: float) -> str:
     if math.isnan(x):
         raise ValueError("a step with NaN")
     return repr(float(x)) if math.isfinite(x) else f"float('{'-' if x < 0 else ''}inf')"
+
+
+def _as(dtype: str, x: str) -> str:
+    """x, which is in float32, rounded to a dtype."""
+    return x if dtype == "float32" else f"({x}).to(tl.{dtype}).to(tl.float32)"
 
 
 def indented(lines: list[str]) -> list[str]:
@@ -303,6 +322,34 @@ class _Body:
             parts.append(f"+ ({e.const})")
         return " ".join(parts).removeprefix("+ ")
 
+    def number(self, e: Expr) -> str:
+        """Code for an integer in float32, rounded to it: a name."""
+        if not self.module.far and _is_whole(e):
+            return self._real(e)
+        return self.let(f"({self.value(e)}).to(tl.float32)")
+
+    def _real(self, e: Expr) -> str:
+        """The same, computed in float32."""
+        if isinstance(e, Const):
+            return f"{float(e.value)}"
+        if isinstance(e, Index):
+            return self.let(f"lifted({self.value(e)}) - 8388608.0")
+        if isinstance(e, Linear):
+            parts, terms = [], {t: c for c, t in e.terms}
+            for a, b in ((expr.K, expr.Q), (expr.Q, expr.K)):
+                if (terms.get(a), terms.get(b)) == (1, -1):
+                    # what both are lifted by falls out
+                    parts.append(f"+ (lifted({self.value(a)}) - lifted({self.value(b)}))")
+                    del terms[a], terms[b]
+            for t, c in terms.items():
+                x = self._real(t)
+                parts.append(("- " if c == -1 else "+ ") + (x if abs(c) == 1 else f"{x} * ({float(c)})"))
+            if e.const:
+                parts.append(f"+ ({float(e.const)})")
+            return self.let(" ".join(parts).removeprefix("+ "))
+        assert isinstance(e, Apply)
+        return self.let(_apply(e, [self._real(x) for x in e.args]))
+
     def load(self, operand: int, row: Expr | None = None, col: Expr | None = None) -> str:
         """An element of an operand for each query and key, 0 outside of them."""
         place, mask = self.place(operand, row, col, f"at[{operand}]", f"st[{operand}]")
@@ -335,6 +382,17 @@ def is_wide(e: Linear) -> bool:
     return reach >= 2**31
 
 
+def _is_whole(e: Expr) -> bool:
+    """Whether e is computed of indices below NEARBY by what float32 does without rounding."""
+    near = Algebra(NEARBY, NEARBY)
+    if isinstance(e, Linear):
+        reach = abs(e.const) + sum(abs(c) * max(map(abs, near.bounds(t))) for c, t in e.terms)
+        return reach <= _WHOLE and all(_is_whole(t) for _, t in e.terms)
+    if isinstance(e, Apply):
+        return e.op in ("abs", "min", "max") and all(map(_is_whole, e.args))
+    return isinstance(e, Index) or (isinstance(e, Const) and abs(e.value) <= _WHOLE)
+
+
 def _apply(e: Apply, args: list[str]) -> str:
     two = {"le": "<=", "eq": "==", "ne": "!="}
     if e.op in two:
@@ -352,7 +410,8 @@ def _apply(e: Apply, args: list[str]) -> str:
 
 
 class _Module:
-    def __init__(self, spec: Attention, approximate: bool = False) -> None:
+    def __init__(self, spec: Attention, approximate: bool = False, far: bool = False) -> None:
+        self.far = far
         self.spec, self.approximate = spec, approximate
         self.hiding: Hiding = hiding(spec)
         self.cuts = _cuts(spec)
@@ -430,6 +489,18 @@ class _Module:
             [*body.lines, f"return s, ({', '.join(saved)}{',' if saved else ''})"],
         )
 
+    def _ramp(self, body: _Body, step: Ramp) -> str:
+        """What a ramp adds."""
+        factor = f"{body.load(step.operand)}.to(tl.float32)"
+        alpha = "" if step.alpha == 1.0 else f" * {_number(step.alpha)}"
+        if step.dtype == "float32":
+            # a number of the head takes the constant: one multiply-add for each score
+            added = f"{_as(step.number_dtype, body.number(step.number))} * {body.let(factor + alpha)}"
+        else:
+            added = body.let(f"{_as(step.number_dtype, body.number(step.number))} * {body.let(factor)}")
+            added = f"{_as(step.dtype, added)}{alpha}"
+        return added if step.keep is None else f"tl.where({body.value(step.keep)}, {added}, 0.0)"
+
     def _taken_along(self, i: int) -> bool:
         """Whether step i is a factor that the tanh after it multiplies with."""
         if not self.approximate or not 0 <= i < len(self.spec.steps) - 1:
@@ -451,6 +522,8 @@ class _Module:
             x = f"{body.load(step.operand, step.row, step.col)}.to(tl.float32)"
             added = x if step.alpha == 1.0 else f"{x} * {_number(step.alpha)}"
             put(f"s = s + {added}" if step.keep is None else f"s = s + tl.where({body.value(step.keep)}, {added}, 0.0)")
+        elif isinstance(step, Ramp):
+            put(f"s = s + {self._ramp(body, step)}")
         elif isinstance(step, Shift):
             put(f"s = s + {_number(step.value)}")
         elif isinstance(step, (Softcap, Tanh)):
@@ -524,6 +597,13 @@ class _Module:
             if step.keep is not None:
                 given = f"tl.where({body.value(step.keep)}, {given}, 0.0)"
             self._give(body, step.operand, step.row, step.col, given)
+        elif isinstance(step, Ramp):
+            inner = body.inner()
+            given = f"{_as(step.number_dtype, inner.number(step.number))} * g"
+            given = given if step.alpha == 1.0 else f"{given} * {_number(step.alpha)}"
+            if step.keep is not None:
+                given = f"tl.where({inner.value(step.keep)}, {given}, 0.0)"
+            self._give(body, step.operand, None, None, given, inner)
         elif isinstance(step, (Softcap, Tanh)):
             put(f"g = g * (1.0 - {saved} * {saved})")
         elif isinstance(step, Clamp):
@@ -531,9 +611,11 @@ class _Module:
         elif isinstance(step, ReplaceFill):
             self._masked(body, i, "g", "0.0")
 
-    def _give(self, body: _Body, operand: int, row: Expr | None, col: Expr | None, given: str) -> None:
-        """Add `given`, a tile, to the gradient of an operand, in the kernel that is to make it."""
-        inner = body.inner()
+    def _give(
+        self, body: _Body, operand: int, row: Expr | None, col: Expr | None, given: str, inner: _Body | None = None
+    ) -> None:
+        """Add `given`, a tile, to the gradient of an operand, in the kernel that is to make it. inner: what computes it."""
+        inner = inner or body.inner()
         dims = self.spec.operands[operand].dims[-2:]
         place, mask = inner.place(operand, row, col, f"gat[{operand}]", f"gst[{operand}]")
         x = inner.let(given)

@@ -57,11 +57,10 @@ from attnfuse.spec import (
 
 #: No query or key index is larger: sums with constants below it fit 32 bits.
 LONGEST = 2**29
-#: Below it, queries and keys are numbers that float32 has as they are, and differences of two of them; beyond it, integers are
-#: converted one by one (FAR).
-NEARBY = 2**22
-#: Up to it, float32 has every integer.
-_WHOLE = 2**24
+#: Below it, differences of indices are at most LITTLE; there may be as many queries or keys in modules that are for `far`.
+NEARBY = 2**21
+#: Integers up to it are made floats by an addition.
+LITTLE = 2**22
 #: Factors that do not make scores of products that models have pass 2^30.
 _NEAR = 2**10
 _CONTEXT = "at, st, n, Qn, Kn"
@@ -99,8 +98,8 @@ def held(s, CUT: tl.constexpr, COARSE: tl.constexpr, GREATEST: tl.constexpr):
 
 @triton.jit
 def lifted(i):
-    # 2^23 + i for i in [0, 2^22), without the instruction that converts, which is four times as slow as others
-    return (i + 0x4B000000).to(tl.float32, bitcast=True)
+    # i as float32, for magnitudes up to 2^22: devices convert four times as slowly as they add
+    return (i.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
 
 
 @triton.jit
@@ -178,7 +177,7 @@ def traits(spec: Attention) -> Traits:
         doubt=found.doubt,
         fills=any(isinstance(s, ReplaceFill) for s in spec.weight_steps),
         near=near,
-        merged=near and spec.hidden != "nan_to_zero",
+        merged=near and spec.hidden != "nan_to_zero" and not any(isinstance(s, Ramp) for s in spec.steps),
         factor=factor,
         slope=factor if left >= 0 and isinstance(spec.steps[left], Scale) else 1.0,
     )
@@ -186,7 +185,8 @@ def traits(spec: Attention) -> Traits:
 
 def _near(spec: Attention) -> bool:
     """As Traits.near. From 2^30 on, which only a fill, an added operand or a huge factor reaches, rounding moves exp2 beyond
-    float32; from 2^27 on it moves weights beyond float16."""
+    float32; from 2^27 on it moves weights beyond float16. A ramp stays below as long as its factor is no fill, which it is not
+    where the number is one of distances or places."""
     if not spec.qk_dtype == spec.v_dtype == "bfloat16" or spec.sink is not None or spec.softmax == "unshifted":
         return False
     most = 1.0
@@ -196,6 +196,8 @@ def _near(spec: Attention) -> bool:
                 return False
         elif isinstance(step, Scale) and step.operand is None:
             most *= max(abs(step.value), 1.0)
+        elif isinstance(step, Ramp) and _is_place(step.number) and abs(step.alpha) <= _NEAR:
+            pass
         elif isinstance(step, (Softcap, Tanh)):
             most *= max(abs(step.cap), 1.0) if isinstance(step, Softcap) else 1.0
         else:
@@ -203,12 +205,24 @@ def _near(spec: Attention) -> bool:
     return most <= _NEAR
 
 
+def _is_place(number: Expr) -> bool:
+    """Whether a number is made of the indices of queries and keys by sums, and what keeps one of two."""
+    return all(
+        isinstance(x, (Const, Index, Linear)) or (isinstance(x, Apply) and x.op in ("abs", "min", "max"))
+        for x in expr.walk(number)
+    )
+
+
 def _left_over(spec: Attention) -> tuple[int, float]:
     """(the step whose positive factor the kernels make good, the factor), or (-1, 1.0): a scale or a softcap that only
-    infinite fills follow, which no factor changes. A softcap is left its cap, a scale goes whole."""
-    steps = [s for s in spec.steps if not isinstance(s, (ReplaceFill, AddFill))]
+    infinite fills follow, which no factor changes, or ramps, which are divided by it. A softcap is left its cap, a scale goes
+    whole."""
+    rest = [s for s in spec.steps if not isinstance(s, (ReplaceFill, AddFill))]
+    steps = [s for s in rest if not isinstance(s, Ramp)]
     last = len(steps) - 1
-    if _near(spec) and steps and spec.steps[: len(steps)] == tuple(steps):
+    # fills come last, and ramps follow a scale
+    ordered = spec.steps[: len(rest)] == tuple(rest) and (len(rest) == len(steps) or isinstance(rest[0], Scale))
+    if _near(spec) and steps and ordered:
         step = steps[last]
         factor = step.cap if isinstance(step, Softcap) else step.value if isinstance(step, Scale) else 1.0
         if 0.0 < factor < math.inf and (isinstance(step, Softcap) or last == 0):
@@ -324,31 +338,8 @@ class _Body:
 
     def number(self, e: Expr) -> str:
         """Code for an integer in float32, rounded to it: a name."""
-        if not self.module.far and _is_whole(e):
-            return self._real(e)
-        return self.let(f"({self.value(e)}).to(tl.float32)")
-
-    def _real(self, e: Expr) -> str:
-        """The same, computed in float32."""
-        if isinstance(e, Const):
-            return f"{float(e.value)}"
-        if isinstance(e, Index):
-            return self.let(f"lifted({self.value(e)}) - 8388608.0")
-        if isinstance(e, Linear):
-            parts, terms = [], {t: c for c, t in e.terms}
-            for a, b in ((expr.K, expr.Q), (expr.Q, expr.K)):
-                if (terms.get(a), terms.get(b)) == (1, -1):
-                    # what both are lifted by falls out
-                    parts.append(f"+ (lifted({self.value(a)}) - lifted({self.value(b)}))")
-                    del terms[a], terms[b]
-            for t, c in terms.items():
-                x = self._real(t)
-                parts.append(("- " if c == -1 else "+ ") + (x if abs(c) == 1 else f"{x} * ({float(c)})"))
-            if e.const:
-                parts.append(f"+ ({float(e.const)})")
-            return self.let(" ".join(parts).removeprefix("+ "))
-        assert isinstance(e, Apply)
-        return self.let(_apply(e, [self._real(x) for x in e.args]))
+        x = self.value(e)
+        return self.let(f"({x}).to(tl.float32)" if self.module.far or not is_little(e) else f"lifted({x})")
 
     def load(self, operand: int, row: Expr | None = None, col: Expr | None = None) -> str:
         """An element of an operand for each query and key, 0 outside of them."""
@@ -382,15 +373,10 @@ def is_wide(e: Linear) -> bool:
     return reach >= 2**31
 
 
-def _is_whole(e: Expr) -> bool:
-    """Whether e is computed of indices below NEARBY by what float32 does without rounding."""
-    near = Algebra(NEARBY, NEARBY)
-    if isinstance(e, Linear):
-        reach = abs(e.const) + sum(abs(c) * max(map(abs, near.bounds(t))) for c, t in e.terms)
-        return reach <= _WHOLE and all(_is_whole(t) for _, t in e.terms)
-    if isinstance(e, Apply):
-        return e.op in ("abs", "min", "max") and all(map(_is_whole, e.args))
-    return isinstance(e, Index) or (isinstance(e, Const) and abs(e.value) <= _WHOLE)
+def is_little(e: Expr) -> bool:
+    """Whether e is at most LITTLE in magnitude for indices below NEARBY."""
+    low, high = Algebra(NEARBY, NEARBY).bounds(e)
+    return -LITTLE <= low and high <= LITTLE
 
 
 def _apply(e: Apply, args: list[str]) -> str:
@@ -492,7 +478,11 @@ class _Module:
     def _ramp(self, body: _Body, step: Ramp) -> str:
         """What a ramp adds."""
         factor = f"{body.load(step.operand)}.to(tl.float32)"
-        alpha = "" if step.alpha == 1.0 else f" * {_number(step.alpha)}"
+        # as the scores, which the kernels multiply afterwards
+        left = self.spec.steps[self.left] if self.left >= 0 else None
+        factor_left = left.value if isinstance(left, Scale) else 1.0
+        alpha = step.alpha / factor_left
+        alpha = "" if alpha == 1.0 else f" * {_number(alpha)}"
         if step.dtype == "float32":
             # a number of the head takes the constant: one multiply-add for each score
             added = f"{_as(step.number_dtype, body.number(step.number))} * {body.let(factor + alpha)}"

@@ -212,12 +212,13 @@ def _added(step: Bias, s: torch.Tensor, operands: Sequence[torch.Tensor]) -> tor
 
 def _ramp(step: Ramp, s: torch.Tensor, operands: Sequence[torch.Tensor]) -> torch.Tensor:
     number = expr.evaluate(step.number, operands, *_indices(s))
-    factor = operands[step.operand]
-    if step.dtype == step.number_dtype == "float32":
-        return step.alpha * (factor.to(s.dtype) * number.to(s.dtype))
-    # what is rounded to fewer digits is made in float32 whatever the others are computed in, as in the graph
-    number = number.to(torch.float32).to(dtype_of(step.number_dtype)).to(torch.float32)
-    return step.alpha * (factor.to(torch.float32) * number).to(dtype_of(step.dtype)).to(s.dtype)
+    if step.number_dtype != "float32":
+        number = number.to(torch.float32).to(dtype_of(step.number_dtype))
+    made = operands[step.operand].to(s.dtype) * number.to(s.dtype)
+    if step.dtype != "float32":
+        # rounded to float32 on the way whatever it is computed in, as in the graph; gradients pass
+        made = made + (made.detach().to(torch.float32).to(dtype_of(step.dtype)).to(s.dtype) - made.detach())
+    return step.alpha * made
 
 
 def _stepped(steps: Sequence[Step], s: torch.Tensor, operands: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -217,11 +217,11 @@ def _left_over(spec: Attention) -> tuple[int, float]:
     """(the step whose positive factor the kernels make good, the factor), or (-1, 1.0): a scale or a softcap that only
     infinite fills follow, which no factor changes, or ramps, which are divided by it. A softcap is left its cap, a scale goes
     whole."""
-    rest = [s for s in spec.steps if not isinstance(s, (ReplaceFill, AddFill))]
-    steps = [s for s in rest if not isinstance(s, Ramp)]
+    steps = [s for s in spec.steps if not isinstance(s, (ReplaceFill, AddFill))]
+    ordered = spec.steps[: len(steps)] == tuple(steps)
+    while steps and isinstance(steps[-1], Ramp):
+        steps.pop()
     last = len(steps) - 1
-    # fills come last, and ramps follow a scale
-    ordered = spec.steps[: len(rest)] == tuple(rest) and (len(rest) == len(steps) or isinstance(rest[0], Scale))
     if _near(spec) and steps and ordered:
         step = steps[last]
         factor = step.cap if isinstance(step, Softcap) else step.value if isinstance(step, Scale) else 1.0
@@ -475,14 +475,11 @@ class _Module:
             [*body.lines, f"return s, ({', '.join(saved)}{',' if saved else ''})"],
         )
 
-    def _ramp(self, body: _Body, step: Ramp) -> str:
-        """What a ramp adds."""
+    def _ramp(self, body: _Body, step: Ramp, left: bool) -> str:
+        """What a ramp adds; left: to scores that are to be multiplied afterwards."""
         factor = f"{body.load(step.operand)}.to(tl.float32)"
-        # as the scores, which the kernels multiply afterwards
-        left = self.spec.steps[self.left] if self.left >= 0 else None
-        factor_left = left.value if isinstance(left, Scale) else 1.0
-        alpha = step.alpha / factor_left
-        alpha = "" if alpha == 1.0 else f" * {_number(alpha)}"
+        constant = step.alpha / (_left_over(self.spec)[1] if left else 1.0)
+        alpha = "" if constant == 1.0 else f" * {_number(constant)}"
         if step.dtype == "float32":
             # a number of the head takes the constant: one multiply-add for each score
             added = f"{_as(step.number_dtype, body.number(step.number))} * {body.let(factor + alpha)}"
@@ -513,7 +510,7 @@ class _Module:
             added = x if step.alpha == 1.0 else f"{x} * {_number(step.alpha)}"
             put(f"s = s + {added}" if step.keep is None else f"s = s + tl.where({body.value(step.keep)}, {added}, 0.0)")
         elif isinstance(step, Ramp):
-            put(f"s = s + {self._ramp(body, step)}")
+            put(f"s = s + {self._ramp(body, step, 0 <= self.left < i)}")
         elif isinstance(step, Shift):
             put(f"s = s + {_number(step.value)}")
         elif isinstance(step, (Softcap, Tanh)):

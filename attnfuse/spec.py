@@ -213,7 +213,9 @@ class Sink:
 
 
 Step = Scale | Bias | Ramp | Shift | Softcap | Tanh | Clamp | ReplaceFill | AddFill | Cast
-_STEPS: dict[str, type] = {c.kind: c for c in (Scale, Bias, Ramp, Shift, Softcap, Tanh, Clamp, ReplaceFill, AddFill, Cast)}
+_STEPS: dict[str, type] = {
+    c.kind: c for c in (Scale, Bias, Ramp, Shift, Softcap, Tanh, Clamp, ReplaceFill, AddFill, Cast)
+}
 _PARTS: dict[str, type] = {**_STEPS, Sink.kind: Sink}
 _EXPRS: dict[str, type] = {c.kind: c for c in (expr.Const, expr.Index, expr.Load, expr.Linear, expr.Apply)}
 
@@ -289,7 +291,9 @@ class Attention:
                 raise ValueError(f"operand {load.operand} is {self.operands[load.operand].dtype}, not {load.dtype}")
         for step in self.steps:
             if isinstance(step, Ramp) and self.operands[step.operand].dims[-2:] != ("1", "1"):
-                raise ValueError(f"what a number is multiplied with must be [*batch, 1, 1]; got {self.operands[step.operand]}")
+                raise ValueError(
+                    f"what a number is multiplied with must be [*batch, 1, 1]; got {self.operands[step.operand]}"
+                )
         if self.sink is not None and self.sink.operand is not None:
             operand = self.operands[self.sink.operand]
             if operand.dims[-1] != "1" or operand.dims[-2] not in ("1", "Q") or self.sink.operand in self.tables:

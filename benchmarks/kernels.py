@@ -45,7 +45,7 @@ SPECS = {
     "bfloat16": (
         *("causal", "plain", "softcap", "alibi", "distances", "relative", "documents", "padding", "decode"),
         # by the Gluon kernel
-        *("gluon plain", "gluon causal", "gluon softcap", "gluon padding"),
+        *("gluon plain", "gluon causal", "gluon softcap", "gluon padding", "gluon alibi"),
         # of others (benchmarks/compared.py)
         *("tutorial", "tutorial tma", "flex", "flex tma"),
     ),

@@ -376,7 +376,7 @@ def is_wide(e: Linear) -> bool:
 def is_little(e: Expr) -> bool:
     """Whether e is at most LITTLE in magnitude for indices below NEARBY."""
     low, high = Algebra(NEARBY, NEARBY).bounds(e)
-    return -LITTLE <= low and high <= LITTLE
+    return low >= -LITTLE and high <= LITTLE
 
 
 def _apply(e: Apply, args: list[str]) -> str:

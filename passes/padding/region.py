@@ -245,7 +245,10 @@ class _Finder:
         if any(not isinstance(step, _LEAVE_HIDDEN) for step in site.spec.steps[last.step + 1 :]):
             return reasons.PADDING_SHOWN()
         later = [f.value for f in fills if f.step >= last.step]
-        if any(isinstance(x, (Bias, Ramp, Shift)) for x in site.spec.steps[last.step + 1 :]) and max(later) > HIDDEN_BELOW:
+        if (
+            any(isinstance(x, (Bias, Ramp, Shift)) for x in site.spec.steps[last.step + 1 :])
+            and max(later) > HIDDEN_BELOW
+        ):
             return reasons.PADDING_BIAS_AFTER()
         if all(value == -torch.inf for value in later) and (q is k or site.spec.hidden == "zero"):
             return None

@@ -54,12 +54,19 @@ def test_scale_ramp_shift_and_sum_taken_together(name):
         check(q, k, v, slopes, ramp, after=after)
 
 
+def test_a_softcap_taken_along():
+    q, k, v = qkv(1, 2, 70, 90, 16, dtype=torch.bfloat16)
+    slopes, ramp = [randn(1, 2, 1, 1, dtype=torch.float32, scale=0.1)], Ramp(0, DISTANCE)
+    traits = codegen.traits(make_spec(q, k, v, slopes, steps=(Softcap(3.0), ramp, BEFORE)))
+    assert (traits.near, traits.factor, traits.slope) == (True, 3.0, 1.0)
+    check(q, k, v, slopes, ramp, before=(Softcap(3.0),), after=(BEFORE,))
+
+
 #: What keeps a scale or a sum where it is: the steps before and after a ramp.
 APART = {
     "no scale": ((), ()),
     "two scales": ((HALF,), (Scale(2.0), BEFORE)),
     "a softcap before": ((HALF, Softcap(3.0)), (BEFORE,)),
-    "a softcap alone before": ((Softcap(3.0),), (BEFORE,)),
     "a softcap after": ((HALF,), (Softcap(3.0),)),
     "a fill before": ((HALF, BEFORE), ()),
     "a finite fill": ((HALF,), (ReplaceFill(causal(), FLOAT_MIN),)),

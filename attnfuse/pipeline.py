@@ -174,12 +174,12 @@ def _read(state: State) -> State:
 
 
 def _structured(view: View, site: Site, settings: Settings) -> Site:
-    """The site with its masks read; ramps as tables, where they are there for a kernel that takes no ramps."""
+    """The site with its masks read; with tables in place of ramps, where no kernel takes those."""
     found = structure(view, site)
-    if any(isinstance(step, Ramp) for step in found.spec.steps):
-        if choose(found.spec, value_of(site.q.node).device, settings.kernel).kernel is None:
-            return structure(view, site, ramps=False)
-    return found
+    if not any(isinstance(step, Ramp) for step in found.spec.steps):
+        return found
+    choice = choose(found.spec, value_of(site.q.node).device, settings.kernel)
+    return found if choice.kernel is not None else structure(view, site, ramps=False)
 
 
 def _unseen(state: State) -> State:

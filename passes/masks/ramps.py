@@ -24,10 +24,11 @@ _PARTS = frozenset({"abs", "min", "max", "floordiv", "mod"})
 
 @dataclass(frozen=True)
 class Product:
-    """alpha * factor * number: a float that no query and no key has a say in, and an integer, which is rounded to number_dtype; the
-    product is rounded to dtype."""
+    """alpha * factor * number: a float that no query and no key has a say in, of factor_dtype, and an integer, which is rounded to
+    number_dtype; the product is rounded to dtype."""
 
     factor: Expr
+    factor_dtype: torch.dtype
     number: Expr
     alpha: float
     number_dtype: torch.dtype
@@ -96,7 +97,7 @@ class _Reader:
         if factor.type != "float" or {K, Q} & depends(factor):
             return None
         whole = self._whole(number)
-        return None if whole is None else Product(factor, whole.number, 1.0, whole.dtype, dtype)
+        return None if whole is None else Product(factor, dtype, whole.number, 1.0, whole.dtype, dtype)
 
     def _whole(self, e: Expr) -> _Whole | None:
         """The integer that a floating expression is, rounded to a dtype of it; None where it may be anything else."""

@@ -297,11 +297,22 @@ class _Structure:
         found = product(e, self.terms)
         if found is None:
             return None
-        read, number = self._float(found.factor, found.dtype), self._lowered(found.number)
-        # a line of numbers that is there is as good as one that is computed of another line
-        if read.row is not None or read.col is not None or (is_there and loads(number)):
+        read, number = self._float(found.factor, found.factor_dtype), self._lowered(found.number)
+        # what is there is as good as what is computed of something else that is there, and better than a number for every score
+        read_too = [self.leaves[x.operand] for x in loads(number)]
+        if (
+            read.row is not None
+            or read.col is not None
+            or (is_there and read_too)
+            or any(map(self._is_joint, read_too))
+        ):
             return None
         return Ramp(read.operand, number, alpha * found.alpha, keep, *found.dtypes)
+
+    def _is_joint(self, leaf: Leaf) -> bool:
+        """Whether a tensor has a value of its own for every query and key."""
+        atoms = {a for dim in leaf.labels for a in dim}
+        return leaf.column is None and atoms >= {*self.site.q_dim, *self.site.k_dim} and bool(self.site.q_dim)
 
     def _masked(self, keep: Expr, value: float) -> list[Step]:
         """What a mask that is added where a condition fails becomes: a fill."""

@@ -43,9 +43,9 @@ SIZES = (64, 128, 256)
 SPECS = {
     "float16": ("plain", "causal", "mixed", "dropout", "sink", "packed", "decode"),
     "bfloat16": (
-        *("causal", "plain", "softcap", "alibi", "distances", "relative", "documents", "padding", "decode"),
+        *("causal", "plain", "softcap", "alibi", "relative", "documents", "padding", "decode"),
         # by the Gluon kernel
-        *("gluon plain", "gluon causal", "gluon softcap", "gluon padding", "gluon alibi"),
+        *("gluon plain", "gluon causal", "gluon softcap", "gluon padding"),
         # of others (benchmarks/compared.py)
         *("tutorial", "tutorial tma", "flex", "flex tma"),
     ),

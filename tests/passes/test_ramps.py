@@ -48,8 +48,8 @@ def ramps_of(site: SiteReport) -> list[Ramp]:
 
 
 def held(function: Callable[..., Any], *args: Tensor, narrow: bool = False) -> SiteReport:
-    """What is read of a function; its results and gradients are eager's. narrow: but for that of the factors, which the graph rounds
-    term by term."""
+    """What is read of a function; its results and gradients are eager's. narrow: but for the gradient of the factors, which the
+    graph rounds term by term."""
     out, site = compiled(function, *args)
     want = function(*args)
     torch.testing.assert_close(out, want, rtol=2e-5, atol=2e-6, equal_nan=True, msg=lambda m: f"{site.reads}\n{m}")

@@ -154,8 +154,8 @@ def build(
         declared = [Operand("float32", ("1", "H", "1", "1"))]
     if name == "distances":
         # a table by k - q
-        operands = [torch.empty(1, heads, 1, 2 * length - 1, dtype=made, device=device)]
-        declared = [Operand(own, ("1", "H", "1", "T"))]
+        operands = [torch.empty(1, heads, 1, 2 * length - 1, dtype=torch.float32, device=device)]
+        declared = [Operand("float32", ("1", "H", "1", "T"))]
     if name == "relative":
         # a table by clamped distance, which is made into a bias for each query and key
         operands = [torch.empty(1, heads, length, length, dtype=made, device=device)]

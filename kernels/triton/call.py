@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from attnfuse.expr import Algebra
 from attnfuse.kernels import dropout
 from attnfuse.kernels.device import Device, tf32_allowed
 from attnfuse.kernels.inputs import Bounds, Inputs
@@ -81,10 +82,21 @@ class Call:
             raise ValueError(f"no dim may be longer than {_LONGEST}")
         #: whether there are so many queries or keys that their numbers cannot be computed in float32
         self.far = max(self.Q, self.K) >= codegen.NEARBY and any(isinstance(s, Ramp) for s in self.spec.steps)
-        self.functions: Any = generated.functions(self.spec, far=self.far)
+        self.functions: Any = generated.functions(self.spec, far=self.far, inside=self._is_inside())
         if self.spec.dropout and self.seed is None:
             raise ValueError("a spec with dropout needs a seed")
         self.precision = "tf32" if tf32_allowed() and not interpreted() else "ieee"
+
+    def _is_inside(self) -> bool:
+        """Whether what is read at indices of its own exists for all queries and keys that there are, as their numbers tell."""
+        from attnfuse.kernels.triton import codegen
+
+        algebra = Algebra(self.Q, self.K)
+        for operand, d, own in codegen.indices(self.spec):
+            low, high = algebra.bounds(own)
+            if low < 0 or high >= self.operands[operand].shape[d - 2]:
+                return False
+        return True
 
     def config(self, which: Pass) -> Config:
         """What was measured to be fast for inputs like these, or else what ships."""

@@ -22,7 +22,8 @@ columns), Qn and Kn (the numbers of queries and keys).
                                                  where q0 and q1 are
 
 Tiles have a row for each query, or where QUERIES is 1 one for each key; q and k broadcast with them. FULL tells what hides nothing
-of a tile, and need not be compared: 1 bounds on the key, 2 also what `seen` looks at.
+of a tile, and need not be compared: 1 bounds on the key, 2 also what `seen` looks at. All keys of such a tile exist, and where
+the spec is not ragged all queries.
 """
 
 from __future__ import annotations
@@ -103,6 +104,17 @@ def lifted(i):
 
 
 @triton.jit
+def wide(i):
+    # i as int64, as one number of the tile and another one of the place in it: of a sum of such, the compiler keeps the address
+    # of one element and knows how far the others lie from it
+    if i.shape[0] == 1:
+        place = tl.arange(0, i.shape[1])[None, :]
+    else:
+        place = tl.arange(0, i.shape[0])[:, None]
+    return (i - place).to(tl.int64) + place.to(tl.int64)
+
+
+@triton.jit
 def clamped(i, n):
     return tl.minimum(tl.maximum(i, 0), n - 1)
 
@@ -151,6 +163,7 @@ class Traits:
               from a score
     merged    one number says of a row what its weights are but for their scores: far from 0, float32 would lose the sum's
               logarithm, and a row that is NaN and counts as 0 has no such number
+    ragged    full tiles may have queries behind the last one
     factor    what the maximum has to be multiplied with, as scores are not
     slope     the same for the gradient of q @ k
     """
@@ -162,6 +175,7 @@ class Traits:
     fills: bool
     near: bool
     merged: bool
+    ragged: bool
     factor: float
     slope: float
 
@@ -178,6 +192,7 @@ def traits(spec: Attention) -> Traits:
         fills=any(isinstance(s, ReplaceFill) for s in spec.weight_steps),
         near=near,
         merged=near and spec.hidden != "nan_to_zero" and not any(isinstance(s, Ramp) for s in spec.steps),
+        ragged=_Module(spec, inside=True).ragged(),
         factor=factor,
         slope=factor if left >= 0 and isinstance(spec.steps[left], Scale) else 1.0,
     )
@@ -246,15 +261,22 @@ def limits(spec: Attention) -> list[Expr]:
     return [x for cut in _cuts(spec).values() for x in cut.bounds.values()]
 
 
-def source(spec: Attention, approximate: bool = False, far: bool = False) -> str:
+def indices(spec: Attention) -> list[tuple[int, int, Expr]]:
+    """(operand, 0 for its row or 1 for its column, index) of what is read at indices of its own."""
+    reads: list[Load | Bias] = [*spec.loads, *(s for s in spec.steps if isinstance(s, Bias))]
+    return [(x.operand, d, own) for x in reads for d, own in enumerate((x.row, x.col)) if own is not None]
+
+
+def source(spec: Attention, approximate: bool = False, far: bool = False, inside: bool = False) -> str:
     """The text of the module for `spec`. Raises ValueError for what the kernels cannot compute.
 
-    far: there may be NEARBY queries or keys, or more.
+    far: there may be NEARBY queries or keys, or more. inside: of queries and keys that exist, `indices` are those of elements that
+    exist.
 
     approximate: tanh is the instruction of NVIDIA's devices, an error of 2^-11, and takes a factor before it along. bfloat16
     rounds the result of a tanh four times as much; of other dtypes it would be the largest error.
     """
-    return _Module(spec, approximate, far).text()
+    return _Module(spec, approximate, far, inside).text()
 
 
 def _cuts(spec: Attention) -> dict[int, Cut]:
@@ -346,6 +368,28 @@ class _Body:
         place, mask = self.place(operand, row, col, f"at[{operand}]", f"st[{operand}]")
         return self.let(f"tl.load({place}, mask={mask}, other=0)" if mask else f"tl.load({place})")
 
+    def added(self, step: Bias) -> str:
+        """What a bias adds, before its factor; in full tiles without a look at what exists."""
+        place, mask = self.place(step.operand, step.row, step.col, f"at[{step.operand}]", f"st[{step.operand}]")
+        if not mask or not self.module.unmasked(step):
+            return self.let(f"tl.load({place}, mask={mask}, other=0)" if mask else f"tl.load({place})")
+        name = self.let("0")
+        self.lines[-1:] = [
+            "if FULL:",
+            f"    {name} = tl.load({place})",
+            "else:",
+            f"    {name} = tl.load({place}, mask={mask}, other=0)",
+        ]
+        return name
+
+    def _index(self, own: Expr) -> str:
+        """An index of an operand's element that exists, int64."""
+        names = {expr.Q: self.value(expr.Q), expr.K: "wide(k)"}
+        if isinstance(own, Linear) and all(t in names for _, t in own.terms):
+            parts = [f"+ {c} * {names[t]}.to(tl.int64)" for c, t in own.terms]
+            return f"({' '.join([*parts, f'+ ({own.const})']).removeprefix('+ ')})"
+        return f"{self.value(own)}.to(tl.int64)"
+
     def place(self, operand: int, row: Expr | None, col: Expr | None, base: str, strides: str) -> tuple[str, str]:
         """The address of an operand's element, and the mask of those that exist ('' for one number)."""
         dims = self.module.spec.operands[operand].dims
@@ -353,14 +397,18 @@ class _Body:
         table = row is not None or col is not None
         for which, (own, name) in enumerate(((row, "q"), (col, "k"))):
             if own is not None:
-                found = self.value(own)
                 uses |= self.module.uses(own)
+                if self.module.inside:
+                    terms.append(f"{self._index(own)} * {strides}[{which}]")
+                    continue
+                found = self.value(own)
                 terms.append(f"clamped({found}, n[{operand}][{which}]).to(tl.int64) * {strides}[{which}]")
             elif dims[which - 2] != "1":
                 uses.add(name)
                 # a table's other dim is the query's or the key's own; nobody has seen how long packed sequences are
                 own_size = not table and not self.module.spec.packed
-                bound = name if own_size else f"clamped({name}, n[{operand}][{which}])"
+                index = self.value(expr.K if which else expr.Q)
+                bound = index if own_size else f"clamped({index}, n[{operand}][{which}])"
                 terms.append(f"{bound}.to(tl.int64) * {strides}[{which}]")
         mask = " & ".join(f"({x} < {x.upper()}n)" for x in sorted(uses, reverse=True))
         return " + ".join(terms), mask
@@ -396,8 +444,9 @@ def _apply(e: Apply, args: list[str]) -> str:
 
 
 class _Module:
-    def __init__(self, spec: Attention, approximate: bool = False, far: bool = False) -> None:
+    def __init__(self, spec: Attention, approximate: bool = False, far: bool = False, inside: bool = False) -> None:
         self.far = far
+        self.inside = inside
         self.spec, self.approximate = spec, approximate
         self.hiding: Hiding = hiding(spec)
         self.cuts = _cuts(spec)
@@ -420,6 +469,16 @@ class _Module:
                 found |= {"q"} if x.row is None and dims[-2] != "1" else set()
                 found |= {"k"} if x.col is None and dims[-1] != "1" else set()
         return found
+
+    def unmasked(self, step: Bias) -> bool:
+        """Whether a bias has an element for each query and key that exists, as far as is known here."""
+        return not self.spec.packed and (self.inside or (step.row is None and step.col is None))
+
+    def ragged(self) -> bool:
+        """Whether a tile is full to `score` whatever queries exist: nothing is added that is read for each of them."""
+        biases = [s for s in self.spec.steps if isinstance(s, Bias) and self.unmasked(s)]
+        reads = [Load(s.operand, self.spec.operands[s.operand].dtype, s.row, s.col) for s in biases]
+        return not any("q" in self.uses(x) for x in reads)
 
     def text(self) -> str:
         parts = [
@@ -506,7 +565,7 @@ class _Module:
             put(f"s = s * {body.load(step.operand)}.to(tl.float32)")
             return kept
         if isinstance(step, Bias):
-            x = f"{body.load(step.operand, step.row, step.col)}.to(tl.float32)"
+            x = f"{body.added(step)}.to(tl.float32)"
             added = x if step.alpha == 1.0 else f"{x} * {_number(step.alpha)}"
             put(f"s = s + {added}" if step.keep is None else f"s = s + tl.where({body.value(step.keep)}, {added}, 0.0)")
         elif isinstance(step, Ramp):

@@ -285,9 +285,22 @@ class _Structure:
             ramp = None
         if ramp is not None:
             return ramp
-        self.leaves = kept
-        read = self._float(e, dtype)
+        self.leaves = list(kept)
+        read = self._widened(self._float(e, dtype), kept)
         return Bias(read.operand, alpha, read.row, read.col, keep)
+
+    def _widened(self, read: Load, before: Sequence[Leaf]) -> Load:
+        """A table in float32, which devices copy by its elements while they compute, and not those of 16 bits.
+
+        Those that have a row for each query or key stay: their memory counts. before: the operands without it.
+        """
+        leaf = self.leaves[read.operand]
+        if read.col is None or leaf.row or leaf.given not in (torch.float16, torch.bfloat16):
+            return read
+        if leaf not in before:
+            self.leaves.remove(leaf)
+        wide = replace(leaf, cast=torch.float32) if leaf.made is None else replace(leaf, dtype=torch.float32)
+        return replace(read, operand=self._register(wide), dtype="float32")
 
     def _ramp(self, e: Expr, alpha: float, keep: Expr | None) -> Ramp | None:
         """alpha * e as a number of the head times an integer; None for another one. Raises NotExpressible."""

@@ -384,7 +384,7 @@ class _Body:
 
     def _index(self, own: Expr) -> str:
         """An index of an operand's element that exists, int64."""
-        names = {expr.Q: self.value(expr.Q), expr.K: "wide(k)"}
+        names: dict[Expr, str] = {expr.Q: "q", expr.K: "wide(k)"}
         if isinstance(own, Linear) and all(t in names for _, t in own.terms):
             parts = [f"+ {c} * {names[t]}.to(tl.int64)" for c, t in own.terms]
             return f"({' '.join([*parts, f'+ ({own.const})']).removeprefix('+ ')})"
@@ -407,8 +407,7 @@ class _Body:
                 uses.add(name)
                 # a table's other dim is the query's or the key's own; nobody has seen how long packed sequences are
                 own_size = not table and not self.module.spec.packed
-                index = self.value(expr.K if which else expr.Q)
-                bound = index if own_size else f"clamped({index}, n[{operand}][{which}])"
+                bound = name if own_size else f"clamped({name}, n[{operand}][{which}])"
                 terms.append(f"{bound}.to(tl.int64) * {strides}[{which}]")
         mask = " & ".join(f"({x} < {x.upper()}n)" for x in sorted(uses, reverse=True))
         return " + ".join(terms), mask

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import kernel_cases
 import pytest
 import torch
@@ -9,8 +11,10 @@ from kernel_cases import FLOAT_MIN, GATES, INF, bounds_of, make_spec, qkv, randn
 
 from attnfuse.expr import Algebra, Const, K, Load, Q, causal
 from attnfuse.kernels import triton
+from attnfuse.kernels.device import Device
 from attnfuse.kernels.inputs import Bounds, Inputs
 from attnfuse.kernels.triton import codegen
+from attnfuse.kernels.triton.call import Call
 from attnfuse.spec import AddFill, Bias, Cast, Ramp, ReplaceFill, Scale, Shift, Softcap
 
 A = Algebra()
@@ -40,12 +44,12 @@ def check(q, k, v, slopes, ramp, *, before=(HALF,), after=(), **fields):
 def test_numbers(name):
     number = {**PLACES, **OTHERS}[name]
     scale = 2.0**-20 if name == "far" else 0.1
-    check(*qkv(2, 2, 70, 90, 8), [randn(1, 2, 1, 1, scale=scale)], Ramp(0, number, 0.5))
+    check(*qkv(2, 2, 40, 70, 8), [randn(1, 2, 1, 1, scale=scale)], Ramp(0, number, 0.5))
 
 
 @pytest.mark.parametrize("name", PLACES)
 def test_scale_ramp_shift_and_sum_taken_together(name):
-    q, k, v = qkv(1, 2, 70, 90, 16, dtype=torch.bfloat16)
+    q, k, v = qkv(1, 2, 40, 70, 16, dtype=torch.bfloat16)
     slopes = [randn(1, 2, 1, 1, dtype=torch.float32, scale=0.1)]
     ramp = Ramp(0, PLACES[name], -1.0)
     for after in ((), (BEFORE,)):
@@ -55,7 +59,7 @@ def test_scale_ramp_shift_and_sum_taken_together(name):
 
 
 def test_a_softcap_taken_along():
-    q, k, v = qkv(1, 2, 70, 90, 16, dtype=torch.bfloat16)
+    q, k, v = qkv(1, 2, 40, 70, 16, dtype=torch.bfloat16)
     slopes, ramp = [randn(1, 2, 1, 1, dtype=torch.float32, scale=0.1)], Ramp(0, DISTANCE)
     traits = codegen.traits(make_spec(q, k, v, slopes, steps=(Softcap(3.0), ramp, BEFORE)))
     assert (traits.near, traits.factor, traits.slope) == (True, 3.0, 1.0)
@@ -81,13 +85,13 @@ APART = {
 def test_beside_other_steps(name, dtype):
     before, after = APART[name]
     slopes = [randn(1, 2, 1, 1, dtype=torch.float32, scale=0.1)]
-    check(*qkv(1, 2, 70, 90, 16, dtype=dtype), slopes, Ramp(0, DISTANCE), before=before, after=after)
+    check(*qkv(1, 2, 40, 70, 16, dtype=dtype), slopes, Ramp(0, DISTANCE), before=before, after=after)
 
 
 def test_two_ramps_and_a_bias():
-    operands = [randn(1, 2, 1, 1, scale=0.1), randn(2, 1, 1, 1, scale=0.1), randn(1, 2, 70, 90)]
+    operands = [randn(1, 2, 1, 1, scale=0.1), randn(2, 1, 1, 1, scale=0.1), randn(1, 2, 40, 70)]
     after = (Ramp(1, A.abs(DISTANCE), -2.0), Bias(2), BEFORE)
-    check(*qkv(2, 2, 70, 90, 8), operands, Ramp(0, K), after=after)
+    check(*qkv(2, 2, 40, 70, 8), operands, Ramp(0, K), after=after)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 2, 1, 1), (2, 1, 1, 1), (2, 2, 1, 1)])
@@ -95,7 +99,7 @@ def test_two_ramps_and_a_bias():
 def test_gradients_of_factors(shape, ordered):
     torch.use_deterministic_algorithms(ordered)
     try:
-        check(*qkv(2, 2, 70, 90, 8), [randn(*shape, scale=0.1)], Ramp(0, A.abs(DISTANCE), -0.5))
+        check(*qkv(2, 2, 40, 70, 8), [randn(*shape, scale=0.1)], Ramp(0, A.abs(DISTANCE), -0.5))
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -104,7 +108,7 @@ def test_gradients_of_factors(shape, ordered):
 def test_where_a_mask_keeps(gate):
     keep = GATES[gate]
     slopes = [randn(1, 2, 1, 1, scale=0.1)]
-    check(*qkv(2, 2, 70, 90, 8), slopes, Ramp(0, DISTANCE, 0.5, keep), after=(AddFill(keep, -50.0),))
+    check(*qkv(2, 2, 40, 70, 8), slopes, Ramp(0, DISTANCE, 0.5, keep), after=(AddFill(keep, -50.0),))
 
 
 @pytest.mark.parametrize(
@@ -142,12 +146,12 @@ def test_position_ids():
 @pytest.mark.parametrize("far", [False, True])
 def test_integers_that_an_addition_does_not_convert(far, monkeypatch):
     """Numbers beyond 2^22 are converted by the device; with indices beyond NEARBY all are."""
-    q, k, v = qkv(1, 2, 70, 90, 8)
+    q, k, v = qkv(1, 2, 40, 70, 8)
     slopes = [randn(1, 2, 1, 1, scale=0.1)]
     spec = make_spec(q, k, v, slopes, steps=(HALF, Ramp(0, DISTANCE)))
     assert ("lifted(x" in codegen.source(spec, far=far)) != far
     if far:
-        monkeypatch.setattr(codegen, "NEARBY", 90)
+        monkeypatch.setattr(codegen, "NEARBY", 70)
     check(q, k, v, slopes, Ramp(0, DISTANCE))
     big = make_spec(q, k, v, slopes, steps=(HALF, Ramp(0, OTHERS["far"])))
     assert "lifted(x" not in codegen.source(big)
@@ -167,3 +171,16 @@ def test_packed_sequences_count_from_their_own_beginning():
     ends = bounds_of(*lengths)
     slopes = [randn(1, 2, 1, 1, scale=0.1)]
     check(q, k, v, slopes, Ramp(0, DISTANCE), after=(BEFORE,), layout="packed", bounds=Bounds(ends, ends))
+
+
+def test_indices_are_cut_to_a_table_where_they_may_lie_outside():
+    q, k, v = qkv(2, 2, 40, 70, 8)
+    col = A.add(DISTANCE, Const(39))
+    for columns, cut in ((109, False), (108, True)):
+        table = randn(1, 2, 1, columns)
+        spec = make_spec(q, k, v, [table], dims=[("1", "B1", "1", "T")], steps=(HALF, Bias(0, 1.0, None, col)))
+        call = Call(spec, Inputs(q, k, v, [table]), Device("cpu"), lambda *launched: None)
+        text = Path(call.functions.__file__).read_text()
+        assert ("clamped(x" in text) == cut
+        if not cut:
+            check(q, k, v, [table], Bias(0, 1.0, None, col), dims=[("1", "B1", "1", "T")], after=(BEFORE,))

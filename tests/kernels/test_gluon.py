@@ -15,20 +15,21 @@ from gluon_cases import CAUSAL, CAUSAL_AND_LONG, HALF, STEPS, right
 from kernel_cases import INF, check, make_spec, qkv, randn
 
 from attnfuse import kernels, reasons
-from attnfuse.expr import causal, dense, documents
+from attnfuse.expr import Algebra, K, Q, causal, dense, documents
 from attnfuse.kernels import cpu, gluon, layout, triton
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.gluon import launch, targets
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.triton import codegen, configs
 from attnfuse.kernels.triton.call import Call
-from attnfuse.spec import Bias, ReplaceFill, Scale, Sink, Softcap
+from attnfuse.spec import Bias, Ramp, ReplaceFill, Scale, Sink, Softcap
 from benchmarks import sass
 
 pytest.importorskip("triton")
 import gluon_emulator
 
 HOPPER = Device("cuda", 90)
+RAMP = Ramp(0, Algebra().sub(K, Q), -1.0)
 
 
 def emulated(seed=0, tiles=None):
@@ -58,6 +59,12 @@ def test_its_statistics_serve_the_backward_of_another_kernel(cap):
     q, k, v = qkv(1, 2, 150, 150, 64, dtype=torch.bfloat16, scale=6.0)
     steps = (HALF, *([] if cap is None else [Softcap(cap)]), ReplaceFill(causal(), -INF))
     check(kernel, q, k, v, steps=steps)
+
+
+@pytest.mark.parametrize("after", [(), (ReplaceFill(causal(10), -INF),)], ids=["alone", "causal"])
+def test_ramps(after):
+    slopes = torch.rand(1, 2, 1, 1) * 0.1
+    right(emulated(), *qkv(1, 2, 250, 300, 64, dtype=torch.bfloat16), [slopes], steps=(HALF, RAMP, *after))
 
 
 def test_only_bfloat16_has_the_tanh_of_the_device():
@@ -346,6 +353,13 @@ def test_products_run_beside_the_softmax():
 )
 def test_counts(D, dtype, steps, most):
     frugal(compiled(*qkv(1, 2, 256, 256, D, dtype=dtype), steps=STEPS[steps]), launch.TILES[D], most)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("D", launch.TILES)
+def test_counts_of_a_ramp(D):
+    q, k, v = qkv(1, 2, 256, 256, D, dtype=torch.bfloat16)
+    frugal(compiled(q, k, v, [torch.rand(1, 2, 1, 1)], steps=(HALF, RAMP, *CAUSAL[1:])), launch.TILES[D], 10.0)
 
 
 @pytest.mark.slow

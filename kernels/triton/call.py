@@ -112,7 +112,9 @@ class Call:
         if self.device.type == "cpu":
             # the interpreter's cost is in the number of operations
             return Config(32, 64, 4, 1)
-        heavy = bool(self.operands) or self.spec.sink is not None or self.spec.layout != "dense"
+        # the factor of a ramp is one number for all of a tile
+        numbers = {s.operand for s in self.spec.steps if isinstance(s, Ramp)}
+        heavy = len(self.operands) > len(numbers) or self.spec.sink is not None or self.spec.layout != "dense"
         heavy = heavy or self.traits.checked or self.traits.doubt > -math.inf
         described = self.describable(which)
         if which == "forward" and self.Q <= _FEW and not self.packed_q:

@@ -283,9 +283,8 @@ def digest(case: Case) -> str:
         return targets.Compiled(kernel.fn.__name__, 0, 0, 0, 0, 0, 0, 0, ())
 
     _compiled(case, "backward" in case.passes, record)
-    return _hashed(
-        [metadata.version("triton"), codegen.source(spec), Path(template.__file__).read_text(), *launched, *counting]
-    )
+    texts = [codegen.source(spec, codegen.approximable(spec)), Path(template.__file__).read_text()]
+    return _hashed([metadata.version("triton"), *texts, *launched, *counting])
 
 
 def _described(kernel: Any, arguments: dict[str, Any]) -> str:

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from attnfuse.kernels.triton import descriptors, generated
+from attnfuse.kernels.triton import codegen, descriptors, generated
 from attnfuse.kernels.triton.call import HIDDEN, Call
-from attnfuse.spec import Attention, Softcap, Tanh
 
 #: Queries of a group: one product of four warps has 64 rows.
 ROWS = 64
@@ -42,11 +41,6 @@ class Tiles:
 TILES = {64: Tiles(128, 2, 2, 240), 128: Tiles(128, 2, 2, 240)}
 
 
-def approximate(spec: Attention) -> bool:
-    """Whether tanh may be the device's own: it is right to a quarter of what bfloat16 rounds."""
-    return spec.qk_dtype == "bfloat16" and any(isinstance(step, (Softcap, Tanh)) for step in spec.steps)
-
-
 def described(x: torch.Tensor, rows: int) -> tuple[Any, tuple[int, ...]]:
     """As descriptors.described, laid out for products of warp groups."""
     from triton.experimental.gluon import language as gl
@@ -67,7 +61,7 @@ def forward(call: Call, out: torch.Tensor, stats: torch.Tensor, tiles: Tiles | N
     from attnfuse.kernels.gluon import hopper
 
     tiles = TILES[call.D] if tiles is None else tiles
-    f, traits = generated.functions(call.spec, approximate(call.spec)), call.traits
+    f, traits = generated.functions(call.spec, codegen.approximable(call.spec)), call.traits
     matrices: dict[str, Any] = {}
     for name, x, rows in (("q", call.q, ROWS), ("k", call.k, tiles.BN), ("v", call.v, tiles.BN), ("o", out, ROWS)):
         matrices[name.upper()], matrices[f"{name}b"] = described(x, rows)

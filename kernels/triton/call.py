@@ -26,6 +26,8 @@ _LONGEST = 2**29
 _shrunk: dict[tuple[object, ...], int] = {}
 #: Rows that are decoded: more of them fill a query tile anyway.
 _FEW = 64
+#: The compute capability from which on tanh is an instruction.
+_TANH = 75
 #: Taken for the number of processors of a device that does not tell.
 _PROCESSORS = 8
 
@@ -62,7 +64,7 @@ class Call:
     def __post_init__(self) -> None:
         from attnfuse.kernels.triton import codegen, generated
 
-        self.functions: Any = generated.functions(self.spec)
+        self.functions: Any = generated.functions(self.spec, self._has_tanh() and codegen.approximable(self.spec))
         self.traits = codegen.traits(self.spec)
         self.q, self.k, self.v, operands, self.seed, bounds, self.pages = self.inputs
         # bools as bytes, which every backend loads alike
@@ -83,6 +85,10 @@ class Call:
         if self.spec.dropout and self.seed is None:
             raise ValueError("a spec with dropout needs a seed")
         self.precision = "tf32" if tf32_allowed() and not interpreted() else "ieee"
+
+    def _has_tanh(self) -> bool:
+        """Whether kernels run on a device that has an instruction for tanh."""
+        return self.device.capability >= _TANH and not interpreted()
 
     def config(self, which: Pass) -> Config:
         """What was measured to be fast for inputs like these, or else what ships."""

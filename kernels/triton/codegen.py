@@ -220,11 +220,16 @@ def limits(spec: Attention) -> list[Expr]:
     return [x for cut in _cuts(spec).values() for x in cut.bounds.values()]
 
 
+def approximable(spec: Attention) -> bool:
+    """Whether there is a tanh that may be the device's own: bfloat16 rounds its result four times as much, and of other dtypes it
+    would be the largest error."""
+    return spec.qk_dtype == "bfloat16" and any(isinstance(step, (Softcap, Tanh)) for step in spec.steps)
+
+
 def source(spec: Attention, approximate: bool = False) -> str:
     """The text of the module for `spec`. Raises ValueError for what the kernels cannot compute.
 
-    approximate: tanh is the instruction of NVIDIA's devices, an error of 2^-11, and takes a factor before it along. bfloat16
-    rounds the result of a tanh four times as much; of other dtypes it would be the largest error.
+    approximate: tanh is the instruction of NVIDIA's devices, an error of 2^-11, and takes a factor before it along.
     """
     return _Module(spec, approximate).text()
 

@@ -62,8 +62,8 @@ def test_its_statistics_serve_the_backward_of_another_kernel(cap):
 
 def test_only_bfloat16_has_the_tanh_of_the_device():
     steps = (HALF, Softcap(30.0))
-    assert launch.approximate(spec_of(steps=steps)) and not launch.approximate(spec_of(steps=(HALF,)))
-    assert not launch.approximate(spec_of(dtype=torch.float16, steps=steps))
+    assert codegen.approximable(spec_of(steps=steps)) and not codegen.approximable(spec_of(steps=(HALF,)))
+    assert not codegen.approximable(spec_of(dtype=torch.float16, steps=steps))
     made = codegen.source(spec_of(steps=steps), approximate=True)
     # the scale goes along with what the cap divides by
     assert f"tanh_of_device(s * {HALF.value / 30.0!r})" in made and "s = s * " not in made

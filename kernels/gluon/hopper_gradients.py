@@ -175,7 +175,9 @@ def step(
         dw = warpgroup_mma_wait(1, deps=[dw])
     else:
         dw = warpgroup_mma_wait(0, deps=[dw])
-    ds = scores_grad(dw, p, more, delta, q, k, at, st, n, at, st, Qn, Kn, 1.0, SCORE_GRAD, WEIGH_GRAD, FULL, False, ZEROS, 0, 1)
+    ds = scores_grad(
+        dw, p, more, delta, q, k, at, st, n, at, st, Qn, Kn, 1.0, SCORE_GRAD, WEIGH_GRAD, FULL, False, ZEROS, 0, 1,
+    )  # fmt: skip
     ds = ds.to(gt.dtype)
     if not EARLY:
         dv = warpgroup_mma(w, gt, dv, is_async=True)
@@ -220,8 +222,8 @@ def put(X, place, first, steps, n_rows, x, D: gl.constexpr):
 
 @gluon.jit
 def compute(
-    GROUP: gl.constexpr, rings, sums, DQ, DK, DV, k0, head, members, outer, inner, eb, sizes, dqb, dkb, dvb, dks, dvs, ops, bst, st, n,
-    F, marks, Qn, Kn, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, HIDES: gl.constexpr,
+    GROUP: gl.constexpr, rings, sums, DQ, DK, DV, k0, head, members, outer, inner, eb, sizes, dqb, dkb, dvb, dks, dvs, ops, bst, st,
+    n, F, marks, Qn, Kn, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, HIDES: gl.constexpr,
     OFFSET: gl.constexpr, BASES: gl.constexpr, QUERIES: gl.constexpr, SCORE: gl.constexpr, SCORE_GRAD: gl.constexpr,
     WEIGH: gl.constexpr, WEIGH_GRAD: gl.constexpr, MERGED: gl.constexpr, FACTOR: gl.constexpr, SLOPE: gl.constexpr,
     ZEROS: gl.constexpr,

@@ -1,6 +1,6 @@
-"""Attentions for the Gluon kernel: on a device, and in tests/gluon_emulator.py on the CPU.
+"""Attentions for the Gluon kernels: on a device, and in tests/gluon_emulator.py on the CPU.
 
-The fixture `kernel`, with the kernel's forward, is that of the folder that imports them.
+The fixture `kernel`, a module with both passes, is that of the folder that imports them.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ CAUSAL_AND_LONG = (HALF, ReplaceFill(causal(750), -INF))
 DTYPES = [torch.float16, torch.bfloat16]
 
 
-def right(kernel, q, k, v, operands=(), **fields):
-    """Result and log-sum-exp against the oracle, and the maxima that backward reads."""
+def right(kernel, q, k, v, operands=(), backward=True, **fields):
+    """Result, log-sum-exp and gradients against the oracle, and the maxima that backward reads."""
     fields = {"lse": True, **fields}
-    out, _ = check(kernel, q, k, v, operands, backward=False, **fields)
+    out, _ = check(kernel, q, k, v, operands, backward=backward, **fields)
     spec = make_spec(q, k, v, operands, **fields)
     wide = [x.double() if x.is_floating_point() else x for x in (q, k, v, *operands)]
     _, expected = reference.attend(spec, Inputs(*wide[:3], wide[3:]), torch.float64)

@@ -727,6 +727,7 @@ class _Program:
         from triton.experimental.gluon.language.nvidia import hopper
 
         from attnfuse.kernels.gluon import hopper as kernel
+        from attnfuse.kernels.gluon import hopper_gradients
 
         language = _language(world, number)
         self.language = SimpleNamespace(**language)
@@ -744,7 +745,7 @@ class _Program:
             id(hopper.fence_async_shared): language["fence"],
             id(kernel.copy_in): _copy_in,
             id(kernel.copy_out): _out(adds=False),
-            id(kernel.add_out): _out(adds=True),
+            id(hopper_gradients.add_out): _out(adds=True),
         }
         self.known: dict[int, dict[str, Any]] = {}
 

@@ -22,7 +22,7 @@ BM, BN, STAGES, REGISTERS = 64, GROUPS * launch.ROWS, 2, 240
 _HELD = {64: 2, 128: 1}
 
 
-def takes(spec: Attention) -> bool:
+def takes(spec: Attention, D: int) -> bool:
     """Whether the kernel is the better one for this spec: what steps keep of scores must not spill."""
     kept = [
         s
@@ -30,12 +30,12 @@ def takes(spec: Attention) -> bool:
         if isinstance(s, (Softcap, Tanh, Clamp)) or (isinstance(s, Scale) and s.operand is not None)
     ]
     # a clamp leaves a mask besides, and no bound on the keys of a tile
-    return len(kept) <= _HELD.get(spec.D or 0, 0) - any(isinstance(s, Clamp) for s in kept)
+    return len(kept) <= _HELD[D] - any(isinstance(s, Clamp) for s in kept)
 
 
 def fits(call: Call, dout: torch.Tensor, needs: Sequence[bool]) -> bool:
     """Whether the kernel takes these tensors and makes these gradients: of queries, and of no operand."""
-    if not needs[0] or any(needs[3:]) or dout.dtype != call.q.dtype or not takes(call.spec):
+    if not needs[0] or any(needs[3:]) or dout.dtype != call.q.dtype or not takes(call.spec, call.D):
         return False
     return shared.can_add(call) and all(map(descriptors.fits, (call.q, call.k, call.v, dout)))
 

@@ -94,6 +94,10 @@ def load(
             slot = c % STAGES
             # the first tiles find an empty ring
             phase = (c // STAGES & 1) ^ 1
+            # that which is free first
+            mbarrier.wait(free_g.index(slot), phase)
+            mbarrier.expect(ready_g.index(slot), G.block_type.nbytes)
+            copy_in(G, g_place + (q0, 0), ready_g.index(slot), g_tiles.index(slot))
             mbarrier.wait(free_q.index(slot), phase)
             mbarrier.expect(ready_q.index(slot), Q.block_type.nbytes)
             copy_in(Q, q_place + (q0, 0), ready_q.index(slot), q_tiles.index(slot))
@@ -102,9 +106,6 @@ def load(
                 inverses.index(slot).store(inverse)
             deltas.index(slot).store(delta)
             mbarrier.arrive(ready_q.index(slot), count=1)
-            mbarrier.wait(free_g.index(slot), phase)
-            mbarrier.expect(ready_g.index(slot), G.block_type.nbytes)
-            copy_in(G, g_place + (q0, 0), ready_g.index(slot), g_tiles.index(slot))
             c += 1
 
 

@@ -1,4 +1,4 @@
-"""The Gluon kernel for compute capability 9.0: what it computes and how its warps wait for each other, in an emulator."""
+"""The Gluon kernels for compute capability 9.0: what it computes and how its warps wait for each other, in an emulator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from attnfuse import kernels, reasons
 from attnfuse.expr import causal, dense, documents
 from attnfuse.kernels import cpu, gluon, layout, triton
 from attnfuse.kernels.device import Device
-from attnfuse.kernels.gluon import launch, targets
+from attnfuse.kernels.gluon import gradients, launch, targets
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.triton import codegen, configs
 from attnfuse.kernels.triton.call import Call
@@ -43,7 +43,12 @@ def emulated(seed=0, tiles=None):
         launch.forward(call, out, stats, tiles)
         return out, stats
 
-    return SimpleNamespace(forward=forward)
+    def backward(spec, inputs, dout, out, stats, needs, dlse=None):
+        call = Call(spec, inputs, HOPPER, lambda *launched: gluon_emulator.run(*launched, seed))
+        assert gradients.fits(call, dout, needs)
+        return gradients.backward(call, dout, out, stats, needs, dlse)
+
+    return SimpleNamespace(forward=forward, backward=backward)
 
 
 @pytest.fixture
@@ -175,21 +180,165 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_the_emulator_finds(name, tmp_path, monkeypatch):
-    from attnfuse.kernels.gluon import hopper
-
-    fault = FAULTS[name]
-    text = Path(hopper.__file__).read_text()
+def mutated(name, fault, path, monkeypatch):
+    """Puts a module of the kernels with this fault in its place."""
+    text = Path(getattr(gluon, name).__file__).read_text()
     assert text.count(fault.old) == 1
-    path = tmp_path / "mutated.py"
+    path = path / "mutated.py"
     path.write_text(text.replace(fault.old, fault.new))
     found = importlib.util.spec_from_file_location("mutated", path)
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
-    monkeypatch.setattr(gluon, "hopper", module)
+    monkeypatch.setattr(gluon, name, module)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_emulator_finds(name, tmp_path, monkeypatch):
+    from attnfuse.kernels.gluon import hopper  # noqa: F401
+
+    fault = FAULTS[name]
+    mutated("hopper", fault, tmp_path, monkeypatch)
     with pytest.raises(AssertionError, match=fault.said):
-        right(emulated(), *qkv(1, 1, 200, 900, 64, dtype=torch.bfloat16), steps=CAUSAL_AND_LONG)
+        inputs = qkv(1, 1, 200, 900, 64, dtype=torch.bfloat16)
+        right(emulated(), *inputs, backward=False, steps=CAUSAL_AND_LONG)
+
+
+@dataclass(frozen=True)
+class Broken(Fault):
+    """The same in hopper_gradients.py. sees: how the hidden keys of the attention are filled; heads: that share keys."""
+
+    heads: int = 1
+    sees: float = -INF
+
+
+#: Arrays of barriers and tiles, in the order in which they are allocated.
+KT, VT, QT, GT, ST, ADD, SHIFT = (f"array {i}" for i in range(7))
+LAST = "    dk, ds = warpgroup_mma_wait(0, deps=[dk, ds])\n"
+FREE_Q = "    mbarrier.arrive(free_q.index(slot), count=1)\n"
+FREE_G = "    mbarrier.arrive(free_g.index(slot), count=1)\n"
+THREE = "    dv, w, dq = warpgroup_mma_wait(1, deps=[dv, w, dq])\n"
+OTHERS_READ = "    mbarrier.wait(free_g.index(before % STAGES), (before // STAGES & 1) ^ 1)\n"
+TOLD = "    mbarrier.arrive(ready_s, count=1)\n"
+PUT = "    s_tiles.index(GROUP + none).store(ds)\n    fence_async_shared()\n"
+ADDED = "    tile.reshape([BM, HALF]).store(dq)\n    fence_async_shared()\n"
+NUMBERS = "            deltas.index(slot).store(delta)\n            mbarrier.arrive(ready_q.index(slot), count=1)\n"
+BROKEN = {
+    "scores that are not waited for": Broken(
+        "s = warpgroup_mma_wait(1, deps=[s])", "s = warpgroup_mma_wait(2, deps=[s])", "may still run"
+    ),
+    "gradients of weights that are not waited for": Broken(
+        "dw = warpgroup_mma_wait(1, deps=[dw])", "dw = warpgroup_mma_wait(2, deps=[dw])", "may still run"
+    ),
+    "those of an edge that are not waited for": Broken(
+        "dw = warpgroup_mma_wait(0, deps=[dw])", "dw = warpgroup_mma_wait(1, deps=[dw])", "may still run"
+    ),
+    "gradients of queries that are not waited for": Broken(THREE, THREE.replace("1", "2"), "may still run"),
+    "sums that are not waited for": Broken(LAST, LAST.replace("0", "1"), "may still run"),
+    "no wait for queries": Broken("    mbarrier.wait(ready_q.index(slot), phase)\n", "", QT),
+    "no wait for gradients of results": Broken("    mbarrier.wait(ready_g.index(slot), phase)\n", "", GT),
+    "no wait for the first keys": Broken("    mbarrier.wait(ready_kv.index(0), 0)\n", "", f"{KT}|{VT}"),
+    "no wait for the other keys": Broken("    mbarrier.wait(ready_kv.index(1), 0)\n", "", f"{KT}|{VT}"),
+    "no wait for the other group": Broken("    mbarrier.wait(ready_s, c & 1)\n", "", ST),
+    "the other group's tile of before": Broken(
+        "mbarrier.wait(ready_s, c & 1)", "mbarrier.wait(ready_s, (c & 1) ^ 1)", f"{ST}|deadlock"
+    ),
+    "a tile that the other group still reads": Broken(OTHERS_READ, "", ST),
+    "one that it reads later": Broken(OTHERS_READ, OTHERS_READ.replace(" ^ 1", ""), f"{ST}|deadlock"),
+    "one that it has read in another stage": Broken(
+        OTHERS_READ, OTHERS_READ.replace("before % STAGES", "slot"), f"{ST}|deadlock"
+    ),
+    "no fence before the other group reads": Broken(PUT, PUT.splitlines(keepends=True)[0], "fence"),
+    "the other group is told too early": Broken(PUT + TOLD, TOLD + PUT, f"{ST}|fence"),
+    "the other group is not told": Broken(TOLD, "", "deadlock"),
+    "one group is enough": Broken(
+        "mbarrier.init(ready_s.index(0), count=2)",
+        "mbarrier.init(ready_s.index(0), count=1)",
+        f"{ST}|too many|deadlock",
+    ),
+    "no fence before the sums leave": Broken(ADDED, ADDED.splitlines(keepends=True)[0], "fence"),
+    "a tile that still leaves": Broken("    tma.store_wait(0)\n    tile.reshape", "    tile.reshape", ADD),
+    "an end before the last sums have left": Broken("    tma.store_wait(0)\n    put(DK", "    put(DK", "ends before"),
+    "queries that are freed too early": Broken(LAST + FREE_Q, FREE_Q + LAST, QT),
+    "queries that are never freed": Broken(LAST + FREE_Q, LAST, "deadlock"),
+    "gradients of results that are freed too early": Broken(THREE + FREE_G, FREE_G + THREE, f"{GT}|{ST}"),
+    "gradients of results that are never freed": Broken(FREE_G, "", "deadlock"),
+    "queries that one group frees": Broken(
+        "mbarrier.init(free_q.index(i), count=2)", "mbarrier.init(free_q.index(i), count=1)", "array|too many|deadlock"
+    ),
+    "gradients of results that one group frees": Broken(
+        "mbarrier.init(free_g.index(i), count=2)", "mbarrier.init(free_g.index(i), count=1)", "array|too many|deadlock"
+    ),
+    "the wrong phase of free tiles": Broken("phase = (c // STAGES & 1) ^ 1", "phase = c // STAGES & 1", "deadlock"),
+    "no wait for free queries": Broken(
+        "            mbarrier.wait(free_q.index(slot), phase)\n", "", f"{QT}|array|too many"
+    ),
+    "no wait for free gradients of results": Broken(
+        "            mbarrier.wait(free_g.index(slot), phase)\n", "", f"{GT}|too many"
+    ),
+    "numbers that come late": Broken(NUMBERS, "".join(reversed(NUMBERS.splitlines(keepends=True))), "array 8"),
+    "numbers that nobody waits for": Broken(
+        "mbarrier.init(ready_q.index(i), count=2)", "mbarrier.init(ready_q.index(i), count=1)", "array|too many"
+    ),
+    "numbers of another stage": Broken(
+        "deltas.index(slot).load(R)", "deltas.index(before % STAGES).load(R)", "array 8"
+    ),
+    "the wrong number": Broken("line + 2 * lines", "line", "max|NaN"),
+    "queries of another stage": Broken("qt, gt = q_tiles.index(slot)", "qt, gt = q_tiles.index(before % STAGES)", QT),
+    "a barrier of too few bytes": Broken(
+        "K.block_type.nbytes + V.block_type.nbytes", "K.block_type.nbytes", "deadlock|array"
+    ),
+    "the other half of the columns": Broken("(q0, GROUP * HALF)", "(q0, HALF - GROUP * HALF)", "gradient 0"),
+    "one group's keys twice": Broken("k_tiles.index(1 + none)", "k_tiles.index(none)", "gradient 0"),
+    "one group's scores twice": Broken("s_tiles.index(1 + none)", "s_tiles.index(none)", "gradient 0"),
+    "the other group's values": Broken("v_tiles.index(GROUP + none)", "v_tiles.index(1 - GROUP + none)", "gradient"),
+    "another group's keys": Broken("    own = k0 + GROUP * ROWS\n", "    own = k0\n", "gradient"),
+    "no slope": Broken("dk * SLOPE", "dk", "gradient 1"),
+    "a masked tile that counts as whole": Broken(
+        "last = gl.where(k0 + BN <= Kn, last, 0)", "first = gl.where(k0 + BN <= Kn, first, 0)", "gradient|NaN"
+    ),
+    "a tile less": Broken("range(fulls, fulls + tiles[3])", "range(fulls, fulls + tiles[3] - 1)", "max|gradient|ends"),
+    "tiles that the loading warp does not load": Broken("range(tiles[3] + tiles[4])", "range(tiles[4])", "deadlock"),
+    "a ring that begins anew": Broken(
+        "    c = 0\n    for member in range(members):\n        wide, at, tiles = element(\n            head, member, outer, inner, eb, "
+        "sizes, ops, bst, F, marks, k0, st, n, Qn, Kn, BM, BN, HIDES, OFFSET, BASES, QUERIES,\n        )  # fmt: skip\n        context",
+        "    for member in range(members):\n        c = 0\n        wide, at, tiles = element(\n            head, member, outer, inner, eb, "
+        "sizes, ops, bst, F, marks, k0, st, n, Qn, Kn, BM, BN, HIDES, OFFSET, BASES, QUERIES,\n        )  # fmt: skip\n        context",
+        "deadlock|array|gradient",
+        heads=2,
+    ),
+    "another head's queries": Broken(
+        "dq_place = index_of(wide.to(gl.int32), sizes, dqb)",
+        "dq_place = index_of(head.to(gl.int32), sizes, dqb)",
+        "gradient 0",
+        heads=2,
+    ),
+    "rows that see all keys": Broken("        lo = gl.where(whole, 0, lo)\n", "", "gradient", sees=-1e4),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_emulator_finds_in_backward(name, tmp_path, monkeypatch):
+    from attnfuse.kernels.gluon import hopper_gradients  # noqa: F401
+
+    fault = BROKEN[name]
+    mutated("hopper_gradients", fault, tmp_path, monkeypatch)
+    kernel = SimpleNamespace(forward=cpu.forward, backward=emulated().backward)
+    with pytest.raises(AssertionError, match=fault.said):
+        broken_case(kernel, fault.heads, fault.sees)
+
+
+def broken_case(kernel, heads, sees):
+    """Whole tiles and ones at an edge, of more queries than the ring has; with a fill that leaves something, rows without a key
+    see all of them."""
+    q, k, v = randn(1, heads, 460, 64), randn(1, 1, 200, 64), randn(1, 1, 200, 64)
+    steps = (HALF, ReplaceFill(causal(0 if sees == -INF else -100), sees))
+    check(kernel, *(x.to(torch.bfloat16) for x in (q, k, v)), steps=steps)
+
+
+@pytest.mark.parametrize(("heads", "sees"), {(x.heads, x.sees) for x in BROKEN.values()})
+def test_without_a_fault_it_finds_none(heads, sees):
+    for seed in range(3):
+        broken_case(SimpleNamespace(forward=cpu.forward, backward=emulated(seed).backward), heads, sees)
 
 
 # -- which specs, and where

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from attnfuse.kernels.gluon import launch
-from attnfuse.kernels.triton import descriptors
+from attnfuse.kernels.triton import codegen, descriptors
 from attnfuse.kernels.triton import gradients as shared
 from attnfuse.kernels.triton.call import Call
 from attnfuse.spec import Attention, Clamp, Scale, Softcap, Tanh
@@ -18,19 +18,23 @@ from attnfuse.spec import Attention, Clamp, Scale, Softcap, Tanh
 GROUPS = 2
 #: Queries of a tile and keys of a program; tiles of queries in memory; registers of a thread.
 BM, BN, STAGES, REGISTERS = 64, GROUPS * launch.ROWS, 2, 240
-#: By head size, how many tiles of scores may be held for their gradients, beside the sums for k and v.
-_HELD = {64: 2, 128: 1}
 
 
 def takes(spec: Attention, D: int) -> bool:
-    """Whether the kernel is the better one for this spec: what steps keep of scores must not spill."""
+    """Whether the kernel needs fewer instructions for this spec than that of Triton, as compiled.
+
+    Steps keep tiles of scores for their gradients, which have to be held beside the sums for k and v, or spill.
+    """
     kept = [
-        s
-        for s in spec.steps
-        if isinstance(s, (Softcap, Tanh, Clamp)) or (isinstance(s, Scale) and s.operand is not None)
+        step
+        for step in spec.steps
+        if isinstance(step, (Softcap, Tanh, Clamp)) or (isinstance(step, Scale) and step.operand is not None)
     ]
-    # a clamp leaves a mask besides, and no bound on the keys of a tile
-    return len(kept) <= _HELD[D] - any(isinstance(s, Clamp) for s in kept)
+    if D == 64 or not kept:
+        return len(kept) <= 2
+    # a clamp makes a mask besides, and where one number of a row does not tell its weights, there is a second one
+    alone = isinstance(kept[0], Scale) or (not isinstance(kept[0], Clamp) and codegen.traits(spec).merged)
+    return len(kept) == 1 and alone
 
 
 def fits(call: Call, dout: torch.Tensor, needs: Sequence[bool]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from attnfuse.kernels.gluon import gradients, launch, targets
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.triton import codegen, configs
 from attnfuse.kernels.triton.call import Call
-from attnfuse.spec import Bias, ReplaceFill, Scale, Sink, Softcap
+from attnfuse.spec import Bias, ReplaceFill, Scale, Sink, Softcap, Tanh
 from benchmarks import sass
 
 pytest.importorskip("triton")
@@ -222,6 +223,7 @@ TOLD = "    mbarrier.arrive(ready_s, count=1)\n"
 PUT = "    s_tiles.index(GROUP + none).store(ds)\n    fence_async_shared()\n"
 ADDED = "    tile.reshape([BM, HALF]).store(dq)\n    fence_async_shared()\n"
 NUMBERS = "            deltas.index(slot).store(delta)\n            mbarrier.arrive(ready_q.index(slot), count=1)\n"
+RING = "        fulls = tiles[4]\n"
 BROKEN = {
     "scores that are not waited for": Broken(
         "s = warpgroup_mma_wait(1, deps=[s])", "s = warpgroup_mma_wait(2, deps=[s])", "may still run"
@@ -299,12 +301,7 @@ BROKEN = {
     "a tile less": Broken("range(fulls, fulls + tiles[3])", "range(fulls, fulls + tiles[3] - 1)", "max|gradient|ends"),
     "tiles that the loading warp does not load": Broken("range(tiles[3] + tiles[4])", "range(tiles[4])", "deadlock"),
     "a ring that begins anew": Broken(
-        "    c = 0\n    for member in range(members):\n        wide, at, tiles = element(\n            head, member, outer, inner, eb, "
-        "sizes, ops, bst, F, marks, k0, st, n, Qn, Kn, BM, BN, HIDES, OFFSET, BASES, QUERIES,\n        )  # fmt: skip\n        context",
-        "    for member in range(members):\n        c = 0\n        wide, at, tiles = element(\n            head, member, outer, inner, eb, "
-        "sizes, ops, bst, F, marks, k0, st, n, Qn, Kn, BM, BN, HIDES, OFFSET, BASES, QUERIES,\n        )  # fmt: skip\n        context",
-        "deadlock|array|gradient",
-        heads=2,
+        RING, RING.replace("fulls = tiles[4]", "fulls, c = tiles[4], 0"), "deadlock|array", heads=2
     ),
     "another head's queries": Broken(
         "dq_place = index_of(wide.to(gl.int32), sizes, dqb)",
@@ -426,6 +423,86 @@ def test_what_it_does_is_launched(monkeypatch):
     assert launched == [spec] and out.shape == (1, 1, 130, 64) and stats.shape == (2, 1, 1, 130)
 
 
+def of_backward(q, k, v, operands=(), dout=None, **fields):
+    """What gluon.backward is called with, without contents."""
+    spec = make_spec(q, k, v, operands, **fields)
+    out, stats = layout.allocate(spec, Inputs(q, k, v, operands))
+    needs = [x.is_floating_point() for x in (q, k, v, *operands)]
+    return spec, Inputs(q, k, v, operands), torch.empty_like(out) if dout is None else dout, out, stats, needs, None
+
+
+def scaled_by(*shape):
+    return {"operands": [randn(*shape)], "steps": (Scale(operand=0), *CAUSAL)}
+
+
+BACK_CASES = {
+    "rows that are not aligned": of_backward(*CASES["rows that are not aligned"]),
+    "an expanded gradient": of_backward(
+        *qkv(1, 1, 130, 140, 64, dtype=torch.bfloat16), dout=torch.ones(1, dtype=torch.bfloat16).expand(1, 1, 130, 64)
+    ),
+    "a gradient in float32": of_backward(
+        *qkv(1, 1, 130, 140, 64, dtype=torch.bfloat16), dout=torch.ones(1, 1, 130, 64)
+    ),
+    "no keys": of_backward(*CASES["no keys"]),
+    "the gradient of an operand": of_backward(*qkv(1, 1, 130, 140, 64, dtype=torch.bfloat16), **scaled_by(1, 1, 1, 1)),
+    "two tiles of scores held": of_backward(
+        *qkv(1, 1, 130, 140, 128, dtype=torch.bfloat16), steps=(HALF, Softcap(3.0), Tanh())
+    ),
+    "a cap and two numbers of each row": of_backward(
+        *qkv(1, 1, 130, 140, 128, dtype=torch.float16), steps=STEPS["softcap"]
+    ),
+    "a clamp": of_backward(*qkv(1, 1, 130, 140, 128, dtype=torch.bfloat16), steps=STEPS["clamp"]),
+}
+
+
+@pytest.mark.parametrize("name", BACK_CASES)
+def test_the_triton_kernels_run_the_backward_that_it_does_not(name, monkeypatch):
+    asked = []
+    monkeypatch.setattr(triton, "backward", lambda *given: asked.append(given) or given)
+    assert gluon.backward(*BACK_CASES[name]) == BACK_CASES[name] and len(asked) == 1
+
+
+def test_so_they_do_where_order_matters_or_queries_need_nothing(monkeypatch):
+    asked = []
+    monkeypatch.setattr(triton, "backward", lambda *given: asked.append(given))
+    given = of_backward(*qkv(1, 1, 130, 140, 64, dtype=torch.bfloat16))
+    torch.use_deterministic_algorithms(True)
+    try:
+        gluon.backward(*given)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    gluon.backward(*given[:5], [False, True, True])
+    assert len(asked) == 2
+
+
+def test_the_backward_that_it_does_is_launched(monkeypatch):
+    launched = []
+    monkeypatch.setattr(gradients, "backward", lambda call, *given: launched.append(given) or [])
+    spec, *given = of_backward(*qkv(1, 1, 130, 140, 64, dtype=torch.bfloat16), steps=STEPS["softcap"])
+    assert gluon.backward(spec, *given) == [] and launched == [tuple(given[1:])]
+
+
+def test_keys_that_several_heads_share_are_gone_through_once():
+    q, k, v = (torch.empty(1, n, 460, 64, dtype=torch.bfloat16, device="meta") for n in (2, 1, 1))
+    spec, inputs, dout, out, stats, needs, _ = of_backward(q, k, v, steps=CAUSAL)
+    launched = []
+    call = Call(spec, inputs, HOPPER, lambda *given: launched.append(given))
+    dq, dk, dv = gradients.backward(call, dout, out, stats, needs)
+    (_, _, _), (kernel, programs, arguments) = launched
+    assert kernel.fn.__name__ == "backward_columns" and programs == 4 and arguments["members"] == 2
+    # halves of the columns are added up
+    assert arguments["DQ"].block_shape == [1, 1, gradients.BM, 32] and arguments["DQ"].base.dtype == torch.float32
+    assert [x.shape for x in (dq, dk, dv)] == [q.shape, k.shape, v.shape]
+
+
+def test_gradients_that_nobody_asks_for_are_none():
+    q, k, v = qkv(1, 1, 70, 70, 64, dtype=torch.bfloat16)
+    spec, inputs, dout, out, stats, _, _ = of_backward(q, k, v, steps=CAUSAL)
+    call = Call(spec, inputs, HOPPER, lambda *_: None)
+    dq, dk, dv = gradients.backward(call, dout, out, stats, [True, False, False])
+    assert dq.shape == q.shape and dk is None and dv is None
+
+
 def test_the_host_reads_no_values():
     q, k, v = (torch.empty(1, 2, n, 64, dtype=torch.bfloat16, device="meta") for n in (130, 140, 140))
     kept = torch.empty(1, 1, 1, 140, dtype=torch.bool, device="meta")
@@ -440,8 +517,8 @@ def test_the_host_reads_no_values():
 # -- as compiled
 
 
-def compiled(q, k, v, operands=(), tiles=None, **fields):
-    made = targets.compiled(make_spec(q, k, v, operands, **fields), Inputs(q, k, v, list(operands)), tiles)
+def compiled(q, k, v, operands=(), tiles=None, back=False, **fields):
+    made = targets.compiled(make_spec(q, k, v, operands, **fields), Inputs(q, k, v, list(operands)), tiles, back)
     assert made.shared <= configs.SHARED[90] and made.bulk and made.partitioned
     assert made.products == ("wgmma.mma_async",)
     return made
@@ -524,3 +601,103 @@ def test_padding_compiles():
     q, k, v = qkv(2, 2, 256, 256, 128, dtype=torch.bfloat16)
     kept = torch.ones(2, 1, 1, 256, dtype=torch.bool)
     assert compiled(q, k, v, [kept], steps=(HALF, ReplaceFill(dense(0), -INF))).spilled <= SPILLED
+
+
+# -- backward, as compiled
+
+
+def overlaps(loop, early):
+    """Whether products are issued before what is computed with the one before: weights beside that of values, gradients of scores
+    beside the sum for v if it is `early`, and the bulk reduction beside the sum for k."""
+    names = [x.base for x in loop.body]
+    waits = [i for i, x in enumerate(loop.body) if x.name.startswith("WARPGROUP.DEPBAR")]
+    left = [int(loop.body[i].rest.split(",")[-1], 16) for i in waits]
+    products = [i for i, name in enumerate(names) if name == "HGMMA"]
+    powers = [i for i, name in enumerate(names) if name == "MUFU"]
+    first, second, third, last = waits
+    beside = [sum(a < i < b for i in products) for a, b in itertools.pairwise([-1, *waits])]
+    return (
+        left == [1, int(early), 1, 0]
+        # scores and gradients of weights; the sum for v, which else comes with the other two; nothing after them
+        and [x > 0 for x in beside] == [True, early, True, False]
+        and first < min(powers)
+        and (max(powers) < second or not early)
+        and [i for i, name in enumerate(names) if name == "UTMAREDG" and third < i < last]
+        and names.count("UTMAREDG") == 1
+    )
+
+
+def light(made, most, early=True, spilled=0):
+    """At most so many instructions for a tile of 64 x 128 scores in the loops of both groups without masks, which spill nothing."""
+    assert made.reduces and (made.BM, made.BN, made.warps) == (64, 128, 8)
+    assert made.spilled <= spilled, made
+    for loop in loops_of(made)[:2]:
+        assert len(loop.body) <= most and loop.count("LDL", "STL") <= spilled // 64, (len(loop.body), loop.kinds())
+        assert overlaps(loop, early), loop.order()
+        assert loop.count("HGMMA") == (32 if made.shared > 2**17 else 24)
+
+
+#: Instructions of Triton's kernel for a tile of the same size, head size 128, causal, which spills 224 bytes.
+TRITONS = 438
+
+
+def test_backward_computes_beside_its_products():
+    made = compiled(*qkv(1, 2, 256, 256, 128, dtype=torch.bfloat16), steps=CAUSAL, back=True)
+    # with Triton 3.9 the masked loops spill
+    light(made, TRITONS, spilled=32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("D", "dtype", "steps", "most", "early", "spilled"),
+    [
+        (64, torch.bfloat16, "plain", 410, True, 0),
+        (64, torch.bfloat16, "causal", 410, True, 0),
+        (64, torch.bfloat16, "window", 410, True, 0),
+        (64, torch.bfloat16, "softcap", 690, True, 0),
+        (64, torch.float16, "causal", 480, True, 0),
+        (64, torch.float16, "softcap", 770, True, 0),
+        (128, torch.bfloat16, "plain", 445, True, 32),
+        (128, torch.bfloat16, "window", 445, True, 96),
+        (128, torch.bfloat16, "softcap", 735, False, 104),
+        (128, torch.float16, "causal", 520, True, 104),
+        (128, torch.bfloat16, "finite", 530, True, 144),
+    ],
+)
+def test_counts_of_backward(D, dtype, steps, most, early, spilled):
+    made = compiled(*qkv(1, 2, 256, 256, D, dtype=dtype), steps=STEPS[steps], back=True)
+    light(made, most, early, spilled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("D", launch.TILES)
+@pytest.mark.parametrize("steps", STEPS)
+def test_backward_of_every_step_compiles(D, steps):
+    q, k, v = qkv(1, 2, 256, 256, D, dtype=torch.bfloat16)
+    if gradients.takes(make_spec(q, k, v, steps=STEPS[steps]), D):
+        compiled(q, k, v, steps=STEPS[steps], hidden="zero", back=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [(), (3,), (2, 1, 2)])
+def test_backward_of_batch_dims_compiles(batch):
+    q, k, v = (torch.empty(*batch, 256, 64, dtype=torch.bfloat16) for _ in range(3))
+    assert compiled(q, k, v, steps=CAUSAL, back=True).spilled <= SPILLED
+    if batch:
+        # heads that share keys
+        assert compiled(q, k[:1], v[:1], steps=CAUSAL, back=True).spilled <= SPILLED
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("D", launch.TILES)
+def test_backward_of_padding_compiles(D):
+    q, k, v = qkv(2, 2, 256, 256, D, dtype=torch.bfloat16)
+    kept = torch.ones(2, 1, 1, 256, dtype=torch.bool)
+    steps = (HALF, ReplaceFill(dense(0), -INF))
+    assert compiled(q, k, v, [kept], steps=steps, back=True).spilled <= 144
+
+
+@pytest.mark.slow
+def test_many_orders_of_what_backward_does_at_the_same_time():
+    for seed in range(0, 200, 4):
+        broken_case(SimpleNamespace(forward=cpu.forward, backward=emulated(seed).backward), 2, -INF)

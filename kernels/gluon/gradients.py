@@ -60,7 +60,7 @@ def backward(
     matrices: dict[str, Any] = {}
     for name, x, rows, columns in (
         ("q", call.q, BM, call.D),
-        ("k", call.k, launch.ROWS, call.D),
+        ("k", call.k, launch.ROWS, call.D // 2),
         ("v", call.v, launch.ROWS, call.D),
         ("g", dout, BM, call.D),
         ("dq", dq, BM, call.D // 2),

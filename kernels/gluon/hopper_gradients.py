@@ -3,12 +3,13 @@
 A program goes through the queries of BN keys, and each group has ROWS of these keys: their K and V, and the gradients of both in
 registers. A tile of BM queries takes five products, four of them a group's own. For the fifth, that of the queries' gradients,
 both groups put the gradients of their scores in shared memory, and each makes half of the columns from all keys, which are added
-up in float32 in memory by a bulk reduction, in no order.
+up in float32 in memory by a bulk reduction, in no order. K lies in memory by halves of its columns: that is a whole right factor of
+this product, and the scores are two products with one sum.
 
 Scores stand by key and query: as they lie in registers, weights and their gradients are the left factors of the sums for v and k.
-The order of the instructions is that the product of the next kind is always issued before what has to be computed with the one
-before: the weights beside the second product, gradients of scores beside the sum for v, and what is added to memory leaves beside
-the sum for k. The groups wait for each other once a tile, for the gradients of scores.
+Each product is issued before what has to be computed with the one before: weights beside the product of values, gradients of scores
+beside the sum for v, and what is added to memory leaves beside the sum for k. The groups wait for each other once a tile, for the
+gradients of scores. No product is left running from one tile to the next: the compiler would wait for each instruction of it.
 
 The functions of codegen.py, and `scores_grad` of template.py, are what they are in the Triton kernels.
 
@@ -64,15 +65,16 @@ def query_of(i, tiles, BM: gl.constexpr):
 @gluon.jit
 def load(
     Q, G, K, V, W, key_places, rings, k0, head, members, outer, inner, eb, sizes, qb, gb, ops, bst, st, n, F, marks, lines, Qn, Kn,
-    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, HIDES: gl.constexpr, MERGED: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr, HIDES: gl.constexpr, MERGED: gl.constexpr,
     OFFSET: gl.constexpr, BASES: gl.constexpr, QUERIES: gl.constexpr,
 ):  # fmt: skip
     """What the loading warp does. key_places: the batch indices of k and v."""
     k_place, v_place = key_places
     k_tiles, v_tiles, q_tiles, g_tiles, shifts, inverses, deltas, ready_kv, ready_q, ready_g, free_q, free_g = rings
     for g in gl.static_range(2):
-        mbarrier.expect(ready_kv.index(g), K.block_type.nbytes + V.block_type.nbytes)
-        copy_in(K, k_place + (k0 + g * ROWS, 0), ready_kv.index(g), k_tiles.index(g))
+        mbarrier.expect(ready_kv.index(g), 2 * K.block_type.nbytes + V.block_type.nbytes)
+        copy_in(K, k_place + (k0 + g * ROWS, 0), ready_kv.index(g), k_tiles.index(2 * g))
+        copy_in(K, k_place + (k0 + g * ROWS, HALF), ready_kv.index(g), k_tiles.index(2 * g + 1))
         copy_in(V, v_place + (k0 + g * ROWS, 0), ready_kv.index(g), v_tiles.index(g))
     rows = gl.arange(0, BM, layout=gl.BlockedLayout([1], [32], [1], [0]))
     c = 0
@@ -153,10 +155,13 @@ def step(
     none = c >> 30
     slot, phase = c % STAGES, c // STAGES & 1
     before = c + STAGES - 1
-    kt, vt = k_tiles.index(GROUP + none).reshape([ROWS, D]), v_tiles.index(GROUP + none).reshape([ROWS, D])
+    kt = k_tiles.index(2 * GROUP + none).reshape([ROWS, HALF])
+    kt2 = k_tiles.index(2 * GROUP + 1 + none).reshape([ROWS, HALF])
+    vt = v_tiles.index(GROUP + none).reshape([ROWS, D])
     qt, gt = q_tiles.index(slot).reshape([BM, D]), g_tiles.index(slot).reshape([BM, D])
     mbarrier.wait(ready_q.index(slot), phase)
-    s = warpgroup_mma(kt, qt.permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = warpgroup_mma(kt, qt.slice(0, HALF, 1).permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = warpgroup_mma(kt2, qt.slice(HALF, HALF, 1).permute((1, 0)), s, is_async=True)
     mbarrier.wait(ready_g.index(slot), phase)
     dw = warpgroup_mma(vt, gt.permute((1, 0)), zero, use_acc=False, is_async=True)
     shift = shifts.index(slot).load(R)
@@ -190,11 +195,11 @@ def step(
     ds = gl.convert_layout(ds, A)
     mbarrier.wait(ready_s, c & 1)
     dq = warpgroup_mma(
-        s_tiles.index(none).permute((1, 0)), k_tiles.index(none).reshape([ROWS, D]).slice(GROUP * HALF, HALF, 1), zero_dq,
+        s_tiles.index(none).permute((1, 0)), k_tiles.index(GROUP + none).reshape([ROWS, HALF]), zero_dq,
         use_acc=False, is_async=True,
     )  # fmt: skip
     dq = warpgroup_mma(
-        s_tiles.index(1 + none).permute((1, 0)), k_tiles.index(1 + none).reshape([ROWS, D]).slice(GROUP * HALF, HALF, 1), dq,
+        s_tiles.index(1 + none).permute((1, 0)), k_tiles.index(2 + GROUP + none).reshape([ROWS, HALF]), dq,
         is_async=True,
     )  # fmt: skip
     dk = warpgroup_mma(ds, qt, dk, is_async=True)
@@ -285,7 +290,7 @@ def backward_columns(
     k0 = gl.program_id(0) % tiles * BN
     key_places = (index_of(head.to(gl.int32), outer, kb), index_of(head.to(gl.int32), outer, vb))
 
-    k_tiles = gl.allocate_shared_memory(K.dtype, [2] + K.block_type.shape, K.layout)
+    k_tiles = gl.allocate_shared_memory(K.dtype, [4] + K.block_type.shape, K.layout)
     v_tiles = gl.allocate_shared_memory(V.dtype, [2] + V.block_type.shape, V.layout)
     q_tiles = gl.allocate_shared_memory(Q.dtype, [STAGES] + Q.block_type.shape, Q.layout)
     g_tiles = gl.allocate_shared_memory(G.dtype, [STAGES] + G.block_type.shape, G.layout)
@@ -321,5 +326,5 @@ def backward_columns(
                    F, marks, Qn, Kn, D, BM, BN, STAGES, HIDES, OFFSET, BASES, QUERIES, SCORE, SCORE_GRAD, WEIGH, WEIGH_GRAD, MERGED,
                    FACTOR, SLOPE, ZEROS)),
         (load, (Q, G, K, V, W, key_places, rings, k0, head, members, outer, inner, eb, sizes, qb, gb, ops, bst, st, n, F, marks,
-                lines, Qn, Kn, BM, BN, STAGES, HIDES, MERGED, OFFSET, BASES, QUERIES)),
+                lines, Qn, Kn, BM, BN, D // 2, STAGES, HIDES, MERGED, OFFSET, BASES, QUERIES)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip

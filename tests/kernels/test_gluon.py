@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from gluon_cases import *  # noqa: F403
-from gluon_cases import CAUSAL, CAUSAL_AND_LONG, HALF, STEPS, right
+from gluon_cases import CAUSAL, CAUSAL_AND_LONG, HALF, OWN_LENGTHS, STEPS, right
 from kernel_cases import INF, check, make_spec, qkv, randn
 
 from attnfuse import kernels, reasons
@@ -286,11 +286,13 @@ BROKEN = {
     ),
     "the wrong number": Broken("line + 2 * lines", "line", "max|NaN"),
     "queries of another stage": Broken("qt, gt = q_tiles.index(slot)", "qt, gt = q_tiles.index(before % STAGES)", QT),
-    "a barrier of too few bytes": Broken(
-        "K.block_type.nbytes + V.block_type.nbytes", "K.block_type.nbytes", "deadlock|array"
-    ),
+    "a barrier of too few bytes": Broken("2 * K.block_type.nbytes", "K.block_type.nbytes", "deadlock|array"),
     "the other half of the columns": Broken("(q0, GROUP * HALF)", "(q0, HALF - GROUP * HALF)", "gradient 0"),
-    "one group's keys twice": Broken("k_tiles.index(1 + none)", "k_tiles.index(none)", "gradient 0"),
+    "one group's keys twice": Broken("k_tiles.index(2 + GROUP + none)", "k_tiles.index(GROUP + none)", "gradient 0"),
+    "one half of the keys twice": Broken(
+        "k_tiles.index(2 * GROUP + 1 + none)", "k_tiles.index(2 * GROUP + none)", "max|NaN"
+    ),
+    "the other group's half": Broken("k_tiles.index(GROUP + none)", "k_tiles.index(1 - GROUP + none)", "gradient 0"),
     "one group's scores twice": Broken("s_tiles.index(1 + none)", "s_tiles.index(none)", "gradient 0"),
     "the other group's values": Broken("v_tiles.index(GROUP + none)", "v_tiles.index(1 - GROUP + none)", "gradient"),
     "another group's keys": Broken("    own = k0 + GROUP * ROWS\n", "    own = k0\n", "gradient"),
@@ -695,6 +697,15 @@ def test_backward_of_padding_compiles(D):
     kept = torch.ones(2, 1, 1, 256, dtype=torch.bool)
     steps = (HALF, ReplaceFill(dense(0), -INF))
     assert compiled(q, k, v, [kept], steps=steps, back=True).spilled <= 144
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("D", launch.TILES)
+@pytest.mark.parametrize("steps", OWN_LENGTHS)
+def test_backward_of_lengths_compiles(D, steps):
+    q, k, v = qkv(2, 2, 256, 256, D, dtype=torch.bfloat16)
+    made = compiled(q, k, v, [torch.ones(2, 1, 1, 1, dtype=torch.int64)], steps=OWN_LENGTHS[steps], back=True)
+    light(made, 410 if D == 64 else 450, spilled=96)
 
 
 @pytest.mark.slow

@@ -684,10 +684,10 @@ def test_backward_of_every_step_compiles(D, steps):
 @pytest.mark.parametrize("batch", [(), (3,), (2, 1, 2)])
 def test_backward_of_batch_dims_compiles(batch):
     q, k, v = (torch.empty(*batch, 256, 64, dtype=torch.bfloat16) for _ in range(3))
-    assert compiled(q, k, v, steps=CAUSAL, back=True).spilled <= SPILLED
+    light(compiled(q, k, v, steps=CAUSAL, back=True), 410)
     if batch:
-        # heads that share keys
-        assert compiled(q, k[:1], v[:1], steps=CAUSAL, back=True).spilled <= SPILLED
+        # heads that share keys, which the loading warp with its few registers finds the place of
+        light(compiled(q, k[:1], v[:1], steps=CAUSAL, back=True), 410, spilled=32)
 
 
 @pytest.mark.slow

@@ -18,6 +18,8 @@ from attnfuse.spec import Attention, Clamp, Scale, Softcap, Tanh
 GROUPS = 2
 #: Queries of a tile and keys of a program; tiles of queries in memory; registers of a thread.
 BM, BN, STAGES, REGISTERS = 64, GROUPS * launch.ROWS, 2, 240
+#: By head size, the parts that K lies in.
+PARTS = {64: 2, 128: 1}
 
 
 def takes(spec: Attention, D: int) -> bool:
@@ -60,7 +62,7 @@ def backward(
     matrices: dict[str, Any] = {}
     for name, x, rows, columns in (
         ("q", call.q, BM, call.D),
-        ("k", call.k, launch.ROWS, call.D // 2),
+        ("k", call.k, launch.ROWS, call.D // PARTS[call.D]),
         ("v", call.v, launch.ROWS, call.D),
         ("g", dout, BM, call.D),
         ("dq", dq, BM, call.D // 2),
@@ -80,6 +82,7 @@ def backward(
             "D": call.D,
             "BM": BM,
             "BN": BN,
+            "PARTS": PARTS[call.D],
             "STAGES": STAGES,
             "REGISTERS": REGISTERS,
             **{name: common[name] for name in ("OFFSET", "BASES", "SCORE", "SCORE_GRAD", "WEIGH", "WEIGH_GRAD")},

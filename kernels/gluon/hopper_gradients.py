@@ -3,8 +3,8 @@
 A program goes through the queries of BN keys, and each group has ROWS of these keys: their K and V, and the gradients of both in
 registers. A tile of BM queries takes five products, four of them a group's own. For the fifth, that of the queries' gradients,
 both groups put the gradients of their scores in shared memory, and each makes half of the columns from all keys, which are added
-up in float32 in memory by a bulk reduction, in no order. K lies in memory by halves of its columns: that is a whole right factor of
-this product, and the scores are two products with one sum.
+up in float32 in memory by a bulk reduction, in no order. PARTS: in how many parts by columns K lies in memory, 1 or 2. In a row of
+64 numbers a half would begin inside of what is swizzled together: there it is a tile of its own, and scores are two products.
 
 Scores stand by key and query: as they lie in registers, weights and their gradients are the left factors of the sums for v and k.
 Each product is issued before what has to be computed with the one before: weights beside the product of values, gradients of scores
@@ -65,16 +65,17 @@ def query_of(i, tiles, BM: gl.constexpr):
 @gluon.jit
 def load(
     Q, G, K, V, W, key_places, rings, k0, head, members, outer, inner, eb, sizes, qb, gb, ops, bst, st, n, F, marks, lines, Qn, Kn,
-    BM: gl.constexpr, BN: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr, HIDES: gl.constexpr, MERGED: gl.constexpr,
-    OFFSET: gl.constexpr, BASES: gl.constexpr, QUERIES: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, HIDES: gl.constexpr,
+    MERGED: gl.constexpr, OFFSET: gl.constexpr, BASES: gl.constexpr, QUERIES: gl.constexpr,
 ):  # fmt: skip
     """What the loading warp does. key_places: the batch indices of k and v."""
     k_place, v_place = key_places
     k_tiles, v_tiles, q_tiles, g_tiles, shifts, inverses, deltas, ready_kv, ready_q, ready_g, free_q, free_g = rings
     for g in gl.static_range(2):
-        mbarrier.expect(ready_kv.index(g), 2 * K.block_type.nbytes + V.block_type.nbytes)
-        copy_in(K, k_place + (k0 + g * ROWS, 0), ready_kv.index(g), k_tiles.index(2 * g))
-        copy_in(K, k_place + (k0 + g * ROWS, HALF), ready_kv.index(g), k_tiles.index(2 * g + 1))
+        mbarrier.expect(ready_kv.index(g), PARTS * K.block_type.nbytes + V.block_type.nbytes)
+        for part in gl.static_range(PARTS):
+            k_columns = (k0 + g * ROWS, part * (D // PARTS))
+            copy_in(K, k_place + k_columns, ready_kv.index(g), k_tiles.index(g * PARTS + part))
         copy_in(V, v_place + (k0 + g * ROWS, 0), ready_kv.index(g), v_tiles.index(g))
     rows = gl.arange(0, BM, layout=gl.BlockedLayout([1], [32], [1], [0]))
     c = 0
@@ -138,10 +139,19 @@ def weights(
 
 
 @gluon.jit
+def half_of(k_tiles, of, HALF: gl.constexpr, D: gl.constexpr, PARTS: gl.constexpr):
+    """Half of the columns of the keys that a group has."""
+    if PARTS == 1:
+        return k_tiles.index(of).reshape([ROWS, D]).slice(HALF * (D // 2), D // 2, 1)
+    else:
+        return k_tiles.index(2 * of + HALF).reshape([ROWS, D // 2])
+
+
+@gluon.jit
 def step(
     c, q0, dk, dv, rings, sums, zeros, rows, k, DQ, dq_place, context, GROUP: gl.constexpr, BM: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr, SCORE: gl.constexpr, SCORE_GRAD: gl.constexpr, WEIGH: gl.constexpr, WEIGH_GRAD: gl.constexpr,
-    FULL: gl.constexpr, MERGED: gl.constexpr, FACTOR: gl.constexpr, ZEROS: gl.constexpr,
+    PARTS: gl.constexpr, STAGES: gl.constexpr, SCORE: gl.constexpr, SCORE_GRAD: gl.constexpr, WEIGH: gl.constexpr,
+    WEIGH_GRAD: gl.constexpr, FULL: gl.constexpr, MERGED: gl.constexpr, FACTOR: gl.constexpr, ZEROS: gl.constexpr,
 ):  # fmt: skip
     """dk and dv after the c-th tile of queries, those from q0 on, whose dq is added to as well."""
     at, st, n, Qn, Kn = context
@@ -155,13 +165,19 @@ def step(
     none = c >> 30
     slot, phase = c % STAGES, c // STAGES & 1
     before = c + STAGES - 1
-    kt = k_tiles.index(2 * GROUP + none).reshape([ROWS, HALF])
-    kt2 = k_tiles.index(2 * GROUP + 1 + none).reshape([ROWS, HALF])
     vt = v_tiles.index(GROUP + none).reshape([ROWS, D])
     qt, gt = q_tiles.index(slot).reshape([BM, D]), g_tiles.index(slot).reshape([BM, D])
     mbarrier.wait(ready_q.index(slot), phase)
-    s = warpgroup_mma(kt, qt.slice(0, HALF, 1).permute((1, 0)), zero, use_acc=False, is_async=True)
-    s = warpgroup_mma(kt2, qt.slice(HALF, HALF, 1).permute((1, 0)), s, is_async=True)
+    if PARTS == 1:
+        s = warpgroup_mma(
+            k_tiles.index(GROUP + none).reshape([ROWS, D]), qt.permute((1, 0)), zero, use_acc=False, is_async=True
+        )
+    else:
+        kt, more_kt = k_tiles.index(2 * GROUP + none), k_tiles.index(2 * GROUP + 1 + none)
+        s = warpgroup_mma(
+            kt.reshape([ROWS, HALF]), qt.slice(0, HALF, 1).permute((1, 0)), zero, use_acc=False, is_async=True,
+        )  # fmt: skip
+        s = warpgroup_mma(more_kt.reshape([ROWS, HALF]), qt.slice(HALF, HALF, 1).permute((1, 0)), s, is_async=True)
     mbarrier.wait(ready_g.index(slot), phase)
     dw = warpgroup_mma(vt, gt.permute((1, 0)), zero, use_acc=False, is_async=True)
     shift = shifts.index(slot).load(R)
@@ -194,14 +210,10 @@ def step(
     mbarrier.arrive(ready_s, count=1)
     ds = gl.convert_layout(ds, A)
     mbarrier.wait(ready_s, c & 1)
-    dq = warpgroup_mma(
-        s_tiles.index(none).permute((1, 0)), k_tiles.index(GROUP + none).reshape([ROWS, HALF]), zero_dq,
-        use_acc=False, is_async=True,
-    )  # fmt: skip
-    dq = warpgroup_mma(
-        s_tiles.index(1 + none).permute((1, 0)), k_tiles.index(2 + GROUP + none).reshape([ROWS, HALF]), dq,
-        is_async=True,
-    )  # fmt: skip
+    first, second = s_tiles.index(none), s_tiles.index(1 + none)
+    keys, more_keys = half_of(k_tiles, none, GROUP, D, PARTS), half_of(k_tiles, 1 + none, GROUP, D, PARTS)
+    dq = warpgroup_mma(first.permute((1, 0)), keys, zero_dq, use_acc=False, is_async=True)
+    dq = warpgroup_mma(second.permute((1, 0)), more_keys, dq, is_async=True)
     dk = warpgroup_mma(ds, qt, dk, is_async=True)
     dv, w, dq = warpgroup_mma_wait(1, deps=[dv, w, dq])
     mbarrier.arrive(free_g.index(slot), count=1)
@@ -228,11 +240,11 @@ def put(X, place, first, steps, n_rows, x, D: gl.constexpr):
 
 @gluon.jit
 def compute(
-    GROUP: gl.constexpr, rings, sums, DQ, DK, DV, k0, head, members, outer, inner, eb, sizes, dqb, dkb, dvb, dks, dvs, ops, bst, st,
-    n, F, marks, Qn, Kn, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, HIDES: gl.constexpr,
-    OFFSET: gl.constexpr, BASES: gl.constexpr, QUERIES: gl.constexpr, SCORE: gl.constexpr, SCORE_GRAD: gl.constexpr,
-    WEIGH: gl.constexpr, WEIGH_GRAD: gl.constexpr, MERGED: gl.constexpr, FACTOR: gl.constexpr, SLOPE: gl.constexpr,
-    ZEROS: gl.constexpr,
+    GROUP: gl.constexpr, rings, sums, DQ, DK, DV, k0, head, members, outer, inner, eb, sizes, dqb, dkb, dvb, dks, dvs, ops, bst,
+    st, n, F, marks, Qn, Kn, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
+    HIDES: gl.constexpr, OFFSET: gl.constexpr, BASES: gl.constexpr, QUERIES: gl.constexpr, SCORE: gl.constexpr,
+    SCORE_GRAD: gl.constexpr, WEIGH: gl.constexpr, WEIGH_GRAD: gl.constexpr, MERGED: gl.constexpr, FACTOR: gl.constexpr,
+    SLOPE: gl.constexpr, ZEROS: gl.constexpr,
 ):  # fmt: skip
     """What a group does: ROWS keys from k0 + GROUP * ROWS on."""
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
@@ -258,14 +270,14 @@ def compute(
         fulls = tiles[4]
         for i in range(fulls):
             dk, dv = step(
-                c, query_of(i, tiles, BM), dk, dv, rings, sums, zeros, rows, k, DQ, dq_place, context, GROUP, BM, D, STAGES, SCORE,
-                SCORE_GRAD, WEIGH, WEIGH_GRAD, 1, MERGED, FACTOR, ZEROS,
+                c, query_of(i, tiles, BM), dk, dv, rings, sums, zeros, rows, k, DQ, dq_place, context, GROUP, BM, D, PARTS, STAGES,
+                SCORE, SCORE_GRAD, WEIGH, WEIGH_GRAD, 1, MERGED, FACTOR, ZEROS,
             )  # fmt: skip
             c += 1
         for i in range(fulls, fulls + tiles[3]):
             dk, dv = step(
-                c, query_of(i, tiles, BM), dk, dv, rings, sums, zeros, rows, k, DQ, dq_place, context, GROUP, BM, D, STAGES, SCORE,
-                SCORE_GRAD, WEIGH, WEIGH_GRAD, 0, MERGED, FACTOR, ZEROS,
+                c, query_of(i, tiles, BM), dk, dv, rings, sums, zeros, rows, k, DQ, dq_place, context, GROUP, BM, D, PARTS, STAGES,
+                SCORE, SCORE_GRAD, WEIGH, WEIGH_GRAD, 0, MERGED, FACTOR, ZEROS,
             )  # fmt: skip
             c += 1
     tma.store_wait(0)
@@ -275,11 +287,11 @@ def compute(
 
 @gluon.jit(do_not_specialize_on_alignment=COUNTS)
 def backward_columns(
-    Q, K, V, G, W, F, DQ, DK, DV, ops, sizes, outer, inner, members, qb, kb, vb, gb, eb, dqb, dkb, dvb, dks, dvs, bst, st, n, lines,
-    marks, Qn, Kn, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
-    OFFSET: gl.constexpr, BASES: gl.constexpr, QUERIES: gl.constexpr, SCORE: gl.constexpr, SCORE_GRAD: gl.constexpr,
-    WEIGH: gl.constexpr, WEIGH_GRAD: gl.constexpr, HIDES: gl.constexpr, MERGED: gl.constexpr, FACTOR: gl.constexpr,
-    SLOPE: gl.constexpr, ZEROS: gl.constexpr,
+    Q, K, V, G, W, F, DQ, DK, DV, ops, sizes, outer, inner, members, qb, kb, vb, gb, eb, dqb, dkb, dvb, dks, dvs, bst, st, n,
+    lines, marks, Qn, Kn, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr, OFFSET: gl.constexpr, BASES: gl.constexpr, QUERIES: gl.constexpr, SCORE: gl.constexpr,
+    SCORE_GRAD: gl.constexpr, WEIGH: gl.constexpr, WEIGH_GRAD: gl.constexpr, HIDES: gl.constexpr, MERGED: gl.constexpr,
+    FACTOR: gl.constexpr, SLOPE: gl.constexpr, ZEROS: gl.constexpr,
 ):  # fmt: skip
     """Gradients of BN keys and values, and what these keys add to those of their queries; arguments as in template.py.
 
@@ -290,7 +302,7 @@ def backward_columns(
     k0 = gl.program_id(0) % tiles * BN
     key_places = (index_of(head.to(gl.int32), outer, kb), index_of(head.to(gl.int32), outer, vb))
 
-    k_tiles = gl.allocate_shared_memory(K.dtype, [4] + K.block_type.shape, K.layout)
+    k_tiles = gl.allocate_shared_memory(K.dtype, [2 * PARTS] + K.block_type.shape, K.layout)
     v_tiles = gl.allocate_shared_memory(V.dtype, [2] + V.block_type.shape, V.layout)
     q_tiles = gl.allocate_shared_memory(Q.dtype, [STAGES] + Q.block_type.shape, Q.layout)
     g_tiles = gl.allocate_shared_memory(G.dtype, [STAGES] + G.block_type.shape, G.layout)
@@ -319,12 +331,12 @@ def backward_columns(
     rings = (k_tiles, v_tiles, q_tiles, g_tiles, shifts, inverses, deltas, ready_kv, ready_q, ready_g, free_q, free_g)
     sums = (s_tiles, ready_s.index(0), add_tiles)
     gl.warp_specialize([
-        (compute, (0, rings, sums, DQ, DK, DV, k0, head, members, outer, inner, eb, sizes, dqb, dkb, dvb, dks, dvs, ops, bst, st, n,
-                   F, marks, Qn, Kn, D, BM, BN, STAGES, HIDES, OFFSET, BASES, QUERIES, SCORE, SCORE_GRAD, WEIGH, WEIGH_GRAD, MERGED,
-                   FACTOR, SLOPE, ZEROS)),
-        (compute, (1, rings, sums, DQ, DK, DV, k0, head, members, outer, inner, eb, sizes, dqb, dkb, dvb, dks, dvs, ops, bst, st, n,
-                   F, marks, Qn, Kn, D, BM, BN, STAGES, HIDES, OFFSET, BASES, QUERIES, SCORE, SCORE_GRAD, WEIGH, WEIGH_GRAD, MERGED,
-                   FACTOR, SLOPE, ZEROS)),
+        (compute, (0, rings, sums, DQ, DK, DV, k0, head, members, outer, inner, eb, sizes, dqb, dkb, dvb, dks, dvs, ops, bst, st,
+                   n, F, marks, Qn, Kn, D, BM, BN, PARTS, STAGES, HIDES, OFFSET, BASES, QUERIES, SCORE, SCORE_GRAD, WEIGH,
+                   WEIGH_GRAD, MERGED, FACTOR, SLOPE, ZEROS)),
+        (compute, (1, rings, sums, DQ, DK, DV, k0, head, members, outer, inner, eb, sizes, dqb, dkb, dvb, dks, dvs, ops, bst, st,
+                   n, F, marks, Qn, Kn, D, BM, BN, PARTS, STAGES, HIDES, OFFSET, BASES, QUERIES, SCORE, SCORE_GRAD, WEIGH,
+                   WEIGH_GRAD, MERGED, FACTOR, SLOPE, ZEROS)),
         (load, (Q, G, K, V, W, key_places, rings, k0, head, members, outer, inner, eb, sizes, qb, gb, ops, bst, st, n, F, marks,
-                lines, Qn, Kn, BM, BN, D // 2, STAGES, HIDES, MERGED, OFFSET, BASES, QUERIES)),
+                lines, Qn, Kn, BM, BN, D, PARTS, STAGES, HIDES, MERGED, OFFSET, BASES, QUERIES)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip

@@ -206,10 +206,11 @@ def test_the_emulator_finds(name, tmp_path, monkeypatch):
 
 @dataclass(frozen=True)
 class Broken(Fault):
-    """The same in hopper_gradients.py. sees: how the hidden keys of the attention are filled; heads: that share keys."""
+    """The same in hopper_gradients.py. heads: that share keys; sees: how hidden keys are filled; D: the head size."""
 
     heads: int = 1
     sees: float = -INF
+    D: int = 64
 
 
 #: Arrays of barriers and tiles, in the order in which they are allocated.
@@ -286,13 +287,20 @@ BROKEN = {
     ),
     "the wrong number": Broken("line + 2 * lines", "line", "max|NaN"),
     "queries of another stage": Broken("qt, gt = q_tiles.index(slot)", "qt, gt = q_tiles.index(before % STAGES)", QT),
-    "a barrier of too few bytes": Broken("2 * K.block_type.nbytes", "K.block_type.nbytes", "deadlock|array"),
+    "a barrier of too few bytes": Broken("PARTS * K.block_type.nbytes", "K.block_type.nbytes", "deadlock|array"),
     "the other half of the columns": Broken("(q0, GROUP * HALF)", "(q0, HALF - GROUP * HALF)", "gradient 0"),
-    "one group's keys twice": Broken("k_tiles.index(2 + GROUP + none)", "k_tiles.index(GROUP + none)", "gradient 0"),
+    "one group's keys twice": Broken("half_of(k_tiles, 1 + none, ", "half_of(k_tiles, none, ", "gradient 0"),
     "one half of the keys twice": Broken(
         "k_tiles.index(2 * GROUP + 1 + none)", "k_tiles.index(2 * GROUP + none)", "max|NaN"
     ),
-    "the other group's half": Broken("k_tiles.index(GROUP + none)", "k_tiles.index(1 - GROUP + none)", "gradient 0"),
+    "the other group's half": Broken("(2 * of + HALF)", "(2 * of + 1 - HALF)", "gradient 0"),
+    "the other group's half of wide rows": Broken(
+        "HALF * (D // 2), D // 2, 1", "(1 - HALF) * (D // 2), D // 2, 1", "gradient 0", D=128
+    ),
+    "one group's wide keys twice": Broken(
+        "k_tiles.index(of).reshape([ROWS, D])", "k_tiles.index(0).reshape([ROWS, D])", "gradient 0", D=128
+    ),
+    "one part of the keys twice": Broken("part * (D // PARTS)", "0 * (D // PARTS)", "max|NaN"),
     "one group's scores twice": Broken("s_tiles.index(1 + none)", "s_tiles.index(none)", "gradient 0"),
     "the other group's values": Broken("v_tiles.index(GROUP + none)", "v_tiles.index(1 - GROUP + none)", "gradient"),
     "another group's keys": Broken("    own = k0 + GROUP * ROWS\n", "    own = k0\n", "gradient"),
@@ -323,21 +331,21 @@ def test_the_emulator_finds_in_backward(name, tmp_path, monkeypatch):
     mutated("hopper_gradients", fault, tmp_path, monkeypatch)
     kernel = SimpleNamespace(forward=cpu.forward, backward=emulated().backward)
     with pytest.raises(AssertionError, match=fault.said):
-        broken_case(kernel, fault.heads, fault.sees)
+        broken_case(kernel, fault.heads, fault.sees, fault.D)
 
 
-def broken_case(kernel, heads, sees):
+def broken_case(kernel, heads, sees, D=64):
     """Whole tiles and ones at an edge, of more queries than the ring has; with a fill that leaves something, rows without a key
     see all of them."""
-    q, k, v = randn(1, heads, 460, 64), randn(1, 1, 200, 64), randn(1, 1, 200, 64)
+    q, k, v = randn(1, heads, 460, D), randn(1, 1, 200, D), randn(1, 1, 200, D)
     steps = (HALF, ReplaceFill(causal(0 if sees == -INF else -100), sees))
     check(kernel, *(x.to(torch.bfloat16) for x in (q, k, v)), steps=steps)
 
 
-@pytest.mark.parametrize(("heads", "sees"), {(x.heads, x.sees) for x in BROKEN.values()})
-def test_without_a_fault_it_finds_none(heads, sees):
+@pytest.mark.parametrize("case", sorted({(x.heads, x.sees, x.D) for x in BROKEN.values()}))
+def test_without_a_fault_it_finds_none(case):
     for seed in range(3):
-        broken_case(SimpleNamespace(forward=cpu.forward, backward=emulated(seed).backward), heads, sees)
+        broken_case(SimpleNamespace(forward=cpu.forward, backward=emulated(seed).backward), *case)
 
 
 # -- which specs, and where

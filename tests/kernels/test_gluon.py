@@ -638,23 +638,24 @@ def overlaps(loop, early):
 
 
 def light(made, most, early=True, spilled=0):
-    """At most so many instructions for a tile of 64 x 128 scores in the loops of both groups without masks, which spill nothing."""
+    """At most so many instructions for a tile of 64 x 128 scores in the loops of both groups without masks, which hardly spill."""
     assert made.reduces and (made.BM, made.BN, made.warps) == (64, 128, 8)
     assert made.spilled <= spilled, made
     for loop in loops_of(made)[:2]:
-        assert len(loop.body) <= most and loop.count("LDL", "STL") <= spilled // 64, (len(loop.body), loop.kinds())
+        assert len(loop.body) <= most and loop.count("LDL", "STL") <= spilled // 32, (len(loop.body), loop.kinds())
         assert overlaps(loop, early), loop.order()
         assert loop.count("HGMMA") == (32 if made.shared > 2**17 else 24)
 
 
-#: Instructions of Triton's kernel for a tile of the same size, head size 128, causal, which spills 224 bytes.
-TRITONS = 438
+#: Instructions of Triton's kernel for a tile of the same size, head size 128, causal, in docs/kernels.md (with Triton 3.9 more).
+TRITONS = 441
 
 
 def test_backward_computes_beside_its_products():
     made = compiled(*qkv(1, 2, 256, 256, 128, dtype=torch.bfloat16), steps=CAUSAL, back=True)
-    # with Triton 3.9 the masked loops spill
+    # with Triton 3.9, and not in these loops
     light(made, TRITONS, spilled=32)
+    assert not any(loop.count("LDL", "STL") for loop in loops_of(made)[:2])
 
 
 @pytest.mark.slow

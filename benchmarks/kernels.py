@@ -113,13 +113,7 @@ class Case:
 
     @property
     def passes(self) -> tuple[Pass, ...]:
-        return (
-            ("decode",)
-            if self.spec == "decode"
-            else ("forward",)
-            if self.compared or self.gluon
-            else ("forward", "backward")
-        )
+        return ("decode",) if self.spec == "decode" else ("forward",) if self.compared else ("forward", "backward")
 
 
 def _joined(values: Iterable[object]) -> str:
@@ -229,7 +223,7 @@ def _compiled(case: Case, backward: bool, how: Callable[..., Any] | None = None)
     if case.gluon:
         from attnfuse.kernels.gluon.targets import compiled as of_gluon
 
-        return [of_gluon(spec, inputs)]
+        return [of_gluon(spec, inputs, backward=which) for which in (False, True)]
     torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
     fixed = varied(case) if case.variant else {}
     # neither slopes nor such a table are parameters
@@ -278,7 +272,8 @@ def digest(case: Case) -> str:
     if case.gluon:
         folder = here.parent / "kernels" / "gluon"
         files = [Path(str(module.__file__)).read_text() for module in (call, descriptors, template)]
-        files += [(folder / name).read_text() for name in ("hopper.py", "launch.py")]
+        names = ("hopper.py", "hopper_gradients.py", "launch.py", "gradients.py")
+        files += [(folder / name).read_text() for name in names]
         texts = [codegen.source(spec, approximate) for approximate in (False, True)]
         return _hashed([metadata.version("triton"), *texts, *files, *counting])
     launched: list[str] = []
@@ -288,9 +283,8 @@ def digest(case: Case) -> str:
         return targets.Compiled(kernel.fn.__name__, 0, 0, 0, 0, 0, 0, 0, ())
 
     _compiled(case, "backward" in case.passes, record)
-    return _hashed(
-        [metadata.version("triton"), codegen.source(spec), Path(template.__file__).read_text(), *launched, *counting]
-    )
+    texts = [codegen.source(spec, codegen.approximable(spec)), Path(template.__file__).read_text()]
+    return _hashed([metadata.version("triton"), *texts, *launched, *counting])
 
 
 def _described(kernel: Any, arguments: dict[str, Any]) -> str:

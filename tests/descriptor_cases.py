@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_cases import FLOAT_MIN, INF, bounds_of, check, make_spec, qkv, randn
+from triton.runtime.errors import TritonError
 
 from attnfuse.expr import Algebra, Const, K, Q, causal, dense, documents, window
 from attnfuse.kernels import triton
@@ -257,14 +258,16 @@ def test_what_is_refused_says_nothing_of_descriptors(added, recwarn):
     assert added == ADDED
 
 
-@pytest.mark.parametrize("failing", ["forward", "backward_columns"])
-def test_descriptors_that_fail_are_given_up_with_one_warning(added, monkeypatch, failing):
+@pytest.mark.parametrize(
+    ("failing", "kind"), [("forward", RuntimeError), ("backward_columns", RuntimeError), ("forward", TritonError)]
+)
+def test_descriptors_that_fail_are_given_up_with_one_warning(added, monkeypatch, failing, kind):
     run = launch.run
 
     def fails(kernel, programs, arguments):
         run(kernel, programs, arguments)
         if added[-1] in [("forward", "KV"), ("backward_columns", "QGDQ")] and kernel.__name__ == failing:
-            raise RuntimeError("no such instruction")
+            raise kind("no such instruction")
 
     monkeypatch.setattr(launch, "run", fails)
     q, k, v = qkv(1, 2, 40, 70, 32, dtype=torch.float16)

@@ -27,6 +27,8 @@ _LONGEST = 2**29
 _shrunk: dict[tuple[object, ...], int] = {}
 #: Rows that are decoded: more of them fill a query tile anyway.
 _FEW = 64
+#: The compute capability from which on tanh is an instruction.
+_TANH = 75
 #: Taken for the number of processors of a device that does not tell.
 _PROCESSORS = 8
 
@@ -82,7 +84,8 @@ class Call:
             raise ValueError(f"no dim may be longer than {_LONGEST}")
         #: whether there are so many queries or keys that their numbers cannot be computed in float32
         self.far = max(self.Q, self.K) >= codegen.NEARBY and any(isinstance(s, Ramp) for s in self.spec.steps)
-        self.functions: Any = generated.functions(self.spec, far=self.far, inside=self._is_inside())
+        approximate = self._has_tanh() and codegen.approximable(self.spec)
+        self.functions: Any = generated.functions(self.spec, approximate, self.far, self._is_inside())
         if self.spec.dropout and self.seed is None:
             raise ValueError("a spec with dropout needs a seed")
         self.precision = "tf32" if tf32_allowed() and not interpreted() else "ieee"
@@ -97,6 +100,10 @@ class Call:
             if low < 0 or high >= self.operands[operand].shape[d - 2]:
                 return False
         return True
+
+    def _has_tanh(self) -> bool:
+        """Whether kernels run on a device that has an instruction for tanh."""
+        return self.device.capability >= _TANH and not interpreted()
 
     def config(self, which: Pass) -> Config:
         """What was measured to be fast for inputs like these, or else what ships."""

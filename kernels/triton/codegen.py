@@ -267,14 +267,17 @@ def indices(spec: Attention) -> list[tuple[int, int, Expr]]:
     return [(x.operand, d, own) for x in reads for d, own in enumerate((x.row, x.col)) if own is not None]
 
 
+def approximable(spec: Attention) -> bool:
+    """Whether there is a tanh that may be the device's own: bfloat16 rounds its result four times as much, and of other dtypes it
+    would be the largest error."""
+    return spec.qk_dtype == "bfloat16" and any(isinstance(step, (Softcap, Tanh)) for step in spec.steps)
+
+
 def source(spec: Attention, approximate: bool = False, far: bool = False, inside: bool = False) -> str:
     """The text of the module for `spec`. Raises ValueError for what the kernels cannot compute.
 
-    far: there may be NEARBY queries or keys, or more. inside: of queries and keys that exist, `indices` are those of elements that
-    exist.
-
-    approximate: tanh is the instruction of NVIDIA's devices, an error of 2^-11, and takes a factor before it along. bfloat16
-    rounds the result of a tanh four times as much; of other dtypes it would be the largest error.
+    approximate: tanh is the instruction of NVIDIA's devices, an error of 2^-11, and takes a factor before it along. far: there may
+    be NEARBY queries or keys, or more. inside: of queries and keys that exist, `indices` are those of elements that exist.
     """
     return _Module(spec, approximate, far, inside).text()
 

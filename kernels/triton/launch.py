@@ -32,9 +32,9 @@ def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 def fitting(call: Call, which: Pass, attempt: Callable[[], _T]) -> _T:
     """attempt(), again with smaller tiles as long as the device has no room for those that were tried.
 
-    Where tiles by tensor descriptors fail otherwise, they are read by addresses, with one warning.
+    Where tiles by tensor descriptors do not compile or fail otherwise, they are read by addresses, with one warning.
     """
-    from triton.runtime.errors import OutOfResources
+    from triton.runtime.errors import OutOfResources, TritonError
 
     with current(call.q.device):
         while True:
@@ -46,7 +46,7 @@ def fitting(call: Call, which: Pass, attempt: Callable[[], _T]) -> _T:
                     raise
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:
+            except (RuntimeError, TritonError) as error:
                 call.recorder.refuse()
                 if not call.without_descriptors(which):
                     raise

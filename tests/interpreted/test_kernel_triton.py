@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import kernel_cases
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ from triton.runtime import interpreter
 
 from attnfuse.expr import Algebra, Const, K, Q, causal, dense, documents, window
 from attnfuse.kernels import layout, triton
+from attnfuse.kernels.device import Device
 from attnfuse.kernels.inputs import Inputs
-from attnfuse.kernels.triton import codegen, generated, launch
+from attnfuse.kernels.triton import call, codegen, generated, launch
 from attnfuse.spec import AddFill, Attention, Bias, Cast, ReplaceFill, Scale, Softcap
 
 HALF = Scale(0.25)
@@ -48,6 +51,45 @@ def test_an_empty_dim_gives_what_the_reference_gives(Qn, Kn, D, E):
 @pytest.mark.parametrize("steps", [(HALF,), (HALF, Softcap(2.0), AddFill(causal(0), -1e4))], ids=["plain", "softcap"])
 def test_low_precision(dtype, steps):
     check(*qkv(1, 2, 70, 90, 32, dtype=dtype), steps=steps)
+
+
+#: The instruction of a device, which the interpreter has not: an error of 2^-11, all in one direction.
+_TANH_OF_DEVICE = """
+
+@triton.jit
+def tanh_of_device(x):
+    return (tanh(x).to(tl.uint32, bitcast=True) & 0xFFFFF000).to(tl.float32, bitcast=True)
+"""
+
+
+@pytest.mark.parametrize("cap", [3.0, 50.0])
+@pytest.mark.parametrize("queries", [7, 70])
+def test_the_tanh_of_a_device_holds_the_bar(monkeypatch, cap, queries):
+    monkeypatch.setattr(codegen, "_APPROXIMATE", _TANH_OF_DEVICE)
+    made, functions = [], generated.functions
+    monkeypatch.setattr(call.Call, "_has_tanh", lambda self: True)
+    monkeypatch.setattr(
+        generated, "functions", lambda spec, approximate: made.append(approximate) or functions(spec, approximate)
+    )
+    # scores far beyond a cap of 3, and about as large as one of 50
+    q, k, v = qkv(1, 2, queries, 90, 32, dtype=torch.bfloat16, scale=3.0)
+    check(q, k, v, steps=(Scale(1.0), Softcap(cap), ReplaceFill(causal(90 - queries), -INF)))
+    assert made and all(made)
+
+
+def test_only_bfloat16_and_capable_devices_have_the_tanh_of_a_device(monkeypatch):
+    monkeypatch.setattr(call, "interpreted", lambda: False)
+
+    def text(dtype, capability):
+        q, k, v = qkv(1, 1, 8, 8, 8, dtype=dtype)
+        spec = make_spec(q, k, v, steps=(HALF, Softcap(30.0)))
+        made = call.Call(spec, Inputs(q, k, v), Device("cuda", capability), lambda *launched: None)
+        return Path(made.functions.__file__).read_text()
+
+    assert "tanh_of_device" in text(torch.bfloat16, 80) and "tanh_of_device" in text(torch.bfloat16, 120)
+    # 7.0 has no such instruction, and of AMD's and Intel's devices nothing is known
+    assert not any("tanh_of_device" in text(torch.bfloat16, other) for other in (70, 0))
+    assert not any("tanh_of_device" in text(other, 90) for other in (torch.float16, torch.float32))
 
 
 #: Steps after which the kernels take the scale, the shift and the sum together. The last ones leave whole rows without scores.

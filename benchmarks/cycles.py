@@ -15,6 +15,8 @@ from benchmarks import sass
 QUARTERS = 4
 #: float32 registers and resident blocks of a multiprocessor; the least registers that a warp is given more of.
 REGISTERS, BLOCKS, _GRAIN = 65536, 32, 256
+#: Columns of tensor memory of a multiprocessor, where it has any.
+COLUMNS = 512
 
 
 @dataclass(frozen=True)
@@ -158,4 +160,5 @@ def blocks(figures: Figures, kernel: Row) -> int:
     of_warp = -(-kernel["registers"] * 32 // _GRAIN) * _GRAIN
     by_registers = REGISTERS // (of_warp * warps)
     by_shared = figures.shared // (kernel["shared"] + 1024)
-    return min(by_registers, by_shared, figures.threads // (32 * warps), BLOCKS)
+    by_columns = COLUMNS // kernel["columns"] if kernel.get("columns") else BLOCKS
+    return min(by_registers, by_shared, by_columns, figures.threads // (32 * warps), BLOCKS)

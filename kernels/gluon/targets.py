@@ -17,7 +17,7 @@ from attnfuse.spec import Attention
 CAPABILITY = 90
 
 
-def compiled(spec: Attention, inputs: Inputs, tiles: Tiles | None = None) -> Compiled:
+def compiled(spec: Attention, inputs: Inputs, tiles: Tiles | None = None, capability: int = CAPABILITY) -> Compiled:
     """The forward kernel that these tensors would run. BM and warps are those of all groups; tiles: in place of what ships.
 
     Raises what Triton raises where it cannot compile, OSError without its ptxas.
@@ -25,9 +25,9 @@ def compiled(spec: Attention, inputs: Inputs, tiles: Tiles | None = None) -> Com
     found: list[Compiled] = []
 
     def record(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
-        made = compile_kernel(kernel, arguments, CAPABILITY)
+        made = compile_kernel(kernel, arguments, capability)
         found.append(replace(made, BM=made.BM * arguments["GROUPS"], warps=made.warps * arguments["GROUPS"]))
 
-    call = Call(spec, inputs, Device("cuda", CAPABILITY), record)
+    call = Call(spec, inputs, Device("cuda", capability), record)
     launch.forward(call, *allocate(spec, inputs), tiles)
     return found[0]

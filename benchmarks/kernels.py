@@ -72,8 +72,8 @@ _CACHE, _GROUPS, _LENGTHS = 4096, 4, (500, 20, 1000)
 
 #: How specs begin that are kernels of others.
 _OTHERS = ("tutorial", "flex")
-#: And those that the Gluon kernel computes, where there is one.
-_GLUON, _WITH_GLUON = "gluon ", 90
+#: And those that a Gluon kernel computes, where there is one: by compute capability, its file.
+_GLUON, _WITH_GLUON = "gluon ", {90: "hopper.py", 100: "blackwell.py"}
 
 Row = dict[str, Any]
 
@@ -224,7 +224,7 @@ def _compiled(case: Case, backward: bool, how: Callable[..., Any] | None = None)
     if case.gluon:
         from attnfuse.kernels.gluon.targets import compiled as of_gluon
 
-        return [of_gluon(spec, inputs)]
+        return [of_gluon(spec, inputs, capability=case.capability)]
     torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
     fixed = varied(case) if case.variant else {}
     # slopes are no parameters
@@ -273,7 +273,9 @@ def digest(case: Case) -> str:
     if case.gluon:
         folder = here.parent / "kernels" / "gluon"
         files = [Path(str(module.__file__)).read_text() for module in (call, descriptors, template)]
-        files += [(folder / name).read_text() for name in ("hopper.py", "launch.py")]
+        files += [
+            (folder / name).read_text() for name in sorted({"hopper.py", _WITH_GLUON[case.capability], "launch.py"})
+        ]
         texts = [codegen.source(spec, approximate) for approximate in (False, True)]
         return _hashed([metadata.version("triton"), *texts, *files, *counting])
     launched: list[str] = []
@@ -307,7 +309,7 @@ def cases(capabilities: Iterable[int], dtypes: Iterable[str], sizes: Iterable[in
     found = [c for c in found if c.D in _SIZES_OF.get(c.spec, SIZES)]
     found = [c for c in found if c.dtype != "bfloat16" or c.spec == "causal" or c.counted]
     found = [c for c in found if not c.spec.endswith("tma") or c.capability >= 90]
-    found = [c for c in found if not c.gluon or c.capability == _WITH_GLUON]
+    found = [c for c in found if not c.gluon or c.capability in _WITH_GLUON]
     # where there is no matrix instruction, a sample
     return [
         c for c in found if c.capability not in WITHOUT or (c.dtype == "float16" and c.D < 256 and c.spec in _SAMPLE)

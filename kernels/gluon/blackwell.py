@@ -31,9 +31,6 @@ from triton.experimental.gluon.language.nvidia.blackwell import (
 from attnfuse.kernels.gluon.hopper import copy_out, load, softmax, span
 from attnfuse.kernels.triton.template import COUNTS, finished, index_of, marked
 
-#: Columns of sums that are made smaller at a time.
-PART: gl.constexpr = gl.constexpr(32)
-
 if hasattr(tensor_memory_descriptor, "reinterpret"):
 
     @gluon.jit
@@ -89,17 +86,15 @@ def step(i, m, l, scores, sums, ready, given, q, k, lo, context, dtype: gl.const
     """(m, l) after tile i of the keys, whose weights are in tensor memory then. FIRST: there are no sums yet. lo: the first key of
     tile 0; k: those of a tile, counted from 0."""
     S: gl.constexpr = get_tmem_reg_layout(gl.float32, [BM, BN], TensorMemoryLayout([BM, BN], col_stride=1), 4)
-    A: gl.constexpr = get_tmem_reg_layout(gl.float32, [BM, PART], TensorMemoryLayout([BM, PART], col_stride=1), 4)
+    A: gl.constexpr = get_tmem_reg_layout(gl.float32, [BM, D], TensorMemoryLayout([BM, D], col_stride=1), 4)
     W: gl.constexpr = get_tmem_reg_layout(dtype, [BM, BN], TensorMemoryLayout([BM, BN], col_stride=1), 4)
     mbarrier.wait(ready, i & 1)
     s = scores.load(S)
     p, m, l, fade = softmax(s, m, l, q, (lo + i * BN) + k, context, SCORE, FULL, NEAR, FACTOR)
-    if not FIRST:
-        fade = gl.expand_dims(gl.convert_layout(fade, gl.SliceLayout(1, A)), 1)
-        for c in gl.static_range(D // PART):
-            part = sums.slice(c * PART, PART)
-            part.store(part.load(A) * fade)
+    # first, so that their registers are free for the sums
     weights_in(scores, dtype, BM, BN).store(gl.convert_layout(p.to(dtype), W))
+    if not FIRST:
+        sums.store(sums.load(A) * gl.expand_dims(gl.convert_layout(fade, gl.SliceLayout(1, A)), 1))
     mbarrier.arrive(given, count=1)
     return m, l
 

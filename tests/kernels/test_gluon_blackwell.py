@@ -113,7 +113,7 @@ SCORES = "    mbarrier.wait(ready, i & 1)\n"
 LAST = "    mbarrier.wait(ready, count & 1)\n"
 GIVE = "    mbarrier.arrive(given, count=1)"
 STORE = "    weights_in(scores, dtype, BM, BN).store(gl.convert_layout(p.to(dtype), W))"
-FADE = "            part.store(part.load(A) * fade)\n"
+FADE = "        sums.store(sums.load(A) * gl.expand_dims(gl.convert_layout(fade, gl.SliceLayout(1, A)), 1))\n"
 FAULTS = {
     "no wait for the first keys": Fault(FIRST, "", "array 1"),
     "no wait for queries": Fault(QUERIES, "", "array 0"),
@@ -150,14 +150,16 @@ FAULTS = {
         f"{READY}\n{FREE_K}", f"{READY}\n            if g == 0:\n        {FREE_K}", "array 1"
     ),
     "keys that are free once more": Fault(FREE_K, FREE_K.replace(", pred=more", ""), "too many|nobody waits|array"),
-    "weights that are given before they are there": Fault(*swapped(STORE, GIVE), "scores|written|uses"),
+    "weights that are given before they are there": Fault(
+        f"{STORE}\n    if not FIRST:\n{FADE}{GIVE}\n", f"{GIVE}\n{STORE}\n    if not FIRST:\n{FADE}", "scores|sums|uses"
+    ),
+    "weights that are given before the sums are made smaller": Fault(
+        f"    if not FIRST:\n{FADE}{GIVE}\n", f"{GIVE}\n    if not FIRST:\n{FADE}", "sums|uses"
+    ),
     "weights that are never given": Fault(f"{GIVE}\n", "", "deadlock"),
     "sums that begin with what was there": Fault("use_acc=i > 0)", "use_acc=True)", WRONG),
     "sums that begin anew": Fault("use_acc=i > 0)", "use_acc=False)", WRONG),
-    "sums that are not made smaller": Fault(FADE, "            pass\n", WRONG),
-    "sums of which a part is not made smaller": Fault(
-        "gl.static_range(D // PART)", "gl.static_range(D // PART - 1)", WRONG
-    ),
+    "sums that are not made smaller": Fault(FADE, "        pass\n", WRONG),
     "sums that are made smaller before there are any": Fault(
         "SCORE, True, False, NEAR", "SCORE, False, False, NEAR", "sums"
     ),
@@ -220,11 +222,10 @@ def compiled(q, k, v, operands=(), tiles=None, **fields):
 
 
 def frugal(made, tiles, most):
-    """At most so many instructions a score in the loops without masks, one of each group, and nothing spilled in a loop."""
+    """At most so many instructions a score in the loops without masks, one of each group, and nothing spilled."""
     code = sass.parse(sass.disassemble(made.cubin))
     whole = [x for x in sass.loops(code) if x.kinds()["mufu"] and not any(y in x for y in sass.loops(code))]
-    # what is spilled is once before them or after
-    assert not any(x.count("LDL", "STL") for x in whole) and made.spilled <= 8, made
+    assert made.spilled == 0, made
     main = sorted(whole, key=lambda x: len(x.body))[:2]
     assert len(main[0].body) == pytest.approx(len(main[1].body), rel=0.05)
     for loop in main:
@@ -236,7 +237,7 @@ def frugal(made, tiles, most):
 
 def test_few_instructions_a_score():
     made = compiled(*qkv(1, 2, 256, 256, 128, dtype=torch.bfloat16), steps=CAUSAL)
-    frugal(made, launch.TALL_TILES[128], 5.6)
+    frugal(made, launch.TALL_TILES[128], 5.5)
 
 
 @pytest.mark.slow
@@ -244,11 +245,11 @@ def test_few_instructions_a_score():
 @pytest.mark.parametrize(
     ("dtype", "steps", "most"),
     [
-        (torch.bfloat16, "plain", 5.6),
-        (torch.bfloat16, "window", 5.6),
-        (torch.bfloat16, "finite", 7.6),
-        (torch.float16, "causal", 7.6),
-        (torch.bfloat16, "softcap", 7.6),
+        (torch.bfloat16, "plain", 5.5),
+        (torch.bfloat16, "window", 5.5),
+        (torch.bfloat16, "finite", 7.5),
+        (torch.float16, "causal", 7.5),
+        (torch.bfloat16, "softcap", 7.5),
         (torch.float16, "softcap", 15.0),
     ],
 )

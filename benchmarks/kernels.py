@@ -72,8 +72,8 @@ _CACHE, _GROUPS, _LENGTHS = 4096, 4, (500, 20, 1000)
 
 #: How specs begin that are kernels of others.
 _OTHERS = ("tutorial", "flex")
-#: And those that a Gluon kernel computes, where there is one: by compute capability, its file.
-_GLUON, _WITH_GLUON = "gluon ", {90: "hopper.py", 100: "blackwell.py"}
+#: And those that a Gluon kernel computes, where there is one: by compute capability, its files.
+_GLUON, _WITH_GLUON = "gluon ", {90: ("hopper.py",), 100: ("hopper.py", "blackwell.py", "tensor_memory.py")}
 
 Row = dict[str, Any]
 
@@ -273,9 +273,7 @@ def digest(case: Case) -> str:
     if case.gluon:
         folder = here.parent / "kernels" / "gluon"
         files = [Path(str(module.__file__)).read_text() for module in (call, descriptors, template)]
-        files += [
-            (folder / name).read_text() for name in sorted({"hopper.py", _WITH_GLUON[case.capability], "launch.py"})
-        ]
+        files += [(folder / name).read_text() for name in (*_WITH_GLUON[case.capability], "launch.py")]
         texts = [codegen.source(spec, approximate) for approximate in (False, True)]
         return _hashed([metadata.version("triton"), *texts, *files, *counting])
     launched: list[str] = []

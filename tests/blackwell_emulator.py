@@ -163,11 +163,10 @@ def _product(a: Any, b: View, acc: Area, *, use_acc: Any = True, pred: Any = Tru
         Product(agent, a, b, acc, bool(use_acc))
 
 
-def _commit(barrier: Barrier, pred: Any = True) -> None:
+def _commit(barrier: Barrier) -> None:
     agent = base._current()
     agent.pause()
-    if pred:
-        Commit(agent, barrier)
+    Commit(agent, barrier)
 
 
 class Program(base._Program):
@@ -176,6 +175,8 @@ class Program(base._Program):
     def __init__(self, world: World, number: int) -> None:
         super().__init__(world, number)
         from triton.experimental.gluon.language.nvidia import blackwell
+
+        from attnfuse.kernels.gluon import tensor_memory
 
         made: list[Columns] = []
 
@@ -206,7 +207,7 @@ class Program(base._Program):
         self.modules[blackwell.tma.__name__] = SimpleNamespace(store_wait=base._store_wait)
         self.functions |= {
             id(blackwell.TensorMemoryLayout): lambda *given, **named: None,
-            id(blackwell.get_tmem_reg_layout): lambda *given: None,
+            id(tensor_memory.registers_of): lambda *given: None,
             id(blackwell.allocate_tensor_memory): allocate,
             id(blackwell.tcgen05_mma): _product,
             id(blackwell.tcgen05_commit): _commit,

@@ -20,32 +20,15 @@ from triton.experimental.gluon.language.nvidia.blackwell import (
     TensorMemoryLayout,
     allocate_tensor_memory,
     fence_async_shared,
-    get_tmem_reg_layout,
     mbarrier,
     tcgen05_commit,
     tcgen05_mma,
-    tensor_memory_descriptor,
     tma,
 )
 
 from attnfuse.kernels.gluon.hopper import copy_out, load, softmax, span
+from attnfuse.kernels.gluon.tensor_memory import registers_of, weights_in
 from attnfuse.kernels.triton.template import COUNTS, finished, index_of, marked
-
-if hasattr(tensor_memory_descriptor, "reinterpret"):
-
-    @gluon.jit
-    def weights_in(scores, dtype: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr):
-        """Where the weights of a tile are: in the first half of the columns of its scores."""
-        layout: gl.constexpr = TensorMemoryLayout([BM, BN], col_stride=1)
-        return scores.reinterpret(dtype, [BM, 2 * BN], layout).slice(0, BN)
-
-else:
-
-    @gluon.jit
-    def weights_in(scores, dtype: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr):
-        """Where the weights of a tile are: in the first half of the columns of its scores."""
-        layout: gl.constexpr = TensorMemoryLayout([BM, BN], col_stride=1)
-        return scores._reinterpret(dtype, [BM, 2 * BN], layout).slice(0, BN)
 
 
 @gluon.jit
@@ -76,7 +59,8 @@ def multiply(rings, memory, count, BM: gl.constexpr, BN: gl.constexpr, D: gl.con
             tcgen05_mma(q_tiles.index(g).reshape([BM, D]), keys, scores.index(g), use_acc=False, pred=more)
             # after the last tile: that the sums are complete
             tcgen05_commit(ready_s.index(g))
-        tcgen05_commit(free_k.index(after), pred=more)
+        if more:
+            tcgen05_commit(free_k.index(after))
 
 
 @gluon.jit
@@ -85,9 +69,9 @@ def step(i, m, l, scores, sums, ready, given, q, k, lo, context, dtype: gl.const
          FACTOR: gl.constexpr):  # fmt: skip
     """(m, l) after tile i of the keys, whose weights are in tensor memory then. FIRST: there are no sums yet. lo: the first key of
     tile 0; k: those of a tile, counted from 0."""
-    S: gl.constexpr = get_tmem_reg_layout(gl.float32, [BM, BN], TensorMemoryLayout([BM, BN], col_stride=1), 4)
-    A: gl.constexpr = get_tmem_reg_layout(gl.float32, [BM, D], TensorMemoryLayout([BM, D], col_stride=1), 4)
-    W: gl.constexpr = get_tmem_reg_layout(dtype, [BM, BN], TensorMemoryLayout([BM, BN], col_stride=1), 4)
+    S: gl.constexpr = registers_of(gl.float32, BM, BN)
+    A: gl.constexpr = registers_of(gl.float32, BM, D)
+    W: gl.constexpr = registers_of(dtype, BM, BN)
     mbarrier.wait(ready, i & 1)
     s = scores.load(S)
     p, m, l, fade = softmax(s, m, l, q, (lo + i * BN) + k, context, SCORE, FULL, NEAR, FACTOR)
@@ -104,8 +88,8 @@ def compute(GROUP: gl.constexpr, O, M, place, line, lines, rings, memory, q0, lo
             BN: gl.constexpr, D: gl.constexpr, SCORE: gl.constexpr, KEYS: gl.constexpr, LEFT: gl.constexpr,
             LOWER: gl.constexpr, NEAR: gl.constexpr, FACTOR: gl.constexpr, HIDDEN: gl.constexpr):  # fmt: skip
     """What a group does: rows q0 + GROUP * BM and on of the result."""
-    S: gl.constexpr = get_tmem_reg_layout(gl.float32, [BM, BN], TensorMemoryLayout([BM, BN], col_stride=1), 4)
-    A: gl.constexpr = get_tmem_reg_layout(gl.float32, [BM, D], TensorMemoryLayout([BM, D], col_stride=1), 4)
+    S: gl.constexpr = registers_of(gl.float32, BM, BN)
+    A: gl.constexpr = registers_of(gl.float32, BM, D)
     at, st, n, Qn, Kn = context
     scores, sums, ready = memory[0].index(GROUP), memory[1].index(GROUP), memory[2].index(GROUP)
     given = rings[8].index(GROUP)

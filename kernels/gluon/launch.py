@@ -1,4 +1,4 @@
-"""Launches of the Gluon kernels, and their tiles."""
+"""Launches of the forward kernels, and their tiles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attnfuse.kernels.triton.call import HIDDEN, Call
 ROWS, TALL = 64, 128
 #: The compute capability from which on there are those.
 TALL_FROM = 100
-_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ TILES = {64: Tiles(128, 2, 2, 240), 128: Tiles(128, 2, 2, 240)}
 TALL_TILES = {64: Tiles(128, 2, 3, 240, None, TALL), 128: Tiles(128, 2, 2, 240, None, TALL)}
 
 
-def described(x: torch.Tensor, rows: int) -> tuple[Any, tuple[int, ...]]:
+def described(x: torch.Tensor, rows: int, columns: int) -> tuple[Any, tuple[int, ...]]:
     """As descriptors.described, laid out for products of warp groups."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    found, steps = descriptors.described(x, rows, x.shape[-1])
+    found, steps = descriptors.described(x, rows, columns)
     layout = gl.NVMMASharedLayout.get_default_for(found.block_shape, getattr(gl, _DTYPES[x.dtype]))
     return TensorDescriptor(found.base, found.shape, found.strides, found.block_shape, layout), steps
 
@@ -78,7 +78,7 @@ def forward(call: Call, out: torch.Tensor, stats: torch.Tensor, tiles: Tiles | N
         ("v", call.v, tiles.BN),
         ("o", out, tiles.rows),
     ):
-        matrices[name.upper()], matrices[f"{name}b"] = described(x, rows)
+        matrices[name.upper()], matrices[f"{name}b"] = described(x, rows, call.D)
     shared = call.shared()
     call.launch(
         written.forward,

@@ -18,7 +18,7 @@ from attnfuse import kernels
 from attnfuse.expr import causal, dense
 from attnfuse.kernels import cpu, gluon, layout
 from attnfuse.kernels.device import Device
-from attnfuse.kernels.gluon import launch, targets
+from attnfuse.kernels.gluon import gradients, launch, targets
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.triton import configs
 from attnfuse.kernels.triton.call import Call
@@ -34,7 +34,7 @@ BLACKWELL = Device("cuda", 100)
 
 
 def emulated(seed=0, tiles=None):
-    """The kernel as a module, with results that nobody has written before."""
+    """The kernel as a module, with results that nobody has written before; backward is that of another one."""
 
     def forward(spec, inputs):
         out, stats = layout.allocate(spec, inputs)
@@ -45,7 +45,7 @@ def emulated(seed=0, tiles=None):
         launch.forward(call, out, stats, tiles)
         return out, stats
 
-    return SimpleNamespace(forward=forward)
+    return SimpleNamespace(forward=forward, backward=cpu.backward)
 
 
 @pytest.fixture
@@ -54,10 +54,9 @@ def kernel():
 
 
 def test_its_statistics_serve_the_backward_of_another_kernel():
-    kernel = SimpleNamespace(forward=emulated().forward, backward=cpu.backward)
     # scores of up to 30
     q, k, v = qkv(1, 2, 150, 150, 64, dtype=torch.bfloat16, scale=6.0)
-    check(kernel, q, k, v, steps=(HALF, Softcap(30.0), ReplaceFill(causal(), -INF)))
+    check(emulated(), q, k, v, steps=(HALF, Softcap(30.0), ReplaceFill(causal(), -INF)))
 
 
 #: Tiles that are not shipped, for head size 64.
@@ -205,6 +204,13 @@ def test_nothing_chooses_it_but_its_name_and_tuning():
     assert kernels.compared(spec, BLACKWELL)[0] is kernels.GLUON
 
 
+def test_gradients_are_those_of_the_triton_kernels():
+    q, k, v = qkv(1, 1, 130, 140, 64, dtype=torch.bfloat16)
+    for device, taken in ((Device("cuda", 90), True), (BLACKWELL, False)):
+        call = Call(make_spec(q, k, v, steps=CAUSAL), Inputs(q, k, v), device, lambda *launched: None)
+        assert gradients.fits(call, torch.empty_like(q), (True,) * 3) == taken
+
+
 def test_without_names_of_tensor_memory_it_says_so(monkeypatch):
     monkeypatch.setattr(gluon, "missing", lambda capability=90: "no such name" if capability == 100 else "")
     choice = kernels.choose(spec_of(), BLACKWELL, "gluon")
@@ -216,7 +222,9 @@ def test_without_names_of_tensor_memory_it_says_so(monkeypatch):
 
 
 def compiled(q, k, v, operands=(), tiles=None, **fields):
-    made = targets.compiled(make_spec(q, k, v, operands, **fields), Inputs(q, k, v, list(operands)), tiles, 100)
+    made = targets.compiled(
+        make_spec(q, k, v, operands, **fields), Inputs(q, k, v, list(operands)), tiles, capability=100
+    )
     assert made.shared <= configs.SHARED[100] and made.columns <= 512 and made.bulk and made.partitioned
     assert made.products == ("tcgen05.mma",)
     return made

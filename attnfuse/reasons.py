@@ -914,6 +914,27 @@ KERNEL_SWITCHED_OFF = Cause(
 KERNEL_WITHOUT_CUDNN = Cause(
     "kernel-without-cudnn", "cuDNN is not there", "Install a torch with cuDNN, or leave out the option kernel.", KERNELS
 )
+KERNEL_NAN_TO_ZERO = Cause(
+    "kernel-nan-to-zero",
+    "weights that are NaN turned into 0",
+    "Leave out the option kernel, or mask with scaled_dot_product_attention, whose rows without keys are 0.",
+    KERNELS,
+)
+KERNEL_FACTOR = Cause(
+    "kernel-factor", "scores times a tensor", "Multiply q by it, or leave out the option kernel.", KERNELS
+)
+KERNEL_FILL = Cause(
+    "kernel-fill",
+    "a fill that leaves hidden keys some weight, or several numbers that hide keys",
+    "Fill with -inf, or with one number of at most -1e9 (-1e30 where it is added).",
+    KERNELS,
+)
+KERNEL_BIAS_DTYPE = Cause(
+    "kernel-bias-dtype",
+    "a bias that is not in {dtype}, the dtype of q",
+    "Convert the bias to the dtype of q and k.",
+    KERNELS,
+)
 KERNEL_NOT_AVAILABLE = Cause(
     "kernel-not-available",
     "it does not work here: {error}",

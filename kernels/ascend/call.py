@@ -1,0 +1,463 @@
+"""One call of a fused operator: the tensors that a plan asks for, and what the operator gives made into what a kernel gives.
+
+No row that the operator sees is without a key, for what it gives there depends on settings and chips. A row whose keys are all
+hidden by a number is given all keys and a query of 0, which makes it the mean of all values, dropout and gradients included. One
+whose keys are hidden by -inf is given the first key, and its result and its gradients are put in afterwards.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attnfuse import expr
+from attnfuse._compat import FakeTensor
+from attnfuse.kernels.ascend import packed
+from attnfuse.kernels.ascend.packed import Side
+from attnfuse.kernels.ascend.plan import Lengths, Masked, Plan, masked
+from attnfuse.kernels.ascend.reading import Reading, read
+from attnfuse.kernels.inputs import Inputs
+from attnfuse.kernels.layout import spread
+from attnfuse.kernels.library.heads import grouped
+from attnfuse.spec import Attention, Bias
+
+#: The side of the mask that serves all lengths.
+_SIDE = 2048
+#: How often the operators' statistics have each number.
+_REPEATED = 8
+_MOST_HEADS = 256
+#: Terms of less than this, and below 0, leave scores their digits in whatever order they are added.
+_LARGE = 2.0**10
+
+
+@functools.lru_cache(maxsize=16)
+def _triangle(device: torch.device) -> torch.Tensor:
+    return torch.ones(_SIDE, _SIDE, dtype=torch.bool, device=device).triu(1)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Which batch dims of a spec are the operators' batch, and which their heads: the last ones."""
+
+    rank: int
+    count: int
+
+    @staticmethod
+    def of(spec: Attention) -> Heads:
+        rank = len(spec.batch)
+        if grouped(spec):
+            return Heads(rank, 2 if rank > 2 else 1)
+        return Heads(rank, 1 if rank > 1 else 0)
+
+    def merged(self, x: torch.Tensor, batch: Sequence[int] | None = None) -> torch.Tensor:
+        """[B, N, ...] of x [*batch, ...], a view where there is one; of a group of dims that are all 1, it is 1.
+
+        batch: the full sizes, where x may have some dims of a group and lack others.
+        """
+        split = self.rank - self.count
+        shape = list(x.shape[: self.rank])
+        if batch is not None:
+            for group in (range(split), range(split, self.rank)):
+                if any(shape[d] != 1 for d in group):
+                    for d in group:
+                        shape[d] = batch[d]
+            x = x.expand(*shape, *x.shape[self.rank :])
+        sizes = math.prod(shape[:split]), math.prod(shape[split:])
+        return x.reshape(*sizes, *x.shape[self.rank :])
+
+    def aligned(self, x: torch.Tensor) -> torch.Tensor:
+        """x with leading dims of 1, for as many as [*batch, Q, K] has."""
+        return x.reshape((1,) * (self.rank + 2 - x.dim()) + tuple(x.shape))
+
+
+def _indices(lengths: Lengths, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.arange(lengths.queries, device=device)[:, None], torch.arange(lengths.keys, device=device)[None]
+
+
+@dataclass
+class Call:
+    """An attention as one call.
+
+    q [B, N, Q, D], k [B, Nkv, K, D] and v [B, Nkv, K, E] as the spec has them; packed, B is 1, and the rows are those of all
+    sequences. mask: what the operator gets, True for hidden keys. bare: rows [B or 1, N or 1, Q, 1] whose keys are all hidden. added:
+    [B or 1, N, Q or 1, K] of q's dtype. sides: of packed rows.
+    """
+
+    spec: Attention
+    inputs: Inputs
+    reading: Reading
+    plan: Plan
+    heads: Heads
+    batch: tuple[int, ...]
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None = None
+    bare: torch.Tensor | None = None
+    added: torch.Tensor | None = None
+    sides: tuple[Side, Side] | None = None
+
+    @staticmethod
+    def of(spec: Attention, inputs: Inputs) -> Call:
+        """Raises ValueError for what only the sizes or the values show."""
+        reading, batch = read(spec), spread(spec, inputs)
+        assert isinstance(reading, Reading)
+        if spec.packed:
+            return _packed(spec, inputs, reading, batch)
+        heads = Heads.of(spec)
+        q, k, v = (heads.merged(x) for x in (inputs.q, inputs.k, inputs.v))
+        lengths = Lengths(q.shape[-2], k.shape[-2])
+        found = masked(reading, [lengths])
+        mask, bare = None, None
+        if found.mask == "triangle":
+            mask = _triangle(q.device)
+        elif found.mask == "whole":
+            mask, bare = _whole(reading, inputs.operands, heads, batch, lengths, q.device)
+        added = _added(reading, inputs.operands, heads, batch, lengths, q) if reading.terms else None
+        plan = _plan(spec, reading, found, _layout(q, k, v), q.shape[1], k.shape[1], added is not None)
+        return Call(spec, inputs, reading, plan, heads, batch, q, k, v, mask, bare, added)
+
+    @property
+    def empty(self) -> bool:
+        """Whether no sequence has both queries and keys."""
+        return self.sides is not None and self.sides[0].ends.numel() == 0
+
+    # -- forward
+
+    def forward(self, out: torch.Tensor, stats: torch.Tensor) -> None:
+        """Fill out and stats, as layout.allocate makes them."""
+        q, k, v = self._rows()
+        found = _operator(self.plan.operator)(q, k, v, self.plan.heads, self.plan.layout, **self._common(), **self._seeded())
+        result = self._canonical(found[0])
+        top, total = (self._of_statistics(x) for x in found[1:3])
+        result = result[..., : self.v.shape[-1]]
+        if self.bare is not None:
+            if not self.reading.finite:
+                result = result.masked_fill(self.bare, 0.0 if self.spec.hidden == "zero" else math.nan)
+                top, total = top.masked_fill(self.bare, -math.inf), total.masked_fill(self.bare, 0.0)
+            else:
+                top = top.masked_fill(self.bare, self.reading.fill)
+        broken = self._overflown(top)
+        if broken is not None:
+            result = result.masked_fill(broken, math.nan)
+        out.copy_(self._as(result, out.shape, 0, 0.0))
+        # rows of no sequence have no score
+        stats[0].copy_(self._as(top, (*out.shape[:-1], 1), 0, -math.inf).squeeze(-1))
+        stats[1].copy_(self._as(total, (*out.shape[:-1], 1), 0, 0.0).squeeze(-1))
+
+    def _as(self, x: torch.Tensor, shape: Sequence[int], side: int, rest: float) -> torch.Tensor:
+        """[B, N, rows, columns] in the shape of q (side 0) or k and v (1), with `rest` in rows of no sequence."""
+        if self.sides is None:
+            return x.reshape(*shape)
+        dense = not (self.spec.packed_keys if side else self.spec.packed_queries)
+        return packed.unflattened(self.sides[side].spread(x[0], rest), shape, dense)
+
+    def _from(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, N, Q, columns] of what is shaped like the result."""
+        if self.sides is None:
+            return self.heads.merged(x)
+        return self.sides[0].gathered(packed.flat(x, not self.spec.packed_queries)).unsqueeze(0)
+
+    def _overflown(self, top: torch.Tensor) -> torch.Tensor | None:
+        """Rows that the graph makes NaN, as a product of q and k is infinite in the dtype that it is held in."""
+        if self.reading.overflow == math.inf or self.added is not None:
+            return None
+        return (top / self.reading.scale).abs().ge(self.reading.overflow) & top.isfinite()
+
+    # -- backward
+
+    def backward(
+        self, dout: torch.Tensor, out: torch.Tensor, stats: torch.Tensor, needs: Sequence[bool]
+    ) -> list[torch.Tensor | None]:
+        """Gradients of q, k, v and the operands where `needs` asks for them, each with its input's shape and dtype."""
+        dy, result = (self._from(x.to(self.v.dtype)) for x in (dout, out))
+        top, total = (self._from(x.unsqueeze(-1)) for x in stats.unbind())
+        broken = self._overflown(top)
+        if broken is not None:
+            dy, result = dy.masked_fill(broken, math.nan), result.masked_fill(broken, 0.0)
+        if self.bare is not None:
+            if self.reading.finite:
+                top = top.masked_fill(self.bare, 0.0)
+            else:
+                result = result.masked_fill(self.bare, 0.0)
+                gone = self.spec.hidden == "nan" and self.reading.passes
+                dy = dy.masked_fill(self.bare, math.nan if gone else 0.0)
+                first = 0.0 if self.added is None else self.added[..., :1].float()
+                top = torch.where(self.bare, first, top)
+                total = total.masked_fill(self.bare, 1.0)
+        q, k, v = self._rows()
+        found = _operator(self._reverse())(
+            q,
+            k,
+            v,
+            self._placed(dy, v.shape[-1]),
+            self.plan.heads,
+            self.plan.layout,
+            softmax_max=self._statistics(top),
+            softmax_sum=self._statistics(total),
+            attention_in=self._placed(result, v.shape[-1]),
+            **self._common(reverse=True),
+            **self._seeded(reverse=True),
+        )
+        dq, dk, dv = (self._canonical(x) for x in found[:3])
+        dq, dk, dv = dq[..., : self.q.shape[-1]], dk[..., : self.q.shape[-1]], dv[..., : self.v.shape[-1]]
+        if self.plan.added:
+            dq = dq * self.reading.scale
+        if self.bare is not None:
+            if self.reading.finite and self.reading.passes:
+                dk = dk + self._of_bare(dy, result)
+            elif self.reading.finite:
+                dq = dq.masked_fill(self.bare, 0.0)
+            elif self.spec.hidden == "nan" and not self.reading.passes:
+                # weights of such a row are NaN, and a score that is replaced has no gradient
+                any_bare = self.bare.any(-2, keepdim=True)
+                if any_bare.shape[1] > 1:
+                    any_bare = any_bare.unflatten(1, (self.plan.key_heads, -1)).any(2)
+                dv = dv.masked_fill(any_bare, math.nan)
+        grads: list[torch.Tensor | None] = [
+            torch.empty_like(x).copy_(self._as(grad, x.shape, min(i, 1), 0.0)) if need else None
+            for i, (x, grad, need) in enumerate(zip((self.inputs.q, self.inputs.k, self.inputs.v), (dq, dk, dv), needs))
+        ]
+        return grads + self._of_operands(found[3], needs[3:])
+
+    def _of_bare(self, dy: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """What rows without keys give to dk: their queries were 0 in the operator's call.
+
+        Their weights are all 1 / K, so that row r gives key j scale / K * (dy_r . (v_j - out_r)) * q_r.
+        """
+        bare = self.bare
+        assert bare is not None
+        queries = self.q.masked_fill(~bare, 0.0)
+        of_values = dy.transpose(-1, -2) @ queries
+        of_means = (dy.float() * result.float()).sum(-1, keepdim=True).to(queries.dtype)
+        of_means = of_means.transpose(-1, -2) @ queries
+        groups = self.plan.heads // self.plan.key_heads
+        of_values, of_means = (x.unflatten(1, (-1, groups)).sum(2) for x in (of_values, of_means))
+        return (self.v @ of_values - of_means) * (self.reading.scale / self.k.shape[-2])
+
+    def _of_operands(self, gradient: torch.Tensor, needs: Sequence[bool]) -> list[torch.Tensor | None]:
+        """Of what was added to scores, from the gradient of `added`."""
+        found: list[torch.Tensor | None] = [None] * len(needs)
+        wanted = [i for i, need in enumerate(needs) if need]
+        if not wanted:
+            return found
+        leaves = [o.detach().requires_grad_() if i in wanted else o for i, o in enumerate(self.inputs.operands)]
+        used = {t.step.operand for t in self.reading.terms if isinstance(t.step, Bias)}
+        lengths = Lengths(self.q.shape[-2], self.k.shape[-2])
+        with torch.enable_grad():
+            if used & set(wanted):
+                made = _sum_of_terms(self.reading, leaves, self.heads, self.batch, lengths, self.q.device)
+                given = made.requires_grad
+                parts = torch.autograd.grad(
+                    made, [leaves[i] for i in wanted], gradient.to(made.dtype).reshape(made.shape), allow_unused=True
+                ) if given else [None] * len(wanted)
+            else:
+                parts = [None] * len(wanted)
+        for i, part in zip(wanted, parts):
+            found[i] = torch.zeros_like(leaves[i]) if part is None else part
+        return found
+
+    # -- what both take
+
+    def _rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q = self.q
+        if self.plan.added:
+            q = q * self.reading.scale
+        if self.bare is not None and self.reading.finite:
+            q = q.masked_fill(self.bare, 0.0)
+        # documents differ on values of another head size than keys: zeros make them alike
+        size = max(self.q.shape[-1], self.v.shape[-1])
+        return self._placed(q, size), self._placed(self.k, size), self._placed(self.v, size)
+
+    def _placed(self, x: torch.Tensor, size: int) -> torch.Tensor:
+        """[B, N, rows, columns] in the plan's layout, contiguous, with columns up to `size`."""
+        if x.shape[-1] < size:
+            x = torch.nn.functional.pad(x, (0, size - x.shape[-1]))
+        if self.plan.layout == "TND":
+            return x[0].transpose(0, 1).contiguous()
+        return (x if self.plan.layout == "BNSD" else x.transpose(1, 2)).contiguous()
+
+    def _canonical(self, x: torch.Tensor) -> torch.Tensor:
+        if self.plan.layout == "TND":
+            return x.transpose(0, 1).unsqueeze(0)
+        return x if self.plan.layout == "BNSD" else x.transpose(1, 2)
+
+    def _of_statistics(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, N, Q, 1] of the operator's, which are [B, N, Q, 8] in every layout but TND."""
+        x = x[..., :1]
+        return x.transpose(0, 1).unsqueeze(0) if self.plan.layout == "TND" else x
+
+    def _statistics(self, x: torch.Tensor) -> torch.Tensor:
+        """The reverse."""
+        x = x[0].transpose(0, 1) if self.plan.layout == "TND" else x
+        return x.expand(*x.shape[:-1], _REPEATED).contiguous()
+
+    def _common(self, reverse: bool = False) -> dict[str, Any]:
+        plan = self.plan
+        packed: dict[str, Any] = {}
+        if self.sides is not None:
+            q, k = (side.ends for side in self.sides)
+            if not plan.operator.endswith("v3"):
+                q, k = q.tolist(), k.tolist()
+            packed = {"actual_seq_qlen": q, "actual_seq_kvlen": k, "softmax_layout": "TND"}
+        return {
+            **packed,
+            "pse": self.added,
+            "atten_mask": self.mask,
+            "scale_value" if reverse else "scale": plan.scale,
+            "keep_prob": plan.keep,
+            "pre_tockens": plan.before,
+            "next_tockens": plan.after,
+            "sparse_mode": plan.mode,
+        }
+
+    def _reverse(self) -> str:
+        return "npu_fusion_attention_grad_v3" if self.plan.operator.endswith("v3") else "npu_fusion_attention_grad"
+
+    def _seeded(self, reverse: bool = False) -> dict[str, Any]:
+        """The state of the operator's generator, which the graph's seed fixes: backward and recomputation drop the same."""
+        if self.plan.keep == 1.0:
+            return {}
+        seed = self.inputs.seed
+        assert seed is not None
+        # 0 is "any seed" to the operator
+        number = 1 if isinstance(seed, FakeTensor) else 1 + int(seed.item()) % (2**31 - 1)
+        found = {"seed": number, "offset": 0}
+        if reverse:
+            found["numels"] = self._scores()
+        return found
+
+
+    def _scores(self) -> int:
+        """How many scores there are."""
+        if self.sides is None:
+            return self.q.shape[0] * self.plan.heads * self.q.shape[-2] * self.k.shape[-2]
+        ends = [[0, *side.ends.tolist()] for side in self.sides]
+        q, k = ([b - a for a, b in itertools.pairwise(x)] for x in ends)
+        return self.plan.heads * sum(a * b for a, b in zip(q, k))
+
+
+def _plan(
+    spec: Attention, reading: Reading, found: Masked, layout: Any, heads: int, key_heads: int, added: bool
+) -> Plan:
+    if heads > _MOST_HEADS or heads % key_heads:
+        raise ValueError(f"{heads} heads on {key_heads} (the operators take up to {_MOST_HEADS}, a multiple)")
+    return Plan(
+        "npu_fusion_attention" if spec.dropout else "npu_fusion_attention_v3",
+        layout,
+        heads,
+        key_heads,
+        1.0 if added else reading.scale,
+        *found,
+        added=added,
+        keep=1.0 - spec.dropout,
+    )
+
+
+def _packed(spec: Attention, inputs: Inputs, reading: Reading, batch: tuple[int, ...]) -> Call:
+    of_queries, of_keys, lengths = packed.sides(spec, inputs)
+    q = of_queries.gathered(packed.flat(inputs.q, not spec.packed_queries)).unsqueeze(0)
+    k, v = (of_keys.gathered(packed.flat(x, not spec.packed_keys)).unsqueeze(0) for x in (inputs.k, inputs.v))
+    found = masked(reading, lengths)
+    if found.mask == "whole":
+        raise ValueError("a mask by distance that leaves rows of packed sequences without a key, or differs by sequence")
+    mask = _triangle(q.device) if found.mask == "triangle" else None
+    plan = _plan(spec, reading, found, "TND", q.shape[1], k.shape[1], False)
+    heads = Heads(len(batch), len(batch) - 1)
+    return Call(spec, inputs, reading, plan, heads, batch, q, k, v, mask, sides=(of_queries, of_keys))
+
+
+def _operator(name: str) -> Any:
+    return getattr(torch.ops.npu, name)
+
+
+def _layout(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+    """BSND where that is how all three lie in memory, and BNSD, which they are copied to if they do not lie so, elsewhere."""
+    return "BSND" if all(x.transpose(1, 2).is_contiguous() for x in (q, k, v)) else "BNSD"
+
+
+def _whole(
+    reading: Reading,
+    operands: Sequence[torch.Tensor],
+    heads: Heads,
+    batch: Sequence[int],
+    lengths: Lengths,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the mask for the operator, rows without keys)."""
+    keep = None
+    for mask in reading.masks:
+        found = expr.evaluate(mask, operands, *_indices(lengths, device))
+        keep = found if keep is None else keep & found
+    assert keep is not None
+    hidden = heads.aligned(keep.logical_not())
+    hidden = heads.merged(hidden.expand(*hidden.shape[:-2], *lengths), batch)
+    if hidden.shape[1] > 1:
+        # heads of their own are taken with a batch alone
+        hidden = hidden.expand(math.prod(batch[: heads.rank - heads.count]), -1, -1, -1)
+    bare = hidden.all(-1, keepdim=True)
+    if reading.finite:
+        return (hidden & ~bare).contiguous(), bare
+    first = torch.arange(lengths.keys, device=device) == 0
+    return (hidden & ~(bare & first)).contiguous(), bare
+
+
+def _sum_of_terms(
+    reading: Reading,
+    operands: Sequence[torch.Tensor],
+    heads: Heads,
+    batch: Sequence[int],
+    lengths: Lengths,
+    device: torch.device,
+    checked: bool = False,
+) -> torch.Tensor:
+    """float32 [B or 1, N, Q or 1, K] of what is added to scores. checked: values are looked at, on the host."""
+    total = None
+    indices = _indices(lengths, device)
+    for step, factor in reading.terms:
+        if isinstance(step, Bias):
+            read_at = expr.Load(step.operand, "float32", step.row, step.col)
+            found = expr.load(read_at, operands, *indices).float() * factor
+            if step.keep is not None:
+                found = torch.where(expr.evaluate(step.keep, operands, *indices), found, 0.0)
+        else:
+            found = torch.where(expr.evaluate(step.keep, operands, *indices), 0.0, step.value * factor)
+        if reading.apart and checked and bool((found.amax() >= _LARGE).any()):
+            raise ValueError("one of several added terms is so large that their order may matter")
+        total = found if total is None else total + found
+    assert total is not None
+    total = heads.aligned(total)
+    total = heads.merged(total.expand(*total.shape[:-1], lengths.keys), batch)
+    B, N = math.prod(batch[: heads.rank - heads.count]), math.prod(batch[heads.rank - heads.count :])
+    # one for all queries is taken with a batch, one for the whole batch with all queries
+    if total.shape[0] == 1 and total.shape[-2] == 1 and B > 1:
+        return total.expand(B, N, 1, -1)
+    return total.expand(-1, N, -1 if total.shape[-2] == 1 else lengths.queries, -1)
+
+
+def _added(
+    reading: Reading,
+    operands: Sequence[torch.Tensor],
+    heads: Heads,
+    batch: Sequence[int],
+    lengths: Lengths,
+    q: torch.Tensor,
+) -> torch.Tensor:
+    real = not isinstance(q, FakeTensor)
+    made = _sum_of_terms(reading, operands, heads, batch, lengths, q.device, checked=real)
+    if reading.swallows < math.inf and real:
+        low = made.amax(-1) <= -reading.swallows
+        if bool(low.any()):
+            raise ValueError("a row's keys all have so much subtracted that their scores are gone in the graph's dtype")
+    # the least number stands for what is less
+    least = torch.finfo(q.dtype).min
+    made = torch.where(made.isfinite(), made.clamp(min=least), made)
+    return made.to(q.dtype).contiguous()
+
+

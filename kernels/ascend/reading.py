@@ -1,0 +1,190 @@
+"""A spec in the words of the NPU's fused operators: softmax(mask(scale * q @ k^T + added)) @ v, or why it is more than that.
+
+The operators hide keys for good. What a finite number hides is the same for them where a row sees a key; a row that sees none is
+the mean of all values then, which the caller has to see to (call.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from attnfuse import reasons, rounding
+from attnfuse.expr import Const, Expr
+from attnfuse.kernels.fills import BELOW_ALL_SCORES, hiding
+from attnfuse.kernels.mask_ranges import cut
+from attnfuse.reasons import Reason
+from attnfuse.spec import AddFill, Attention, Bias, Cast, ReplaceFill, Scale, dtype_of
+
+_INF = math.inf
+
+
+class Term(NamedTuple):
+    """What is added to the scores: factor times that of a Bias, or of an AddFill that hides nothing for good."""
+
+    step: Bias | AddFill
+    factor: float
+
+
+@dataclass(frozen=True)
+class Reading:
+    """scale: of q @ k^T. masks: a key is seen where all of them hold. fill: the score of hidden keys; passes: it was added to
+    theirs, so that gradients pass. terms: what is added to the scores, scale included.
+    overflow: the magnitude from which on products of q and k are infinite. swallows: from which on a term that is subtracted
+    leaves nothing of a score, since the graph holds their sum in 16 bits. apart: terms were added one after the other, which is not
+    their sum where one is large and positive.
+    """
+
+    scale: float = 1.0
+    masks: tuple[Expr, ...] = ()
+    fill: float = -_INF
+    passes: bool = False
+    terms: tuple[Term, ...] = ()
+    overflow: float = _INF
+    swallows: float = _INF
+    apart: bool = False
+
+    @property
+    def finite(self) -> bool:
+        return self.fill > -_INF
+
+    @property
+    def band(self) -> Band | None:
+        """The masks, if all they say is how far a query sees."""
+        return _band(self.masks)
+
+
+@dataclass(frozen=True)
+class Band:
+    """Query q sees the keys from q - back to q + ahead, both included; None: all there are on that side."""
+
+    back: int | None = None
+    ahead: int | None = None
+
+    def hides_rows(self, queries: int, keys: int) -> bool:
+        """Whether a row of so many sees no key."""
+        ahead = keys if self.ahead is None else self.ahead
+        back = queries if self.back is None else self.back
+        return keys == 0 or ahead < 0 or queries - 1 - back > keys - 1 or back + ahead < 0
+
+
+@functools.lru_cache(maxsize=512)
+def _band(masks: tuple[Expr, ...]) -> Band | None:
+    back: list[int] = []
+    ahead: list[int] = []
+    for mask in masks:
+        found = cut(mask)
+        if found.rest is not None or not found.bounds.keys() <= {"from_q", "below_q"}:
+            return None
+        for kind, bound in found.bounds.items():
+            if not isinstance(bound, Const):
+                return None
+            back += [-int(bound.value)] if kind == "from_q" else []
+            ahead += [int(bound.value) - 1] if kind == "below_q" else []
+    return Band(min(back, default=None), min(ahead, default=None))
+
+
+@functools.lru_cache(maxsize=512)
+def read(spec: Attention) -> Reading | tuple[Reason, ...]:
+    """The spec as a Reading, or what it has that the operators have not."""
+    found = tuple(_limits(spec))
+    if found:
+        return found
+    hides = hiding(spec).steps
+    scale, masks, terms, fill = 1.0, [], [], -_INF
+    for i, step in enumerate(spec.steps):
+        if isinstance(step, Scale):
+            scale, fill = scale * step.value, fill * step.value
+            terms = [Term(t.step, t.factor * step.value) for t in terms]
+        elif isinstance(step, (ReplaceFill, AddFill)) and i in hides and not _as_term(spec, step):
+            masks.append(step.keep)
+            fill = max(fill, step.value)
+        elif isinstance(step, Bias):
+            terms.append(Term(step, step.alpha))
+        elif isinstance(step, AddFill):
+            terms.append(Term(step, 1.0))
+    passes = any(isinstance(s, AddFill) and i in hides for i, s in enumerate(spec.steps))
+    narrow = [dtype_of(s.dtype) for s in spec.steps if isinstance(s, Cast) and rounding.rounds(s)]
+    return Reading(
+        scale,
+        tuple(masks),
+        fill,
+        passes,
+        tuple(terms),
+        min((torch.finfo(dtype).max for dtype in narrow), default=_INF),
+        min((rounding.COARSE[dtype] for dtype in narrow), default=_INF) if terms else _INF,
+        _apart(spec),
+    )
+
+
+def _apart(spec: Attention) -> bool:
+    sums = [i for i, s in enumerate(spec.steps) if rounding.is_sum(s)]
+    whole = any(first <= min(sums) and max(sums) < end for first, end in rounding.joined(spec.steps).items()) if sums else True
+    return not whole and rounding.may_cancel([spec.steps[i] for i in sums])
+
+
+def _as_term(spec: Attention, step: ReplaceFill | AddFill) -> bool:
+    """Whether a number that hides keys is added to scores in fact: dropped weights of a row without keys cannot be made else, where
+    the gradient of its scores passes."""
+    return spec.dropout > 0.0 and isinstance(step, AddFill) and step.value > -_INF
+
+
+def _limits(spec: Attention) -> Iterator[Reason]:
+    hides = hiding(spec).steps
+    steps = spec.steps
+    fills = [(i, s) for i, s in enumerate(steps) if isinstance(s, (ReplaceFill, AddFill))]
+    biases = [s for s in steps if isinstance(s, Bias)]
+    factors = [s.value for s in steps if isinstance(s, Scale) and s.operand is None]
+    finite = [(i, s) for i, s in fills if i in hides and s.value > -_INF]
+    masks = tuple(s.keep for i, s in fills if i in hides)
+    kinds = {type(s) for i, s in fills if i in hides}
+    for holds, reason in (
+        (spec.softmax != "plain", reasons.KERNEL_UNSHIFTED()),
+        (spec.lse, reasons.KERNEL_LOG_SUM_EXP()),
+        (spec.sink is not None, reasons.KERNEL_SINK()),
+        (spec.nan_policy == "eager", reasons.KERNEL_NAN_POLICY()),
+        (spec.hidden == "nan_to_zero", reasons.KERNEL_NAN_TO_ZERO()),
+        (not spec.dropout < 1.0, reasons.KERNEL_DROPOUT()),
+        (len({spec.qk_dtype, spec.v_dtype, spec.out_dtype}) > 1, reasons.KERNEL_SEVERAL_DTYPES()),
+        (any(not 0.0 < x < _INF for x in factors), reasons.KERNEL_SCALE(scale=f"{min(factors, default=1.0):g}")),
+        (any(isinstance(s, Scale) and s.operand is not None for s in steps), reasons.KERNEL_FACTOR()),
+        # a number in place of a score, which leaves it some weight; or an infinite one that hides nothing for good
+        (
+            any(i not in hides and (isinstance(s, ReplaceFill) or not math.isfinite(s.value)) for i, s in fills)
+            or any(s.value > BELOW_ALL_SCORES for _, s in finite),
+            reasons.KERNEL_FILL(),
+        ),
+        # which of several numbers is left in a row without keys is not looked into
+        (
+            len({s.value for _, s in finite}) > 1
+            or (AddFill in kinds and (len(finite) > 1 or (len(kinds) > 1 and _band(masks) is None)))
+            or (len(finite) > 1 and any(isinstance(s, Scale) for s in steps[finite[0][0] :])),
+            reasons.KERNEL_FILL(),
+        ),
+        (bool(finite) and spec.dropout > 0.0 and spec.qk_dtype == "float16" and AddFill in kinds, reasons.KERNEL_FILL()),
+        (
+            bool(finite) and any(map(rounding.is_sum, (s for i, s in enumerate(steps) if i not in hides)))
+            and _band(masks) is None,
+            reasons.KERNEL_ROW_WITHOUT_KEYS(),
+        ),
+        (
+            any(spec.operands[s.operand].dtype != spec.qk_dtype for s in biases),
+            reasons.KERNEL_BIAS_DTYPE(dtype=spec.qk_dtype),
+        ),
+        (spec.packed and bool(biases or [s for i, s in fills if i not in hides]), reasons.KERNEL_STEP(what="packed score step", kind="bias", taken="none")),
+        (spec.packed and masks != () and _band(masks) is None, reasons.KERNEL_NOT_BANDED()),
+        (_shared(spec), reasons.KERNEL_BATCH_ORDER()),
+    ):
+        if holds:
+            yield reason
+
+
+def _shared(spec: Attention) -> bool:
+    """Whether q, k or v is shared over a batch dim other than the innermost one, of query heads with the same keys."""
+    q, k, v = spec.broadcast
+    return bool(q) or k != v or not set(k) <= {*spec.batch[-1:]}

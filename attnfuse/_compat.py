@@ -62,6 +62,7 @@ __all__ = [
     "gives_gradients_of",
     "has_tangent",
     "hooks_of",
+    "inductor_has",
     "inductor_mode_options",
     "inductor_options",
     "is_functorch_tensor",
@@ -385,6 +386,14 @@ def compile_fx(gm: fx.GraphModule, example_inputs: Sequence[Any], config_patches
 
     compiled: Any = inductor(gm, example_inputs, config_patches=config_patches)
     return compiled  # type: ignore[no-any-return]
+
+
+def inductor_has(device_type: str) -> bool:
+    """Whether Inductor writes code for devices of this type: PyTorch's own, and those that an extension has registered."""
+    from torch._inductor.codegen.common import get_scheduling_for_device, init_backend_registration
+
+    init_backend_registration()
+    return get_scheduling_for_device(device_type) is not None
 
 
 def aot_eager(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx
 
 from attnfuse import _compat, checking, nested, ops, reasons, settings
@@ -50,7 +51,8 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Setting
     original, work = _rewritten(gm, chosen)
     report = work.report
     try:
-        compiled = _inner(original if work.spoiled else gm, example_inputs, chosen, patches)
+        compiled, said_of_inner = _inner(original if work.spoiled else gm, example_inputs, chosen, patches)
+        report = replace(report, warnings=(*report.warnings, *said_of_inner))
         if report.fused:
             compiled = _in_forward_mode(_checked(compiled, original, chosen, report), original, chosen)
     except Exception as error:
@@ -58,7 +60,7 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Setting
             raise
         reason = reasons.NOT_COMPILED(error=said(error))
         warn(str(reason))
-        compiled = _inner(original, example_inputs, chosen, patches)
+        compiled, _ = _inner(original, example_inputs, chosen, patches)
         report = undone(report, reason)
     try:
         registry.record(report)
@@ -101,14 +103,39 @@ def _checked(compiled: Compiled, original: fx.GraphModule, chosen: Settings, rep
     return checking.checking(compiled, original, chosen, say)
 
 
-def _inner(gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Settings, patches: dict[str, Any]) -> Compiled:
+#: Devices that PyTorch's own Inductor writes code for; others are an extension's.
+_OF_INDUCTOR = frozenset({"cpu", "cuda", "xpu", "mps", "meta"})
+
+
+def _inner(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Settings, patches: dict[str, Any]
+) -> tuple[Compiled, tuple[str, ...]]:
+    """The compiled graph, and what the report is to say of how it was compiled."""
     if chosen.inner == "eager":
-        return gm.forward
+        return gm.forward, ()
     # seeds are to be kept for backward
     with _compat.some_memory():
         if chosen.inner == "aot_eager":
-            return _compat.aot_eager(gm, example_inputs)
-        return _compat.compile_fx(gm, example_inputs, _compat.without_sdpa_patterns(patches, identity(chosen)))
+            return _compat.aot_eager(gm, example_inputs), ()
+
+        def inductor() -> Compiled:
+            return _compat.compile_fx(gm, example_inputs, _compat.without_sdpa_patterns(patches, identity(chosen)))
+
+        types = {x.device.type for x in example_inputs if isinstance(x, torch.Tensor)}
+        others = sorted(types - _OF_INDUCTOR)
+        if not others:
+            return inductor(), ()
+        devices = " and ".join(others)
+        if not all(map(_compat.inductor_has, others)):
+            return _compat.aot_eager(gm, example_inputs), (str(reasons.NO_INDUCTOR(devices=devices)),)
+        try:
+            return inductor(), ()
+        except Exception as error:
+            if chosen.strict or _compat.is_restart(error):
+                raise
+            failed = str(reasons.INDUCTOR_FAILED(devices=devices, error=said(error)))
+        warn(failed)
+        return _compat.aot_eager(gm, example_inputs), (failed,)
 
 
 def identity(chosen: Settings) -> str:

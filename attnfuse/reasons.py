@@ -914,6 +914,12 @@ KERNEL_SWITCHED_OFF = Cause(
 KERNEL_WITHOUT_CUDNN = Cause(
     "kernel-without-cudnn", "cuDNN is not there", "Install a torch with cuDNN, or leave out the option kernel.", KERNELS
 )
+KERNEL_NO_GRADIENT = Cause(
+    "kernel-no-gradient",
+    "gradients",
+    "Call it under torch.no_grad(), or train on another device.",
+    KERNELS,
+)
 KERNEL_NAN_TO_ZERO = Cause(
     "kernel-nan-to-zero",
     "weights that are NaN turned into 0",
@@ -1046,6 +1052,18 @@ NOT_COMPILED = Cause(
     "not-compiled",
     "the rewritten graph did not compile ({error}); the original is used",
     "See what the inner compiler says; TORCH_LOGS='+attnfuse' logs more. It may be a fault of attnfuse.",
+    GRAPHS,
+)
+NO_INDUCTOR = Cause(
+    "no-inductor",
+    "Inductor has no code for {devices}: the graph runs op by op",
+    "Install what adds the device to Inductor (torch_npu's own, for an NPU), or set the option inner.",
+    GRAPHS,
+)
+INDUCTOR_FAILED = Cause(
+    "inductor-failed",
+    "Inductor failed for {devices} ({error}): the graph runs op by op",
+    "See what the device's part of Inductor says, or set the option inner to 'aot_eager'.",
     GRAPHS,
 )
 NO_GRAPH = Cause(

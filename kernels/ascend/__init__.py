@@ -6,11 +6,14 @@ Nothing of this has run on an NPU: calls are checked against torch_npu's own sch
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
+from attnfuse import reasons
 from attnfuse.kernels import sink
 from attnfuse.kernels.ascend.call import Call
+from attnfuse.kernels.ascend.chips import INFERENCE, TRAINING, unfit
 from attnfuse.kernels.ascend.reading import Reading, read
 from attnfuse.kernels.capability import FLOATS, LAYOUTS, Capability
 from attnfuse.kernels.inputs import Inputs
@@ -18,7 +21,7 @@ from attnfuse.kernels.layout import allocate, check_bounds
 from attnfuse.reasons import Reason
 from attnfuse.spec import Attention
 
-__all__ = ["CAPABILITY", "backward", "forward"]
+__all__ = ["CAPABILITY", "Inference", "backward", "forward"]
 
 
 def _limits(spec: Attention) -> Iterable[Reason]:
@@ -26,7 +29,7 @@ def _limits(spec: Attention) -> Iterable[Reason]:
     return () if isinstance(found, Reading) else found
 
 
-CAPABILITY = Capability(
+_TAKES = Capability(
     frozenset({"npu"}),
     FLOATS,
     FLOATS | {"bool", "uint8", "int32", "int64"},
@@ -36,6 +39,44 @@ CAPABILITY = Capability(
     head_dims=512,
     also=_limits,
 )
+CAPABILITY = replace(_TAKES, here=lambda spec, device: unfit(TRAINING, device))
+
+
+def _inference_limits(spec: Attention) -> Iterable[Reason]:
+    yield from _limits(spec)
+    found = read(spec)
+    if isinstance(found, Reading) and found.terms:
+        yield reasons.KERNEL_STEP(what="score step", kind="bias", taken="none")
+    if spec.dropout:
+        yield reasons.KERNEL_DROPOUT()
+
+
+class Inference:
+    """A kernel for chips that have no gradients and one dtype: what `forward` is there, without statistics."""
+
+    capability = replace(
+        _TAKES,
+        dtypes=frozenset({"float16"}),
+        layouts=frozenset({"dense"}),
+        backward=False,
+        here=lambda spec, device: unfit(INFERENCE, device),
+        also=_inference_limits,
+    )
+
+    @staticmethod
+    def forward(spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the module's forward, but that statistics of rows are NaN, and ValueError for a mask that heads do not share."""
+        out, stats = allocate(spec, inputs)
+        if out.numel() == 0 or inputs.keys == 0:
+            sink.without_keys(spec, inputs.operands, stats)
+            return out.zero_(), stats
+        Call.of(spec, inputs, inference=True).forward(out, stats)
+        return out, stats
+
+    @staticmethod
+    def backward(*given: object) -> list[torch.Tensor | None]:
+        """Raises NotImplementedError."""
+        raise NotImplementedError("these chips have no operator for gradients")
 
 
 def forward(spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,7 +114,7 @@ def backward(
     check_bounds(spec, inputs.bounds)
     if out.numel() == 0 or inputs.keys == 0:
         return [torch.zeros_like(x) if need else None for x, need in zip(inputs.tensors, needs, strict=True)]
-    call = Call.of(spec, inputs)
+    call = Call.of(spec, inputs, reverse=True)
     if call.empty:
         return [torch.zeros_like(x) if need else None for x, need in zip(inputs.tensors, needs, strict=True)]
     return call.backward(dout, out, stats, needs)

@@ -18,9 +18,9 @@ import torch
 
 from attnfuse import expr
 from attnfuse._compat import FakeTensor
-from attnfuse.kernels.ascend import packed
+from attnfuse.kernels.ascend import chips, packed
 from attnfuse.kernels.ascend.packed import Side
-from attnfuse.kernels.ascend.plan import Lengths, Masked, Plan, masked
+from attnfuse.kernels.ascend.plan import INFERENCE, Layout, Lengths, Masked, Operator, Plan, masked
 from attnfuse.kernels.ascend.reading import Reading, read
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.layout import spread
@@ -31,6 +31,8 @@ from attnfuse.spec import Attention, Bias
 _SIDE = 2048
 #: How often the operators' statistics have each number.
 _REPEATED = 8
+#: What torch_npu asks of head sizes before it takes the operators for scaled_dot_product_attention.
+_MULTIPLES = {torch.float32: 4}
 _MOST_HEADS = 256
 #: Terms of less than this, and below 0, leave scores their digits in whatever order they are added.
 _LARGE = 2.0**10
@@ -71,6 +73,12 @@ class Heads:
         sizes = math.prod(shape[:split]), math.prod(shape[split:])
         return x.reshape(*sizes, *x.shape[self.rank :])
 
+    def split(self, x: torch.Tensor, batch: Sequence[int]) -> torch.Tensor:
+        """The reverse of `merged`: [*batch, ...], with 1 for all dims of a group that is 1."""
+        at = self.rank - self.count
+        groups = [(1,) * len(own) if n == 1 else own for n, own in zip(x.shape, (tuple(batch[:at]), tuple(batch[at:])))]
+        return x.reshape(*groups[0], *groups[1], *x.shape[2:])
+
     def aligned(self, x: torch.Tensor) -> torch.Tensor:
         """x with leading dims of 1, for as many as [*batch, Q, K] has."""
         return x.reshape((1,) * (self.rank + 2 - x.dim()) + tuple(x.shape))
@@ -104,8 +112,11 @@ class Call:
     sides: tuple[Side, Side] | None = None
 
     @staticmethod
-    def of(spec: Attention, inputs: Inputs) -> Call:
-        """Raises ValueError for what only the sizes or the values show."""
+    def of(spec: Attention, inputs: Inputs, inference: bool = False, reverse: bool = False) -> Call:
+        """inference: by the operators of chips that have no others. reverse: as backward needs it.
+
+        Raises ValueError for what only the sizes or the values show.
+        """
         reading, batch = read(spec), spread(spec, inputs)
         assert isinstance(reading, Reading)
         if spec.packed:
@@ -113,14 +124,30 @@ class Call:
         heads = Heads.of(spec)
         q, k, v = (heads.merged(x) for x in (inputs.q, inputs.k, inputs.v))
         lengths = Lengths(q.shape[-2], k.shape[-2])
-        found = masked(reading, [lengths])
+        operator: Operator = "npu_fusion_attention" if spec.dropout else "npu_fusion_attention_v3"
+        groups = q.shape[1] // max(k.shape[1], 1)
+        if inference:
+            operator = "npu_incre_flash_attention" if lengths.queries == 1 else "npu_prompt_flash_attention"
+        elif not (reverse or reading.terms) and chips.decodes(spec, lengths.queries, groups):
+            operator = "npu_fused_infer_attention_score"
+        found = masked(reading, [lengths], modes=operator not in INFERENCE)
         mask, bare = None, None
         if found.mask == "triangle":
             mask = _triangle(q.device)
         elif found.mask == "whole":
             mask, bare = _whole(reading, inputs.operands, heads, batch, lengths, q.device)
+        if operator == "npu_fused_infer_attention_score" and mask is not None and mask.shape[1] > 1:
+            # it has no masks of heads
+            operator = "npu_fusion_attention_v3"
+            found = found._replace(mode=1)
+        if operator in INFERENCE and mask is not None and mask.shape[1] > 1:
+            raise ValueError("a mask of each head")
+        if operator == "npu_prompt_flash_attention" and groups > 1:
+            # it has as many heads of keys as of queries
+            k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
         added = _added(reading, inputs.operands, heads, batch, lengths, q) if reading.terms else None
-        plan = _plan(spec, reading, found, _layout(q, k, v), q.shape[1], k.shape[1], added is not None)
+        layout = "BNSD" if operator in INFERENCE else _layout(q, k, v)
+        plan = _plan(spec, reading, found, operator, layout, q.shape[1], k.shape[1], added is not None)
         return Call(spec, inputs, reading, plan, heads, batch, q, k, v, mask, bare, added)
 
     @property
@@ -132,10 +159,7 @@ class Call:
 
     def forward(self, out: torch.Tensor, stats: torch.Tensor) -> None:
         """Fill out and stats, as layout.allocate makes them."""
-        q, k, v = self._rows()
-        found = _operator(self.plan.operator)(q, k, v, self.plan.heads, self.plan.layout, **self._common(), **self._seeded())
-        result = self._canonical(found[0])
-        top, total = (self._of_statistics(x) for x in found[1:3])
+        result, top, total = self._run()
         result = result[..., : self.v.shape[-1]]
         if self.bare is not None:
             if not self.reading.finite:
@@ -143,6 +167,7 @@ class Call:
                 top, total = top.masked_fill(self.bare, -math.inf), total.masked_fill(self.bare, 0.0)
             else:
                 top = top.masked_fill(self.bare, self.reading.fill)
+                total = total.masked_fill(self.bare, self.k.shape[-2])
         broken = self._overflown(top)
         if broken is not None:
             result = result.masked_fill(broken, math.nan)
@@ -150,6 +175,27 @@ class Call:
         # rows of no sequence have no score
         stats[0].copy_(self._as(top, (*out.shape[:-1], 1), 0, -math.inf).squeeze(-1))
         stats[1].copy_(self._as(total, (*out.shape[:-1], 1), 0, 0.0).squeeze(-1))
+
+    def _run(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(result [B, N, Q, E or more], maxima and sums [B, N, Q, 1]) as the operator gives them."""
+        q, k, v = self._rows()
+        operator, plan = _operator(self.plan.operator), self.plan
+        if plan.operator not in INFERENCE:
+            found = operator(q, k, v, plan.heads, plan.layout, **self._common(), **self._seeded())
+            return self._canonical(found[0]), self._of_statistics(found[1]), self._of_statistics(found[2])
+        given: dict[str, Any] = {"atten_mask": self.mask, "num_heads": plan.heads, "input_layout": plan.layout}
+        # 0 is "as many as of queries"
+        given["num_key_value_heads"] = plan.key_heads if plan.key_heads != plan.heads else 0
+        if plan.operator == "npu_fused_infer_attention_score":
+            result, lse = operator(q, k, v, **given, scale=plan.scale, softmax_lse_flag=True)
+            # of the whole sum the maximum is a maximum too
+            return result, lse, torch.ones_like(lse)
+        given["scale_value"] = plan.scale
+        # what they take if they are not told would hide keys, or be less precise
+        given |= {"next_tokens": plan.after} if plan.operator == "npu_prompt_flash_attention" else {"inner_precise": 0}
+        result = operator(q, k, v, **given)
+        unknown = result.new_full((*result.shape[:-1], 1), math.nan, dtype=torch.float32)
+        return result, unknown, unknown
 
     def _as(self, x: torch.Tensor, shape: Sequence[int], side: int, rest: float) -> torch.Tensor:
         """[B, N, rows, columns] in the shape of q (side 0) or k and v (1), with `rest` in rows of no sequence."""
@@ -239,28 +285,21 @@ class Call:
         of_means = of_means.transpose(-1, -2) @ queries
         groups = self.plan.heads // self.plan.key_heads
         of_values, of_means = (x.unflatten(1, (-1, groups)).sum(2) for x in (of_values, of_means))
-        return (self.v @ of_values - of_means) * (self.reading.scale / self.k.shape[-2])
+        found: torch.Tensor = (self.v @ of_values - of_means) * (self.reading.scale / self.k.shape[-2])
+        return found
 
     def _of_operands(self, gradient: torch.Tensor, needs: Sequence[bool]) -> list[torch.Tensor | None]:
         """Of what was added to scores, from the gradient of `added`."""
-        found: list[torch.Tensor | None] = [None] * len(needs)
-        wanted = [i for i, need in enumerate(needs) if need]
-        if not wanted:
+        found: list[torch.Tensor | None] = [torch.zeros_like(o) if n else None for o, n in zip(self.inputs.operands, needs)]
+        if self.added is None:
             return found
-        leaves = [o.detach().requires_grad_() if i in wanted else o for i, o in enumerate(self.inputs.operands)]
-        used = {t.step.operand for t in self.reading.terms if isinstance(t.step, Bias)}
         lengths = Lengths(self.q.shape[-2], self.k.shape[-2])
-        with torch.enable_grad():
-            if used & set(wanted):
-                made = _sum_of_terms(self.reading, leaves, self.heads, self.batch, lengths, self.q.device)
-                given = made.requires_grad
-                parts = torch.autograd.grad(
-                    made, [leaves[i] for i in wanted], gradient.to(made.dtype).reshape(made.shape), allow_unused=True
-                ) if given else [None] * len(wanted)
-            else:
-                parts = [None] * len(wanted)
-        for i, part in zip(wanted, parts):
-            found[i] = torch.zeros_like(leaves[i]) if part is None else part
+        whole = self.heads.split(gradient.float(), self.batch)
+        for step, factor in self.reading.terms:
+            if isinstance(step, Bias) and needs[step.operand]:
+                total = found[step.operand]
+                assert total is not None
+                total += _of_term(step, whole * factor, self.inputs.operands, lengths).to(total.dtype)
         return found
 
     # -- what both take
@@ -273,6 +312,8 @@ class Call:
             q = q.masked_fill(self.bare, 0.0)
         # documents differ on values of another head size than keys: zeros make them alike
         size = max(self.q.shape[-1], self.v.shape[-1])
+        multiple = 16 if self.plan.operator in INFERENCE else _MULTIPLES.get(self.q.dtype, 1)
+        size = -(-size // multiple) * multiple
         return self._placed(q, size), self._placed(self.k, size), self._placed(self.v, size)
 
     def _placed(self, x: torch.Tensor, size: int) -> torch.Tensor:
@@ -302,10 +343,8 @@ class Call:
         plan = self.plan
         packed: dict[str, Any] = {}
         if self.sides is not None:
-            q, k = (side.ends for side in self.sides)
-            if not plan.operator.endswith("v3"):
-                q, k = q.tolist(), k.tolist()
-            packed = {"actual_seq_qlen": q, "actual_seq_kvlen": k, "softmax_layout": "TND"}
+            ends = [side.ends if plan.operator.endswith("v3") else side.ends.tolist() for side in self.sides]
+            packed = {"actual_seq_qlen": ends[0], "actual_seq_kvlen": ends[1], "softmax_layout": "TND"}
         return {
             **packed,
             "pse": self.added,
@@ -333,23 +372,29 @@ class Call:
             found["numels"] = self._scores()
         return found
 
-
     def _scores(self) -> int:
         """How many scores there are."""
         if self.sides is None:
-            return self.q.shape[0] * self.plan.heads * self.q.shape[-2] * self.k.shape[-2]
-        ends = [[0, *side.ends.tolist()] for side in self.sides]
+            return math.prod((self.q.shape[0], self.plan.heads, self.q.shape[-2], self.k.shape[-2]))
+        ends: list[list[int]] = [[0, *side.ends.tolist()] for side in self.sides]
         q, k = ([b - a for a, b in itertools.pairwise(x)] for x in ends)
         return self.plan.heads * sum(a * b for a, b in zip(q, k))
 
 
 def _plan(
-    spec: Attention, reading: Reading, found: Masked, layout: Any, heads: int, key_heads: int, added: bool
+    spec: Attention,
+    reading: Reading,
+    found: Masked,
+    operator: Operator,
+    layout: Layout,
+    heads: int,
+    key_heads: int,
+    added: bool,
 ) -> Plan:
     if heads > _MOST_HEADS or heads % key_heads:
         raise ValueError(f"{heads} heads on {key_heads} (the operators take up to {_MOST_HEADS}, a multiple)")
     return Plan(
-        "npu_fusion_attention" if spec.dropout else "npu_fusion_attention_v3",
+        operator,
         layout,
         heads,
         key_heads,
@@ -366,9 +411,12 @@ def _packed(spec: Attention, inputs: Inputs, reading: Reading, batch: tuple[int,
     k, v = (of_keys.gathered(packed.flat(x, not spec.packed_keys)).unsqueeze(0) for x in (inputs.k, inputs.v))
     found = masked(reading, lengths)
     if found.mask == "whole":
-        raise ValueError("a mask by distance that leaves rows of packed sequences without a key, or differs by sequence")
+        raise ValueError(
+            "a mask by distance that leaves rows of packed sequences without a key, or differs by sequence"
+        )
     mask = _triangle(q.device) if found.mask == "triangle" else None
-    plan = _plan(spec, reading, found, "TND", q.shape[1], k.shape[1], False)
+    operator: Operator = "npu_fusion_attention" if spec.dropout else "npu_fusion_attention_v3"
+    plan = _plan(spec, reading, found, operator, "TND", q.shape[1], k.shape[1], False)
     heads = Heads(len(batch), len(batch) - 1)
     return Call(spec, inputs, reading, plan, heads, batch, q, k, v, mask, sides=(of_queries, of_keys))
 
@@ -377,7 +425,7 @@ def _operator(name: str) -> Any:
     return getattr(torch.ops.npu, name)
 
 
-def _layout(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+def _layout(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Layout:
     """BSND where that is how all three lie in memory, and BNSD, which they are copied to if they do not lie so, elsewhere."""
     return "BSND" if all(x.transpose(1, 2).is_contiguous() for x in (q, k, v)) else "BNSD"
 
@@ -441,6 +489,25 @@ def _sum_of_terms(
     return total.expand(-1, N, -1 if total.shape[-2] == 1 else lengths.queries, -1)
 
 
+def _of_term(step: Bias, gradient: torch.Tensor, operands: Sequence[torch.Tensor], lengths: Lengths) -> torch.Tensor:
+    """The gradient of a bias's operand, in its shape, from that of what it added, [*batch or 1, Q or 1, K]."""
+    operand = operands[step.operand]
+    q, k = _indices(lengths, gradient.device)
+    if step.keep is not None:
+        gradient = torch.where(expr.evaluate(step.keep, operands, q, k), gradient, 0.0)
+    if step.row is None and step.col is None:
+        return gradient.sum_to_size(operand.shape)
+    # a table: each score's is added to that of the element which was read
+    rows, columns = operand.shape[-2:]
+    row = expr.evaluate(step.row, operands, q, k) if step.row is not None else q * int(rows > 1)
+    col = expr.evaluate(step.col, operands, q, k) if step.col is not None else k * int(columns > 1)
+    place = (row * columns + col).expand(*lengths).flatten()
+    gradient = gradient.expand(*gradient.shape[:-2], *lengths)
+    gradient = gradient.sum_to_size(*operand.shape[:-2], *lengths).flatten(-2)
+    total = gradient.new_zeros(*operand.shape[:-2], rows * columns).index_add_(-1, place, gradient)
+    return total.view(operand.shape)
+
+
 def _added(
     reading: Reading,
     operands: Sequence[torch.Tensor],
@@ -459,5 +526,3 @@ def _added(
     least = torch.finfo(q.dtype).min
     made = torch.where(made.isfinite(), made.clamp(min=least), made)
     return made.to(q.dtype).contiguous()
-
-

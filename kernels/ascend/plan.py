@@ -16,7 +16,15 @@ from attnfuse.kernels.ascend.reading import Band, Reading
 UNBOUNDED = 2147483647
 Mask = Literal["none", "triangle", "whole"]
 Layout = Literal["BNSD", "BSND", "TND"]
-Operator = Literal["npu_fusion_attention", "npu_fusion_attention_v3", "npu_fused_infer_attention_score"]
+Operator = Literal[
+    "npu_fusion_attention",
+    "npu_fusion_attention_v3",
+    "npu_fused_infer_attention_score",
+    "npu_prompt_flash_attention",
+    "npu_incre_flash_attention",
+]
+#: Those that take queries and keys of sequences, and no gradients; the first of them says the log-sum-exp of rows.
+INFERENCE = frozenset({"npu_fused_infer_attention_score", "npu_prompt_flash_attention", "npu_incre_flash_attention"})
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,9 @@ class Plan:
     def __str__(self) -> str:
         window = f" {self.before} back, {self.after} ahead" if self.mode == 4 else ""
         heads = f"{self.heads} heads" if self.heads == self.key_heads else f"{self.heads} heads on {self.key_heads}"
-        parts = [f"{self.operator} {self.layout}, {heads}, scale {self.scale:g}, {self.rule}: mask {self.mask}, mode {self.mode}{window}"]
+        parts = [
+            f"{self.operator} {self.layout}, {heads}, scale {self.scale:g}, {self.rule}: mask {self.mask}, mode {self.mode}{window}"
+        ]
         parts += ["bias with the scale in q"] if self.added else []
         parts += [f"dropout {1.0 - self.keep:g}"] if self.keep < 1.0 else []
         return ", ".join(parts)
@@ -101,13 +111,13 @@ class Masked(NamedTuple):
     after: int = UNBOUNDED
 
 
-def masked(reading: Reading, lengths: Sequence[Lengths]) -> Masked:
+def masked(reading: Reading, lengths: Sequence[Lengths], modes: bool = True) -> Masked:
     """The first rule that says the masks of a reading for all sequences of these lengths, or the mask itself, element by element.
 
-    Rules are for masks that leave each row a key: of others the operators' documents do not say what they give.
+    Rules are for masks that leave each row a key: of others the operators' documents do not say what they give. modes: whether the operator has others than the mask itself.
     """
     band = reading.band
-    whole = Masked("mask", "whole", 1)
+    whole = Masked("mask", "whole", 1 if modes else 0)
     if not reading.masks:
         return Masked("all keys", "none", 0)
     if band is None or any(band.hides_rows(*n) for n in lengths):
@@ -119,7 +129,7 @@ def masked(reading: Reading, lengths: Sequence[Lengths]) -> Masked:
     )
     if band == Band():
         return Masked("all keys", "none", 0)
-    for rule in RULES:
+    for rule in RULES if modes else ():
         windows = {rule.window(band, n) for n in lengths}
         if len(windows) == 1 and all(rule.holds(band, n) for n in lengths):
             return Masked(rule.name, "triangle", rule.mode, *windows.pop())

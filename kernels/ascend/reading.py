@@ -96,7 +96,9 @@ def read(spec: Attention) -> Reading | tuple[Reason, ...]:
     if found:
         return found
     hides = hiding(spec).steps
-    scale, masks, terms, fill = 1.0, [], [], -_INF
+    scale, fill = 1.0, -_INF
+    masks: list[Expr] = []
+    terms: list[Term] = []
     for i, step in enumerate(spec.steps):
         if isinstance(step, Scale):
             scale, fill = scale * step.value, fill * step.value
@@ -124,7 +126,11 @@ def read(spec: Attention) -> Reading | tuple[Reason, ...]:
 
 def _apart(spec: Attention) -> bool:
     sums = [i for i, s in enumerate(spec.steps) if rounding.is_sum(s)]
-    whole = any(first <= min(sums) and max(sums) < end for first, end in rounding.joined(spec.steps).items()) if sums else True
+    whole = (
+        any(first <= min(sums) and max(sums) < end for first, end in rounding.joined(spec.steps).items())
+        if sums
+        else True
+    )
     return not whole and rounding.may_cancel([spec.steps[i] for i in sums])
 
 
@@ -132,6 +138,11 @@ def _as_term(spec: Attention, step: ReplaceFill | AddFill) -> bool:
     """Whether a number that hides keys is added to scores in fact: dropped weights of a row without keys cannot be made else, where
     the gradient of its scores passes."""
     return spec.dropout > 0.0 and isinstance(step, AddFill) and step.value > -_INF
+
+
+def _below_all(spec: Attention) -> float:
+    """What leaves a key no weight beside another in place of its score, whatever the other's is: in float16 the least number too."""
+    return float(torch.finfo(torch.float16).min) if spec.qk_dtype == "float16" else BELOW_ALL_SCORES
 
 
 def _limits(spec: Attention) -> Iterator[Reason]:
@@ -156,7 +167,7 @@ def _limits(spec: Attention) -> Iterator[Reason]:
         # a number in place of a score, which leaves it some weight; or an infinite one that hides nothing for good
         (
             any(i not in hides and (isinstance(s, ReplaceFill) or not math.isfinite(s.value)) for i, s in fills)
-            or any(s.value > BELOW_ALL_SCORES for _, s in finite),
+            or any(s.value > _below_all(spec) for _, s in finite),
             reasons.KERNEL_FILL(),
         ),
         # which of several numbers is left in a row without keys is not looked into
@@ -166,9 +177,13 @@ def _limits(spec: Attention) -> Iterator[Reason]:
             or (len(finite) > 1 and any(isinstance(s, Scale) for s in steps[finite[0][0] :])),
             reasons.KERNEL_FILL(),
         ),
-        (bool(finite) and spec.dropout > 0.0 and spec.qk_dtype == "float16" and AddFill in kinds, reasons.KERNEL_FILL()),
         (
-            bool(finite) and any(map(rounding.is_sum, (s for i, s in enumerate(steps) if i not in hides)))
+            bool(finite) and spec.dropout > 0.0 and spec.qk_dtype == "float16" and AddFill in kinds,
+            reasons.KERNEL_FILL(),
+        ),
+        (
+            bool(finite)
+            and any(map(rounding.is_sum, (s for i, s in enumerate(steps) if i not in hides)))
             and _band(masks) is None,
             reasons.KERNEL_ROW_WITHOUT_KEYS(),
         ),
@@ -176,7 +191,10 @@ def _limits(spec: Attention) -> Iterator[Reason]:
             any(spec.operands[s.operand].dtype != spec.qk_dtype for s in biases),
             reasons.KERNEL_BIAS_DTYPE(dtype=spec.qk_dtype),
         ),
-        (spec.packed and bool(biases or [s for i, s in fills if i not in hides]), reasons.KERNEL_STEP(what="packed score step", kind="bias", taken="none")),
+        (
+            spec.packed and bool(biases or [s for i, s in fills if i not in hides]),
+            reasons.KERNEL_STEP(what="packed score step", kind="bias", taken="none"),
+        ),
         (spec.packed and masks != () and _band(masks) is None, reasons.KERNEL_NOT_BANDED()),
         (_shared(spec), reasons.KERNEL_BATCH_ORDER()),
     ):

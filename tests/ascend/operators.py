@@ -39,6 +39,8 @@ class Device:
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
 
+#: In which the documents add a term.
+ORDERS = ("term first", "scale first")
 DEVICE = Device()
 
 
@@ -140,7 +142,10 @@ def _check_sizes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, la
 
 def _triangle(mask: torch.Tensor, most: int = 2) -> None:
     lead = (1,) * (mask.dim() - 2)
-    need(mask.dim() <= most and tuple(mask.shape) == (*lead, _SIDE, _SIDE), f"a mask {list(mask.shape)} for a compressed mode")
+    need(
+        mask.dim() <= most and tuple(mask.shape) == (*lead, _SIDE, _SIDE),
+        f"a mask {list(mask.shape)} for a compressed mode",
+    )
     need(bool((mask.reshape(_SIDE, _SIDE).bool() == torch.ones(_SIDE, _SIDE).triu(1).bool()).all()), "not the triangle")
 
 
@@ -180,7 +185,10 @@ def _added(pse: torch.Tensor | None, dtype: torch.dtype, sizes: tuple[int, int, 
         return None
     B, N, Q, K = sizes
     need(pse.dtype == dtype, f"pse in {pse.dtype} beside {dtype}")
-    need(tuple(pse.shape) in [(B, N, Q, K), (B, N, 1, K), (1, N, Q, K)], f"pse {list(pse.shape)} for B {B}, N {N}, Q {Q}, K {K}")
+    need(
+        tuple(pse.shape) in [(B, N, Q, K), (B, N, 1, K), (1, N, Q, K)],
+        f"pse {list(pse.shape)} for B {B}, N {N}, Q {Q}, K {K}",
+    )
     need(pse.is_contiguous(), "pse is not contiguous")
     return pse.double()
 
@@ -231,7 +239,10 @@ def _packed(
         lengths = given.get(name)
         need(lengths is not None, f"no {name}")
         if isinstance(lengths, torch.Tensor):
-            need(lengths.device.type == "cpu" and lengths.dtype == torch.int64 and lengths.dim() == 1, f"{name} {lengths}")
+            need(
+                lengths.device.type == "cpu" and lengths.dtype == torch.int64 and lengths.dim() == 1,
+                f"{name} {lengths}",
+            )
             lengths = lengths.tolist()
         need(1 <= len(lengths) <= 1024, f"{len(lengths)} sequences")
         need(all(a <= b for a, b in zip([0, *lengths], lengths)), f"{name} {lengths} does not ascend")
@@ -246,7 +257,9 @@ def _packed(
         need(b == a or d > c, "a sequence of queries without keys")
         hidden = _hidden(mode, mask, *window, sizes)
         keep = kept(seed + s, offset, sizes[1:], keep_prob) if keep_prob < 1.0 else None
-        part = Part(q[:, a:b], k[:, c:d], v[:, c:d], None if hidden is None else hidden[0], None, scale, keep, keep_prob)
+        part = Part(
+            q[:, a:b], k[:, c:d], v[:, c:d], None if hidden is None else hidden[0], None, scale, keep, keep_prob
+        )
         found.append((part, (slice(a, b), slice(c, d))))
     return found
 
@@ -278,7 +291,10 @@ def _backward(given: dict[str, Any], seed: int, offset: int) -> tuple[torch.Tens
     need(top.dtype == total.dtype == torch.float32 and top.shape[-1] == total.shape[-1] == _REPEATED, "statistics")
     need(bool((top == top[..., :1]).all() | top.isnan().any()), "statistics that are not repeated")
     need(dy.dtype == out.dtype == given["query"].dtype and dy.shape == out.shape, "dy and attention_in")
-    names, grads = ("query", "key", "value"), [torch.zeros_like(given[x], dtype=torch.float64) for x in ("query", "key", "value")]
+    names, grads = (
+        ("query", "key", "value"),
+        [torch.zeros_like(given[x], dtype=torch.float64) for x in ("query", "key", "value")],
+    )
     pse = given.get("pse")
     dadded = torch.zeros(0) if pse is None else torch.zeros(pse.shape, dtype=torch.float64)
     for part, at in parts:
@@ -288,7 +304,9 @@ def _backward(given: dict[str, Any], seed: int, offset: int) -> tuple[torch.Tens
                 continue
             own = [x[rows].double().transpose(0, 1) for x in (dy, out, top[..., :1], total[..., :1])]
         else:
-            own = [_by_heads(x, layout)[at].double() for x in (dy, out)] + [x[at][..., :1].double() for x in (top, total)]
+            own = [_by_heads(x, layout)[at].double() for x in (dy, out)] + [
+                x[at][..., :1].double() for x in (top, total)
+            ]
         *found, of_added = part.backward(*own)
         for name, grad, one in zip(names, grads, found):
             if layout == "TND":
@@ -300,6 +318,27 @@ def _backward(given: dict[str, Any], seed: int, offset: int) -> tuple[torch.Tens
             dadded[at if pse.shape[0] > 1 else 0] += of_added
     dq, dk, dv = (x.to(given["query"].dtype) for x in grads)
     return dq, dk, dv, dadded.to(given["query"].dtype), torch.zeros(0)
+
+
+def _infer(given: dict[str, Any], scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, log-sum-exp) of an operator of inference, BNSD alone."""
+    query, heads = given["query"], given.get("num_heads", 1)
+    need(given.get("input_layout") == "BNSD", f"layout {given.get('input_layout')}")
+    need(query.dtype in (torch.float16, torch.bfloat16), f"inference in {query.dtype}")
+    need(query.shape[-1] % 16 == 0 and query.shape[-1] <= 512, f"head size {query.shape[-1]}")
+    need(given.get("pse_shift") is None and given.get("actual_seq_lengths_kv") is None, "what the plans never give")
+    key_heads = given.get("num_key_value_heads", 0) or heads
+    need(key_heads == given["key"].shape[1] and heads // key_heads <= 64, f"{heads} heads on {key_heads}")
+    need(query.shape[0] <= 65536 and (query.shape[2] > 1 or given["key"].shape[2] <= 262144), "sizes")
+    mask, mode = given.get("atten_mask"), given.get("sparse_mode", 0)
+    need(mode == 0, f"mode {mode}")
+    if mask is not None:
+        need(mask.dim() == 2 or mask.shape[1] == 1, f"a mask of heads {list(mask.shape)}")
+    whole = {**given, "head_num": heads, "input_layout": "BNSD", "scale": scale, "sparse_mode": 0}
+    whole |= {"pre_tockens": UNBOUNDED, "next_tockens": UNBOUNDED}
+    made = [part.forward() for part, _ in _parts(whole, 0, 0)]
+    out, top, total = (torch.stack(x) for x in zip(*made))
+    return out.to(query.dtype), (top + total.log()).float()
 
 
 def _named(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -333,6 +372,31 @@ def install() -> torch.library.Library:
         out, top, total = _forward(given, seed, offset)
         return out, top, total, torch.empty(0), seed, offset, out.numel()
 
+    def infer(given: dict[str, Any]) -> Any:
+        out, lse = _infer(given, given.get("scale", 1.0))
+        need(bool(given.get("softmax_lse_flag")), "statistics that were not asked for")
+        return out, lse
+
+    def older(given: dict[str, Any]) -> Any:
+        return _infer(given, given.get("scale_value", 1.0))[0]
+
+    def prompt(given: dict[str, Any]) -> Any:
+        need(given["query"].dtype == torch.float16, "310P has float16 alone")
+        need(
+            given.get("num_key_value_heads", 0) == 0 and given.get("sparse_mode", 0) == 0,
+            "310P has no groups and no modes",
+        )
+        # 0 if it is not given
+        need(given.get("next_tokens", 0) == UNBOUNDED and given.get("pre_tokens", UNBOUNDED) == UNBOUNDED, "a window")
+        return older(given)
+
+    def incre(given: dict[str, Any]) -> Any:
+        need(given["query"].shape[2] == 1, "more than one query")
+        return older(given)
+
+    add("npu_fused_infer_attention_score", infer)
+    add("npu_prompt_flash_attention", prompt)
+    add("npu_incre_flash_attention", incre)
     add("npu_fusion_attention_v3", v3)
     add("npu_fusion_attention", v1)
     add("npu_fusion_attention_grad_v3", lambda given: _backward(given, 0, 0))

@@ -1,0 +1,33 @@
+"""Which operators a chip has, by its name as torch_npu gives it ("Ascend910B2"), and which of them a call takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from attnfuse import reasons
+from attnfuse.kernels.device import Device
+from attnfuse.reasons import Reason
+from attnfuse.spec import Attention
+
+#: Families of chips, by how their names begin: what marketing calls 910C is 910_93 there.
+FAMILIES = {"Ascend910B": "910B", "Ascend910_93": "910C", "Ascend310P": "310P"}
+#: Those whose operators give gradients.
+TRAINING = frozenset({"910B", "910C"})
+#: Those that have the two older operators of inference alone.
+INFERENCE = frozenset({"310P"})
+
+
+def family(device: Device) -> str:
+    """The family of a device's chip, '' of one that nothing is known of."""
+    return next((found for begin, found in FAMILIES.items() if device.name.startswith(begin)), "")
+
+
+def unfit(taken: frozenset[str], device: Device) -> Iterator[Reason]:
+    """Why a kernel for these families does not run on a device."""
+    if family(device) not in taken:
+        yield reasons.KERNEL_CHIP(chip=device.name or "unknown", taken=", ".join(sorted(taken)))
+
+
+def decodes(spec: Attention, queries: int, groups: int) -> bool:
+    """Whether the operator for one query takes a call: 16 bits, up to 64 heads to a key head, nothing added, nothing dropped."""
+    return queries == 1 and groups <= 64 and spec.qk_dtype != "float32" and not spec.dropout

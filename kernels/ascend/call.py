@@ -153,7 +153,7 @@ class Call:
     @property
     def empty(self) -> bool:
         """Whether no sequence has both queries and keys."""
-        return self.sides is not None and self.sides[0].ends.numel() == 0
+        return self.sides is not None and not self.sides[0].ends
 
     # -- forward
 
@@ -291,7 +291,7 @@ class Call:
     def _of_operands(self, gradient: torch.Tensor, needs: Sequence[bool]) -> list[torch.Tensor | None]:
         """Of what was added to scores, from the gradient of `added`."""
         found: list[torch.Tensor | None] = [torch.zeros_like(o) if n else None for o, n in zip(self.inputs.operands, needs)]
-        if self.added is None:
+        if self.added is None or not any(needs):
             return found
         lengths = Lengths(self.q.shape[-2], self.k.shape[-2])
         whole = self.heads.split(gradient.float(), self.batch)
@@ -343,7 +343,8 @@ class Call:
         plan = self.plan
         packed: dict[str, Any] = {}
         if self.sides is not None:
-            ends = [side.ends if plan.operator.endswith("v3") else side.ends.tolist() for side in self.sides]
+            tensors = plan.operator.endswith("v3")
+            ends = [torch.tensor(side.ends, dtype=torch.int64) if tensors else [*side.ends] for side in self.sides]
             packed = {"actual_seq_qlen": ends[0], "actual_seq_kvlen": ends[1], "softmax_layout": "TND"}
         return {
             **packed,
@@ -376,8 +377,7 @@ class Call:
         """How many scores there are."""
         if self.sides is None:
             return math.prod((self.q.shape[0], self.plan.heads, self.q.shape[-2], self.k.shape[-2]))
-        ends: list[list[int]] = [[0, *side.ends.tolist()] for side in self.sides]
-        q, k = ([b - a for a, b in itertools.pairwise(x)] for x in ends)
+        q, k = ([b - a for a, b in itertools.pairwise((0, *side.ends))] for side in self.sides)
         return self.plan.heads * sum(a * b for a, b in zip(q, k))
 
 

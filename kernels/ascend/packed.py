@@ -25,11 +25,11 @@ _on_host = WeakTensorKeyDictionary()
 @dataclass(frozen=True)
 class Side:
     """Rows of queries, or of keys and values. count: of all rows that there are. taken: int64, those of the call, in their order;
-    None for all of them. ends: int64 of the CPU, where each sequence ends among those taken."""
+    None for all of them. ends: where each sequence ends among those taken."""
 
     count: int
     taken: torch.Tensor | None
-    ends: torch.Tensor
+    ends: tuple[int, ...]
 
     def gathered(self, x: torch.Tensor) -> torch.Tensor:
         """[N, rows taken, columns] of [N, count, columns]."""
@@ -61,9 +61,8 @@ def sides(spec: Attention, inputs: Inputs) -> tuple[Side, Side, list[Lengths]]:
 
 
 def _side(places: Sequence[tuple[int, int]], count: int, device: torch.device) -> Side:
-    lengths = [last - first for first, last in places]
-    ends = torch.tensor([*itertools.accumulate(lengths)], dtype=torch.int64)
-    whole = [0, *ends.tolist()] == [*(first for first, _ in places), count]
+    ends = (*itertools.accumulate(last - first for first, last in places),)
+    whole = [0, *ends] == [*(first for first, _ in places), count]
     if whole:
         return Side(count, None, ends)
     taken = [row for first, last in places for row in range(first, last)]

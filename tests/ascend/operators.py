@@ -341,9 +341,11 @@ def _infer(given: dict[str, Any], scale: float) -> tuple[torch.Tensor, torch.Ten
     return out.to(query.dtype), (top + total.log()).float()
 
 
-def _named(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = [a.name for a in schema.arguments]
-    return {**dict(zip(names, args)), **kwargs}
+def named(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments by name, those that were not given as the schema has them."""
+    arguments = schema.arguments
+    given = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    return {**given, **dict(zip((a.name for a in arguments), args)), **kwargs}
 
 
 def install() -> torch.library.Library:
@@ -354,7 +356,7 @@ def install() -> torch.library.Library:
         schema = getattr(torch.ops.npu, name).default._schema
 
         def called(*args: Any, **kwargs: Any) -> Any:
-            given = _named(schema, args, kwargs)
+            given = named(schema, args, kwargs)
             DEVICE.calls.append((name, given))
             return run(given)
 

@@ -787,9 +787,6 @@ KERNEL_SEVERAL_DTYPES = Cause(
     "Convert q, k and v to one dtype before the attention, or leave out the option kernel.",
     KERNELS,
 )
-KERNEL_MANY_GROUPS = Cause(
-    "kernel-many-groups", "more than {most} query heads to a key head", "Repeat the key heads.", KERNELS
-)
 KERNEL_NOT_PLAIN = Cause(
     "kernel-not-plain",
     "more than a scale and a causal mask of -inf",

@@ -11,7 +11,7 @@ import torch
 
 from attnfuse import reasons
 from attnfuse.kernels import ascend, cpu, gluon, library, triton
-from attnfuse.kernels.capability import FLOATS, NUMBERS, STEPS, WEIGHT_STEPS, Capability, filled_weights
+from attnfuse.kernels.capability import NUMBERS, STEPS, WEIGHT_STEPS, Capability, filled_weights
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.inputs import DENSE, Bounds
 from attnfuse.kernels.library import banded, flash4, varlen
@@ -175,7 +175,10 @@ def _ordered(device: Device) -> list[Kernel]:
 
 
 def choose(spec: Attention, device: torch.device | Device, forced: str | None = None, trains: bool = False) -> Choice:
-    """The kernel for `spec` on `device`: the first that can run it, or `forced` by name if that can. trains: gradients are needed."""
+    """The kernel for `spec` on `device`: the first that can run it, or `forced` by name if that can.
+
+    trains: gradients are needed.
+    """
     device = Device.of(device)
     tried: Sequence[Kernel] = [kernel_named(forced)] if forced else _ordered(device)
     against = []

@@ -93,8 +93,8 @@ class Call:
     """An attention as one call.
 
     q [B, N, Q, D], k [B, Nkv, K, D] and v [B, Nkv, K, E] as the spec has them; packed, B is 1, and the rows are those of all
-    sequences. mask: what the operator gets, True for hidden keys. bare: rows [B or 1, N or 1, Q, 1] whose keys are all hidden. added:
-    [B or 1, N, Q or 1, K] of q's dtype. sides: of packed rows.
+    sequences. mask: what the operator gets, True for hidden keys. bare: rows [B or 1, N or 1, Q, 1] whose keys are all hidden.
+    added: [B or 1, N, Q or 1, K] of q's dtype. sides: of packed rows.
     """
 
     spec: Attention
@@ -134,6 +134,10 @@ class Call:
         mask, bare = None, None
         if found.mask == "triangle":
             mask = _triangle(q.device)
+        elif found.mask == "whole" and reading.finite and reading.terms:
+            raise ValueError(
+                "a mask by distance that leaves rows without a key, beside a term that they would be made of"
+            )
         elif found.mask == "whole":
             mask, bare = _whole(reading, inputs.operands, heads, batch, lengths, q.device)
         if operator == "npu_fused_infer_attention_score" and mask is not None and mask.shape[1] > 1:
@@ -290,7 +294,9 @@ class Call:
 
     def _of_operands(self, gradient: torch.Tensor, needs: Sequence[bool]) -> list[torch.Tensor | None]:
         """Of what was added to scores, from the gradient of `added`."""
-        found: list[torch.Tensor | None] = [torch.zeros_like(o) if n else None for o, n in zip(self.inputs.operands, needs)]
+        found: list[torch.Tensor | None] = [
+            torch.zeros_like(o) if n else None for o, n in zip(self.inputs.operands, needs)
+        ]
         if self.added is None or not any(needs):
             return found
         lengths = Lengths(self.q.shape[-2], self.k.shape[-2])

@@ -114,7 +114,8 @@ class Masked(NamedTuple):
 def masked(reading: Reading, lengths: Sequence[Lengths], modes: bool = True) -> Masked:
     """The first rule that says the masks of a reading for all sequences of these lengths, or the mask itself, element by element.
 
-    Rules are for masks that leave each row a key: of others the operators' documents do not say what they give. modes: whether the operator has others than the mask itself.
+    Rules are for masks that leave each row a key: of others the operators' documents do not say what they give. modes: whether
+    the operator has others than that of the mask itself.
     """
     band = reading.band
     whole = Masked("mask", "whole", 1 if modes else 0)

@@ -141,7 +141,7 @@ def _as_term(spec: Attention, step: ReplaceFill | AddFill) -> bool:
 
 
 def _below_all(spec: Attention) -> float:
-    """What leaves a key no weight beside another in place of its score, whatever the other's is: in float16 the least number too."""
+    """What leaves a key no weight in place of its score, whatever those of others are: in float16 the least number too."""
     return float(torch.finfo(torch.float16).min) if spec.qk_dtype == "float16" else BELOW_ALL_SCORES
 
 
@@ -172,8 +172,9 @@ def _limits(spec: Attention) -> Iterator[Reason]:
         ),
         # which of several numbers is left in a row without keys is not looked into
         (
-            len({s.value for _, s in finite}) > 1
-            or (AddFill in kinds and (len(finite) > 1 or (len(kinds) > 1 and _band(masks) is None)))
+            len({s.value for i, s in fills if i in hides}) > 1
+            or len(kinds) > 1
+            or (AddFill in kinds and len(finite) > 1)
             or (len(finite) > 1 and any(isinstance(s, Scale) for s in steps[finite[0][0] :])),
             reasons.KERNEL_FILL(),
         ),
@@ -185,6 +186,11 @@ def _limits(spec: Attention) -> Iterator[Reason]:
             bool(finite)
             and any(map(rounding.is_sum, (s for i, s in enumerate(steps) if i not in hides)))
             and _band(masks) is None,
+            reasons.KERNEL_ROW_WITHOUT_KEYS(),
+        ),
+        # whose gradient is NaN in rows without keys, where that of a term before the fill is 0
+        (
+            spec.hidden == "nan" and ReplaceFill in kinds and _term_after_fill(spec, hides),
             reasons.KERNEL_ROW_WITHOUT_KEYS(),
         ),
         (
@@ -200,6 +206,10 @@ def _limits(spec: Attention) -> Iterator[Reason]:
     ):
         if holds:
             yield reason
+
+
+def _term_after_fill(spec: Attention, hides: frozenset[int]) -> bool:
+    return any(isinstance(s, Bias) and i > min(hides, default=i) for i, s in enumerate(spec.steps))
 
 
 def _shared(spec: Attention) -> bool:

@@ -1,7 +1,9 @@
-"""The kernels for Ascend NPUs, without one: torch_npu's own schemas and fakes, and its operators as their documents say (operators.py).
+"""The kernels for Ascend NPUs, without one: torch_npu's own schemas and fakes, and operators as documents say (operators.py).
 
 A process of its own: torch_npu changes torch where it is imported, and needs stand-ins for CANN's libraries.
 """
+
+# ruff: noqa: E402
 
 from __future__ import annotations
 
@@ -37,6 +39,13 @@ _LIBRARY = operators.install()
 def npu(request: pytest.FixtureRequest) -> Iterator[operators.Device]:
     """Operators on tensors of the CPU, under each order that the documents give."""
     with operators.device(request.param) as device:
+        yield device
+
+
+@pytest.fixture
+def once() -> Iterator[operators.Device]:
+    """The same where nothing is added, so that one order is enough."""
+    with operators.device() as device:
         yield device
 
 

@@ -32,8 +32,7 @@ def need(holds: bool, what: str) -> None:
 
 @dataclass
 class Device:
-    """order: 'term first' is scale * (pse + q @ k), 'scale first' scale * (q @ k) + pse. calls: the operators called, with what they
-    were given."""
+    """order: 'term first' is scale * (pse + q @ k), 'scale first' scale * (q @ k) + pse. calls: of operators, and arguments."""
 
     order: str = "term first"
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -85,6 +84,8 @@ class Part:
             s = (s + self.added) * self.scale
         else:
             s = s * self.scale + self.added
+        # what the statistics are of
+        s = s.float().double()
         if self.hidden is not None:
             need(not bool(self.hidden.all(-1).any()), "a row without keys")
             s = s.masked_fill(self.hidden, -torch.inf)

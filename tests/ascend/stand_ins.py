@@ -23,10 +23,22 @@ _FAILED = 507899
 #: In this order: the others need the first.
 NAMES = ("libascendcl", "libhccl", "libacl_op_compiler", "libge_runner", "libgraph", "libacl_tdt_channel")
 _SUCCEED = (
-    "aclSetCompileopt aclrtSetDeviceSatMode aclrtSetOpExecuteTimeOut aclrtDestroyStreamForce aclrtSetStreamOverflowSwitch "
-    "aclrtSynchronizeDevice aclFinalize aclrtResetDevice aclrtSetCurrentContext aclrtDestroyStream aclrtSynchronizeStream "
-    "aclrtDestroyEvent aclInit aclrtSetSysParamOpt aclrtCtxSetSysParamOpt"
-).split()
+    "aclInit",
+    "aclFinalize",
+    "aclSetCompileopt",
+    "aclrtSetDeviceSatMode",
+    "aclrtSetOpExecuteTimeOut",
+    "aclrtSetStreamOverflowSwitch",
+    "aclrtSetCurrentContext",
+    "aclrtResetDevice",
+    "aclrtSynchronizeDevice",
+    "aclrtSynchronizeStream",
+    "aclrtDestroyStream",
+    "aclrtDestroyStreamForce",
+    "aclrtDestroyEvent",
+    "aclrtSetSysParamOpt",
+    "aclrtCtxSetSysParamOpt",
+)
 _NOTHING = ("aclopCreateAttr", "aclCreateDataBuffer", "aclCreateTensorDesc")
 _ACCOUNTS = r"""
 #include <stdint.h>

@@ -78,10 +78,24 @@ def test_what_is_called_has_the_schemas_and_gives_the_shapes(case, by_head):
         assert given[name].shape == given_back[name].shape
     for name in ("atten_mask", "pse"):
         assert (given.get(name) is None) == (given_back.get(name) is None)
-    for name in ("head_num", "input_layout", "sparse_mode", "pre_tockens", "next_tockens", "keep_prob", "seed", "offset"):
+    for name in (
+        "head_num",
+        "input_layout",
+        "sparse_mode",
+        "pre_tockens",
+        "next_tockens",
+        "keep_prob",
+        "seed",
+        "offset",
+    ):
         assert given.get(name) == given_back.get(name), name
     assert given.get("scale", 1.0) == given_back.get("scale_value", 1.0)
-    for name, made in (("attention_in", saved[0]), ("softmax_max", saved[1]), ("softmax_sum", saved[2]), ("dy", saved[0])):
+    for name, made in (
+        ("attention_in", saved[0]),
+        ("softmax_max", saved[1]),
+        ("softmax_sum", saved[2]),
+        ("dy", saved[0]),
+    ):
         assert (given_back[name].shape, given_back[name].dtype) == (made.shape, made.dtype)
 
 

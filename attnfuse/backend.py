@@ -15,6 +15,7 @@ from torch import fx
 
 from attnfuse import _compat, checking, nested, ops, reasons, settings
 from attnfuse.graphs import copied
+from attnfuse.passes.lowered import all_reduce
 from attnfuse.pipeline import Work, rewrite, undone
 from attnfuse.reasons import Reason
 from attnfuse.report import registry
@@ -115,19 +116,21 @@ def _inner(
         return gm.forward, ()
     # seeds are to be kept for backward
     with _compat.some_memory():
+        types = {x.device.type for x in example_inputs if isinstance(x, torch.Tensor)}
+        lowered = functools.partial(_with_all_reduce, strict=chosen.strict) if "npu" in types else None
         if chosen.inner == "aot_eager":
-            return _compat.aot_eager(gm, example_inputs), ()
+            return _compat.aot_eager(gm, example_inputs, lowered), ()
 
         def inductor() -> Compiled:
-            return _compat.compile_fx(gm, example_inputs, _compat.without_sdpa_patterns(patches, identity(chosen)))
+            patched = _compat.without_sdpa_patterns(patches, identity(chosen))
+            return _compat.compile_fx(gm, example_inputs, patched, lowered)
 
-        types = {x.device.type for x in example_inputs if isinstance(x, torch.Tensor)}
         others = sorted(types - _OF_INDUCTOR)
         if not others:
             return inductor(), ()
         devices = " and ".join(others)
         if not all(map(_compat.inductor_has, others)):
-            return _compat.aot_eager(gm, example_inputs), (str(reasons.NO_INDUCTOR(devices=devices)),)
+            return _compat.aot_eager(gm, example_inputs, lowered), (str(reasons.NO_INDUCTOR(devices=devices)),)
         try:
             return inductor(), ()
         except Exception as error:
@@ -135,7 +138,18 @@ def _inner(
                 raise
             failed = str(reasons.INDUCTOR_FAILED(devices=devices, error=said(error)))
         warn(failed)
-        return _compat.aot_eager(gm, example_inputs), (failed,)
+        return _compat.aot_eager(gm, example_inputs, lowered), (failed,)
+
+
+def _with_all_reduce(gm: fx.GraphModule, strict: bool) -> None:
+    """Projections of attentions and their all-reduces as one operator, in a graph for NPUs."""
+    try:
+        all_reduce.fuse(gm.graph, lambda name: all_reduce.Group(*_compat.npu_group(name)))
+    except Exception as error:
+        if strict:
+            raise
+        log.debug("all-reduces are left as they are", exc_info=True)
+        warn(f"the all-reduces of a graph are left as they are: {said(error)}")
 
 
 def identity(chosen: Settings) -> str:

@@ -397,6 +397,16 @@ def install() -> torch.library.Library:
         need(given["query"].shape[2] == 1, "more than one query")
         return older(given)
 
+    def projected(given: dict[str, Any]) -> torch.Tensor:
+        rows, weight, bias = given["x1"], given["x2"], given["bias"]
+        need(rows.dtype == weight.dtype and rows.dtype in (torch.float16, torch.bfloat16), f"rows in {rows.dtype}")
+        need(rows.dim() in (2, 3) and rows.is_contiguous() and weight.dim() == 2, "rows or weights")
+        need(given["reduce_op"] == "sum" and given["comm_turn"] == 0, "another reduction")
+        need(bias is None or bias.dim() == 1, "a bias of rows")
+        # of this device alone
+        return rows @ weight if bias is None else rows @ weight + bias
+
+    add("npu_mm_all_reduce_base", projected)
     add("npu_fused_infer_attention_score", infer)
     add("npu_prompt_flash_attention", prompt)
     add("npu_incre_flash_attention", incre)

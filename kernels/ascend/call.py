@@ -43,6 +43,13 @@ def _triangle(device: torch.device) -> torch.Tensor:
     return torch.ones(_SIDE, _SIDE, dtype=torch.bool, device=device).triu(1)
 
 
+@functools.lru_cache(maxsize=16)
+def _triangle_and_prefix(device: torch.device) -> torch.Tensor:
+    lower = torch.ones(_SIDE // 2, _SIDE, dtype=torch.bool, device=device)
+    lower[:, : _SIDE // 2] = False
+    return torch.cat([_triangle(device), lower])
+
+
 @dataclass(frozen=True)
 class Heads:
     """Which batch dims of a spec are the operators' batch, and which their heads: the last ones."""
@@ -130,10 +137,12 @@ class Call:
             operator = "npu_incre_flash_attention" if lengths.queries == 1 else "npu_prompt_flash_attention"
         elif not (reverse or reading.terms) and chips.decodes(spec, lengths.queries, groups):
             operator = "npu_fused_infer_attention_score"
-        found = masked(reading, [lengths], modes=operator not in INFERENCE)
+        found = masked(reading, [lengths], modes=operator not in INFERENCE, batch=q.shape[0])
         mask, bare = None, None
         if found.mask == "triangle":
             mask = _triangle(q.device)
+        elif found.mask == "triangle and prefix":
+            mask = _triangle_and_prefix(q.device)
         elif found.mask == "whole" and reading.finite and reading.terms:
             raise ValueError(
                 "a mask by distance that leaves rows without a key, beside a term that they would be made of"
@@ -361,6 +370,7 @@ class Call:
             "pre_tockens": plan.before,
             "next_tockens": plan.after,
             "sparse_mode": plan.mode,
+            "prefix": [plan.prefix] * self.q.shape[0] if plan.mode == 6 else None,
         }
 
     def _reverse(self) -> str:

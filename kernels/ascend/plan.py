@@ -1,7 +1,7 @@
 """The call that a reading of a spec becomes for tensors of given sizes: a plain value, chosen by a table of rules.
 
 Of the operators' masks, `triangle` is the one that they ask for with modes 2, 3 and 4: bool [2048, 2048], True above the diagonal,
-whatever the lengths are. A mode without a mask is ignored silently, windows and all: no rule gives one.
+whatever the lengths are; for mode 6 there are 1024 rows more, whose first 1024 elements are False. A mode without a mask is ignored silently, windows and all: no rule gives one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from attnfuse.kernels.ascend.reading import Band, Reading
 
 #: What the operators take for "all there are" on one side of a query.
 UNBOUNDED = 2147483647
-Mask = Literal["none", "triangle", "whole"]
+Mask = Literal["none", "triangle", "triangle and prefix", "whole"]
 Layout = Literal["BNSD", "BSND", "TND"]
 Operator = Literal[
     "npu_fusion_attention",
@@ -33,7 +33,8 @@ class Plan:
 
     heads, key_heads   of queries, and of keys and values
     scale              what q @ k^T is multiplied with
-    mask, mode         which mask is given, with which sparse mode; before, after: how far a query sees under mode 4
+    mask, mode         which mask is given, with which sparse mode; before, after: how far a query sees under mode 4; prefix: the
+                       first keys that all queries see under mode 6
     added              something is added to scores; then q has the scale in it, and `scale` is 1, since the documents do not agree
                        on which of the two comes first
     keep               of weights, the part that is not dropped
@@ -50,11 +51,13 @@ class Plan:
     mode: int
     before: int = UNBOUNDED
     after: int = UNBOUNDED
+    prefix: int = 0
     added: bool = False
     keep: float = 1.0
 
     def __str__(self) -> str:
         window = f" {self.before} back, {self.after} ahead" if self.mode == 4 else ""
+        window = f" {self.prefix} first" if self.mode == 6 else window
         heads = f"{self.heads} heads" if self.heads == self.key_heads else f"{self.heads} heads on {self.key_heads}"
         parts = [
             f"{self.operator} {self.layout}, {heads}, scale {self.scale:g}, {self.rule}: mask {self.mask}, mode {self.mode}{window}"
@@ -109,18 +112,29 @@ class Masked(NamedTuple):
     mode: int
     before: int = UNBOUNDED
     after: int = UNBOUNDED
+    prefix: int = 0
 
 
-def masked(reading: Reading, lengths: Sequence[Lengths], modes: bool = True) -> Masked:
+#: Batches of more have no prefixes.
+_PREFIXES = 32
+
+
+def masked(reading: Reading, lengths: Sequence[Lengths], modes: bool = True, batch: int = 0) -> Masked:
     """The first rule that says the masks of a reading for all sequences of these lengths, or the mask itself, element by element.
 
     Rules are for masks that leave each row a key: of others the operators' documents do not say what they give. modes: whether
-    the operator has others than that of the mask itself.
+    the operator has others than that of the mask itself. batch: of dense rows, 0 for packed ones.
     """
     band = reading.band
     whole = Masked("mask", "whole", 1 if modes else 0)
     if not reading.masks:
         return Masked("all keys", "none", 0)
+    if reading.prefix is not None and modes and 0 < batch <= _PREFIXES:
+        (n,) = lengths
+        ahead, count = reading.prefix.ahead, reading.prefix.count
+        # the diagonal ends at the last key, and each row sees one
+        if ahead == _last(n) and max(0, _last(n)) <= count <= n.keys and (count > 0 or _last(n) >= 0):
+            return Masked("prefix", "triangle and prefix", 6, prefix=count)
     if band is None or any(band.hides_rows(*n) for n in lengths):
         return whole
     back, ahead = band.back, band.ahead

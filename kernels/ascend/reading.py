@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from attnfuse import reasons, rounding
-from attnfuse.expr import Const, Expr
+from attnfuse.expr import Apply, Const, Expr
 from attnfuse.kernels.fills import BELOW_ALL_SCORES, hiding
 from attnfuse.kernels.mask_ranges import cut
 from attnfuse.reasons import Reason
@@ -58,6 +58,11 @@ class Reading:
         """The masks, if all they say is how far a query sees."""
         return _band(self.masks)
 
+    @property
+    def prefix(self) -> Prefix | None:
+        """The masks, if all they say is that the first keys are seen by all, and others as far as a query sees ahead."""
+        return _prefix(self.masks)
+
 
 @dataclass(frozen=True)
 class Band:
@@ -71,6 +76,32 @@ class Band:
         ahead = keys if self.ahead is None else self.ahead
         back = queries if self.back is None else self.back
         return keys == 0 or ahead < 0 or queries - 1 - back > keys - 1 or back + ahead < 0
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Query q sees the keys to q + ahead, and the first `count` ones."""
+
+    ahead: int
+    count: int
+
+
+@functools.lru_cache(maxsize=512)
+def _prefix(masks: tuple[Expr, ...]) -> Prefix | None:
+    if len(masks) != 1 or not (isinstance(masks[0], Apply) and masks[0].op == "or"):
+        return None
+    found: dict[str, int] = {}
+    for part in masks[0].args:
+        own = cut(part)
+        if own.rest is not None or len(own.bounds) != 1:
+            return None
+        ((kind, bound),) = own.bounds.items()
+        if not isinstance(bound, Const) or kind in found:
+            return None
+        found[kind] = int(bound.value)
+    if found.keys() != {"below_q", "below"}:
+        return None
+    return Prefix(found["below_q"] - 1, found["below"])
 
 
 @functools.lru_cache(maxsize=512)

@@ -150,8 +150,28 @@ def _triangle(mask: torch.Tensor, most: int = 2) -> None:
     need(bool((mask.reshape(_SIDE, _SIDE).bool() == torch.ones(_SIDE, _SIDE).triu(1).bool()).all()), "not the triangle")
 
 
+def _with_prefix(mask: torch.Tensor, prefix: list[int] | None, sizes: tuple[int, int, int, int]) -> torch.Tensor:
+    """Mode 6: the first keys of each element, and what is causal to the last key."""
+    B, _, Q, K = sizes
+    need(tuple(mask.shape) == (_SIDE + _SIDE // 2, _SIDE), f"a mask {list(mask.shape)} for mode 6")
+    _triangle(mask[:_SIDE])
+    lower = mask[_SIDE:].bool()
+    need(not bool(lower[:, : _SIDE // 2].any()) and bool(lower[:, _SIDE // 2 :].all()), "the rows below the triangle")
+    need(prefix is not None and len(prefix) == B <= 32, f"prefixes {prefix} for B {B}")
+    assert prefix is not None
+    need(all(max(0, K - Q) <= n <= K for n in prefix), f"prefixes {prefix} for Q {Q}, K {K}")
+    i, j = torch.arange(Q)[:, None], torch.arange(K)[None]
+    return torch.stack([(j > i + K - Q) & (j >= n) for n in prefix])[:, None]
+
+
 def _hidden(
-    mode: int, mask: torch.Tensor | None, before: int, after: int, sizes: tuple[int, int, int, int], most: int = 2
+    mode: int,
+    mask: torch.Tensor | None,
+    before: int,
+    after: int,
+    sizes: tuple[int, int, int, int],
+    most: int = 2,
+    prefix: list[int] | None = None,
 ) -> torch.Tensor | None:
     """What hides, [1 or B, 1 or N, Q, K]; sizes: B, N, Q, K."""
     B, N, Q, K = sizes
@@ -170,6 +190,8 @@ def _hidden(
             outside = (j < i - before) | (j > i + after)
             need(not bool((outside & ~hidden).any()), "a window that hides what the mask does not")
         return hidden
+    if mode == 6:
+        return _with_prefix(mask, prefix, sizes)
     need(mode in (2, 3, 4), f"mode {mode}")
     _triangle(mask, most)
     last = K - Q
@@ -210,7 +232,8 @@ def _parts(given: dict[str, Any], seed: int, offset: int) -> list[tuple[Part, An
     need(given.get("actual_seq_qlen") is None and given.get("actual_seq_kvlen") is None, f"lengths in {layout}")
     q, k, v = (_by_heads(x, layout).double() for x in (query, key, value))
     sizes = (q.shape[0], heads, q.shape[2], k.shape[2])
-    hidden, added = _hidden(mode, mask, *window, sizes), _added(pse, query.dtype, sizes)
+    hidden = _hidden(mode, mask, *window, sizes, prefix=given.get("prefix"))
+    added = _added(pse, query.dtype, sizes)
     keep = kept(seed, offset, sizes, keep_prob) if keep_prob < 1.0 else None
 
     def of(x: torch.Tensor | None, b: int) -> torch.Tensor | None:

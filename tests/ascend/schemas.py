@@ -1,6 +1,6 @@
 """The schemas of the operators that kernels/ascend and passes/lowered call, as wheels of torch_npu have them.
 
-    python tests/ascend/schemas.py WHEEL... > tests/ascend/schemas.json
+python tests/ascend/schemas.py WHEEL... > tests/ascend/schemas.json
 """
 
 from __future__ import annotations

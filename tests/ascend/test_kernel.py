@@ -317,3 +317,19 @@ def test_a_plan_says_what_is_called():
     spec = make_spec(q, k, v, steps=(HALF, ReplaceFill(A.and_(causal(), window(7)), -INF)))
     said = str(Call.of(spec, Inputs(q, k, v)).plan)
     assert said == "npu_fusion_attention_v3 BNSD, 2 heads, scale 0.25, band: mask triangle, mode 4 6 back, 0 ahead"
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "count", "mode"),
+    [(20, 20, 7, 6), (20, 33, 13, 6), (20, 33, 20, 6), (33, 20, 4, 6), (20, 20, 20, 6), (20, 33, 5, 1), (20, 20, 0, 2)],
+)
+def test_a_prefix_that_all_queries_see(npu, queries, keys, count, mode):
+    seen = A.or_(causal(keys - queries), A.compare("lt", expr.K, Const(count)))
+    check(*qkv(2, 2, queries, keys), steps=(HALF, ReplaceFill(seen, -INF)))
+    assert called(npu)[1] == mode and npu.calls[0][1].get("prefix") == ([count] * 2 if mode == 6 else None)
+
+
+def test_a_prefix_of_a_large_batch_is_a_mask(npu):
+    seen = A.or_(causal(), A.compare("lt", expr.K, Const(7)))
+    check(*qkv(33, 1, 9, 9, 4), steps=(HALF, ReplaceFill(seen, -INF)))
+    assert called(npu)[1] == 1

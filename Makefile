@@ -15,7 +15,7 @@ export GOMP_SPINCOUNT := 0
 ASCEND := .ascend
 TORCH_NPU := 2.13.0
 
-.PHONY: help setup setup-ascend demo test test-ascend test-all test-coverage suite-table lint mutants refusals coverage-table bench gpu-check clean
+.PHONY: help setup setup-ascend demo test test-ascend test-all test-coverage suite-table lint mutants refusals coverage-table bench gpu-check npu-check clean
 
 help:
 	@echo "make demo            compile BERT, Llama and T5, and show what was rewritten"
@@ -30,6 +30,7 @@ help:
 	@echo "make refusals        write docs/refusals.md from attnfuse/reasons.py"
 	@echo "make coverage-table  run all coverage cases and write docs/coverage.md"
 	@echo "make bench           time attention, models, padding and packing beside Inductor, write docs/benchmarks.md"
+	@echo "make npu-check       on an Ascend NPU: the calls that are made there against float64, and what documents leave open"
 	@echo "make gpu-check       on a CUDA device, in eight minutes: tests, kernels beside their predictions, headline figures;"
 	@echo "                     installs nothing. GPU_ARGS='--results FOLDER --minutes 12' keeps them elsewhere, and takes longer"
 
@@ -116,6 +117,10 @@ GPU_MARK ?= gpu and not slow
 # the plain command does all of it where there is no make: python3 -m benchmarks.first_run
 gpu-check:
 	@$(GPU_PYTHON) -m benchmarks.first_run --mark '$(GPU_MARK)' $(GPU_ARGS) -- $(PYTEST_ARGS)
+
+# on a machine with an Ascend NPU and torch_npu: nothing is installed
+npu-check:
+	@$(GPU_PYTHON) -m benchmarks.npu $(NPU_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

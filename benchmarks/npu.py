@@ -1,10 +1,11 @@
-"""What an Ascend NPU gives for the calls that kernels/ascend makes, and for what its documents leave open or contradict themselves in.
+"""What an Ascend NPU gives for the calls that kernels/ascend makes, and for what its documents leave open.
 
-    make npu-check                  # or: python3 -m benchmarks.npu
+    make npu-check                              # or: python3 -m benchmarks.npu
     python3 -m benchmarks.npu --results FOLDER
+    python3 -m benchmarks.npu --plans           # writes what is called on which chip into docs/ascend.md, without an NPU
 
-Cases are specs, forward and backward, against float64; questions are calls of the operators themselves. Both go into npu.json, which
-is whole after each of them, and a table is printed. The exit status is 1 if a case is wrong or a question's answer is none of those
+Cases are specs, forward and backward, against float64; questions are calls of the operators themselves. Both go into npu.json,
+which is whole after each of them, and are printed. The exit status is 1 if a case is wrong or a question's answer is none of those
 that the kernel is right under, and 2 without an NPU. Nothing is installed, and nothing is timed.
 """
 
@@ -23,13 +24,14 @@ import torch
 
 from attnfuse.accuracy.compare import compare
 from attnfuse.expr import Algebra, causal, dense, window
-from attnfuse.kernels import ascend, reference
+from attnfuse.kernels import ascend, choose, kernel_named, reference
 from attnfuse.kernels.ascend import chips
 from attnfuse.kernels.ascend.call import Call
+from attnfuse.kernels.ascend.plan import INFERENCE
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.inputs import Bounds, Inputs
 from attnfuse.spec import AddFill, Attention, Bias, Operand, ReplaceFill, Scale, dtype_name
-from benchmarks.results import RESULTS, environment
+from benchmarks.results import RESULTS, ROOT, environment
 
 _INF = math.inf
 _ALGEBRA = Algebra()
@@ -85,7 +87,7 @@ def cases() -> list[Case]:
                 dtype,
                 (scale, ReplaceFill(_ALGEBRA.and_(causal(100), window(32)), -_INF)),
                 (2, 4, 1, 100, 200, 64, 64),
-            ),  # fmt: skip
+            ),
             Case("keys hidden, some rows without", dtype, (scale, ReplaceFill(dense(0), -_INF)), operands=keys),
             Case("keys hidden by a number", dtype, (scale, ReplaceFill(dense(0), -1e9)), operands=keys),
             Case("groups", dtype, (scale, hides), (2, 2, 4, 200, 200, 64, 64)),
@@ -242,7 +244,7 @@ def dropped_weights(device: torch.device) -> Outcome:
     kept = float((first.cpu() != 0).double().mean())
     dv = torch.ops.npu.npu_fusion_attention_grad(
         q, k, v, torch.eye(64, dtype=torch.float16, device=device).expand(1, 2, 64, 64).contiguous(), 2, "BNSD",
-        softmax_max=top, softmax_sum=total, attention_in=first, scale_value=0.0, keep_prob=0.75, seed=7, offset=0, numels=2 * 64 * 64,
+        softmax_max=top, softmax_sum=total, attention_in=first, scale_value=0.0, keep_prob=0.75, seed=7, offset=0, numels=8192,
     )[2]  # fmt: skip
     same = torch.equal(first.cpu(), again.cpu())
     right = same and abs(kept - 0.75) < 0.05 and torch.allclose(dv.cpu().mT, first.cpu(), atol=1e-3)
@@ -275,6 +277,44 @@ QUESTIONS: tuple[Callable[[torch.device], Outcome], ...] = (
 )
 
 
+# -- the table of the documents
+
+#: By column: the chip that stands for its family, and whether gradients are asked for.
+_CHIPS = {"910B, 910C": ("Ascend910B2", True), "310P": ("Ascend310P3", False)}
+_BEGIN, _END = "<!-- plans: begin -->", "<!-- plans: end -->"
+
+
+def planned(case: Case, chip: str, trains: bool) -> str:
+    """What a case is called by on a chip, or why it is not."""
+    spec, inputs = built(case)
+    choice = choose(spec, Device("npu", name=chip), trains=trains)
+    if choice.kernel is None:
+        kernel = kernel_named("ascend" if trains else "ascend_inference")
+        return "refused: " + "; ".join(map(str, kernel.capability.reasons(spec, Device("npu", name=chip), trains)))
+    plan = Call.of(spec, inputs, inference=choice.kernel.name == "ascend_inference").plan
+    mode = "" if plan.operator in INFERENCE else f", mode {plan.mode}"
+    added = ", bias" if plan.added else ""
+    return f"`{plan.operator}` {plan.layout}, mask {plan.mask}{mode}{added}"
+
+
+def table() -> str:
+    """What is called for each case in float16, by family of chips."""
+    rows = ["| case | " + " | ".join(_CHIPS) + " |", "| --- |" + " --- |" * len(_CHIPS)]
+    for case in cases():
+        if case.dtype == torch.float16:
+            cells = [planned(case, chip, trains) for chip, trains in _CHIPS.values()]
+            rows.append(f"| {case.name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def write_table(path: Path) -> None:
+    """Put the table between its marks in a file."""
+    text = path.read_text()
+    head, _, rest = text.partition(_BEGIN)
+    _, _, tail = rest.partition(_END)
+    path.write_text(f"{head}{_BEGIN}\n{table()}\n{_END}{tail}")
+
+
 def run(device: torch.device, keep: Callable[[list[Outcome]], None], chosen: str = "") -> list[Outcome]:
     """All outcomes, each kept as soon as it is there. What raises is wrong, and says so."""
     todo: list[tuple[str, str, Callable[[], Outcome]]] = [
@@ -299,12 +339,15 @@ def run(device: torch.device, keep: Callable[[list[Outcome]], None], chosen: str
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.npu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    style = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.npu", description=__doc__, formatter_class=style)
     parser.add_argument("--results", type=Path, help="where npu.json goes: a folder of the chip's name by default")
+    parser.add_argument("--plans", action="store_true", help="write the table of docs/ascend.md instead")
     parser.add_argument("--only", default="", help="cases and questions whose names have this in them")
     given = parser.parse_args(arguments)
+    if given.plans:
+        write_table(ROOT / "docs" / "ascend.md")
+        return 0
     try:
         import torch_npu  # type: ignore[import-not-found]
 

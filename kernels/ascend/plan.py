@@ -1,7 +1,8 @@
 """The call that a reading of a spec becomes for tensors of given sizes: a plain value, chosen by a table of rules.
 
 Of the operators' masks, `triangle` is the one that they ask for with modes 2, 3 and 4: bool [2048, 2048], True above the diagonal,
-whatever the lengths are; for mode 6 there are 1024 rows more, whose first 1024 elements are False. A mode without a mask is ignored silently, windows and all: no rule gives one.
+whatever the lengths are; for mode 6 there are 1024 rows more, whose first 1024 elements are False. A mode without a mask is
+ignored silently, windows and all: no rule gives one.
 """
 
 from __future__ import annotations
@@ -131,9 +132,9 @@ def masked(reading: Reading, lengths: Sequence[Lengths], modes: bool = True, bat
         return Masked("all keys", "none", 0)
     if reading.prefix is not None and modes and 0 < batch <= _PREFIXES:
         (n,) = lengths
-        ahead, count = reading.prefix.ahead, reading.prefix.count
+        count = reading.prefix.count
         # the diagonal ends at the last key, and each row sees one
-        if ahead == _last(n) and max(0, _last(n)) <= count <= n.keys and (count > 0 or _last(n) >= 0):
+        if reading.prefix.ahead == _last(n) and max(0, _last(n)) <= count <= n.keys and (count > 0 or _last(n) >= 0):
             return Masked("prefix", "triangle and prefix", 6, prefix=count)
     if band is None or any(band.hides_rows(*n) for n in lengths):
         return whole

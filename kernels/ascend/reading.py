@@ -16,7 +16,7 @@ import torch
 
 from attnfuse import reasons, rounding
 from attnfuse.expr import Apply, Const, Expr
-from attnfuse.kernels.fills import BELOW_ALL_SCORES, hiding
+from attnfuse.kernels.fills import BELOW_ALL_SCORES, HIDDEN_BELOW, hiding
 from attnfuse.kernels.mask_ranges import cut
 from attnfuse.reasons import Reason
 from attnfuse.spec import AddFill, Attention, Bias, Cast, ReplaceFill, Scale, dtype_of
@@ -218,6 +218,12 @@ def _limits(spec: Attention) -> Iterator[Reason]:
             and any(map(rounding.is_sum, (s for i, s in enumerate(steps) if i not in hides)))
             and _band(masks) is None,
             reasons.KERNEL_ROW_WITHOUT_KEYS(),
+        ),
+        # a term may take the score of a key that is seen below the number that hides others
+        (
+            (any(s.value > HIDDEN_BELOW for _, s in finite) and any(map(rounding.is_sum, steps)))
+            or (bool(finite) and any(isinstance(s, AddFill) and i not in hides for i, s in fills)),
+            reasons.KERNEL_FILL(),
         ),
         # whose gradient is NaN in rows without keys, where that of a term before the fill is 0
         (

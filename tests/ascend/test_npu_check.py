@@ -7,6 +7,7 @@ import json
 import operators
 import pytest
 import torch
+from repository import ROOT
 
 from benchmarks import npu
 
@@ -43,3 +44,11 @@ def test_the_stand_in_device_fails_every_case_and_keeps_what_it_said(tmp_path, c
     assert (kept["chip"], kept["family"]) == ("Ascend910B2", "910B") and kept["torch_npu"]
     assert [x["right"] for x in kept["outcomes"]] == [False] * 3
     assert "0 of 3 right" in capsys.readouterr().out
+
+
+def test_the_table_of_the_documents_is_what_is_planned(tmp_path):
+    text = (ROOT / "docs" / "ascend.md").read_text()
+    copy = tmp_path / "ascend.md"
+    copy.write_text(text)
+    npu.write_table(copy)
+    assert copy.read_text() == text, "python -m benchmarks.npu --plans"

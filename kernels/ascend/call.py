@@ -100,8 +100,9 @@ class Call:
     """An attention as one call.
 
     q [B, N, Q, D], k [B, Nkv, K, D] and v [B, Nkv, K, E] as the spec has them; packed, B is 1, and the rows are those of all
-    sequences. mask: what the operator gets, True for hidden keys. bare: rows [B or 1, N or 1, Q, 1] whose keys are all hidden.
-    added: [B or 1, N, Q or 1, K] of q's dtype. sides: of packed rows.
+    sequences. mask: what the operator gets, True for hidden keys. bare: rows [B or 1, N or 1, Q, 1] whose keys are all hidden;
+    by_terms: those that would see a key but for -inf among what is added. added: [B or 1, N, Q or 1, K] of q's dtype, all finite or
+    NaN. sides: of packed rows.
     """
 
     spec: Attention
@@ -115,6 +116,7 @@ class Call:
     v: torch.Tensor
     mask: torch.Tensor | None = None
     bare: torch.Tensor | None = None
+    by_terms: torch.Tensor | None = None
     added: torch.Tensor | None = None
     sides: tuple[Side, Side] | None = None
 
@@ -148,7 +150,7 @@ class Call:
                 "a mask by distance that leaves rows without a key, beside a term that they would be made of"
             )
         elif found.mask == "whole":
-            mask, bare = _whole(reading, inputs.operands, heads, batch, lengths, q.device)
+            mask, bare = _whole(reading, _hidden(reading, inputs.operands, heads, batch, lengths, q.device))
         if operator == "npu_fused_infer_attention_score" and mask is not None and mask.shape[1] > 1:
             # it has no masks of heads
             operator = "npu_fusion_attention_v3"
@@ -158,10 +160,15 @@ class Call:
         if operator == "npu_prompt_flash_attention" and groups > 1:
             # it has as many heads of keys as of queries
             k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-        added = _added(reading, inputs.operands, heads, batch, lengths, q) if reading.terms else None
+        added, by_terms = None, None
+        if reading.terms:
+            added, without = _added(reading, inputs.operands, heads, batch, lengths, q)
+            if without is not None:
+                by_terms = without if bare is None else without & ~bare
+                bare = without if bare is None else without | bare
         layout = "BNSD" if operator in INFERENCE else _layout(q, k, v)
         plan = _plan(spec, reading, found, operator, layout, q.shape[1], k.shape[1], added is not None)
-        return Call(spec, inputs, reading, plan, heads, batch, q, k, v, mask, bare, added)
+        return Call(spec, inputs, reading, plan, heads, batch, q, k, v, mask, bare, by_terms, added)
 
     @property
     def empty(self) -> bool:
@@ -247,9 +254,14 @@ class Call:
                 result = result.masked_fill(self.bare, 0.0)
                 gone = self.spec.hidden == "nan" and self.reading.passes
                 dy = dy.masked_fill(self.bare, math.nan if gone else 0.0)
+                # queries of 0 leave the term of the one key that they see
                 first = 0.0 if self.added is None else self.added[..., :1].float()
                 top = torch.where(self.bare, first, top)
                 total = total.masked_fill(self.bare, 1.0)
+                if self.by_terms is not None:
+                    # scores that are the least number weigh nothing beside 0
+                    top = top.masked_fill(self.by_terms, 0.0)
+                    dy = dy.masked_fill(self.by_terms, math.nan if self.spec.hidden == "nan" else 0.0)
         q, k, v = self._rows()
         found = _operator(self._reverse())(
             q,
@@ -275,7 +287,7 @@ class Call:
                 dq = dq.masked_fill(self.bare, 0.0)
             elif self.spec.hidden == "nan" and not self.reading.passes:
                 # weights of such a row are NaN, and a score that is replaced has no gradient
-                any_bare = self.bare.any(-2, keepdim=True)
+                any_bare = (self.bare if self.by_terms is None else self.bare & ~self.by_terms).any(-2, keepdim=True)
                 if any_bare.shape[1] > 1:
                     any_bare = any_bare.unflatten(1, (self.plan.key_heads, -1)).any(2)
                 dv = dv.masked_fill(any_bare, math.nan)
@@ -323,7 +335,7 @@ class Call:
         q = self.q
         if self.plan.added:
             q = q * self.reading.scale
-        if self.bare is not None and self.reading.finite:
+        if self.bare is not None:
             q = q.masked_fill(self.bare, 0.0)
         # documents differ on values of another head size than keys: zeros make them alike
         size = max(self.q.shape[-1], self.v.shape[-1])
@@ -446,15 +458,15 @@ def _layout(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Layout:
     return "BSND" if all(x.transpose(1, 2).is_contiguous() for x in (q, k, v)) else "BNSD"
 
 
-def _whole(
+def _hidden(
     reading: Reading,
     operands: Sequence[torch.Tensor],
     heads: Heads,
     batch: Sequence[int],
     lengths: Lengths,
     device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the mask for the operator, rows without keys)."""
+) -> torch.Tensor:
+    """bool [B or 1, N or 1, Q, K]: which keys the masks hide. With heads of its own it has a batch."""
     keep = None
     for mask in reading.masks:
         found = expr.evaluate(mask, operands, *_indices(lengths, device))
@@ -463,12 +475,16 @@ def _whole(
     hidden = heads.aligned(keep.logical_not())
     hidden = heads.merged(hidden.expand(*hidden.shape[:-2], *lengths), batch)
     if hidden.shape[1] > 1:
-        # heads of their own are taken with a batch alone
         hidden = hidden.expand(math.prod(batch[: heads.rank - heads.count]), -1, -1, -1)
+    return hidden
+
+
+def _whole(reading: Reading, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the mask for the operator, rows without keys)."""
     bare = hidden.all(-1, keepdim=True)
     if reading.finite:
         return (hidden & ~bare).contiguous(), bare
-    first = torch.arange(lengths.keys, device=device) == 0
+    first = torch.arange(hidden.shape[-1], device=hidden.device) == 0
     return (hidden & ~(bare & first)).contiguous(), bare
 
 
@@ -531,14 +547,20 @@ def _added(
     batch: Sequence[int],
     lengths: Lengths,
     q: torch.Tensor,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(what is added to scores, with the least number in place of -inf; rows that it leaves no key, if it can hold -inf)."""
     real = not isinstance(q, FakeTensor)
     made = _sum_of_terms(reading, operands, heads, batch, lengths, q.device, checked=real)
+    bare = None
+    if any(isinstance(t.step, Bias) for t in reading.terms):
+        gone = made == -math.inf
+        if reading.masks:
+            gone = gone | _hidden(reading, operands, heads, batch, lengths, q.device)
+        bare = gone.all(-1, keepdim=True)
+        if reading.finite and real and bool(bare.any()):
+            raise ValueError("rows without a key but those that a number hides")
     if reading.swallows < math.inf and real:
-        low = made.amax(-1) <= -reading.swallows
-        if bool(low.any()):
+        top = made.amax(-1)
+        if bool(((top <= -reading.swallows) & (top > -math.inf)).any()):
             raise ValueError("a row's keys all have so much subtracted that their scores are gone in the graph's dtype")
-    # the least number stands for what is less
-    least = torch.finfo(q.dtype).min
-    made = torch.where(made.isfinite(), made.clamp(min=least), made)
-    return made.to(q.dtype).contiguous()
+    return made.clamp(min=torch.finfo(q.dtype).min).to(q.dtype).contiguous(), bare

@@ -134,6 +134,45 @@ def test_a_bias_before_the_scale_one_with_a_factor_and_one_with_a_mask(npu):
     check(*qkv(2, 2, 33, 33), [bias, keep], steps=(HALF, Bias(0), ReplaceFill(dense(1), -INF)), hidden="zero")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", ["nan", "zero"])
+@pytest.mark.parametrize("shape", [(2, 2, 33, 33), (2, 1, 33, 33), (1, 2, 1, 33)])
+def test_infinities_in_a_bias_hide_keys_and_whole_rows(npu, dtype, hidden, shape):
+    bias = randn(*shape, dtype=dtype)
+    bias[torch.rand(shape) > 0.5] = -INF
+    bias[..., -1, :] = -INF
+    bias[..., 0, 0] = -INF
+    # the oracle's gradients of such rows are NaN, also where their weights are 0
+    check(*qkv(2, 2, 33, 33, dtype=dtype), [bias], steps=(HALF, Bias(0)), hidden=hidden, backward=hidden == "nan")
+    check(*qkv(2, 2, 33, 33, dtype=dtype), [bias], steps=(HALF, Bias(0), CAUSAL), hidden=hidden, backward=False)
+
+
+def test_gradients_of_zero_beside_rows_whose_keys_a_bias_hides(npu):
+    bias = randn(1, 2, 33, 33)
+    bias[:, :, 3] = -INF
+    q, k, v = qkv(2, 2, 33, 33)
+    spec = make_spec(q, k, v, [bias], steps=(HALF, Bias(0)), hidden="zero")
+    inputs = Inputs(q, k, v, [bias])
+    out, stats = ascend.forward(spec, inputs)
+    dout = randn(*out.shape)
+    found = ascend.backward(spec, inputs, dout, out, stats, [True] * 4)
+    # the same rows, without the others
+    others = [i for i in range(33) if i != 3]
+    less = Inputs(q[:, :, others], k, v, [bias[:, :, others]])
+    out, stats = ascend.forward(spec, less)
+    wanted = ascend.backward(spec, less, dout[:, :, others], out, stats, [True] * 4)
+    assert not found[0][:, :, 3].any() and not found[3][:, :, 3].any()
+    for got, right in zip((found[0][:, :, others], found[1], found[2], found[3][:, :, others]), wanted):
+        torch.testing.assert_close(got, right)
+
+
+def test_large_scores_of_rows_without_keys_do_not_overflow(npu):
+    keep = torch.rand(2, 1, 33, 33) > 0.3
+    keep[0, :, 3:5] = False
+    q, k, v = qkv(2, 2, 33, 33, scale=100.0)
+    check(q, k, v, [keep], steps=(Scale(2.0), ReplaceFill(dense(0), -INF)), hidden="zero")
+
+
 def test_terms_that_swallow_scores_or_each_other_are_left_to_another_kernel(npu):
     q, k, v = qkv(2, 2, 33, 33, dtype=torch.bfloat16)
     low = randn(1, 1, 33, 33, dtype=torch.bfloat16)

@@ -513,3 +513,38 @@ def test_the_dtypes_of_gradients_are_known_in_backward():
         Double.apply(x * 1).sum().backward()
     assert seen == [True, False]
     assert not _compat.gives_gradients_of(lambda d: True)
+
+
+def test_inductor_has_code_for_a_device_that_it_or_an_extension_knows():
+    assert _compat.inductor_has("cpu") and _compat.inductor_has("cuda")
+    assert not _compat.inductor_has("npu")
+
+
+def test_a_process_group_that_is_not_there_has_no_name_on_npus():
+    with pytest.raises(KeyError):
+        _compat.npu_group("nobody's")
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "compile_fx"])
+def test_graphs_without_gradients_are_given_to_lowered(compiler):
+    seen = []
+
+    def lowered(gm):
+        seen.append([node.target for node in gm.graph.nodes if node.op == "call_function"])
+
+    def compiled(gm, inputs):
+        return (
+            _compat.aot_eager(gm, inputs, lowered)
+            if compiler == "aot_eager"
+            else _compat.compile_fx(gm, inputs, {}, lowered)
+        )
+
+    function = torch.compile(lambda x: x.sin() + 1.0, backend=compiled)
+    x = torch.randn(3)
+    torch.testing.assert_close(function(x), x.sin() + 1.0)
+    assert seen == [[torch.ops.aten.sin.default, torch.ops.aten.add.Tensor]]
+    torch._dynamo.reset()
+    x.requires_grad_()
+    function(x).sum().backward()
+    torch.testing.assert_close(x.grad, x.detach().cos())
+    assert len(seen) == 1

@@ -35,7 +35,7 @@ from attnfuse.passes.site import Refusal, Site
 from attnfuse.reasons import Reason
 from attnfuse.report.report import Report, SiteReport, told
 from attnfuse.settings import Settings
-from attnfuse.spec import Attention
+from attnfuse.spec import Attention, Ramp
 from attnfuse.warning import said, warn
 
 log = logging.getLogger("attnfuse")
@@ -162,7 +162,7 @@ def _read(state: State) -> State:
         try:
             result = read(view, anchor, state.settings.nan_policy == "eager")
             if isinstance(result, Site):
-                result = structure(view, result)
+                result = _structured(view, result, state.settings)
                 result = fully_masked(result) or result
         except Exception as error:
             result = Refusal(failures.reason(error), anchor.weights)
@@ -171,6 +171,15 @@ def _read(state: State) -> State:
         elif result is not None:
             refused(anchor.weights, result.reason)
     return replace(state, found=tuple(found))
+
+
+def _structured(view: View, site: Site, settings: Settings) -> Site:
+    """The site with its masks read; with tables in place of ramps, where no kernel takes those."""
+    found = structure(view, site)
+    if not any(isinstance(step, Ramp) for step in found.spec.steps):
+        return found
+    choice = choose(found.spec, value_of(site.q.node).device, settings.kernel)
+    return found if choice.kernel is not None else structure(view, site, ramps=False)
 
 
 def _unseen(state: State) -> State:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import torch
 
-from attnfuse.spec import AddFill, Bias, Cast, Shift, Step, dtype_of
+from attnfuse.spec import AddFill, Bias, Cast, Ramp, Shift, Step, dtype_of
 
 #: From this magnitude on, neighbouring numbers of the dtype are 1 apart or more.
 COARSE = {torch.float16: 2.0**10, torch.bfloat16: 2.0**7, torch.float32: 2.0**23}
@@ -36,7 +36,7 @@ def rounds(step: Step) -> bool:
 
 
 def is_sum(step: Step) -> bool:
-    return isinstance(step, (Bias, Shift, AddFill))
+    return isinstance(step, (Bias, Ramp, Shift, AddFill))
 
 
 def joined(steps: Sequence[Step]) -> dict[int, int]:
@@ -54,13 +54,13 @@ def may_cancel(terms: Sequence[Step]) -> bool:
     """Whether two of the terms may be large and of opposite signs, so that it matters in which order they are added."""
     signs: set[str] = set()
     for i, step in enumerate(terms):
-        if isinstance(step, Bias):
+        if isinstance(step, (Bias, Ramp)):
             if "any" in signs:
                 return True
             signs.add("any")
         elif isinstance(step, (Shift, AddFill)) and _LITTLE < abs(step.value) < math.inf:
             before = terms[i - 1] if i else None
-            if isinstance(step, AddFill) and isinstance(before, Bias) and before.keep == step.keep:
+            if isinstance(step, AddFill) and isinstance(before, (Bias, Ramp)) and before.keep == step.keep:
                 # of a choice, one or the other is added
                 continue
             signs.add("low" if step.value < 0.0 else "high")
@@ -101,7 +101,7 @@ def _swallowing(steps: Sequence[Step]) -> set[int]:
     """The casts before which something was added that may be large enough to swallow a score there."""
     found, total = set(), 0.0
     for i, step in enumerate(steps):
-        if isinstance(step, Bias):
+        if isinstance(step, (Bias, Ramp)):
             total = math.inf
         elif isinstance(step, (Shift, AddFill)) and abs(step.value) < SWALLOWS:
             total += abs(step.value)

@@ -35,7 +35,7 @@ from attnfuse import expr
 from attnfuse.expr import Expr
 
 #: Part of every spec's text, so that a compiled graph cached under an older meaning of a spec is never reused.
-OP_VERSION = 7
+OP_VERSION = 8
 
 #: What a row whose scores are all -inf gives: NaN as softmax does, 0 as scaled_dot_product_attention does, or 0 for every
 #: row that is NaN for whatever reason (softmax followed by nan_to_num).
@@ -83,6 +83,33 @@ class Bias:
 
     def __str__(self) -> str:
         return f"bias {self.operand}" if self.alpha == 1.0 else f"{_number(self.alpha)} * bias {self.operand}"
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """s + alpha * (operand * number), only where `keep` holds if there is one; the operand may need a gradient.
+
+    Of operand [*batch, 1, 1] there is one element for all queries and keys, and number is an integer: ALiBi (Press et al. 2022,
+    arXiv:2108.12409) is slopes [1, H, 1, 1] times k - q. The integer is rounded to `number_dtype` and the product to `dtype`, by
+    way of float32. float32 is what kernels compute in, so that with it a product need not be rounded.
+    """
+
+    kind: ClassVar[str] = "ramp"
+    operand: int
+    number: Expr
+    alpha: float = 1.0
+    keep: Expr | None = None
+    number_dtype: str = "float32"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in (self.number_dtype, self.dtype):
+            if name not in ("float32", "bfloat16", "float16"):
+                raise ValueError(f"a ramp is in float32, bfloat16 or float16; got {name}")
+
+    def __str__(self) -> str:
+        factor = "" if self.alpha == 1.0 else f"{_number(self.alpha)} * "
+        return f"{factor}operand {self.operand} * ({expr.text(self.number)})"
 
 
 @dataclass(frozen=True)
@@ -185,8 +212,10 @@ class Sink:
         return f"sink {_number(self.value)}" if self.operand is None else f"sink operand {self.operand}"
 
 
-Step = Scale | Bias | Shift | Softcap | Tanh | Clamp | ReplaceFill | AddFill | Cast
-_STEPS: dict[str, type] = {c.kind: c for c in (Scale, Bias, Shift, Softcap, Tanh, Clamp, ReplaceFill, AddFill, Cast)}
+Step = Scale | Bias | Ramp | Shift | Softcap | Tanh | Clamp | ReplaceFill | AddFill | Cast
+_STEPS: dict[str, type] = {
+    c.kind: c for c in (Scale, Bias, Ramp, Shift, Softcap, Tanh, Clamp, ReplaceFill, AddFill, Cast)
+}
 _PARTS: dict[str, type] = {**_STEPS, Sink.kind: Sink}
 _EXPRS: dict[str, type] = {c.kind: c for c in (expr.Const, expr.Index, expr.Load, expr.Linear, expr.Apply)}
 
@@ -260,6 +289,11 @@ class Attention:
         for load in self.loads:
             if load.dtype != self.operands[load.operand].dtype:
                 raise ValueError(f"operand {load.operand} is {self.operands[load.operand].dtype}, not {load.dtype}")
+        for step in self.steps:
+            if isinstance(step, Ramp) and self.operands[step.operand].dims[-2:] != ("1", "1"):
+                raise ValueError(
+                    f"what a number is multiplied with must be [*batch, 1, 1]; got {self.operands[step.operand]}"
+                )
         if self.sink is not None and self.sink.operand is not None:
             operand = self.operands[self.sink.operand]
             if operand.dims[-1] != "1" or operand.dims[-2] not in ("1", "Q") or self.sink.operand in self.tables:
@@ -269,10 +303,11 @@ class Attention:
 
     @functools.cached_property
     def loads(self) -> tuple[expr.Load, ...]:
-        """What the masks and the indices of tables read, in order of use."""
+        """What the masks, the indices of tables and the numbers of ramps read, in order of use."""
         found = []
         for step in self.steps + self.weight_steps:
-            for part in (getattr(step, "keep", None), getattr(step, "row", None), getattr(step, "col", None)):
+            for name in ("keep", "row", "col", "number"):
+                part = getattr(step, name, None)
                 if part is not None:
                     found += expr.loads(part)
         return tuple(found)
@@ -366,8 +401,9 @@ class Attention:
         words = expr.Words([o.dims for o in self.operands], called)
         # a cast to what scores are computed in only ends the terms of a sum
         steps = [s for s in self.steps if not (isinstance(s, Cast) and s.dtype in ("float32", "float64"))]
-        parts = [_said(s, words, called) for s in steps if not isinstance(s, (Cast, Bias, ReplaceFill, AddFill))]
-        parts += [_said(s, words, called) for s in steps if isinstance(s, (Cast, Bias, ReplaceFill, AddFill))]
+        late = (Cast, Bias, Ramp, ReplaceFill, AddFill)
+        parts = [_said(s, words, called) for s in steps if not isinstance(s, late)]
+        parts += [_said(s, words, called) for s in steps if isinstance(s, late)]
         parts += [f"weights {_said(s, words, called)}" for s in self.weight_steps]
         if self.sink is not None:
             parts.append(str(self.sink) if self.sink.operand is None else f"sink {called[self.sink.operand]}")
@@ -398,6 +434,11 @@ def _said(step: Step, words: expr.Words, called: Sequence[str]) -> str:
         factor = "" if step.alpha == 1.0 else f"{_number(step.alpha)} * "
         where = ", ".join(expr.text(x) for x in (step.row, step.col) if x is not None)
         said = f"{factor}{'table' if where else 'bias'} {called[step.operand]}{f' at {where}' if where else ''}"
+        return said if step.keep is None else f"{said} where {words.say(step.keep)}"
+    if isinstance(step, Ramp):
+        factor = "" if step.alpha == 1.0 else f"{_number(step.alpha)} * "
+        rounded = "" if step.dtype == "float32" else f" in {step.dtype}"
+        said = f"{factor}{called[step.operand]} times {expr.text(step.number)}{rounded}"
         return said if step.keep is None else f"{said} where {words.say(step.keep)}"
     return str(step)
 

@@ -16,7 +16,7 @@ from attnfuse.accuracy.oracle import Oracle
 from attnfuse.compile_fresh import name_of
 from attnfuse.report.registry import collecting
 from attnfuse.report.report import Report, as_text, merge
-from attnfuse.spec import Bias
+from attnfuse.spec import Bias, Ramp
 
 if TYPE_CHECKING:
     import rich.table
@@ -241,7 +241,7 @@ def _compared(
 def _attention_bar(reports: list[Report]) -> Bar:
     """Of a function that is one attention: gradients may err more where a bias or dropout takes part."""
     specs = [site.spec for report in reports for site in report.sites if site.spec is not None]
-    biased = any(spec.dropout or any(isinstance(step, Bias) for step in spec.steps) for spec in specs)
+    biased = any(spec.dropout or any(isinstance(step, (Bias, Ramp)) for step in spec.steps) for spec in specs)
     return "biased attention" if biased else "attention"
 
 

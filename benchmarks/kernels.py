@@ -28,7 +28,7 @@ import torch
 from attnfuse.expr import Algebra, Const, K, Q, causal, dense, documents, window
 from attnfuse.kernels.inputs import DENSE, Bounds, Inputs
 from attnfuse.kernels.triton.configs import PARTITIONED, Config, Pass, config
-from attnfuse.spec import AddFill, Attention, Bias, Operand, ReplaceFill, Scale, Sink, Softcap
+from attnfuse.spec import AddFill, Attention, Bias, Operand, Ramp, ReplaceFill, Scale, Sink, Softcap
 from benchmarks import cycles, kernel_tables, results, traffic
 
 if TYPE_CHECKING or __name__ == "__main__":
@@ -113,13 +113,7 @@ class Case:
 
     @property
     def passes(self) -> tuple[Pass, ...]:
-        return (
-            ("decode",)
-            if self.spec == "decode"
-            else ("forward",)
-            if self.compared or self.gluon
-            else ("forward", "backward")
-        )
+        return ("decode",) if self.spec == "decode" else ("forward",) if self.compared else ("forward", "backward")
 
 
 def _joined(values: Iterable[object]) -> str:
@@ -149,9 +143,13 @@ def build(
         declared = [Operand(own, ("1", "H", "1", "1"))]
         fields["sink"] = Sink(operand=0)
     if name == "alibi":
-        # slope * (k - q), which is read from a table
-        operands = [torch.empty(1, heads, 1, 2 * length - 1, dtype=made, device=device)]
-        declared = [Operand(own, ("1", "H", "1", "T"))]
+        # slope * (k - q)
+        operands = [torch.empty(1, heads, 1, 1, dtype=torch.float32, device=device)]
+        declared = [Operand("float32", ("1", "H", "1", "1"))]
+    if name == "distances":
+        # a table by k - q
+        operands = [torch.empty(1, heads, 1, 2 * length - 1, dtype=torch.float32, device=device)]
+        declared = [Operand("float32", ("1", "H", "1", "T"))]
     if name == "relative":
         # a table by clamped distance, which is made into a bias for each query and key
         operands = [torch.empty(1, heads, length, length, dtype=made, device=device)]
@@ -186,7 +184,8 @@ def _steps(name: str, D: int, length: int) -> tuple[Any, ...]:
         "causal": (scale, before),
         "packed": (scale, before),
         "softcap": (scale, Softcap(30.0), before),
-        "alibi": (scale, Bias(0, col=distance), before),
+        "alibi": (scale, Ramp(0, algebra.sub(K, Q)), before),
+        "distances": (scale, Bias(0, col=distance), before),
         "relative": (scale, Bias(0)),
         "documents": (scale, ReplaceFill(algebra.and_(causal(), documents(0, 1)), -math.inf)),
         "padding": (scale, ReplaceFill(dense(0), -math.inf)),
@@ -224,11 +223,11 @@ def _compiled(case: Case, backward: bool, how: Callable[..., Any] | None = None)
     if case.gluon:
         from attnfuse.kernels.gluon.targets import compiled as of_gluon
 
-        return [of_gluon(spec, inputs)]
+        return [of_gluon(spec, inputs, backward=which) for which in (False, True)]
     torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
     fixed = varied(case) if case.variant else {}
-    # slopes are no parameters
-    needs = [True] * 3 + [False] if case.spec == "alibi" else ()
+    # neither slopes nor such a table are parameters
+    needs = [True] * 3 + [False] if case.spec in ("alibi", "distances") else ()
     return targets.compiled(spec, inputs, case.capability, backward=backward, fixed=fixed, needs=needs, how=how)
 
 
@@ -273,7 +272,8 @@ def digest(case: Case) -> str:
     if case.gluon:
         folder = here.parent / "kernels" / "gluon"
         files = [Path(str(module.__file__)).read_text() for module in (call, descriptors, template)]
-        files += [(folder / name).read_text() for name in ("hopper.py", "launch.py")]
+        names = ("hopper.py", "hopper_gradients.py", "launch.py", "gradients.py")
+        files += [(folder / name).read_text() for name in names]
         texts = [codegen.source(spec, approximate) for approximate in (False, True)]
         return _hashed([metadata.version("triton"), *texts, *files, *counting])
     launched: list[str] = []

@@ -21,7 +21,7 @@ from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.layout import batch_shape
 from attnfuse.kernels.triton import codegen, lists
 from attnfuse.kernels.triton.configs import Config
-from attnfuse.spec import Attention, Bias, ReplaceFill, Scale, Step, dtype_of
+from attnfuse.spec import Attention, Bias, Ramp, ReplaceFill, Scale, Step, dtype_of
 
 _FLOAT, _SEED, _FLAG = 4, 8, 4
 
@@ -134,7 +134,7 @@ def _used(steps: Iterable[Step]) -> list[Load]:
     return [
         Load(x.operand, "float32", getattr(x, "row", None), getattr(x, "col", None))
         for x in steps
-        if isinstance(x, (Scale, Bias)) and x.operand is not None
+        if isinstance(x, (Scale, Bias, Ramp)) and x.operand is not None
     ]
 
 
@@ -192,8 +192,10 @@ class _Count:
         return kept.reshape(-1, self.Q, self.K)
 
     def masks_of(self, steps: Iterable[Step]) -> list[Expr]:
-        """Masks and indices of biases."""
-        return [x for s in steps if isinstance(s, Bias) for x in (s.row, s.col, s.keep) if x is not None]
+        """Masks and indices of biases, masks and numbers of ramps."""
+        names = ("row", "col", "number", "keep")
+        added = [s for s in steps if isinstance(s, (Bias, Ramp))]
+        return [x for s in added for x in (getattr(s, name, None) for name in names) if x is not None]
 
     # -- sums over tiles
 
@@ -225,7 +227,7 @@ class _Count:
         looked_at = set(self.looked_at) if listed else set()
         forwards = [*_used(steps), *always, *_weighing(self.spec)]
         replaced = [cut for i, cut in self.cuts.items() if isinstance(steps[i], ReplaceFill)]
-        keeps = [s.keep for s in steps if isinstance(s, Bias) and s.keep is not None]
+        keeps = [s.keep for s in steps if isinstance(s, (Bias, Ramp)) and s.keep is not None]
         rests = [cut.rest for cut in replaced if cut.rest is not None]
         left = _in([*keeps, *(x for x in rests if x not in looked_at)])
         backwards = [*_used(s for s in steps if isinstance(s, Scale)), *left, *_weighing(self.spec)]

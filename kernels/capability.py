@@ -15,6 +15,7 @@ from attnfuse.spec import Attention, ReplaceFill, Step
 #: Dtypes, kinds of steps and layouts that most kernels take.
 FLOATS = frozenset({"float32", "bfloat16", "float16"})
 NUMBERS = FLOATS | {"float64", "bool", "uint8", "int32", "int64"}
+#: Besides these there is 'ramp', for kernels that compute one with less than it would cost to read a table.
 STEPS = frozenset({"scale", "bias", "shift", "softcap", "tanh", "clamp", "replace", "add", "cast"})
 WEIGHT_STEPS = frozenset({"scale", "replace"})
 LAYOUTS = frozenset({"dense", "packed", "packed_queries", "packed_keys"})

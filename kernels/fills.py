@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from attnfuse.spec import AddFill, Attention, Bias, Cast, ReplaceFill, Scale, Shift, Step, dtype_of
+from attnfuse.spec import AddFill, Attention, Bias, Cast, Ramp, ReplaceFill, Scale, Shift, Step, dtype_of
 
 #: What is added or filled in at most this is hidden for good, unless something of that size is added too: scores that are
 #: products of q and k are taken to be smaller.
@@ -95,7 +95,7 @@ def lifting(spec: Attention, by_bias: bool) -> dict[int, float]:
     hide keys too.
     """
     found: dict[int, float] = {}
-    biases = [(j, s) for j, s in enumerate(spec.steps) if isinstance(s, Bias)]
+    biases = [(j, s) for j, s in enumerate(spec.steps) if isinstance(s, (Bias, Ramp))]
     for i, step in enumerate(spec.steps):
         if isinstance(step, (ReplaceFill, AddFill)):
             hides = -math.inf < step.value <= HIDDEN_BELOW
@@ -111,7 +111,9 @@ def lifting(spec: Attention, by_bias: bool) -> dict[int, float]:
                 or bias.keep == getattr(step, "keep", None) is not None
             ):
                 continue
-            found[bias.operand] = max(found.get(bias.operand, 0.0), bias.alpha, key=abs)
+            # nobody says how large the numbers of a ramp are
+            factor = bias.alpha if isinstance(bias, Bias) else math.copysign(math.inf, bias.alpha)
+            found[bias.operand] = max(found.get(bias.operand, 0.0), factor, key=abs)
     return found
 
 
@@ -129,7 +131,7 @@ def _left(later: Sequence[Step], value: float, exact: bool) -> tuple[float, bool
             if step.value > 0:
                 return None
             exact = False
-        elif isinstance(step, (Bias, Shift)):
+        elif isinstance(step, (Bias, Ramp, Shift)):
             exact = False
         elif not isinstance(step, Cast):
             return None

@@ -1,6 +1,6 @@
-"""Attentions for the Gluon kernel: on a device, and in tests/gluon_emulator.py on the CPU.
+"""Attentions for the Gluon kernels: on a device, and in tests/gluon_emulator.py on the CPU.
 
-The fixture `kernel`, with the kernel's forward, is that of the folder that imports them.
+The fixture `kernel`, a module with both passes, is that of the folder that imports them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pytest
 import torch
 from kernel_cases import INF, check, make_spec, qkv, randn
 
-from attnfuse.expr import Algebra, causal, dense, window
+from attnfuse.expr import Algebra, K, Load, causal, dense, window
 from attnfuse.kernels import reference
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.triton import codegen
@@ -27,10 +27,10 @@ CAUSAL_AND_LONG = (HALF, ReplaceFill(causal(750), -INF))
 DTYPES = [torch.float16, torch.bfloat16]
 
 
-def right(kernel, q, k, v, operands=(), **fields):
-    """Result and log-sum-exp against the oracle, and the maxima that backward reads."""
+def right(kernel, q, k, v, operands=(), backward=True, **fields):
+    """Result, log-sum-exp and gradients against the oracle, and the maxima that backward reads."""
     fields = {"lse": True, **fields}
-    out, _ = check(kernel, q, k, v, operands, backward=False, **fields)
+    out, _ = check(kernel, q, k, v, operands, backward=backward, **fields)
     spec = make_spec(q, k, v, operands, **fields)
     wide = [x.double() if x.is_floating_point() else x for x in (q, k, v, *operands)]
     _, expected = reference.attend(spec, Inputs(*wide[:3], wide[3:]), torch.float64)
@@ -92,6 +92,19 @@ def test_padding(kernel):
     kept[1] = False
     right(kernel, q, k, v, [kept], steps=(HALF, ReplaceFill(dense(0), LOW)))
     right(kernel, q, k, v, [kept], steps=(HALF, ReplaceFill(dense(0), -INF)), hidden="zero")
+
+
+#: Keys before a number of each batch element, which is no mask by value: loops end there.
+OWN_LENGTHS = {
+    "lengths": (HALF, ReplaceFill(A.compare("lt", K, Load(0, "int64")), -INF)),
+    "causal, lengths": (HALF, ReplaceFill(A.and_(causal(), A.compare("lt", K, Load(0, "int64"))), -INF)),
+}
+
+
+@pytest.mark.parametrize("steps", OWN_LENGTHS.values(), ids=OWN_LENGTHS)
+def test_lengths_of_batch_elements(kernel, steps):
+    ends = torch.tensor([130, 300]).view(2, 1, 1, 1)
+    right(kernel, *qkv(2, 1, 200, 300, 64, dtype=torch.bfloat16), [ends], steps=steps)
 
 
 def test_heads_that_share_keys(kernel):

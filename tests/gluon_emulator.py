@@ -1,4 +1,4 @@
-"""Runs the Gluon kernel without a device: its Python functions, with the language replaced by what is here.
+"""Runs the Gluon kernels without a device: their Python functions, with the language replaced by what is here.
 
 Gluon has no interpreter, and what may be wrong in such a kernel is mostly not arithmetic: a product that is not waited for, a tile
 that is overwritten while it is read, warps that wait for each other for ever. So values are torch tensors, and what runs at the
@@ -6,13 +6,15 @@ same time is modelled:
 
 - The functions of a warp_specialize run as threads, one at a time; which one goes on where they wait is drawn by a seed.
 - Copies (TMA) happen at any time between their start and the barrier that waits for them, and put 0 outside of the tensor.
+- What is copied or added to a tensor (TMA) is read from its tile at any time before who started it has waited for that, and
+  arrives in any order.
 - Products (wgmma) happen when they are waited for, with what is in shared memory then; a result that is taken before is an error.
 - Barriers (mbarrier) have phases, numbers of arrivals and of bytes. Who waits at one knows from then on of all that was done
   before its phase came to an end (a vector clock for each thread); reading a tile whose copy one does not know to be complete, and
   writing one that others are not known to have read, are errors even where the order of this run was right.
 - If nobody can go on, that is an error: a deadlock.
 
-Layouts are not modelled: the compiler holds a kernel to those.
+Layouts are not modelled: the compiler holds a kernel to those. A kernel in Triton that goes with them runs too, program by program.
 """
 
 from __future__ import annotations
@@ -134,6 +136,8 @@ class Value:
     def __or__(self, o: Any) -> Any:
         return self._with(torch.bitwise_or, self, o)
 
+    __ror__ = __or__
+
     def __lt__(self, o: Any) -> Any:
         return self._with(torch.lt, self, o)
 
@@ -169,6 +173,10 @@ class Pointer:
     def __add__(self, o: Any) -> Pointer:
         return Pointer(self.tensor, self.at + _raw(o).long())
 
+    @property
+    def dtype(self) -> Any:
+        return SimpleNamespace(element_ty=self.tensor.dtype)
+
     def _places(self, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
         kept = torch.tensor(True) if mask is None else _raw(mask)
         at, kept = torch.broadcast_tensors(self.at, kept)
@@ -192,7 +200,7 @@ class Agent(threading.Thread):
         self.clock: dict[str, int] = {name: 1}
         self.products: list[Product] = []
         self.fenced = True
-        self.stores = 0
+        self.stores: list[Store] = []
         self.over = False
 
     def run(self) -> None:
@@ -275,6 +283,19 @@ class View:
     def permute(self, order: tuple[int, ...]) -> View:
         return View(self.tile, lambda x: self.look(x).permute(order))
 
+    def slice(self, start: int, size: int, dim: int) -> View:
+        return View(self.tile, lambda x: self.look(x).narrow(dim, start, size))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tile.data.dtype
+
+    def load(self, layout: Any) -> Value:
+        agent = _current()
+        self.tile.read(agent)
+        self.tile.was_read(agent)
+        return Value(self.look(self.tile.data).clone())
+
     def store(self, value: Value) -> None:
         agent = _current()
         self.tile.write(agent)
@@ -346,6 +367,21 @@ class Copy:
         self.barrier.arrived(self.data.numel() * self.data.element_size(), self.clock)
 
 
+class Store:
+    """A tile on its way from shared memory to a tensor, where it is added to what is there or replaces it."""
+
+    def __init__(self, agent: Agent, tensor: Descriptor, place: Any, tile: Tile, adds: bool) -> None:
+        agent.world.made += 1
+        self.name, self.tensor, self.tile, self.adds = f"store {agent.world.made}", tensor, tile, adds
+        self.there, self.here = tensor.within(place)
+        # who writes the tile next has to know that this was read
+        tile.reads[self.name] = 1
+
+    def complete(self) -> None:
+        data = self.tile.data[self.here]
+        self.tensor.x[self.there] = self.tensor.x[self.there] + data if self.adds else data
+
+
 class Product:
     """A wgmma that runs. result is None until it was waited for."""
 
@@ -386,7 +422,7 @@ class World:
         self.random = random.Random(seed)
         self.turn = threading.Semaphore(0)
         self.failed: BaseException | None = None
-        self.copies: list[Copy] = []
+        self.copies: list[Copy | Store] = []
         self.made = 0
 
     def go(self, agents: list[Agent]) -> None:
@@ -399,7 +435,7 @@ class World:
             if choice is None:
                 said = "; ".join(f"{a.name} waits for {a.waits_for}" for a in agents if not a.over)
                 self.failed = Fault(f"a deadlock: {said}")
-            elif isinstance(choice, Copy) and not self.failed:
+            elif isinstance(choice, (Copy, Store)) and not self.failed:
                 self.copies.remove(choice)
                 choice.complete()
             else:
@@ -455,19 +491,29 @@ def _copy_in(tensor: Descriptor, place: Any, barrier: Barrier, view: View) -> No
     agent.world.copies.append(tile.copying)
 
 
-def _copy_out(tensor: Descriptor, place: Any, view: View) -> None:
-    agent = _current()
-    view.tile.read(agent)
-    if view.tile.unfenced:
-        raise Fault(f"{view.tile.name} is copied from without a fence after its store")
-    there, here = tensor.within(place)
-    tensor.x[there] = view.tile.data[here]
-    agent.stores += 1
+def _out(adds: bool) -> Callable[[Descriptor, Any, View], None]:
+    def run(tensor: Descriptor, place: Any, view: View) -> None:
+        agent = _current()
+        view.tile.read(agent)
+        if view.tile.unfenced:
+            raise Fault(f"{view.tile.name} is copied from without a fence after its store")
+        if tuple(tensor.block_type.shape) != tuple(view.look(view.tile.data).shape) or tensor.dtype != view.dtype:
+            raise Fault(f"{view.tile.name} is no block of the tensor that it is copied to")
+        agent.stores.append(Store(agent, tensor, place, view.tile, adds))
+        agent.world.copies.append(agent.stores[-1])
+
+    return run
 
 
 def _store_wait(pendings: int) -> None:
     agent = _current()
-    agent.stores = min(agent.stores, pendings)
+    agent.pause()
+    while len(agent.stores) > pendings:
+        store = agent.stores.pop(0)
+        if store in agent.world.copies:
+            agent.world.copies.remove(store)
+            store.complete()
+        agent.learn({store.name: 1})
 
 
 class _Fence:
@@ -580,6 +626,11 @@ def _store(at: Pointer, value: Any, mask: Any = None) -> None:
     at.tensor[places[kept]] = x[kept]
 
 
+def _atomic_max(at: Pointer, value: Any, sem: str = "") -> None:
+    places, _ = at._places(None)
+    at.tensor[places] = torch.maximum(at.tensor[places], _raw(value).to(at.tensor.dtype))
+
+
 def _assembly(text: str, constraints: str, given: list[Value], **rest: Any) -> Value:
     if not text.startswith("tanh.approx.f32"):
         raise Fault(f"no emulation of {text}")
@@ -627,6 +678,8 @@ def _language(world: World, number: int) -> dict[str, Any]:
         "arange": lambda a, b, layout=None: Value(torch.arange(a, b, dtype=torch.int32)),
         "full": _full,
         "zeros": lambda shape, dtype, layout=None: _full(shape, 0, dtype),
+        "to_tensor": lambda x: Value(_raw(x)),
+        "atomic_max": _atomic_max,
         "zeros_like": lambda x: Value(torch.zeros_like(_raw(x))),
         "expand_dims": lambda x, at: Value(_raw(x).unsqueeze(at)),
         "convert_layout": lambda x, layout: Value(_raw(x)),
@@ -647,6 +700,9 @@ def _language(world: World, number: int) -> dict[str, Any]:
         "NVMMADistributedLayout": nothing,
         "DotOperandLayout": nothing,
         "SliceLayout": lambda dim, parent: None,
+        "BlockedLayout": lambda *given: None,
+        "SwizzledSharedLayout": lambda *given: None,
+        "NVMMASharedLayout": nothing(get_default_for=lambda shape, dtype: None),
         "constexpr": None,
         **{name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "int32", "int64", "uint8")},
         "int1": torch.bool,
@@ -671,6 +727,7 @@ class _Program:
         from triton.experimental.gluon.language.nvidia import hopper
 
         from attnfuse.kernels.gluon import hopper as kernel
+        from attnfuse.kernels.gluon import hopper_gradients
 
         language = _language(world, number)
         self.language = SimpleNamespace(**language)
@@ -687,7 +744,8 @@ class _Program:
             id(hopper.warpgroup_mma_wait): _product_wait,
             id(hopper.fence_async_shared): language["fence"],
             id(kernel.copy_in): _copy_in,
-            id(kernel.copy_out): _copy_out,
+            id(kernel.copy_out): _out(adds=False),
+            id(hopper_gradients.add_out): _out(adds=True),
         }
         self.known: dict[int, dict[str, Any]] = {}
 

@@ -406,8 +406,8 @@ DEFECTS = (
     Defect(
         "gradients of queries that are added up lack the spec's factor",
         "kernels/triton/gradients.py",
-        "dq = dq if call.traits.slope == 1.0 else",
-        "dq = dq if True else",
+        "return dq if call.traits.slope == 1.0 else",
+        "return dq if True else",
         ("tests/interpreted/test_descriptors.py",),
         "one_pass",
     ),

@@ -1,14 +1,14 @@
-"""Fused attention in Gluon, Triton's language one level below, for compute capability 9.0; backward is the Triton kernels'.
+"""Fused attention in Gluon, Triton's language one level below, for compute capability 9.0.
 
-What the kernel is for: a loop of the Triton kernels waits for the scores of a tile before its softmax, with all warps in step.
-Here products of one part of the warps run beside the softmax of another (hopper.py). The functions of a spec are those of
-`kernels/triton/codegen.py`, and the statistics mean the same.
+What the kernels are for: a loop of the Triton kernels waits for the scores of a tile before its softmax, with all warps in step.
+Here products of one part of the warps run beside the softmax of another (hopper.py, and hopper_gradients.py for backward). The
+functions of a spec are those of `kernels/triton/codegen.py`, and the statistics mean the same.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -16,7 +16,7 @@ from attnfuse import reasons
 from attnfuse.kernels import triton
 from attnfuse.kernels.capability import NUMBERS, STEPS, Capability
 from attnfuse.kernels.device import Device
-from attnfuse.kernels.gluon import launch
+from attnfuse.kernels.gluon import gradients, launch
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.layout import allocate, check_bounds
 from attnfuse.kernels.triton import codegen
@@ -50,11 +50,11 @@ def _limits(spec: Attention) -> Iterable[Reason]:
 
 @functools.lru_cache(maxsize=1)
 def missing() -> str:
-    """What of Gluon is not there, for which this kernel has a name; empty if all is."""
+    """What of Gluon is not there, for which these kernels have a name; empty if all is."""
     try:
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: F401
 
-        from attnfuse.kernels.gluon import hopper  # noqa: F401
+        from attnfuse.kernels.gluon import hopper, hopper_gradients  # noqa: F401
     except (ImportError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -68,8 +68,8 @@ CAPABILITY = Capability(
     frozenset({"cuda"}),
     frozenset({"float16", "bfloat16"}),
     NUMBERS | {"int16", "int8"},
-    # what is added to each score needs more registers than there are
-    STEPS - {"bias"},
+    # what is read for each score needs more registers than there are
+    (STEPS | {"ramp"}) - {"bias"},
     frozenset(),
     dropout=False,
     max_batch_rank=_BATCH_DIMS,
@@ -98,4 +98,25 @@ def forward(spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor
     return triton.forward(spec, inputs)
 
 
-backward = triton.backward
+def backward(
+    spec: Attention,
+    inputs: Inputs,
+    dout: torch.Tensor,
+    out: torch.Tensor,
+    stats: torch.Tensor,
+    needs: Sequence[bool],
+    dlse: torch.Tensor | None = None,
+) -> list[torch.Tensor | None]:
+    """As triton.backward, from the results of any of the kernels that have the same statistics.
+
+    The Triton kernels run in its place where a tensor cannot have a tensor descriptor, where the gradient of an operand is asked
+    for, or none of q, where the same bits must come out on every run, and for specs whose steps keep more of scores than there
+    are registers.
+    """
+    check_bounds(spec, inputs.bounds)
+    if out.numel() and inputs.k.shape[-2]:
+        call = Call(spec, inputs, Device.of(inputs.q.device), run)
+        if gradients.fits(call, dout, needs):
+            with current(out.device):
+                return gradients.backward(call, dout, out, stats, needs, dlse)
+    return triton.backward(spec, inputs, dout, out, stats, needs, dlse)

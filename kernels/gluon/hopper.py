@@ -20,12 +20,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language import core
 
 from attnfuse.kernels.triton.template import COUNTS, clipped, finished, index_of, marked, powers
 
 #: Triton 3.9 has other names for copies.
 copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+if hasattr(tma, "async_atomic_add"):
+    add_out = tma.async_atomic_add
+else:
+    # Triton 3.6 and 3.7 have the instruction, but no name for it
+    @core.builtin
+    def add_out(tensor, place, tile, _semantic=None):
+        place = _semantic._convert_to_ir_values(place, require_i64=False)
+        _semantic.builder.create_async_tma_reduce(core.ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor.handle, place, tile.handle)
 
 
 @gluon.jit
@@ -75,10 +85,11 @@ def softmax(s, m, l, q, k, context, SCORE: gl.constexpr, FULL: gl.constexpr, NEA
 
 
 @gluon.jit
-def step(i, count, acc, p, m, l, fade, qt, rings, q, k, zero, context, GROUP: gl.constexpr, BN: gl.constexpr,
+def step(i, count, acc, p, m, l, fade, qt, rings, q, k, lo, zero, context, GROUP: gl.constexpr, BN: gl.constexpr,
          D: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, IN_TURN: gl.constexpr, SCORE: gl.constexpr,
          FULL: gl.constexpr, NEAR: gl.constexpr, FACTOR: gl.constexpr):  # fmt: skip
-    """(acc, p, m, l, fade) after tile i of the keys. Its weights p are not in acc yet, which fade is for. k: the keys of tile 0.
+    """(acc, p, m, l, fade) after tile i of the keys. Its weights p are not in acc yet, which fade is for. lo: the first key of tile
+    0; k: the keys of a tile, counted from 0.
 
     The order is that of the instructions: sums are made smaller beside the first product, and the wait for the next keys, a
     loop, keeps the compiler from putting the softmax behind the wait for the second one.
@@ -96,7 +107,7 @@ def step(i, count, acc, p, m, l, fade, qt, rings, q, k, zero, context, GROUP: gl
         mbarrier.arrive(turns.index((GROUP + 1) % GROUPS), count=1)
     s = warpgroup_mma_wait(1, deps=[s])
     mbarrier.arrive(free_k.index(here), count=1)
-    w, m, l, fade = softmax(s, m, l, q, k + i * BN, context, SCORE, FULL, NEAR, FACTOR)
+    w, m, l, fade = softmax(s, m, l, q, (lo + i * BN) + k, context, SCORE, FULL, NEAR, FACTOR)
     w = gl.convert_layout(w.to(p.dtype), p.type.layout)
     mbarrier.wait(ready_k.index((i + 1) % STAGES), (i + 1) // STAGES & 1, pred=i + 1 < count)
     acc, w, fade = warpgroup_mma_wait(0, deps=[acc, w, fade])
@@ -117,7 +128,7 @@ def compute(GROUP: gl.constexpr, O, M, place, line, lines, rings, q0, lo, count,
     q_tiles, k_tiles, v_tiles, ready_q, ready_k, ready_v, free_k, free_v, turns = rings
     own = q0 + GROUP * BM
     q = gl.expand_dims(own + gl.arange(0, BM, layout=gl.SliceLayout(1, S)), 1)
-    k = gl.expand_dims(lo + gl.arange(0, BN, layout=gl.SliceLayout(0, S)), 0)
+    k = gl.expand_dims(gl.arange(0, BN, layout=gl.SliceLayout(0, S)), 0)
     # tiles [first, last) need no comparison with the key in this group
     some_lo, some_hi, full_lo, full_hi = KEYS(own, gl.minimum(own + BM, Qn) - 1, at, st, n, Qn, Kn)
     last = gl.minimum(gl.maximum((gl.minimum(full_hi, Kn) - lo) // BN, 1), count)
@@ -136,23 +147,23 @@ def compute(GROUP: gl.constexpr, O, M, place, line, lines, rings, q0, lo, count,
     s = warpgroup_mma(qt, k_tiles.index(0).reshape([BN, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(free_k.index(0), count=1)
-    p, m, l, fade = softmax(s, m, l, q, k, context, SCORE, False, NEAR, FACTOR)
+    p, m, l, fade = softmax(s, m, l, q, lo + k, context, SCORE, False, NEAR, FACTOR)
     p = gl.convert_layout(p.to(O.dtype), W)
     mbarrier.wait(ready_k.index(1), 0, pred=1 < count)
     if LOWER:
         for i in range(1, first):
             acc, p, m, l, fade = step(
-                i, count, acc, p, m, l, fade, qt, rings, q, k, zero, context, GROUP, BN, D, GROUPS, STAGES, IN_TURN, SCORE,
+                i, count, acc, p, m, l, fade, qt, rings, q, k, lo, zero, context, GROUP, BN, D, GROUPS, STAGES, IN_TURN, SCORE,
                 False, NEAR, FACTOR,
             )  # fmt: skip
     for i in range(first, last):
         acc, p, m, l, fade = step(
-            i, count, acc, p, m, l, fade, qt, rings, q, k, zero, context, GROUP, BN, D, GROUPS, STAGES, IN_TURN, SCORE,
+            i, count, acc, p, m, l, fade, qt, rings, q, k, lo, zero, context, GROUP, BN, D, GROUPS, STAGES, IN_TURN, SCORE,
             True, NEAR, FACTOR,
         )  # fmt: skip
     for i in range(last, count):
         acc, p, m, l, fade = step(
-            i, count, acc, p, m, l, fade, qt, rings, q, k, zero, context, GROUP, BN, D, GROUPS, STAGES, IN_TURN, SCORE,
+            i, count, acc, p, m, l, fade, qt, rings, q, k, lo, zero, context, GROUP, BN, D, GROUPS, STAGES, IN_TURN, SCORE,
             False, NEAR, FACTOR,
         )  # fmt: skip
     acc = acc * gl.expand_dims(gl.convert_layout(fade, gl.SliceLayout(1, A)), 1)

@@ -1,4 +1,4 @@
-"""Launches of the Gluon kernel, and its tiles."""
+"""Launches of the forward kernel, and its tiles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from attnfuse.kernels.triton.call import HIDDEN, Call
 
 #: Queries of a group: one product of four warps has 64 rows.
 ROWS = 64
-_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Tiles:
 TILES = {64: Tiles(128, 2, 2, 240), 128: Tiles(128, 2, 2, 240)}
 
 
-def described(x: torch.Tensor, rows: int) -> tuple[Any, tuple[int, ...]]:
+def described(x: torch.Tensor, rows: int, columns: int) -> tuple[Any, tuple[int, ...]]:
     """As descriptors.described, laid out for products of warp groups."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    found, steps = descriptors.described(x, rows, x.shape[-1])
+    found, steps = descriptors.described(x, rows, columns)
     layout = gl.NVMMASharedLayout.get_default_for(found.block_shape, getattr(gl, _DTYPES[x.dtype]))
     return TensorDescriptor(found.base, found.shape, found.strides, found.block_shape, layout), steps
 
@@ -61,10 +61,10 @@ def forward(call: Call, out: torch.Tensor, stats: torch.Tensor, tiles: Tiles | N
     from attnfuse.kernels.gluon import hopper
 
     tiles = TILES[call.D] if tiles is None else tiles
-    f, traits = generated.functions(call.spec, codegen.approximable(call.spec)), call.traits
+    f, traits = generated.functions(call.spec, codegen.approximable(call.spec), call.far), call.traits
     matrices: dict[str, Any] = {}
     for name, x, rows in (("q", call.q, ROWS), ("k", call.k, tiles.BN), ("v", call.v, tiles.BN), ("o", out, ROWS)):
-        matrices[name.upper()], matrices[f"{name}b"] = described(x, rows)
+        matrices[name.upper()], matrices[f"{name}b"] = described(x, rows, call.D)
     shared = call.shared()
     call.launch(
         hopper.forward,

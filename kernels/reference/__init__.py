@@ -23,6 +23,7 @@ from attnfuse.spec import (
     Bias,
     Cast,
     Clamp,
+    Ramp,
     ReplaceFill,
     Scale,
     Shift,
@@ -209,6 +210,17 @@ def _added(step: Bias, s: torch.Tensor, operands: Sequence[torch.Tensor]) -> tor
     return expr.load(read, operands, *_indices(s))
 
 
+def _ramp(step: Ramp, s: torch.Tensor, operands: Sequence[torch.Tensor]) -> torch.Tensor:
+    number = expr.evaluate(step.number, operands, *_indices(s))
+    if step.number_dtype != "float32":
+        number = number.to(torch.float32).to(dtype_of(step.number_dtype))
+    made = operands[step.operand].to(s.dtype) * number.to(s.dtype)
+    if step.dtype != "float32":
+        # rounded to float32 on the way whatever it is computed in, as in the graph; gradients pass
+        made = made + (made.detach().to(torch.float32).to(dtype_of(step.dtype)).to(s.dtype) - made.detach())
+    return step.alpha * made
+
+
 def _stepped(steps: Sequence[Step], s: torch.Tensor, operands: Sequence[torch.Tensor]) -> torch.Tensor:
     """The scores after the steps."""
     joined = rounding.joined(steps)
@@ -232,6 +244,9 @@ def _apply(step: Step, s: torch.Tensor, operands: Sequence[torch.Tensor]) -> tor
         return s * (step.value if step.operand is None else operands[step.operand].to(s.dtype))
     if isinstance(step, Bias):
         added = step.alpha * _added(step, s, operands).to(s.dtype)
+        return s + (added if step.keep is None else torch.where(keep_of(step.keep, s, operands), added, 0.0))
+    if isinstance(step, Ramp):
+        added = _ramp(step, s, operands)
         return s + (added if step.keep is None else torch.where(keep_of(step.keep, s, operands), added, 0.0))
     if isinstance(step, Shift):
         return s + step.value

@@ -20,7 +20,7 @@ CAPABILITY = Capability(
     frozenset({"cpu", "cuda", "npu", "xpu", "mps"}),
     FLOATS | {"float64"},
     NUMBERS | {"int16", "int8"},
-    STEPS,
+    STEPS | {"ramp"},
     WEIGHT_STEPS,
     layouts=LAYOUTS | {"paged"},
 )

@@ -48,7 +48,7 @@ CAPABILITY = Capability(
     frozenset({"cuda", "xpu"} | ({"cpu"} if os.environ.get("TRITON_INTERPRET") == "1" else set())),
     FLOATS,
     NUMBERS | {"int16", "int8"},
-    STEPS,
+    STEPS | {"ramp"},
     WEIGHT_STEPS,
     layouts=LAYOUTS | {"paged"},
     head_dims=256,

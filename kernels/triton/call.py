@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from attnfuse.expr import Algebra
 from attnfuse.kernels import dropout
 from attnfuse.kernels.device import Device, tf32_allowed
 from attnfuse.kernels.inputs import Bounds, Inputs
 from attnfuse.kernels.layout import spread
 from attnfuse.kernels.triton import descriptors, plans, tuned
 from attnfuse.kernels.triton.configs import Config, Pass, config, padded
-from attnfuse.spec import Attention
+from attnfuse.spec import Attention, Ramp
 
 #: What the kernels have for Attention.hidden.
 HIDDEN = {"nan": 0, "zero": 1, "nan_to_zero": 2}
@@ -64,7 +65,6 @@ class Call:
     def __post_init__(self) -> None:
         from attnfuse.kernels.triton import codegen, generated
 
-        self.functions: Any = generated.functions(self.spec, self._has_tanh() and codegen.approximable(self.spec))
         self.traits = codegen.traits(self.spec)
         self.q, self.k, self.v, operands, self.seed, bounds, self.pages = self.inputs
         # bools as bytes, which every backend loads alike
@@ -82,9 +82,24 @@ class Call:
         self.Q, self.K, self.D, self.E = self.q.shape[-2], self.inputs.keys, self.q.shape[-1], self.v.shape[-1]
         if max(self.Q, self.K, self.elements, *(n for o in self.operands for n in o.shape)) > _LONGEST:
             raise ValueError(f"no dim may be longer than {_LONGEST}")
+        #: whether there are so many queries or keys that their numbers cannot be computed in float32
+        self.far = max(self.Q, self.K) >= codegen.NEARBY and any(isinstance(s, Ramp) for s in self.spec.steps)
+        approximate = self._has_tanh() and codegen.approximable(self.spec)
+        self.functions: Any = generated.functions(self.spec, approximate, self.far, self._is_inside())
         if self.spec.dropout and self.seed is None:
             raise ValueError("a spec with dropout needs a seed")
         self.precision = "tf32" if tf32_allowed() and not interpreted() else "ieee"
+
+    def _is_inside(self) -> bool:
+        """Whether what is read at indices of its own exists for all queries and keys that there are, as their numbers tell."""
+        from attnfuse.kernels.triton import codegen
+
+        algebra = Algebra(self.Q, self.K)
+        for operand, d, own in codegen.indices(self.spec):
+            low, high = algebra.bounds(own)
+            if low < 0 or high >= self.operands[operand].shape[d - 2]:
+                return False
+        return True
 
     def _has_tanh(self) -> bool:
         """Whether kernels run on a device that has an instruction for tanh."""
@@ -104,7 +119,9 @@ class Call:
         if self.device.type == "cpu":
             # the interpreter's cost is in the number of operations
             return Config(32, 64, 4, 1)
-        heavy = bool(self.operands) or self.spec.sink is not None or self.spec.layout != "dense"
+        # the factor of a ramp is one number for all of a tile
+        numbers = {s.operand for s in self.spec.steps if isinstance(s, Ramp)}
+        heavy = len(self.operands) > len(numbers) or self.spec.sink is not None or self.spec.layout != "dense"
         heavy = heavy or self.traits.checked or self.traits.doubt > -math.inf
         described = self.describable(which)
         if which == "forward" and self.Q <= _FEW and not self.packed_q:

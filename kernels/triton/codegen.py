@@ -22,7 +22,8 @@ columns), Qn and Kn (the numbers of queries and keys).
                                                  where q0 and q1 are
 
 Tiles have a row for each query, or where QUERIES is 1 one for each key; q and k broadcast with them. FULL tells what hides nothing
-of a tile, and need not be compared: 1 bounds on the key, 2 also what `seen` looks at.
+of a tile, and need not be compared: 1 bounds on the key, 2 also what `seen` looks at. All keys of such a tile exist, and where
+the spec is not ragged all queries.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from attnfuse.spec import (
     Bias,
     Cast,
     Clamp,
+    Ramp,
     ReplaceFill,
     Scale,
     Shift,
@@ -56,6 +58,10 @@ from attnfuse.spec import (
 
 #: No query or key index is larger: sums with constants below it fit 32 bits.
 LONGEST = 2**29
+#: Below it, differences of indices are at most LITTLE; there may be as many queries or keys in modules that are for `far`.
+NEARBY = 2**21
+#: Integers up to it are made floats by an addition.
+LITTLE = 2**22
 #: Factors that do not make scores of products that models have pass 2^30.
 _NEAR = 2**10
 _CONTEXT = "at, st, n, Qn, Kn"
@@ -89,6 +95,23 @@ def held(s, CUT: tl.constexpr, COARSE: tl.constexpr, GREATEST: tl.constexpr):
     whole = near.to(tl.float32, bitcast=True)
     whole = tl.where(whole > GREATEST, float("inf"), whole)
     return tl.where(tl.abs(s) >= COARSE, tl.where(s < 0.0, -whole, whole), s)
+
+
+@triton.jit
+def lifted(i):
+    # i as float32, for magnitudes up to 2^22: devices convert four times as slowly as they add
+    return (i.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+
+
+@triton.jit
+def wide(i):
+    # i as int64, as one number of the tile and another one of the place in it: of a sum of such, the compiler keeps the address
+    # of one element and knows how far the others lie from it
+    if i.shape[0] == 1:
+        place = tl.arange(0, i.shape[1])[None, :]
+    else:
+        place = tl.arange(0, i.shape[0])[:, None]
+    return (i - place).to(tl.int64) + place.to(tl.int64)
 
 
 @triton.jit
@@ -140,6 +163,7 @@ class Traits:
               from a score
     merged    one number says of a row what its weights are but for their scores: far from 0, float32 would lose the sum's
               logarithm, and a row that is NaN and counts as 0 has no such number
+    ragged    full tiles may have queries behind the last one
     factor    what the maximum has to be multiplied with, as scores are not
     slope     the same for the gradient of q @ k
     """
@@ -151,6 +175,7 @@ class Traits:
     fills: bool
     near: bool
     merged: bool
+    ragged: bool
     factor: float
     slope: float
 
@@ -166,7 +191,8 @@ def traits(spec: Attention) -> Traits:
         doubt=found.doubt,
         fills=any(isinstance(s, ReplaceFill) for s in spec.weight_steps),
         near=near,
-        merged=near and spec.hidden != "nan_to_zero",
+        merged=near and spec.hidden != "nan_to_zero" and not any(isinstance(s, Ramp) for s in spec.steps),
+        ragged=_Module(spec, inside=True).ragged(),
         factor=factor,
         slope=factor if left >= 0 and isinstance(spec.steps[left], Scale) else 1.0,
     )
@@ -174,7 +200,8 @@ def traits(spec: Attention) -> Traits:
 
 def _near(spec: Attention) -> bool:
     """As Traits.near. From 2^30 on, which only a fill, an added operand or a huge factor reaches, rounding moves exp2 beyond
-    float32; from 2^27 on it moves weights beyond float16."""
+    float32; from 2^27 on it moves weights beyond float16. A ramp stays below as long as its factor is no fill, which it is not
+    where the number is one of distances or places."""
     if not spec.qk_dtype == spec.v_dtype == "bfloat16" or spec.sink is not None or spec.softmax == "unshifted":
         return False
     most = 1.0
@@ -184,6 +211,8 @@ def _near(spec: Attention) -> bool:
                 return False
         elif isinstance(step, Scale) and step.operand is None:
             most *= max(abs(step.value), 1.0)
+        elif isinstance(step, Ramp) and _is_place(step.number) and abs(step.alpha) <= _NEAR:
+            pass
         elif isinstance(step, (Softcap, Tanh)):
             most *= max(abs(step.cap), 1.0) if isinstance(step, Softcap) else 1.0
         else:
@@ -191,12 +220,24 @@ def _near(spec: Attention) -> bool:
     return most <= _NEAR
 
 
+def _is_place(number: Expr) -> bool:
+    """Whether a number is made of the indices of queries and keys by sums, and what keeps one of two."""
+    return all(
+        isinstance(x, (Const, Index, Linear)) or (isinstance(x, Apply) and x.op in ("abs", "min", "max"))
+        for x in expr.walk(number)
+    )
+
+
 def _left_over(spec: Attention) -> tuple[int, float]:
     """(the step whose positive factor the kernels make good, the factor), or (-1, 1.0): a scale or a softcap that only
-    infinite fills follow, which no factor changes. A softcap is left its cap, a scale goes whole."""
+    infinite fills follow, which no factor changes, or ramps, which are divided by it. A softcap is left its cap, a scale goes
+    whole."""
     steps = [s for s in spec.steps if not isinstance(s, (ReplaceFill, AddFill))]
+    ordered = spec.steps[: len(steps)] == tuple(steps)
+    while steps and isinstance(steps[-1], Ramp):
+        steps.pop()
     last = len(steps) - 1
-    if _near(spec) and steps and spec.steps[: len(steps)] == tuple(steps):
+    if _near(spec) and steps and ordered:
         step = steps[last]
         factor = step.cap if isinstance(step, Softcap) else step.value if isinstance(step, Scale) else 1.0
         if 0.0 < factor < math.inf and (isinstance(step, Softcap) or last == 0):
@@ -220,18 +261,25 @@ def limits(spec: Attention) -> list[Expr]:
     return [x for cut in _cuts(spec).values() for x in cut.bounds.values()]
 
 
+def indices(spec: Attention) -> list[tuple[int, int, Expr]]:
+    """(operand, 0 for its row or 1 for its column, index) of what is read at indices of its own."""
+    reads: list[Load | Bias] = [*spec.loads, *(s for s in spec.steps if isinstance(s, Bias))]
+    return [(x.operand, d, own) for x in reads for d, own in enumerate((x.row, x.col)) if own is not None]
+
+
 def approximable(spec: Attention) -> bool:
     """Whether there is a tanh that may be the device's own: bfloat16 rounds its result four times as much, and of other dtypes it
     would be the largest error."""
     return spec.qk_dtype == "bfloat16" and any(isinstance(step, (Softcap, Tanh)) for step in spec.steps)
 
 
-def source(spec: Attention, approximate: bool = False) -> str:
+def source(spec: Attention, approximate: bool = False, far: bool = False, inside: bool = False) -> str:
     """The text of the module for `spec`. Raises ValueError for what the kernels cannot compute.
 
-    approximate: tanh is the instruction of NVIDIA's devices, an error of 2^-11, and takes a factor before it along.
+    approximate: tanh is the instruction of NVIDIA's devices, an error of 2^-11, and takes a factor before it along. far: there may
+    be NEARBY queries or keys, or more. inside: of queries and keys that exist, `indices` are those of elements that exist.
     """
-    return _Module(spec, approximate).text()
+    return _Module(spec, approximate, far, inside).text()
 
 
 def _cuts(spec: Attention) -> dict[int, Cut]:
@@ -249,6 +297,11 @@ def _number(x: float) -> str:
     if math.isnan(x):
         raise ValueError("a step with NaN")
     return repr(float(x)) if math.isfinite(x) else f"float('{'-' if x < 0 else ''}inf')"
+
+
+def _as(dtype: str, x: str) -> str:
+    """x, which is in float32, rounded to a dtype."""
+    return x if dtype == "float32" else f"({x}).to(tl.{dtype}).to(tl.float32)"
 
 
 def indented(lines: list[str]) -> list[str]:
@@ -308,10 +361,37 @@ class _Body:
             parts.append(f"+ ({e.const})")
         return " ".join(parts).removeprefix("+ ")
 
+    def number(self, e: Expr) -> str:
+        """Code for an integer in float32, rounded to it: a name."""
+        x = self.value(e)
+        return self.let(f"({x}).to(tl.float32)" if self.module.far or not is_little(e) else f"lifted({x})")
+
     def load(self, operand: int, row: Expr | None = None, col: Expr | None = None) -> str:
         """An element of an operand for each query and key, 0 outside of them."""
         place, mask = self.place(operand, row, col, f"at[{operand}]", f"st[{operand}]")
         return self.let(f"tl.load({place}, mask={mask}, other=0)" if mask else f"tl.load({place})")
+
+    def added(self, step: Bias) -> str:
+        """What a bias adds, before its factor; in full tiles without a look at what exists."""
+        place, mask = self.place(step.operand, step.row, step.col, f"at[{step.operand}]", f"st[{step.operand}]")
+        if not mask or not self.module.unmasked(step):
+            return self.let(f"tl.load({place}, mask={mask}, other=0)" if mask else f"tl.load({place})")
+        name = self.let("0")
+        self.lines[-1:] = [
+            "if FULL:",
+            f"    {name} = tl.load({place})",
+            "else:",
+            f"    {name} = tl.load({place}, mask={mask}, other=0)",
+        ]
+        return name
+
+    def _index(self, own: Expr) -> str:
+        """An index of an operand's element that exists, int64."""
+        names: dict[Expr, str] = {expr.Q: "q", expr.K: "wide(k)"}
+        if isinstance(own, Linear) and all(t in names for _, t in own.terms):
+            parts = [f"+ {c} * {names[t]}.to(tl.int64)" for c, t in own.terms]
+            return f"({' '.join([*parts, f'+ ({own.const})']).removeprefix('+ ')})"
+        return f"{self.value(own)}.to(tl.int64)"
 
     def place(self, operand: int, row: Expr | None, col: Expr | None, base: str, strides: str) -> tuple[str, str]:
         """The address of an operand's element, and the mask of those that exist ('' for one number)."""
@@ -320,8 +400,11 @@ class _Body:
         table = row is not None or col is not None
         for which, (own, name) in enumerate(((row, "q"), (col, "k"))):
             if own is not None:
-                found = self.value(own)
                 uses |= self.module.uses(own)
+                if self.module.inside:
+                    terms.append(f"{self._index(own)} * {strides}[{which}]")
+                    continue
+                found = self.value(own)
                 terms.append(f"clamped({found}, n[{operand}][{which}]).to(tl.int64) * {strides}[{which}]")
             elif dims[which - 2] != "1":
                 uses.add(name)
@@ -338,6 +421,12 @@ def is_wide(e: Linear) -> bool:
     index = Algebra(LONGEST + 1, LONGEST + 1)
     reach = abs(e.const) + sum(abs(c) * max(map(abs, index.bounds(t))) for c, t in e.terms)
     return reach >= 2**31
+
+
+def is_little(e: Expr) -> bool:
+    """Whether e is at most LITTLE in magnitude for indices below NEARBY."""
+    low, high = Algebra(NEARBY, NEARBY).bounds(e)
+    return low >= -LITTLE and high <= LITTLE
 
 
 def _apply(e: Apply, args: list[str]) -> str:
@@ -357,7 +446,9 @@ def _apply(e: Apply, args: list[str]) -> str:
 
 
 class _Module:
-    def __init__(self, spec: Attention, approximate: bool = False) -> None:
+    def __init__(self, spec: Attention, approximate: bool = False, far: bool = False, inside: bool = False) -> None:
+        self.far = far
+        self.inside = inside
         self.spec, self.approximate = spec, approximate
         self.hiding: Hiding = hiding(spec)
         self.cuts = _cuts(spec)
@@ -380,6 +471,16 @@ class _Module:
                 found |= {"q"} if x.row is None and dims[-2] != "1" else set()
                 found |= {"k"} if x.col is None and dims[-1] != "1" else set()
         return found
+
+    def unmasked(self, step: Bias) -> bool:
+        """Whether a bias has an element for each query and key that exists, as far as is known here."""
+        return not self.spec.packed and (self.inside or (step.row is None and step.col is None))
+
+    def ragged(self) -> bool:
+        """Whether a tile is full to `score` whatever queries exist: nothing is added that is read for each of them."""
+        biases = [s for s in self.spec.steps if isinstance(s, Bias) and self.unmasked(s)]
+        reads = [Load(s.operand, self.spec.operands[s.operand].dtype, s.row, s.col) for s in biases]
+        return not any("q" in self.uses(x) for x in reads)
 
     def text(self) -> str:
         parts = [
@@ -435,6 +536,19 @@ class _Module:
             [*body.lines, f"return s, ({', '.join(saved)}{',' if saved else ''})"],
         )
 
+    def _ramp(self, body: _Body, step: Ramp, left: bool) -> str:
+        """What a ramp adds; left: to scores that are to be multiplied afterwards."""
+        factor = f"{body.load(step.operand)}.to(tl.float32)"
+        constant = step.alpha / (_left_over(self.spec)[1] if left else 1.0)
+        alpha = "" if constant == 1.0 else f" * {_number(constant)}"
+        if step.dtype == "float32":
+            # a number of the head takes the constant: one multiply-add for each score
+            added = f"{_as(step.number_dtype, body.number(step.number))} * {body.let(factor + alpha)}"
+        else:
+            added = body.let(f"{_as(step.number_dtype, body.number(step.number))} * {body.let(factor)}")
+            added = f"{_as(step.dtype, added)}{alpha}"
+        return added if step.keep is None else f"tl.where({body.value(step.keep)}, {added}, 0.0)"
+
     def _taken_along(self, i: int) -> bool:
         """Whether step i is a factor that the tanh after it multiplies with."""
         if not self.approximate or not 0 <= i < len(self.spec.steps) - 1:
@@ -453,9 +567,11 @@ class _Module:
             put(f"s = s * {body.load(step.operand)}.to(tl.float32)")
             return kept
         if isinstance(step, Bias):
-            x = f"{body.load(step.operand, step.row, step.col)}.to(tl.float32)"
+            x = f"{body.added(step)}.to(tl.float32)"
             added = x if step.alpha == 1.0 else f"{x} * {_number(step.alpha)}"
             put(f"s = s + {added}" if step.keep is None else f"s = s + tl.where({body.value(step.keep)}, {added}, 0.0)")
+        elif isinstance(step, Ramp):
+            put(f"s = s + {self._ramp(body, step, 0 <= self.left < i)}")
         elif isinstance(step, Shift):
             put(f"s = s + {_number(step.value)}")
         elif isinstance(step, (Softcap, Tanh)):
@@ -529,6 +645,13 @@ class _Module:
             if step.keep is not None:
                 given = f"tl.where({body.value(step.keep)}, {given}, 0.0)"
             self._give(body, step.operand, step.row, step.col, given)
+        elif isinstance(step, Ramp):
+            inner = body.inner()
+            given = f"{_as(step.number_dtype, inner.number(step.number))} * g"
+            given = given if step.alpha == 1.0 else f"{given} * {_number(step.alpha)}"
+            if step.keep is not None:
+                given = f"tl.where({inner.value(step.keep)}, {given}, 0.0)"
+            self._give(body, step.operand, None, None, given, inner)
         elif isinstance(step, (Softcap, Tanh)):
             put(f"g = g * (1.0 - {saved} * {saved})")
         elif isinstance(step, Clamp):
@@ -536,9 +659,11 @@ class _Module:
         elif isinstance(step, ReplaceFill):
             self._masked(body, i, "g", "0.0")
 
-    def _give(self, body: _Body, operand: int, row: Expr | None, col: Expr | None, given: str) -> None:
-        """Add `given`, a tile, to the gradient of an operand, in the kernel that is to make it."""
-        inner = body.inner()
+    def _give(
+        self, body: _Body, operand: int, row: Expr | None, col: Expr | None, given: str, inner: _Body | None = None
+    ) -> None:
+        """Add `given`, a tile, to the gradient of an operand, in the kernel that is to make it. inner: what computes it."""
+        inner = inner or body.inner()
         dims = self.spec.operands[operand].dims[-2:]
         place, mask = inner.place(operand, row, col, f"gat[{operand}]", f"gst[{operand}]")
         x = inner.let(given)

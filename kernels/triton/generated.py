@@ -19,9 +19,9 @@ from attnfuse.spec import Attention
 
 
 @functools.lru_cache(maxsize=512)
-def functions(spec: Attention, approximate: bool = False) -> ModuleType:
+def functions(spec: Attention, approximate: bool = False, far: bool = False, inside: bool = False) -> ModuleType:
     """The module that codegen.source is the text of. Raises BuildError where it cannot be written."""
-    return _imported(codegen.source(spec, approximate))
+    return _imported(codegen.source(spec, approximate, far, inside))
 
 
 def _imported(text: str) -> ModuleType:

@@ -42,22 +42,22 @@ def backward(
     dout [*batch, Q, E], out and stats as of forward, dlse [*batch, Q]. What has no gradient, `check` refuses before. Raises
     OutOfResources where tiles do not fit the device.
     """
-    made, dout = call.config("backward"), _cast(call, dout, call.v.dtype)
+    made, dout = call.config("backward"), cast(call, dout, call.v.dtype)
     sums = _Sums(call, needs[3:])
-    prepared = _prepare(call, made, dout, out, stats, dlse)
-    common = {**_common(call, dout), **prepared, **sums.arguments()}
+    prepared = prepare(call, made.BM, dout, out, stats, dlse)
+    shared = {**common(call, dout), **prepared, **sums.arguments()}
     dq, dk, dv = None, None, None
-    if needs[0] and made.adds and _can_add(call):
+    if needs[0] and made.adds and can_add(call):
         dq = call.scratch(*call.batch, *call.q.shape[-2:], zero=True)
-        dk, dv = _backward_columns(call, made, dout, common, sums.by_rows | sums.by_columns, dq)
-        dq = dq if call.traits.slope == 1.0 else call.recorder.computed(torch.Tensor.mul_, dq, other=call.traits.slope)
+        dk, dv = _backward_columns(call, made, dout, shared, sums.by_rows | sums.by_columns, dq)
+        dq = scaled(call, dq)
     else:
         if needs[0] or sums.by_rows:
-            dq = _backward_rows(call, made, common, sums.by_rows)
+            dq = _backward_rows(call, made, shared, sums.by_rows)
         if needs[1] or needs[2] or sums.by_columns:
-            dk, dv = _backward_columns(call, made, dout, common, sums.by_columns)
+            dk, dv = _backward_columns(call, made, dout, shared, sums.by_columns)
     grads: list[torch.Tensor | None] = [
-        _summed(call, x, g) if need else None for x, g, need in zip((call.q, call.k, call.v), (dq, dk, dv), needs)
+        summed(call, x, g) if need else None for x, g, need in zip((call.q, call.k, call.v), (dq, dk, dv), needs)
     ]
     grads += sums.results()
     if call.spec.sink is not None and call.spec.sink.operand is not None:
@@ -69,7 +69,8 @@ def backward(
     return grads
 
 
-def _cast(call: Call, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def cast(call: Call, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in this dtype."""
     return x if x.dtype == dtype else call.recorder.computed(torch.Tensor.to, x, dtype=dtype)
 
 
@@ -86,23 +87,28 @@ def _with_sink(
     return found
 
 
-def _can_add(call: Call) -> bool:
+def can_add(call: Call) -> bool:
     """Whether gradients of queries may be added up in no order, and by a tensor descriptor."""
     fits = len(call.batch) + 2 <= descriptors.DIMS and 4 * call.D % descriptors.ALIGNED == 0
     return fits and not call.packed_q and not torch.are_deterministic_algorithms_enabled()
 
 
-def _prepare(
-    call: Call, made: Config, dout: torch.Tensor, out: torch.Tensor, stats: torch.Tensor, dlse: torch.Tensor | None
+def scaled(call: Call, dq: torch.Tensor) -> torch.Tensor:
+    """The gradient of q from what was added up, which lacks the spec's slope."""
+    return dq if call.traits.slope == 1.0 else call.recorder.computed(torch.Tensor.mul_, dq, other=call.traits.slope)
+
+
+def prepare(
+    call: Call, BM: int, dout: torch.Tensor, out: torch.Tensor, stats: torch.Tensor, dlse: torch.Tensor | None
 ) -> dict[str, Any]:
-    """What `prepare` finds out of each row for the other two kernels, as their arguments W, F and marks."""
+    """What the kernel `prepare` finds out of each row for the other ones, as their arguments W, F and marks, BM rows at a time."""
     from attnfuse.kernels.triton import template
 
     spec, traits = call.spec, call.traits
     # the sink's gradient reads the rows of no sequence too
     work = call.scratch(3, call.lines, zero=call.packed_q and spec.sink is not None)
     of_lse = None if dlse is None else call.recorder.computed(_spread, dlse, shape=stats.shape[1:])
-    programs = call.query_programs(made.BM)
+    programs = call.query_programs(BM)
     # one for each query tile; packed sequences leave gaps between theirs
     marks = programs + call.heads if call.packed_q else programs
     flags = call.scratch(marks + call.elements if traits.hides else 1, dtype=torch.int32, zero=True)
@@ -111,7 +117,7 @@ def _prepare(
         template.prepare,
         programs,
         {
-            "deal": call.deal(call.bounds.q, call.Q, made.BM),
+            "deal": call.deal(call.bounds.q, call.Q, BM),
             **call.rows(),
             **found,
             "O": out,
@@ -126,7 +132,7 @@ def _prepare(
             "gs": tuple(dout.stride()[-2:]),
             "E": call.E,
             "EP": padded(call.E),
-            "BM": made.BM,
+            "BM": BM,
             "OFFSET": call.functions.offset,
             "HIDES": traits.hides,
             "DOUBT": traits.doubt,
@@ -142,8 +148,8 @@ def _spread(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return x.to(torch.float32).expand(shape).contiguous()
 
 
-def _common(call: Call, dout: torch.Tensor) -> dict[str, Any]:
-    """What both kernels take that compute gradients."""
+def common(call: Call, dout: torch.Tensor) -> dict[str, Any]:
+    """What all kernels take that compute gradients."""
     f = call.functions
     return {
         **call.matrices(q=call.q, k=call.k, v=call.v, g=dout),
@@ -166,7 +172,7 @@ def _common(call: Call, dout: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def _backward_rows(call: Call, made: Config, common: dict[str, Any], operands: int) -> torch.Tensor:
+def _backward_rows(call: Call, made: Config, shared: dict[str, Any], operands: int) -> torch.Tensor:
     """The gradient of q as its kernel writes it. operands: a bit for each whose gradient that kernel adds up."""
     from attnfuse.kernels.triton import template
 
@@ -175,7 +181,7 @@ def _backward_rows(call: Call, made: Config, common: dict[str, Any], operands: i
         template.backward_rows,
         call.query_programs(made.BM),
         {
-            **common,
+            **shared,
             "deal": call.deal(call.bounds.q, call.Q, made.BM),
             **call.tiled(made, made.BN, call.packed_k, k=call.k, v=call.v),
             "DQ": dq,
@@ -195,7 +201,7 @@ def _backward_columns(
     call: Call,
     made: Config,
     dout: torch.Tensor,
-    common: dict[str, Any],
+    shared: dict[str, Any],
     operands: int,
     dq: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -203,36 +209,20 @@ def _backward_columns(
     from attnfuse.kernels.triton import template
 
     marked, made = made.BM, made.by_columns()
-    k, v, batch = call.k, call.v, call.batch
-    # batch dims that neither k nor v has are summed over inside of a program
-    full = tuple(not (a == b == 1) for a, b in zip(k.shape[:-2], v.shape[:-2]))
-    full = (True, *full[1:]) if call.packed_k else full
     tiles = call.K // made.BN + call.sequences if call.packed_k else -(-call.K // made.BN)
-    full = _split(batch, full, tiles, -(-call.Q // made.BM), call.waves)
-    outer = tuple(n if own else 1 for n, own in zip(batch, full))
-    inner = tuple(1 if own else n for n, own in zip(batch, full))
-    dk, dv = _target(call, k, full, call.packed_k), _target(call, v, full, call.packed_k)
-    outer_heads = math.prod(outer) // call.sequences if call.packed_k else 1
+    elements, dk, dv, arguments = of_keys(call, tiles, -(-call.Q // made.BM))
+    outer_heads = elements // call.sequences if call.packed_k else 1
     call.launch(
         template.backward_columns,
-        tiles * (outer_heads if call.packed_k else math.prod(outer)),
+        tiles * (outer_heads if call.packed_k else elements),
         {
-            **common,
+            **shared,
             **call.tiled(made, made.BM, call.packed_q, q=call.q, g=dout),
             "deal": call.deal(call.bounds.k, call.K, made.BN),
             "outer_heads": outer_heads,
             **_added(dq, made),
             "MARKED": marked,
-            "DK": dk,
-            "DV": dv,
-            "outer": outer,
-            "inner": inner,
-            "members": math.prod(inner),
-            "eb": tuple(math.prod(batch[d + 1 :]) for d in range(len(batch))),
-            "dkb": call.strides(dk),
-            "dvb": call.strides(dv),
-            "dks": tuple(dk.stride()[-2:]),
-            "dvs": tuple(dv.stride()[-2:]),
+            **arguments,
             **made.arguments(),
             "QUERIES": call.functions.queries,
             **lists.columns(call, made),
@@ -240,6 +230,32 @@ def _backward_columns(
         },
     )
     return dk, dv
+
+
+def of_keys(call: Call, tiles: int, loop: int) -> tuple[int, torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """(elements, dk, dv, arguments) of a kernel whose programs have tiles of keys: how many batch elements have such programs, what
+    it writes, and what it takes to write there and to go through the others. tiles: of keys, of one element; loop: of queries."""
+    k, v, batch = call.k, call.v, call.batch
+    # batch dims that neither k nor v has are summed over inside of a program
+    full = tuple(not (a == b == 1) for a, b in zip(k.shape[:-2], v.shape[:-2]))
+    full = (True, *full[1:]) if call.packed_k else full
+    full = _split(batch, full, tiles, loop, call.waves)
+    outer = tuple(n if own else 1 for n, own in zip(batch, full))
+    inner = tuple(1 if own else n for n, own in zip(batch, full))
+    dk, dv = _target(call, k, full, call.packed_k), _target(call, v, full, call.packed_k)
+    arguments = {
+        "DK": dk,
+        "DV": dv,
+        "outer": outer,
+        "inner": inner,
+        "members": math.prod(inner),
+        "eb": tuple(math.prod(batch[d + 1 :]) for d in range(len(batch))),
+        "dkb": call.strides(dk),
+        "dvb": call.strides(dv),
+        "dks": tuple(dk.stride()[-2:]),
+        "dvs": tuple(dv.stride()[-2:]),
+    }
+    return math.prod(outer), dk, dv, arguments
 
 
 #: Tiles that one program may go through while others of the device have none.
@@ -281,7 +297,8 @@ def _target(call: Call, x: torch.Tensor, full: Sequence[bool], packed: bool) -> 
     return call.scratch(*shape, *x.shape[-2:], zero=packed)
 
 
-def _summed(call: Call, x: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
+def summed(call: Call, x: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
+    """The gradient of x from that of x as all batch elements have it."""
     assert grad is not None
     if grad.shape == x.shape and grad.dtype == x.dtype:
         return grad

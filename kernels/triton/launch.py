@@ -77,7 +77,8 @@ def forward(call: Call, out: torch.Tensor, stats: torch.Tensor) -> None:
             **made.arguments(),
             "SPECIALISED": call.specialised(made),
             "KEYS": f.keys,
-            **lists.rows(call, made, ragged=True),
+            **lists.rows(call, made, ragged=call.traits.ragged),
+            "RAGGED": call.traits.ragged,
         },
     )
 

@@ -399,9 +399,9 @@ def forward(
     LEFT: tl.constexpr, KEYS: tl.constexpr, SEEN: tl.constexpr, LISTED: tl.constexpr, CHECKED: tl.constexpr, DOUBT: tl.constexpr,
     FILLS: tl.constexpr, DROPOUT: tl.constexpr, NEAR: tl.constexpr, FACTOR: tl.constexpr, HIDDEN: tl.constexpr,
     UNSHIFTED: tl.constexpr, PRECISION: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr, STAGES: tl.constexpr,
-    SPECIALISED: tl.constexpr,
+    SPECIALISED: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """out and stats [2, lines] of one query tile of one batch element."""
+    """out and stats [2, lines] of one query tile of one batch element. RAGGED: as in `listed`."""
     # the last queries first: under a causal mask they take longest
     if PACKED_Q:
         s, tile = dealt(deal, sequences, tl.program_id(0) // heads)
@@ -433,6 +433,8 @@ def forward(
     else:
         lo, hi, first, last = KEYS(q0, q1, at, st, n, Qn, Kn)
         lo, hi = clipped(lo, hi, Kn, BN)
+        if not RAGGED:
+            last = tl.where(q0 + BM <= Qn, last, 0)
         first, last, edges, fulls = parted(lo, hi, first, last, BN)
     for i in tl.range(0, fulls, num_stages=STAGES, warp_specialize=SPECIALISED):
         k0 = full_tile(i, first, LIST, BN, LISTED)

@@ -32,6 +32,8 @@ def is_identity(node: fx.Node) -> bool:
     if name == "dropout":
         args = arguments(node)
         return not args["train"] or args["p"] == 0.0
+    if name in ("pad", "constant_pad_nd"):
+        return all(isinstance(n, int) and n == 0 for n in arguments(node)["pad"])
     found = moves.dim_map(node)
     return found is not None and found.is_identity
 

@@ -34,30 +34,34 @@ from attnfuse.passes import limits
 from attnfuse.passes.capture.view import View
 from attnfuse.passes.graph.aten import dtype_of, shape_of, value_of
 from attnfuse.passes.graph.labels import Atom, Dim, Distances, Labels, known_equal
+from attnfuse.passes.masks.ramps import product
 from attnfuse.passes.masks.terms import Axis, OpCall, Symbol, Tensor, Terms, depends, is_joint, type_of
 from attnfuse.passes.read.assemble import describe_operand
 from attnfuse.passes.read.isolation import isolated
 from attnfuse.passes.simplify import simplify
 from attnfuse.passes.site import Leaf, Refusal, Site
 from attnfuse.reasons import Reason
-from attnfuse.spec import AddFill, Bias, Cast, ReplaceFill, Scale, Shift, Step, dtype_name
+from attnfuse.spec import AddFill, Bias, Cast, Ramp, ReplaceFill, Scale, Shift, Step, dtype_name
 
 _WIDE = (torch.float32, torch.float64)
 
 
-def structure(view: View, site: Site) -> Site:
-    """The site with its masks read, or as it was if nothing was gained; with notes on those that stay tensors."""
-    return structured_assuming(view, site, lambda e, algebra: e)[0]
+def structure(view: View, site: Site, ramps: bool = True) -> Site:
+    """The site with its masks read, or as it was if nothing was gained; with notes on those that stay tensors.
+
+    ramps: what is a number of the head times an integer of query and key is a `Ramp`, and else a table.
+    """
+    return structured_assuming(view, site, lambda e, algebra: e, ramps)[0]
 
 
 def structured_assuming(
-    view: View, site: Site, assume: Callable[[Expr, Algebra], Expr]
+    view: View, site: Site, assume: Callable[[Expr, Algebra], Expr], ramps: bool = True
 ) -> tuple[Site, list[Fill], Algebra]:
     """structure() with masks for which something is known: the site, the fills of its scores before that, the algebra.
 
     assume: what an expression of the graph's tensors comes to.
     """
-    reader = _Structure(view, site, assume)
+    reader = _Structure(view, site, assume, ramps)
     found = reader.run()
     plain = replace(site, notes=reader.said)
     if found is None or isinstance(isolated(view, found), Refusal):
@@ -82,8 +86,9 @@ class Fill:
 class _Structure:
     """Reads the masks and biases of one site, step by step."""
 
-    def __init__(self, view: View, site: Site, assume: Callable[[Expr, Algebra], Expr]) -> None:
+    def __init__(self, view: View, site: Site, assume: Callable[[Expr, Algebra], Expr], ramps: bool) -> None:
         self.view = view
+        self.ramps = ramps
         self.site = site
         self.assume = assume
         self.fills: list[Fill] = []
@@ -269,8 +274,58 @@ class _Structure:
                 first = self._added(*terms[0], dtype)
                 self.may_split = False
                 return first + self._added(*terms[1], dtype)
-        read = self._float(e, dtype)
-        return [Bias(read.operand, alpha, read.row, read.col)]
+        return [self._term_added(e, dtype, alpha, None)]
+
+    def _term_added(self, e: Expr, dtype: torch.dtype, alpha: float, keep: Expr | None) -> Step:
+        """The step that adds alpha * e, where `keep` holds if there is one: a ramp if it is that, else a tensor or a table."""
+        kept = list(self.leaves)
+        try:
+            ramp = self._ramp(e, alpha, keep)
+        except NotExpressible:
+            ramp = None
+        if ramp is not None:
+            return ramp
+        self.leaves = list(kept)
+        read = self._widened(self._float(e, dtype), kept)
+        return Bias(read.operand, alpha, read.row, read.col, keep)
+
+    def _widened(self, read: Load, before: Sequence[Leaf]) -> Load:
+        """A table in float32, which devices copy by its elements while they compute, and not those of 16 bits.
+
+        Those that have a row for each query or key stay: their memory counts. before: the operands without it.
+        """
+        leaf = self.leaves[read.operand]
+        if read.col is None or leaf.row or leaf.given not in (torch.float16, torch.bfloat16):
+            return read
+        if leaf not in before:
+            self.leaves.remove(leaf)
+        wide = replace(leaf, cast=torch.float32) if leaf.made is None else replace(leaf, dtype=torch.float32)
+        return replace(read, operand=self._register(wide), dtype="float32")
+
+    def _ramp(self, e: Expr, alpha: float, keep: Expr | None) -> Ramp | None:
+        """alpha * e as a number of the head times an integer; None for another one. Raises NotExpressible."""
+        if not self.ramps:
+            return None
+        is_there = isinstance(e, Tensor)
+        found = product(e, self.terms)
+        if found is None:
+            return None
+        read, number = self._float(found.factor, found.factor_dtype), self._lowered(found.number)
+        # what is there is as good as what is computed of something else that is there, and better than a number for every score
+        read_too = [self.leaves[x.operand] for x in loads(number)]
+        if (
+            read.row is not None
+            or read.col is not None
+            or (is_there and read_too)
+            or any(map(self._is_joint, read_too))
+        ):
+            return None
+        return Ramp(read.operand, number, alpha * found.alpha, keep, *found.dtypes)
+
+    def _is_joint(self, leaf: Leaf) -> bool:
+        """Whether a tensor has a value of its own for every query and key."""
+        atoms = {a for dim in leaf.labels for a in dim}
+        return leaf.column is None and atoms >= {*self.site.q_dim, *self.site.k_dim} and bool(self.site.q_dim)
 
     def _masked(self, keep: Expr, value: float) -> list[Step]:
         """What a mask that is added where a condition fails becomes: a fill."""
@@ -282,8 +337,8 @@ class _Structure:
         if isinstance(yes, Const):
             keep, yes, no = self.algebra.not_(keep), no, yes
         assert isinstance(no, Const)
-        read, keep = self._float(yes, dtype), self._lowered(keep)
-        steps: list[Step] = [Bias(read.operand, alpha, read.row, read.col, keep)]
+        keep = self._lowered(keep)
+        steps: list[Step] = [self._term_added(yes, dtype, alpha, keep)]
         return [*steps, AddFill(keep, alpha * no.value)] if no.value else steps
 
     def _float(self, e: Expr, dtype: torch.dtype) -> Load:

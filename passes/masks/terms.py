@@ -215,6 +215,15 @@ class Terms:
             return self._taken(node, index, stopped)
         return found
 
+    def made(self, x: Tensor) -> Expr:
+        """What the op that made a tensor computes at the index, whatever that is; the tensor itself where it is not known."""
+        if is_stale(x.node) or not isinstance(x.node.target, OpOverload):
+            return x
+        try:
+            return self._computed(x.node, x.index, not self.view.grad.get(x.node, True))
+        except NotExpressible:
+            return x
+
     def _taken(self, node: fx.Node, index: tuple[Expr, ...], frozen: bool) -> Expr:
         """The element as it lies in memory, where no gradient would flow that is stopped in the graph."""
         if frozen and self.trains and dtype_of(node).is_floating_point:

@@ -28,10 +28,10 @@ from attnfuse.passes.padding.sources import Pad, Paddings, Unpad
 from attnfuse.passes.read.isolation import read_by
 from attnfuse.passes.site import Leaf, Site
 from attnfuse.reasons import Reason
-from attnfuse.spec import AddFill, Attention, Bias, Cast, Layout, ReplaceFill, Shift
+from attnfuse.spec import AddFill, Attention, Bias, Cast, Layout, Ramp, ReplaceFill, Shift
 
 #: Steps after which a hidden score is hidden.
-_LEAVE_HIDDEN = (ReplaceFill, AddFill, Bias, Shift, Cast)
+_LEAVE_HIDDEN = (ReplaceFill, AddFill, Bias, Ramp, Shift, Cast)
 
 
 @dataclass(eq=False)
@@ -192,7 +192,10 @@ class _Finder:
         if k is not None and self._side(site, site.v, site.k_dim) is not k:
             raise Mixed(reasons.PADDING_OTHER_LENGTHS())
         raw = site.unread or site
-        assumed, fills, algebra = structured_assuming(self.view, raw, lambda e, g: self._assume(e, g, raw, q, k))
+        ramps = any(isinstance(step, Ramp) for step in site.spec.steps)
+        assumed, fills, algebra = structured_assuming(
+            self.view, raw, lambda e, g: self._assume(e, g, raw, q, k), ramps=ramps
+        )
         if any(n in carried.labels for leaf in assumed.operands for n in read_by(leaf)):
             raise Mixed(reasons.PADDING_IN_MASK())
         problem = None if k is None else self._unhidden(raw, fills, algebra, q, k)
@@ -242,7 +245,10 @@ class _Finder:
         if any(not isinstance(step, _LEAVE_HIDDEN) for step in site.spec.steps[last.step + 1 :]):
             return reasons.PADDING_SHOWN()
         later = [f.value for f in fills if f.step >= last.step]
-        if any(isinstance(x, (Bias, Shift)) for x in site.spec.steps[last.step + 1 :]) and max(later) > HIDDEN_BELOW:
+        if (
+            any(isinstance(x, (Bias, Ramp, Shift)) for x in site.spec.steps[last.step + 1 :])
+            and max(later) > HIDDEN_BELOW
+        ):
             return reasons.PADDING_BIAS_AFTER()
         if all(value == -torch.inf for value in later) and (q is k or site.spec.hidden == "zero"):
             return None

@@ -12,7 +12,7 @@ from attnfuse.expr import TRUE, Apply, Const, Expr, K, Q, sum_of
 from attnfuse.passes.graph.aten import name_of, value_of
 from attnfuse.passes.site import Refusal, Site
 from attnfuse.rounding import SWALLOWS
-from attnfuse.spec import AddFill, Bias, ReplaceFill, Scale, Shift, Step
+from attnfuse.spec import AddFill, Bias, Ramp, ReplaceFill, Scale, Shift, Step
 
 #: log K is exact to five digits beside scores of this size.
 _SMALL = 100.0
@@ -54,7 +54,7 @@ def _may_be_large(steps: Sequence[Step], least: float, added: bool = False) -> b
     added: only by what is added and leaves digits of the score in float64.
     """
     keeps = all(_keeps_a_key(s.keep) for s in steps if isinstance(s, (ReplaceFill, AddFill)))
-    if _scaled_later(steps) or any(isinstance(step, Bias) for step in steps):
+    if _scaled_later(steps) or any(isinstance(step, (Bias, Ramp)) for step in steps):
         return True
     for step in steps:
         if isinstance(step, (Shift, ReplaceFill, AddFill)):
@@ -77,7 +77,7 @@ def _scaled_later(steps: Sequence[Step]) -> bool:
 
 def _may_hide_all(steps: Sequence[Step]) -> bool:
     """Whether they may leave nothing but -inf of a row."""
-    return _lowest(steps) < -_MOST or _scaled_later(steps) or any(isinstance(step, Bias) for step in steps)
+    return _lowest(steps) < -_MOST or _scaled_later(steps) or any(isinstance(step, (Bias, Ramp)) for step in steps)
 
 
 def _lowest(steps: Sequence[Step]) -> float:

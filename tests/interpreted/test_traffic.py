@@ -10,7 +10,7 @@ from visits import run
 from attnfuse.expr import Algebra, Const, K, Load, Q, causal, dense, documents, window
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.triton.configs import Config
-from attnfuse.spec import AddFill, Bias, ReplaceFill, Scale, Softcap
+from attnfuse.spec import AddFill, Bias, Ramp, ReplaceFill, Scale, Softcap
 from benchmarks import traffic
 
 A = Algebra()
@@ -88,3 +88,7 @@ def test_with_keys_that_heads_or_batches_share():
     check(q, k, v, steps=(HALF, ReplaceFill(causal(0), -INF)))
     check(randn(2, 3, 33, 8), randn(1, 3, 70, 8), randn(2, 1, 70, 8))
     check(randn(1, 3, 33, 8), randn(2, 3, 70, 8), randn(2, 3, 70, 8))
+
+
+def test_ramps():
+    check(*qkv(2, 2, 40, 70, 8), [randn(1, 2, 1, 1)], steps=(HALF, Ramp(0, A.sub(K, Q), keep=causal(3))))

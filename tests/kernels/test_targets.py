@@ -11,9 +11,10 @@ from kernel_cases import FLOAT_MIN, INF, bounds_of, make_spec, qkv, randn
 from paged_cases import attention
 from target_cases import HALF, A, mixed
 
+from attnfuse import expr
 from attnfuse.expr import causal, window
 from attnfuse.kernels.inputs import DENSE, Bounds, Inputs
-from attnfuse.spec import Bias, Cast, ReplaceFill, Sink
+from attnfuse.spec import Bias, Cast, Ramp, ReplaceFill, Scale, Sink
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -145,6 +146,33 @@ def test_sums_that_are_rounded_compile(capability, dtype):
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_sums_that_are_rounded_compile_for_every_target(capability, dtype):
     rounded(capability, dtype, 64)
+
+
+def forward_loops(spec, inputs, capability, D):
+    """The forward kernel and the instructions a score of its loops."""
+    from attnfuse.kernels.triton import targets
+    from benchmarks import sass
+
+    (made,) = targets.compiled(spec, inputs, capability, backward=False)
+    scores = made.BM * made.BN / (32 * made.warps)
+    return made, [len(loop.body) / scores for loop in sass.main_loops(sass.parse(sass.disassemble(made.cubin)))]
+
+
+@pytest.mark.parametrize("D", [128, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("added", "most"), [("ramp", 10.2), ("table", 12.2), ("bias", 12.2)])
+def test_what_is_added_takes_few_instructions(D, added, most):
+    """At most so many a score in the loop over full tiles of 9.0, and in no loop what was spilled."""
+    q, k, v = qkv(1, 2, 1024, 1024, D, dtype=torch.bfloat16)
+    distance = A.sub(expr.K, expr.Q)
+    operand, dims, step = {
+        "ramp": (torch.rand(1, 2, 1, 1), ("1", "B1", "1", "1"), Ramp(0, distance)),
+        "table": (torch.rand(1, 2, 1, 2047), ("1", "B1", "1", "T"), Bias(0, col=A.add(distance, expr.Const(1023)))),
+        "bias": (randn(1, 2, 1024, 1024, dtype=torch.bfloat16), ("1", "B1", "Q", "K"), Bias(0)),
+    }[added]
+    spec = make_spec(q, k, v, [operand], dims=[dims], steps=(Scale(0.125), step, ReplaceFill(causal(), -INF)))
+    made, loops = forward_loops(spec, Inputs(q, k, v, [operand]), 90, D)
+    assert made.spilled <= (0 if added == "ramp" else 8), made
+    assert min(loops) <= most, loops
 
 
 def decoded(capability, dtype, D, queries=1) -> None:

@@ -15,6 +15,8 @@ from benchmarks import sass
 QUARTERS = 4
 #: float32 registers and resident blocks of a multiprocessor; the least registers that a warp is given more of.
 REGISTERS, BLOCKS, _GRAIN = 65536, 32, 256
+#: Columns of tensor memory of a multiprocessor, where it has any.
+COLUMNS = 512
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,19 @@ Row = dict[str, Any]
 
 
 def counted(cubin: bytes) -> Row | None:
-    """What is kept of a kernel's main loop; None if no loop multiplies.
+    """What is kept of a kernel's main loop; None if no loop multiplies. Where a warp of its own issues products, that is the loop
+    of those that make weights.
 
     kinds: instructions by kind; masked: those of the longest loop beside it that multiplies as much, 0 if there is none;
     groups, singles: multiply-adds of an instruction's dims, summed, by warp groups and by single warps, 0 where names do not
     tell dims; loads, order: as of sass.Loop.
     """
-    found = sass.main_loops(sass.parse(sass.disassemble(cubin)))
+    code = sass.parse(sass.disassemble(cubin))
+    found = sass.main_loops(code)
     if not found:
         return None
+    if not found[0].kinds()["mufu"]:
+        found = _weighing(sass.loops(code)) or found
     main = found[0]
     by_group = [x.by_warp_group for x in main.body if x.multiplied]
     return {
@@ -90,6 +96,13 @@ def counted(cubin: bytes) -> Row | None:
         # products of single warps wait for each other, and lie between the exponentials as they come
         "order": "" if by_group and not any(by_group) else main.order(),
     }
+
+
+def _weighing(loops: list[sass.Loop]) -> list[sass.Loop]:
+    """The innermost loops with most exponentials, the shortest first."""
+    inner = [x for x in loops if not any(y in x for y in loops)]
+    most = max((x.kinds()["mufu"] for x in inner), default=0)
+    return sorted((x for x in inner if most and 2 * x.kinds()["mufu"] > most), key=lambda x: len(x.body))
 
 
 @dataclass(frozen=True)
@@ -158,4 +171,5 @@ def blocks(figures: Figures, kernel: Row) -> int:
     of_warp = -(-kernel["registers"] * 32 // _GRAIN) * _GRAIN
     by_registers = REGISTERS // (of_warp * warps)
     by_shared = figures.shared // (kernel["shared"] + 1024)
-    return min(by_registers, by_shared, figures.threads // (32 * warps), BLOCKS)
+    by_columns = COLUMNS // kernel["columns"] if kernel.get("columns") else BLOCKS
+    return min(by_registers, by_shared, by_columns, figures.threads // (32 * warps), BLOCKS)

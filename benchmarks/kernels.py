@@ -72,8 +72,12 @@ _CACHE, _GROUPS, _LENGTHS = 4096, 4, (500, 20, 1000)
 
 #: How specs begin that are kernels of others.
 _OTHERS = ("tutorial", "flex")
-#: And those that the Gluon kernel computes, where there is one.
-_GLUON, _WITH_GLUON = "gluon ", 90
+#: And those that a Gluon kernel computes, where there is one: by compute capability, its files.
+_GLUON = "gluon "
+_WITH_GLUON = {
+    90: ("hopper.py", "hopper_gradients.py", "gradients.py"),
+    100: ("hopper.py", "blackwell.py", "tensor_memory.py"),
+}
 
 Row = dict[str, Any]
 
@@ -223,7 +227,9 @@ def _compiled(case: Case, backward: bool, how: Callable[..., Any] | None = None)
     if case.gluon:
         from attnfuse.kernels.gluon.targets import compiled as of_gluon
 
-        return [of_gluon(spec, inputs, backward=which) for which in (False, True)]
+        # backward is for 9.0 alone
+        passes = (False, True) if case.capability == 90 else (False,)
+        return [of_gluon(spec, inputs, backward=which, capability=case.capability) for which in passes]
     torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
     fixed = varied(case) if case.variant else {}
     # neither slopes nor such a table are parameters
@@ -272,8 +278,7 @@ def digest(case: Case) -> str:
     if case.gluon:
         folder = here.parent / "kernels" / "gluon"
         files = [Path(str(module.__file__)).read_text() for module in (call, descriptors, template)]
-        names = ("hopper.py", "hopper_gradients.py", "launch.py", "gradients.py")
-        files += [(folder / name).read_text() for name in names]
+        files += [(folder / name).read_text() for name in (*_WITH_GLUON[case.capability], "launch.py")]
         texts = [codegen.source(spec, approximate) for approximate in (False, True)]
         return _hashed([metadata.version("triton"), *texts, *files, *counting])
     launched: list[str] = []
@@ -307,7 +312,7 @@ def cases(capabilities: Iterable[int], dtypes: Iterable[str], sizes: Iterable[in
     found = [c for c in found if c.D in _SIZES_OF.get(c.spec, SIZES)]
     found = [c for c in found if c.dtype != "bfloat16" or c.spec == "causal" or c.counted]
     found = [c for c in found if not c.spec.endswith("tma") or c.capability >= 90]
-    found = [c for c in found if not c.gluon or c.capability == _WITH_GLUON]
+    found = [c for c in found if not c.gluon or c.capability in _WITH_GLUON]
     # where there is no matrix instruction, a sample
     return [
         c for c in found if c.capability not in WITHOUT or (c.dtype == "float16" and c.D < 256 and c.spec in _SAMPLE)

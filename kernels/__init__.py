@@ -91,7 +91,7 @@ COMPARED: dict[int, tuple[Kernel, ...]] = {
     86: (VARLEN,),
     89: (VARLEN,),
     90: (GLUON, FLASH4, VARLEN),
-    100: (FLASH4, VARLEN),
+    100: (GLUON, FLASH4, VARLEN),
     103: (FLASH4, VARLEN),
     120: (VARLEN,),
 }

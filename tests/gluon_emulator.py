@@ -777,11 +777,16 @@ class _Program:
         return Value(torch.tensor(x, dtype=torch.int32)) if number and not constant and x != 1 else self.value(x)
 
 
-def run(kernel: Any, programs: int, arguments: dict[str, Any], seed: int = 0) -> None:
-    """Run all programs of a launch, one after the other. Raises Fault, and what else goes wrong in the kernel."""
+def run(
+    kernel: Any, programs: int, arguments: dict[str, Any], seed: int = 0, made: type[_Program] | None = None
+) -> None:
+    """Run all programs of a launch, one after the other. Raises Fault, and what else goes wrong in the kernel.
+
+    made: a program whose modules have more than those of 9.0.
+    """
     for number in range(programs):
         world = World(seed + number)
-        program = _Program(world, number)
+        program = (made or _Program)(world, number)
         given = {
             name: program.argument(arguments[name], kernel.params[i].is_constexpr)
             for i, name in enumerate(kernel.arg_names)

@@ -1,8 +1,8 @@
-"""Fused attention in Gluon, Triton's language one level below, for compute capability 9.0.
+"""Fused attention in Gluon, Triton's language one level below, for compute capabilities 9.0 and, forward, 10.0.
 
 What the kernels are for: a loop of the Triton kernels waits for the scores of a tile before its softmax, with all warps in step.
-Here products of one part of the warps run beside the softmax of another (hopper.py, and hopper_gradients.py for backward). The
-functions of a spec are those of `kernels/triton/codegen.py`, and the statistics mean the same.
+Here products of one part of the warps run beside the softmax of another (hopper.py, and hopper_gradients.py for backward;
+blackwell.py for 10.0). The functions of a spec are those of `kernels/triton/codegen.py`, and the statistics mean the same.
 """
 
 from __future__ import annotations
@@ -48,13 +48,16 @@ def _limits(spec: Attention) -> Iterable[Reason]:
         yield reasons.KERNEL_TILES_BY_VALUE()
 
 
-@functools.lru_cache(maxsize=1)
-def missing() -> str:
-    """What of Gluon is not there, for which these kernels have a name; empty if all is."""
+@functools.lru_cache(maxsize=2)
+def missing(capability: int = 90) -> str:
+    """What of Gluon is not there, for which the kernels of a compute capability have a name; empty if all is."""
     try:
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: F401
 
         from attnfuse.kernels.gluon import hopper, hopper_gradients  # noqa: F401
+
+        if capability >= launch.TALL_FROM:
+            from attnfuse.kernels.gluon import blackwell  # noqa: F401
     except (ImportError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -62,6 +65,12 @@ def missing() -> str:
 
 def _missing() -> Reason | None:
     return reasons.KERNEL_NOT_AVAILABLE(error=missing()) if missing() else None
+
+
+def _missing_on(spec: Attention, device: Device) -> Iterable[Reason]:
+    """What that of 9.0 does not need."""
+    if not missing() and missing(device.capability):
+        yield reasons.KERNEL_NOT_AVAILABLE(error=missing(device.capability))
 
 
 CAPABILITY = Capability(
@@ -74,8 +83,9 @@ CAPABILITY = Capability(
     dropout=False,
     max_batch_rank=_BATCH_DIMS,
     least=90,
-    most=90,
+    most=100,
     also=_limits,
+    here=_missing_on,
     available=_missing,
 )
 

@@ -40,8 +40,14 @@ def takes(spec: Attention, D: int) -> bool:
 
 
 def fits(call: Call, dout: torch.Tensor, needs: Sequence[bool]) -> bool:
-    """Whether the kernel takes these tensors and makes these gradients: of queries, and of no operand."""
-    if not needs[0] or any(needs[3:]) or dout.dtype != call.q.dtype or not takes(call.spec, call.D):
+    """Whether the kernel takes these tensors and makes these gradients: of queries, and of no operand, and not on 10.0."""
+    if (
+        call.device.capability >= launch.TALL_FROM
+        or not needs[0]
+        or any(needs[3:])
+        or dout.dtype != call.q.dtype
+        or not takes(call.spec, call.D)
+    ):
         return False
     return shared.can_add(call) and all(map(descriptors.fits, (call.q, call.k, call.v, dout)))
 

@@ -19,7 +19,13 @@ from attnfuse.spec import Attention
 CAPABILITY = 90
 
 
-def compiled(spec: Attention, inputs: Inputs, tiles: Tiles | None = None, backward: bool = False) -> Compiled:
+def compiled(
+    spec: Attention,
+    inputs: Inputs,
+    tiles: Tiles | None = None,
+    backward: bool = False,
+    capability: int = CAPABILITY,
+) -> Compiled:
     """The forward kernel that these tensors would run, or the one for gradients of q, k and v. BM, BN and warps are those of all
     groups; tiles: of the forward kernel, in place of what ships.
 
@@ -31,12 +37,12 @@ def compiled(spec: Attention, inputs: Inputs, tiles: Tiles | None = None, backwa
         if not kernel.is_gluon():
             # that which prepares rows
             return
-        made = compile_kernel(kernel, arguments, CAPABILITY)
+        made = compile_kernel(kernel, arguments, capability)
         # of the backward kernel, groups share out the keys
         groups = arguments.get("GROUPS", 0)
         found.append(replace(made, BM=made.BM * (groups or 1), warps=made.warps * (groups or gradients.GROUPS)))
 
-    call = Call(spec, inputs, Device("cuda", CAPABILITY), record)
+    call = Call(spec, inputs, Device("cuda", capability), record)
     out, stats = allocate(spec, inputs)
     if backward:
         gradients.backward(call, torch.empty_like(out), out, stats, (True,) * 3)

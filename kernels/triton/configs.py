@@ -73,7 +73,11 @@ _Table = dict[tuple[Pass, int], dict[int, Config]]
 # Below 10.0 Triton lays 16 rows of a tile on each warp: with more warps than that, two of them compute the same rows.
 #: By pass and head size up to which it holds: by compute capability, 0 for any other device. 16 bits:
 _HALF: _Table = {
-    ("forward", 64): {**dict.fromkeys((80, 90, 100), Config(128, 64, 8, 3)), 0: Config(128, 64, 8, 2)},
+    ("forward", 64): {
+        **dict.fromkeys((80, 90), Config(128, 64, 8, 3)),
+        100: Config(128, 64, 4, 2),
+        0: Config(128, 64, 8, 2),
+    },
     ("forward", 128): {
         **dict.fromkeys((80, 100), Config(128, 64, 8, 3)),
         90: Config(128, 128, 8, 2),
@@ -88,13 +92,12 @@ _HALF: _Table = {
     },
     ("backward", 64): {
         **dict.fromkeys((80, 90), Config(64, 64, 4, 2)),
-        100: Config(64, 64, 8, 2),
+        100: Config(128, 64, 8, 2),
         0: Config(64, 32, 4, 2),
     },
     ("backward", 128): {
         80: Config(64, 32, 4, 2),
-        90: Config(128, 64, 8, 2),
-        100: Config(64, 64, 8, 2),
+        **dict.fromkeys((90, 100), Config(128, 64, 8, 2)),
         0: Config(64, 32, 4, 1),
     },
     ("backward", 256): {0: Config(32, 32, 4, 1)},
@@ -102,7 +105,8 @@ _HALF: _Table = {
 #: 16 bits, for specs that need more registers and would spill.
 _HEAVY: _Table = {
     ("forward", 64): {
-        **dict.fromkeys((90, 100), Config(128, 64, 8, 3)),
+        90: Config(128, 64, 8, 3),
+        100: Config(128, 64, 4, 2),
         120: Config(128, 32, 8, 2),
         0: Config(128, 64, 8, 2),
     },
@@ -117,16 +121,36 @@ _HEAVY: _Table = {
         100: Config(64, 16, 8, 1),
         0: Config(64, 32, 4, 1),
     },
-    ("backward", 64): {90: Config(64, 64, 4, 2), 100: Config(64, 64, 8, 2), 0: Config(64, 32, 4, 2)},
-    ("backward", 128): {90: Config(128, 64, 8, 2), 100: Config(64, 64, 8, 2), 0: Config(64, 32, 4, 1)},
+    ("backward", 64): {90: Config(64, 64, 4, 2), 100: Config(128, 64, 8, 2), 0: Config(64, 32, 4, 2)},
+    ("backward", 128): {**dict.fromkeys((90, 100), Config(128, 64, 8, 2)), 0: Config(64, 32, 4, 1)},
     ("backward", 256): {0: Config(32, 32, 8, 1)},
 }
-#: 16 bits, where loops can read by tensor descriptors, which leaves registers for more keys, light specs and heavy ones alike.
+#: 16 bits, where loops can read by tensor descriptors, which leaves registers for more keys.
 _DESCRIBED: _Table = {
-    ("forward", 64): {90: Config(128, 128, 8, 2, descriptors=True)},
-    ("forward", 128): {90: Config(128, 128, 8, 2, descriptors=True)},
-    ("backward", 64): {90: Config(128, 64, 8, 2, descriptors=True, adds=True)},
-    ("backward", 128): {90: Config(128, 64, 8, 2, descriptors=True, adds=True)},
+    ("forward", 64): {
+        90: Config(128, 128, 8, 2, descriptors=True),
+        # two blocks have room on a multiprocessor and in its tensor memory, and do not wait for each other
+        100: Config(128, 64, 4, 2, descriptors=True),
+    },
+    ("forward", 128): {
+        **dict.fromkeys((90, 100), Config(128, 128, 8, 2, descriptors=True)),
+        120: Config(128, 64, 8, 2, descriptors=True),
+    },
+    # what is added to dq is memory traffic: the more keys of a tile, the less of it
+    ("backward", 64): {
+        **dict.fromkeys((90, 100), Config(128, 64, 8, 2, descriptors=True, adds=True)),
+        120: Config(64, 32, 4, 2, descriptors=True, adds=True),
+    },
+    ("backward", 128): {
+        90: Config(128, 64, 8, 2, descriptors=True, adds=True),
+        # the sums for dq of 128 keys do not fit into tensor memory as well
+        100: Config(128, 64, 8, 2, descriptors=True),
+        120: Config(64, 64, 8, 1, descriptors=True, adds=True),
+    },
+}
+#: The same for specs that need more registers, where they have tiles of their own.
+_HEAVY_DESCRIBED: _Table = {
+    ("forward", 128): {120: Config(128, 32, 8, 2, descriptors=True)},
 }
 #: 32 bits: multiply-adds, unless TF32 is allowed.
 _SINGLE: _Table = {
@@ -164,8 +188,10 @@ def config(
             return Config(16, 32, 4, 1) if width <= 128 else Config(16, 16, 4, 1)
         return Config(64 if width <= 128 else 32, 64 if width <= 128 else 32, 4, 2 if capability >= 80 else 1)
     width = max(64, min(256, width))
-    if described and bits == 16 and capability in _DESCRIBED.get((which, width), {}):
-        return _DESCRIBED[which, width][capability]
+    if described and bits == 16:
+        for table in (_HEAVY_DESCRIBED, _DESCRIBED) if heavy else (_DESCRIBED,):
+            if capability in table.get((which, width), {}):
+                return table[which, width][capability]
     table = _WITHOUT if capability in (70, 75) else _SINGLE if bits == 32 else _HEAVY if heavy else _HALF
     row = table[which, width]
     return row.get(capability, row[0])

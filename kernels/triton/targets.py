@@ -39,7 +39,8 @@ _TYPES = {
 class Compiled:
     """One kernel as compiled. BM, BN, warps, stages: as in Config, 0 where it has none; shared, spilled: bytes; registers: of a
     thread; products: names of matrix instructions; bulk: whether tiles are copied by tensor descriptors; reduces: whether they
-    are added to memory by them; partitioned: whether warps share out the work of a loop; cubin: the machine code."""
+    are added to memory by them; partitioned: whether warps share out the work of a loop; columns: of tensor memory, where a
+    device has it (512); cubin: the machine code."""
 
     kernel: str
     BM: int
@@ -53,6 +54,7 @@ class Compiled:
     bulk: bool = False
     partitioned: bool = False
     reduces: bool = False
+    columns: int = 0
     cubin: bytes = field(default=b"", repr=False, compare=False)
 
 
@@ -116,6 +118,8 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], capability: int) -> C
         bulk,
         partitioned,
         reduces,
+        # None where Triton has no such memory in mind
+        getattr(made.metadata, "tmem_size", 0) or 0,
         made.asm["cubin"],
     )
 

@@ -230,6 +230,8 @@ def test_blocks_that_fit_a_multiprocessor() -> None:
     # 1 KiB goes with each block
     assert cycles.blocks(FIGURES[90], kernel(1, registers=32, shared=114 << 10)) == 1
     assert cycles.blocks(FIGURES[120], kernel(1, registers=32, shared=0)) == 6
+    # of 512 columns of tensor memory
+    assert cycles.blocks(FIGURES[100], kernel(1, registers=32, shared=0, columns=256)) == 2
 
 
 def test_peaks_are_those_of_data_sheets() -> None:
@@ -305,8 +307,9 @@ def test_every_counted_case_is_in_the_file() -> None:
             assert looping and all(x["loop"] for x in looping), row
 
 
-def test_counts_are_those_of_the_kernels_as_they_are() -> None:
-    compare(kernels.Case(90, "bfloat16", 128, "causal"), backward=False)
+@pytest.mark.parametrize("capability", [90, 100])
+def test_counts_are_those_of_the_kernels_as_they_are(capability: int) -> None:
+    compare(kernels.Case(capability, "bfloat16", 128, "causal"), backward=False)
 
 
 @pytest.mark.slow

@@ -384,11 +384,11 @@ def test_nothing_chooses_it_but_its_name_and_tuning():
     assert kernels.successor("gluon", spec, HOPPER) is kernels.candidates(spec, HOPPER)[0]
 
 
-@pytest.mark.parametrize("capability", [80, 89, 100, 120])
+@pytest.mark.parametrize("capability", [80, 89, 103, 120])
 def test_other_devices_have_no_such_kernel(capability):
     device = Device("cuda", capability)
     assert kernels.GLUON not in kernels.compared(spec_of(), device)
-    assert "takes 9.0 to 9.0" in str(kernels.choose(spec_of(), device, "gluon").reason)
+    assert "takes 9.0 to 10.0" in str(kernels.choose(spec_of(), device, "gluon").reason)
 
 
 IDS = torch.zeros(1, 1, 1, 256, dtype=torch.int64)
@@ -418,7 +418,7 @@ def test_what_it_cannot_is_said(name):
 
 
 def test_without_gluon_it_says_so(monkeypatch):
-    monkeypatch.setattr(gluon, "missing", lambda: "ImportError: no such name")
+    monkeypatch.setattr(gluon, "missing", lambda capability=90: "ImportError: no such name")
     choice = kernels.choose(spec_of(), HOPPER, "gluon")
     assert choice.kernel is None and "no such name" in str(choice.reason)
 

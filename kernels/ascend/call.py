@@ -163,6 +163,8 @@ class Call:
         added, by_terms = None, None
         if reading.terms:
             added, without = _added(reading, inputs.operands, heads, batch, lengths, q)
+            if _may_overflow(reading, q, k, added):
+                raise ValueError("scores that may be infinite in the graph's dtype, beside a term")
             if without is not None:
                 by_terms = without if bare is None else without & ~bare
                 bare = without if bare is None else without | bare
@@ -181,6 +183,8 @@ class Call:
         """Fill out and stats, as layout.allocate makes them."""
         result, top, total = self._run()
         result = result[..., : self.v.shape[-1]]
+        # by what the operator saw: no number that is put in is a product
+        broken = self._overflown(top)
         if self.bare is not None:
             if not self.reading.finite:
                 result = result.masked_fill(self.bare, 0.0 if self.spec.hidden == "zero" else math.nan)
@@ -188,9 +192,10 @@ class Call:
             else:
                 top = top.masked_fill(self.bare, self.reading.fill)
                 total = total.masked_fill(self.bare, self.k.shape[-2])
-        broken = self._overflown(top)
         if broken is not None:
             result = result.masked_fill(broken, math.nan)
+            if self.spec.hidden == "zero":
+                result = result.masked_fill(broken & (top < 0.0), 0.0)
         out.copy_(self._as(result, out.shape, 0, 0.0))
         # rows of no sequence have no score
         stats[0].copy_(self._as(top, (*out.shape[:-1], 1), 0, -math.inf).squeeze(-1))
@@ -231,10 +236,12 @@ class Call:
         return self.sides[0].gathered(packed.flat(x, not self.spec.packed_queries)).unsqueeze(0)
 
     def _overflown(self, top: torch.Tensor) -> torch.Tensor | None:
-        """Rows that the graph makes NaN, as a product of q and k is infinite in the dtype that it is held in."""
+        """Rows that the graph makes NaN, as a product of q and k is infinite in the dtype that it is held in, or all are -inf
+        there. With terms there are none (`_may_overflow`)."""
         if self.reading.overflow == math.inf or self.added is not None:
             return None
-        return (top / self.reading.scale).abs().ge(self.reading.overflow) & top.isfinite()
+        broken = (top / self.reading.scale).abs().ge(self.reading.overflow) & top.isfinite()
+        return broken if self.bare is None else broken & ~self.bare
 
     # -- backward
 
@@ -247,6 +254,8 @@ class Call:
         broken = self._overflown(top)
         if broken is not None:
             dy, result = dy.masked_fill(broken, math.nan), result.masked_fill(broken, 0.0)
+            if self.spec.hidden == "zero":
+                dy = dy.masked_fill(broken & (top < 0.0), 0.0)
         if self.bare is not None:
             if self.reading.finite:
                 top = top.masked_fill(self.bare, 0.0)
@@ -447,6 +456,16 @@ def _packed(spec: Attention, inputs: Inputs, reading: Reading, batch: tuple[int,
     plan = _plan(spec, reading, found, operator, "TND", q.shape[1], k.shape[1], False)
     heads = Heads(len(batch), len(batch) - 1)
     return Call(spec, inputs, reading, plan, heads, batch, q, k, v, mask, sides=(of_queries, of_keys))
+
+
+def _may_overflow(reading: Reading, q: torch.Tensor, k: torch.Tensor, added: torch.Tensor) -> bool:
+    """Whether a score may be infinite where the graph holds it, by the lengths of q and k and the largest term."""
+    if reading.overflow == math.inf or isinstance(q, FakeTensor):
+        return False
+    most = q.float().norm(dim=-1).amax() * k.float().norm(dim=-1).amax()
+    # an infinite term is infinite in the kernel too
+    term = added.float().masked_fill(added.isinf(), 0.0).amax().clamp(min=0.0)
+    return bool(most + term / reading.scale >= reading.overflow)
 
 
 def _operator(name: str) -> Any:

@@ -35,7 +35,7 @@ class Term(NamedTuple):
 class Reading:
     """scale: of q @ k^T. masks: a key is seen where all of them hold. fill: the score of hidden keys; passes: it was added to
     theirs, so that gradients pass. terms: what is added to the scores, scale included.
-    overflow: the magnitude from which on products of q and k are infinite. swallows: from which on a term that is subtracted
+    overflow: the magnitude from which on a product of q and k is infinite in the graph, at one of its casts. swallows: from which on a term that is subtracted
     leaves nothing of a score, since the graph holds their sum in 16 bits. apart: terms were added one after the other, which is not
     their sum where one is large and positive.
     """
@@ -149,10 +149,39 @@ def read(spec: Attention) -> Reading | tuple[Reason, ...]:
         fill,
         passes,
         tuple(terms),
-        min((torch.finfo(dtype).max for dtype in narrow), default=_INF),
+        _overflow(spec),
         min((rounding.COARSE[dtype] for dtype in narrow), default=_INF) if terms else _INF,
         _apart(spec),
     )
+
+
+def _infinite_from(dtype: torch.dtype) -> float:
+    """The least number that is infinite in a dtype: what lies half a step beyond its greatest one."""
+    return torch.finfo(dtype).max + 2.0 ** (math.frexp(torch.finfo(dtype).max)[1] - 1) * torch.finfo(dtype).eps / 2.0
+
+
+def _overflow(spec: Attention) -> float:
+    found, scale = _INF, 1.0
+    for step in spec.steps:
+        if isinstance(step, Scale):
+            scale *= step.value
+        elif isinstance(step, Cast) and rounding.rounds(step):
+            found = min(found, _infinite_from(dtype_of(step.dtype)) / scale)
+    return found
+
+
+def _fill_overflows(spec: Attention) -> bool:
+    """Whether a number that is put in or added is infinite at a cast after it, which hides otherwise than the number does."""
+    for i, fill in enumerate(spec.steps):
+        if not isinstance(fill, (ReplaceFill, AddFill)) or not math.isfinite(fill.value):
+            continue
+        value = abs(fill.value)
+        for step in spec.steps[i + 1 :]:
+            if isinstance(step, Scale):
+                value *= step.value
+            elif isinstance(step, Cast) and rounding.rounds(step) and value >= _infinite_from(dtype_of(step.dtype)):
+                return True
+    return False
 
 
 def _apart(spec: Attention) -> bool:
@@ -201,6 +230,7 @@ def _limits(spec: Attention) -> Iterator[Reason]:
             or any(s.value > _below_all(spec) for _, s in finite),
             reasons.KERNEL_FILL(),
         ),
+        (_fill_overflows(spec), reasons.KERNEL_FILL()),
         # which of several numbers is left in a row without keys is not looked into
         (
             len({s.value for i, s in fills if i in hides}) > 1

@@ -11,8 +11,9 @@ from attnfuse import expr
 from attnfuse.expr import Algebra, Const, causal, dense, window
 from attnfuse.kernels import ascend
 from attnfuse.kernels.ascend.call import Call
+from attnfuse.kernels.ascend.reading import Reading, read
 from attnfuse.kernels.inputs import Bounds, Inputs
-from attnfuse.spec import AddFill, Bias, Cast, ReplaceFill, Scale
+from attnfuse.spec import AddFill, Bias, Cast, ReplaceFill, Scale, dtype_name
 
 HALF = Scale(0.25)
 A = Algebra()
@@ -193,6 +194,72 @@ def test_products_that_overflow_in_the_graph_make_nan(npu):
     check(q, k, v, steps=(Cast("float16"), HALF), backward=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("hidden", ["nan", "zero"])
+@pytest.mark.parametrize("add", [False, True])
+def test_the_number_in_a_row_without_keys_is_no_product_that_overflows(npu, dtype, hidden, add):
+    keep = torch.rand(2, 1, 33, 33) > 0.3
+    keep[:, :, 3:5] = False
+    fill = AddFill(dense(0), -1e37) if add else ReplaceFill(dense(0), torch.finfo(dtype).min)
+    if add and dtype == torch.float16:
+        pytest.skip("refused: -inf there")
+    steps = (Cast(dtype_name(dtype)), HALF, fill)
+    out, _ = check(*qkv(dtype=dtype), [keep], steps=steps, hidden=hidden)
+    assert out.isfinite().all()
+
+
+def products(least, most, dtype=torch.float16):
+    """q, k and v of which one row has the product `most` with one key, and `least` with the others."""
+    q, k, v = qkv(1, 2, 20, 33, dtype=dtype)
+    q[0, 1, 3], k[0, 1] = 0.0, 0.0
+    q[0, 1, 3, 0], k[0, 1, :, 0], k[0, 1, 5, 0] = 1000.0, least / 1000.0, most / 1000.0
+    return q, k, v
+
+
+HALVED = Cast("float16")
+
+
+@pytest.mark.parametrize(
+    ("steps", "least", "most", "nan"),
+    [
+        ((HALF, HALVED), 40000.0, 70000.0, False),
+        ((HALF, HALVED), 40000.0, 300000.0, True),
+        ((HALVED, HALF), 40000.0, 70000.0, True),
+        ((HALVED, Scale(4.0), HALVED), 10000.0, 20000.0, True),
+        ((HALVED, Scale(4.0)), 10000.0, 20000.0, False),
+        ((HALVED, HALF), -70000.0, -80000.0, True),
+        ((HALVED, HALF), -70000.0, -100.0, False),
+        ((HALVED, HALF), 0.0, 65504.0, False),
+    ],
+)
+@pytest.mark.parametrize("hidden", ["nan", "zero"])
+def test_a_product_overflows_where_the_graph_holds_it(npu, steps, least, most, nan, hidden):
+    q, k, v = products(least, most)
+    spec = make_spec(q, k, v, steps=steps, hidden=hidden)
+    out, _ = ascend.forward(spec, Inputs(q, k, v))
+    wanted, _ = kernel_cases.evaluate(spec, (q, k, v), None, torch.float64, out)
+    assert torch.equal(out.isnan(), wanted.isnan())
+    assert bool(out[0, 1, 3].isnan().all()) == (nan and (hidden == "nan" or most > 0.0))
+    torch.testing.assert_close(out.double(), wanted, rtol=2e-2, atol=2e-2, equal_nan=True)
+
+
+def test_products_that_may_overflow_beside_a_term_are_left_to_another_kernel(npu):
+    bias = randn(1, 2, 20, 33, dtype=torch.float16)
+    with pytest.raises(ValueError, match="may be infinite"):
+        check(*products(0.0, 70000.0), [bias], steps=(HALVED, HALF, Bias(0)))
+    bias[0, 0, 3, 4] = 65000.0
+    with pytest.raises(ValueError, match="may be infinite"):
+        check(*products(0.0, 9000.0), [bias], steps=(HALVED, Bias(0), HALVED))
+    assert not npu.calls
+
+
+def test_a_number_that_a_later_cast_makes_infinite_is_refused():
+    q, k, v = qkv(1, 1, 9, 9, dtype=torch.float16)
+    for steps in ((ReplaceFill(causal(), -1e9), HALVED), (ReplaceFill(causal(), -40000.0), Scale(2.0), HALVED)):
+        assert not isinstance(read(make_spec(q, k, v, steps=steps)), Reading)
+    assert isinstance(read(make_spec(q, k, v, steps=(HALVED, ReplaceFill(causal(), -1e9)))), Reading)
+
+
 @pytest.mark.parametrize("groups", [2, 3])
 def test_grouped_heads(npu, groups):
     q, k, v = randn(2, 2, groups, 20, 16), randn(2, 2, 1, 33, 16), randn(2, 2, 1, 33, 16)
@@ -313,6 +380,10 @@ def test_bounds_that_were_written_to_are_copied_to_the_host_again(npu):
     fields["bounds"].q.copy_(bounds_of(4, 4, 7))
     check(q, k, v, **fields)
     assert npu.calls[-1][1]["actual_seq_qlen"].tolist() == [4, 8, 15]
+    # as code that Inductor generated writes to a buffer that it uses again
+    fields["bounds"].q.data.copy_(bounds_of(2, 3, 10))
+    check(q, k, v, **fields)
+    assert npu.calls[-1][1]["actual_seq_qlen"].tolist() == [2, 5, 15]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -18,10 +18,10 @@ from torch.fx.node import Argument
 
 from attnfuse._compat import OpOverload
 
+#: What leaves elements in their order.
+_VIEWS = frozenset({"aten::view", "aten::_unsafe_view", "aten::reshape", "aten::clone"})
 #: What only says where elements are.
-_MOVES = frozenset(
-    {"aten::view", "aten::_unsafe_view", "aten::reshape", "aten::transpose", "aten::permute", "aten::clone"}
-)
+_MOVES = _VIEWS | {"aten::transpose", "aten::permute"}
 _ALL_REDUCE, _WAIT = "_c10d_functional::all_reduce", "_c10d_functional::wait_tensor"
 _ATTENTION = "attnfuse::attention"
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -105,8 +105,8 @@ def _factors(product: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None
 
 
 def _moved(node: fx.Node) -> fx.Node | None:
-    """What a chain of views is of, if nothing else reads any of it."""
-    while _name(node) in _MOVES:
+    """What a chain of views is of, which have its elements in their order, if nothing else reads any of it."""
+    while _name(node) in _VIEWS:
         (source,) = node.all_input_nodes[:1]
         if len(node.users) != 1:
             return None

@@ -58,12 +58,12 @@ def compiled(model):
 class Attention(nn.Module):
     """As tensor-parallel models have it: q, k and v by columns, the projection by rows. by_hand: with a collective of its own."""
 
-    def __init__(self, bias=False, by_hand=False, read=False):
+    def __init__(self, bias=False, by_hand=False, read=False, turned=None):
         super().__init__()
         size = 16 if by_hand else 32
         self.q, self.k, self.v = (nn.Linear(32, size, bias=bias) for _ in range(3))
         self.o = nn.Linear(size, 32, bias=bias and not by_hand)
-        self.by_hand, self.read = by_hand, read
+        self.by_hand, self.read, self.turned = by_hand, read, turned
 
     def forward(self, x, cache=None):
         q, k, v = (f(x).unflatten(-1, (-1, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
@@ -72,6 +72,7 @@ class Attention(nn.Module):
         y = self.o(F.scaled_dot_product_attention(q, k, v, is_causal=cache is None).transpose(1, 2).flatten(2))
         if not self.by_hand:
             return y
+        y = y if self.turned is None else y.permute(self.turned)
         whole = collectives.all_reduce(y, "sum", dist.group.WORLD)
         return whole + y.square() if self.read else whole
 
@@ -116,6 +117,15 @@ def test_a_collective_of_the_models_own_is_one_too(lowered):
     with torch.no_grad():
         found, wanted = compiled(model)(x), model(x)
     assert called(lowered) == ["npu_mm_all_reduce_base"]
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("turned", [(1, 0, 2), (2, 0, 1), (0, 2, 1)])
+def test_a_product_that_is_turned_before_it_is_reduced_keeps_its_all_reduce(lowered, turned):
+    model, x = Attention(by_hand=True, turned=turned).to(torch.bfloat16), rows()
+    with torch.no_grad():
+        found, wanted = compiled(model)(x), model(x)
+    assert called(lowered) == ["all_reduce"]
     torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
 
 

@@ -28,6 +28,11 @@ def unfit(taken: frozenset[str], device: Device) -> Iterator[Reason]:
         yield reasons.KERNEL_CHIP(chip=device.name or "unknown", taken=", ".join(sorted(taken)))
 
 
+def reduces(device: Device) -> bool:
+    """Whether a chip has the operator for a product and the all-reduce of it: its documents name no other."""
+    return family(device) == "910B"
+
+
 def decodes(spec: Attention, queries: int, groups: int) -> bool:
     """Whether the operator for one query takes a call: 16 bits, up to 64 heads to a key head, nothing added, nothing dropped."""
     return queries == 1 and groups <= 64 and spec.qk_dtype != "float32" and not spec.dropout

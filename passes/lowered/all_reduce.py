@@ -78,16 +78,16 @@ def _fused(graph: fx.Graph, reduced: fx.Node, group_of: Callable[[str], Group], 
         return False
     if group.size not in _SIZES:
         return False
-    with graph.inserting_before(reduced):
+    with graph.inserting_before(product):
         named: dict[str, Argument] = {} if bias is None else {"bias": bias}
         one = graph.call_function(
             torch.ops.npu.npu_mm_all_reduce_base.default, (rows, weight, group.communicator), named
         )
         one.meta["val"] = value
-        shaped = graph.call_function(torch.ops.aten.reshape.default, (one, list(reduced.meta["val"].shape)))
-        shaped.meta["val"] = reduced.meta["val"]
-    wait.replace_all_uses_with(shaped)
-    for gone in (wait, reduced):
+    # the views of the product, whose sizes may be symbolic, are those of its sum now
+    product.replace_all_uses_with(one)
+    wait.replace_all_uses_with(one if partial is product else partial)
+    for gone in (wait, reduced, product):
         graph.erase_node(gone)
     return True
 

@@ -15,9 +15,13 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from attnfuse import _compat
+from attnfuse import backend as backend_module
+from attnfuse._compat import FakeTensorMode
 from attnfuse.backend import backend
+from attnfuse.kernels.device import Device
 from attnfuse.passes.lowered import all_reduce
 from attnfuse.passes.lowered.all_reduce import Group
+from attnfuse.settings import Settings
 
 WORLD = 2
 
@@ -48,11 +52,11 @@ def called(graphs):
     return [str(node.target).split(".")[1] for graph in graphs for node in graph.nodes if "reduce" in str(node.target)]
 
 
-def compiled(model):
+def compiled(model, **given):
     def with_attnfuse(gm, inputs):
         return backend(gm, inputs, options={"inner": "aot_eager", "strict": True})
 
-    return torch.compile(model, backend=with_attnfuse)
+    return torch.compile(model, backend=with_attnfuse, **given)
 
 
 class Attention(nn.Module):
@@ -118,6 +122,33 @@ def test_a_collective_of_the_models_own_is_one_too(lowered):
         found, wanted = compiled(model)(x), model(x)
     assert called(lowered) == ["npu_mm_all_reduce_base"]
     torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_sizes_may_be_symbolic(lowered):
+    model = Attention(by_hand=True).to(torch.bfloat16)
+    run = compiled(model, dynamic=True)
+    with torch.no_grad():
+        for length in (20, 24):
+            x = rows(length)
+            torch.testing.assert_close(run(x), model(x), rtol=2e-2, atol=2e-2)
+    assert called(lowered) == ["npu_mm_all_reduce_base"]
+
+
+@pytest.mark.parametrize(
+    ("chip", "wanted"), [("Ascend910B2", True), ("Ascend910_9391", False), ("Ascend310P3", False)]
+)
+def test_only_chips_that_have_the_operator_are_asked_for_it(monkeypatch, chip, wanted):
+    seen = []
+    monkeypatch.setattr(all_reduce, "fuse", lambda graph, group_of: seen.append(graph))
+    monkeypatch.setattr(Device, "of", lambda device: Device("npu", name=chip))
+    with FakeTensorMode():
+        x = torch.empty(2, device="npu")
+    lower = backend_module._lowered([x], Settings(strict=True))
+    lower(torch.fx.symbolic_trace(lambda x: x))
+    assert bool(seen) == wanted
+    assert backend_module._lowered([torch.empty(2)], Settings()) is None
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    assert backend_module._lowered([x], Settings()) is None
 
 
 @pytest.mark.parametrize("turned", [(1, 0, 2), (2, 0, 1), (0, 2, 1)])

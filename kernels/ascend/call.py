@@ -7,7 +7,6 @@ whose keys are hidden by -inf is given the first key, and its result and its gra
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -38,12 +37,23 @@ _MOST_HEADS = 256
 _LARGE = 2.0**10
 
 
-@functools.lru_cache(maxsize=16)
-def _triangle(device: torch.device) -> torch.Tensor:
-    return torch.ones(_SIDE, _SIDE, dtype=torch.bool, device=device).triu(1)
+#: Masks that were made, by device and whether with a prefix. Fake ones are not kept: they hold nothing.
+_masks: dict[tuple[torch.device, bool], torch.Tensor] = {}
 
 
-@functools.lru_cache(maxsize=16)
+def _triangle(device: torch.device, prefix: bool = False) -> torch.Tensor:
+    found = _masks.get((device, prefix))
+    if found is None:
+        found = (
+            _triangle_and_prefix(device)
+            if prefix
+            else torch.ones(_SIDE, _SIDE, dtype=torch.bool, device=device).triu(1)
+        )
+        if not isinstance(found, FakeTensor):
+            _masks[device, prefix] = found
+    return found
+
+
 def _triangle_and_prefix(device: torch.device) -> torch.Tensor:
     lower = torch.ones(_SIDE // 2, _SIDE, dtype=torch.bool, device=device)
     lower[:, : _SIDE // 2] = False
@@ -62,7 +72,8 @@ class Heads:
         rank = len(spec.batch)
         if grouped(spec):
             return Heads(rank, 2 if rank > 2 else 1)
-        return Heads(rank, 1 if rank > 1 else 0)
+        # a lone dim whose keys are shared is one of heads too
+        return Heads(rank, 1 if rank > 1 or spec.broadcast[1] else 0)
 
     def merged(self, x: torch.Tensor, batch: Sequence[int] | None = None) -> torch.Tensor:
         """[B, N, ...] of x [*batch, ...], a view where there is one; of a group of dims that are all 1, it is 1.
@@ -137,14 +148,14 @@ class Call:
         groups = q.shape[1] // max(k.shape[1], 1)
         if inference:
             operator = "npu_incre_flash_attention" if lengths.queries == 1 else "npu_prompt_flash_attention"
-        elif not (reverse or reading.terms) and chips.decodes(spec, lengths.queries, groups):
+        elif not (reverse or reading.terms) and chips.decodes(spec, q.shape[0], lengths.queries, lengths.keys, groups):
             operator = "npu_fused_infer_attention_score"
         found = masked(reading, [lengths], modes=operator not in INFERENCE, batch=q.shape[0])
         mask, bare = None, None
         if found.mask == "triangle":
             mask = _triangle(q.device)
         elif found.mask == "triangle and prefix":
-            mask = _triangle_and_prefix(q.device)
+            mask = _triangle(q.device, prefix=True)
         elif found.mask == "whole" and reading.finite and reading.terms:
             raise ValueError(
                 "a mask by distance that leaves rows without a key, beside a term that they would be made of"
@@ -168,6 +179,11 @@ class Call:
             if without is not None:
                 by_terms = without if bare is None else without & ~bare
                 bare = without if bare is None else without | bare
+        most = chips.MOST[operator]
+        if q.shape[0] > most.batch or max(lengths) > most.rows:
+            raise ValueError(
+                f"batch {q.shape[0]} and {max(lengths)} rows (the operator takes {most.batch} and {most.rows})"
+            )
         layout = "BNSD" if operator in INFERENCE else _layout(q, k, v)
         plan = _plan(spec, reading, found, operator, layout, q.shape[1], k.shape[1], added is not None)
         return Call(spec, inputs, reading, plan, heads, batch, q, k, v, mask, bare, by_terms, added)
@@ -313,14 +329,15 @@ class Call:
         """
         bare = self.bare
         assert bare is not None
-        queries = self.q.masked_fill(~bare, 0.0)
+        # float16 may overflow before the division by K
+        queries, dy, result = (x.float() for x in (self.q.masked_fill(~bare, 0.0), dy, result))
         of_values = dy.transpose(-1, -2) @ queries
-        of_means = (dy.float() * result.float()).sum(-1, keepdim=True).to(queries.dtype)
+        of_means = (dy * result).sum(-1, keepdim=True)
         of_means = of_means.transpose(-1, -2) @ queries
         groups = self.plan.heads // self.plan.key_heads
         of_values, of_means = (x.unflatten(1, (-1, groups)).sum(2) for x in (of_values, of_means))
-        found: torch.Tensor = (self.v @ of_values - of_means) * (self.reading.scale / self.k.shape[-2])
-        return found
+        found: torch.Tensor = (self.v.float() @ of_values - of_means) * (self.reading.scale / self.k.shape[-2])
+        return found.to(self.k.dtype)
 
     def _of_operands(self, gradient: torch.Tensor, needs: Sequence[bool]) -> list[torch.Tensor | None]:
         """Of what was added to scores, from the gradient of `added`."""
@@ -453,6 +470,9 @@ def _packed(spec: Attention, inputs: Inputs, reading: Reading, batch: tuple[int,
         )
     mask = _triangle(q.device) if found.mask == "triangle" else None
     operator: Operator = "npu_fusion_attention" if spec.dropout else "npu_fusion_attention_v3"
+    rows = max(q.shape[-2], k.shape[-2])
+    if rows > chips.MOST[operator].rows:
+        raise ValueError(f"{rows} packed rows (the operator takes {chips.MOST[operator].rows})")
     plan = _plan(spec, reading, found, operator, "TND", q.shape[1], k.shape[1], False)
     heads = Heads(len(batch), len(batch) - 1)
     return Call(spec, inputs, reading, plan, heads, batch, q, k, v, mask, sides=(of_queries, of_keys))
@@ -526,7 +546,9 @@ def _sum_of_terms(
             if step.keep is not None:
                 found = torch.where(expr.evaluate(step.keep, operands, *indices), found, 0.0)
         else:
-            found = torch.where(expr.evaluate(step.keep, operands, *indices), 0.0, step.value * factor)
+            # float32 whatever torch.get_default_dtype() is
+            value = torch.full((), step.value * factor, dtype=torch.float32, device=device)
+            found = torch.where(expr.evaluate(step.keep, operands, *indices), 0.0, value)
         if reading.apart and checked and bool((found.amax() >= _LARGE).any()):
             raise ValueError("one of several added terms is so large that their order may matter")
         total = found if total is None else total + found
@@ -582,4 +604,10 @@ def _added(
         top = made.amax(-1)
         if bool(((top <= -reading.swallows) & (top > -math.inf)).any()):
             raise ValueError("a row's keys all have so much subtracted that their scores are gone in the graph's dtype")
+    if q.dtype == torch.float16 and real:
+        limits, top = torch.finfo(q.dtype), made.amax(-1)
+        low = (top < limits.min + _LARGE) & (top > -math.inf) & (made.amin(-1) < top)
+        high = (made > limits.max) & (made < math.inf)
+        if bool(low.any() | high.any()):
+            raise ValueError("terms that differ beyond what float16 holds")
     return made.clamp(min=torch.finfo(q.dtype).min).to(q.dtype).contiguous(), bare

@@ -35,9 +35,9 @@ class Term(NamedTuple):
 class Reading:
     """scale: of q @ k^T. masks: a key is seen where all of them hold. fill: the score of hidden keys; passes: it was added to
     theirs, so that gradients pass. terms: what is added to the scores, scale included.
-    overflow: the magnitude from which on a product of q and k is infinite in the graph, at one of its casts. swallows: from which on a term that is subtracted
-    leaves nothing of a score, since the graph holds their sum in 16 bits. apart: terms were added one after the other, which is not
-    their sum where one is large and positive.
+    overflow: the magnitude from which on a product of q and k is infinite in the graph, at one of its casts.
+    swallows: from which on a term that is subtracted leaves nothing of a score, since the graph holds their sum in 16 bits.
+    apart: terms were added one after the other, which is not their sum where one is large and positive.
     """
 
     scale: float = 1.0
@@ -280,6 +280,8 @@ def _term_after_fill(spec: Attention, hides: frozenset[int]) -> bool:
 
 
 def _shared(spec: Attention) -> bool:
-    """Whether q, k or v is shared over a batch dim other than the innermost one, of query heads with the same keys."""
+    """Whether q, k or v is shared over a batch dim other than the innermost one, of query heads with the same keys. That of
+    packed sequences is none of heads."""
     q, k, v = spec.broadcast
-    return bool(q) or k != v or not set(k) <= {*spec.batch[-1:]}
+    heads = spec.batch[1:] if spec.packed else spec.batch
+    return bool(q) or k != v or not set(k) <= {*heads[-1:]}

@@ -134,9 +134,7 @@ def test_sizes_may_be_symbolic(lowered):
     assert called(lowered) == ["npu_mm_all_reduce_base"]
 
 
-@pytest.mark.parametrize(
-    ("chip", "wanted"), [("Ascend910B2", True), ("Ascend910_9391", False), ("Ascend310P3", False)]
-)
+@pytest.mark.parametrize(("chip", "wanted"), [("Ascend910B2", True), ("Ascend910_9391", False), ("Ascend310P3", False)])
 def test_only_chips_that_have_the_operator_are_asked_for_it(monkeypatch, chip, wanted):
     seen = []
     monkeypatch.setattr(all_reduce, "fuse", lambda graph, group_of: seen.append(graph))

@@ -8,8 +8,10 @@ import torch
 from kernel_cases import FLOAT_MIN, INF, bounds_of, make_spec, qkv, randn
 
 from attnfuse import expr
+from attnfuse._compat import FakeTensorMode
 from attnfuse.expr import Algebra, Const, causal, dense, window
 from attnfuse.kernels import ascend
+from attnfuse.kernels.ascend import call
 from attnfuse.kernels.ascend.call import Call
 from attnfuse.kernels.ascend.reading import Reading, read
 from attnfuse.kernels.inputs import Bounds, Inputs
@@ -287,6 +289,89 @@ def test_heads_that_all_share_keys_are_the_operators_heads(npu):
     q, k, v = randn(2, 3, 20, 16), randn(2, 1, 20, 16), randn(2, 1, 20, 16)
     check(q, k, v, broadcast=((), ("B1",), ("B1",)), steps=(HALF, CAUSAL))
     assert npu.calls[0][1]["head_num"] == 3 and npu.calls[0][1]["key"].shape[:2] == (2, 1)
+
+
+def test_a_lone_batch_dim_whose_keys_are_shared_is_one_of_heads(npu):
+    q, k, v = randn(6, 20, 8), randn(1, 33, 8), randn(1, 33, 8)
+    shared = ((), ("B0",), ("B0",))
+    check(q, k, v, broadcast=shared, steps=(HALF,))
+    assert npu.calls[0][1]["query"].shape == (1, 6, 20, 8)
+    for heads in (1, 6):
+        keep = torch.rand(heads, 20, 33) > 0.4
+        keep[-1, 3] = False
+        check(q, k, v, [keep], broadcast=shared, steps=(HALF, ReplaceFill(dense(0), -INF)))
+        check(q, k, v, [keep], broadcast=shared, steps=(HALF, AddFill(dense(0), FLOAT_MIN)))
+        check(q, k, v, [randn(heads, 20, 33)], broadcast=shared, steps=(HALF, Bias(0)))
+
+
+def test_keys_that_packed_sequences_share_are_refused(npu):
+    (q, k, v), fields = packed((5, 7, 3), layout="packed_queries", heads=())
+    check(q, k, v, **fields)
+    shared = make_spec(q, k[:1], v[:1], broadcast=((), ("B0",), ("B0",)), layout="packed_queries")
+    assert not isinstance(read(shared), Reading)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_terms_are_float32_whatever_the_default_is(npu, dtype):
+    q, k, v = qkv(dtype=torch.float32)
+    spec = make_spec(q, k, v, steps=(HALF, AddFill(causal(), -80000.0), AddFill(window(9), -70000.0)))
+    inputs = Inputs(q, k, v)
+    wanted = Call.of(spec, inputs).added
+    torch.set_default_dtype(dtype)
+    try:
+        found = Call.of(spec, inputs).added
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, wanted) and found.isfinite().all()
+
+
+def test_terms_that_float16_does_not_hold_are_left_to_another_kernel(npu):
+    q, k, v = qkv(dtype=torch.float16)
+    large, low = randn(1, 1, 33, 33, dtype=torch.float16), randn(1, 1, 33, 33, dtype=torch.float16)
+    large[..., 3, 4] = 60000.0
+    low[..., 3, :] = -50000.0
+    low[..., 3, 4] = -40000.0
+    for bias in (large, low):
+        with pytest.raises(ValueError, match="float16 holds"):
+            Call.of(make_spec(q, k, v, [bias], steps=(HALF, Bias(0, 2.0))), Inputs(q, k, v, [bias]))
+    low[..., 3, 5] = 0.0
+    check(q, k, v, [low], steps=(HALF, Bias(0)))
+
+
+def test_what_rows_without_keys_give_to_keys_does_not_overflow(npu):
+    q, k, v = qkv(1, 1, 64, 64, dtype=torch.float16)
+    q, v = q.abs() + 2.0, v.abs() + 4.0
+    v[..., 1::2, :] += 4.0
+    keep = torch.zeros(1, 1, 1, 64, dtype=torch.bool)
+    spec = make_spec(q, k, v, [keep], steps=(HALF, AddFill(dense(0), -1e37)))
+    inputs = Inputs(q, k, v, [keep])
+    out, stats = ascend.forward(spec, inputs)
+    dout = torch.full_like(out, 8.0)
+    found = ascend.backward(spec, inputs, dout, out, stats, [True, True, True, False])[1]
+    _, wanted = kernel_cases.evaluate(spec, inputs.tensors, None, torch.float64, dout)
+    torch.testing.assert_close(found.double(), wanted[1], rtol=2e-2, atol=2.0)
+
+
+def test_masks_made_of_fake_tensors_are_not_kept(npu):
+    q, k, v = qkv(1, 1, 9, 9)
+    spec = make_spec(q, k, v, steps=(HALF, CAUSAL))
+    call._masks.clear()
+    mode = FakeTensorMode()
+    with mode:
+        Call.of(spec, Inputs(*(mode.from_tensor(x) for x in (q, k, v))))
+    check(q, k, v, steps=(HALF, CAUSAL))
+
+
+def test_more_than_an_operator_takes_is_left_to_another(npu):
+    long = [torch.empty(1, dtype=torch.bfloat16).expand(1, 1, n, 16) for n in (1, 262145, 262145)]
+    spec = make_spec(*long)
+    assert Call.of(spec, Inputs(*long)).plan.operator == "npu_fusion_attention_v3"
+    many = [torch.empty(1, dtype=torch.float16).expand(129, 1, n, 16) for n in (2, 4, 4)]
+    with pytest.raises(ValueError, match="128"):
+        Call.of(make_spec(*many), Inputs(*many), inference=True)
+    rows = [torch.empty(1).expand(1, 1, n, 16) for n in (1, 2**20 + 1, 2**20 + 1)]
+    with pytest.raises(ValueError, match="1048576"):
+        Call.of(make_spec(*rows), Inputs(*rows))
 
 
 def test_rows_that_lie_by_head_are_not_copied(npu):

@@ -546,8 +546,9 @@ def _sum_of_terms(
             if step.keep is not None:
                 found = torch.where(expr.evaluate(step.keep, operands, *indices), found, 0.0)
         else:
-            # float32 whatever torch.get_default_dtype() is
-            value = torch.full((), step.value * factor, dtype=torch.float32, device=device)
+            # float32 whatever torch.get_default_dtype() is, and within it
+            most = torch.finfo(torch.float32).max
+            value = torch.full((), min(max(step.value * factor, -most), most), dtype=torch.float32, device=device)
             found = torch.where(expr.evaluate(step.keep, operands, *indices), 0.0, value)
         if reading.apart and checked and bool((found.amax() >= _LARGE).any()):
             raise ValueError("one of several added terms is so large that their order may matter")
@@ -592,22 +593,27 @@ def _added(
     """(what is added to scores, with the least number in place of -inf; rows that it leaves no key, if it can hold -inf)."""
     real = not isinstance(q, FakeTensor)
     made = _sum_of_terms(reading, operands, heads, batch, lengths, q.device, checked=real)
+    hidden = _hidden(reading, operands, heads, batch, lengths, q.device) if reading.masks else None
     bare = None
     if any(isinstance(t.step, Bias) for t in reading.terms):
         gone = made == -math.inf
-        if reading.masks:
-            gone = gone | _hidden(reading, operands, heads, batch, lengths, q.device)
-        bare = gone.all(-1, keepdim=True)
+        bare = (gone if hidden is None else gone | hidden).all(-1, keepdim=True)
         if reading.finite and real and bool(bare.any()):
             raise ValueError("rows without a key but those that a number hides")
-    if reading.swallows < math.inf and real:
-        top = made.amax(-1)
-        if bool(((top <= -reading.swallows) & (top > -math.inf)).any()):
-            raise ValueError("a row's keys all have so much subtracted that their scores are gone in the graph's dtype")
-    if q.dtype == torch.float16 and real:
-        limits, top = torch.finfo(q.dtype), made.amax(-1)
-        low = (top < limits.min + _LARGE) & (top > -math.inf) & (made.amin(-1) < top)
-        high = (made > limits.max) & (made < math.inf)
-        if bool(low.any() | high.any()):
-            raise ValueError("terms that differ beyond what float16 holds")
+    if real:
+        _check_terms(reading, made if hidden is None else made.masked_fill(hidden, -math.inf), hidden, q.dtype)
     return made.clamp(min=torch.finfo(q.dtype).min).to(q.dtype).contiguous(), bare
+
+
+def _check_terms(reading: Reading, seen: torch.Tensor, hidden: torch.Tensor | None, dtype: torch.dtype) -> None:
+    """Raises ValueError for terms that are another thing as numbers of `dtype`. seen: those of keys that no mask hides, -inf for
+    others."""
+    top, limits = seen.amax(-1, keepdim=True), torch.finfo(dtype)
+    if reading.swallows < math.inf and bool(((top <= -reading.swallows) & (top > -math.inf)).any()):
+        raise ValueError("a row's keys all have so much subtracted that their scores are gone in the graph's dtype")
+    # keys of less than the least number weigh nothing, unless no other key has more
+    less = seen < top if hidden is None else (seen < top) & ~hidden
+    low = (top < limits.min / 2) & (top > -math.inf) & less.any(-1, keepdim=True)
+    high = (seen > limits.max) & (seen < math.inf)
+    if bool(low.any() | high.any()):
+        raise ValueError(f"terms that differ beyond what {str(dtype).removeprefix('torch.')} holds")

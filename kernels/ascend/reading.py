@@ -141,7 +141,7 @@ def read(spec: Attention) -> Reading | tuple[Reason, ...]:
             terms.append(Term(step, step.alpha))
         elif isinstance(step, AddFill):
             terms.append(Term(step, 1.0))
-    passes = any(isinstance(s, AddFill) and i in hides for i, s in enumerate(spec.steps))
+    passes = any(_passes(spec, i) for i in hides)
     narrow = [dtype_of(s.dtype) for s in spec.steps if isinstance(s, Cast) and rounding.rounds(s)]
     return Reading(
         scale,
@@ -153,6 +153,12 @@ def read(spec: Attention) -> Reading | tuple[Reason, ...]:
         min((rounding.COARSE[dtype] for dtype in narrow), default=_INF) if terms else _INF,
         _apart(spec),
     )
+
+
+def _passes(spec: Attention, i: int) -> bool:
+    """Whether the gradient of a score that step i hides passes: it was added to, and no cast finds it infinite."""
+    step = spec.steps[i]
+    return isinstance(step, AddFill) and (step.value > -_INF or not any(map(rounding.rounds, spec.steps[i:])))
 
 
 def _infinite_from(dtype: torch.dtype) -> float:
@@ -171,7 +177,8 @@ def _overflow(spec: Attention) -> float:
 
 
 def _fill_overflows(spec: Attention) -> bool:
-    """Whether a number that is put in or added is infinite at a cast after it, which hides otherwise than the number does."""
+    """Whether a number that is put in or added is infinite at a cast after it, or in float32, which hides otherwise than the
+    number does."""
     for i, fill in enumerate(spec.steps):
         if not isinstance(fill, (ReplaceFill, AddFill)) or not math.isfinite(fill.value):
             continue
@@ -179,6 +186,8 @@ def _fill_overflows(spec: Attention) -> bool:
         for step in spec.steps[i + 1 :]:
             if isinstance(step, Scale):
                 value *= step.value
+                if value > torch.finfo(torch.float32).max:
+                    return True
             elif isinstance(step, Cast) and rounding.rounds(step) and value >= _infinite_from(dtype_of(step.dtype)):
                 return True
     return False
@@ -257,7 +266,7 @@ def _limits(spec: Attention) -> Iterator[Reason]:
         ),
         # whose gradient is NaN in rows without keys, where that of a term before the fill is 0
         (
-            spec.hidden == "nan" and ReplaceFill in kinds and _term_after_fill(spec, hides),
+            spec.hidden == "nan" and not all(_passes(spec, i) for i in hides) and _term_after_fill(spec, hides),
             reasons.KERNEL_ROW_WITHOUT_KEYS(),
         ),
         (

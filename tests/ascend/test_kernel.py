@@ -260,6 +260,7 @@ def test_a_number_that_a_later_cast_makes_infinite_is_refused():
     for steps in ((ReplaceFill(causal(), -1e9), HALVED), (ReplaceFill(causal(), -40000.0), Scale(2.0), HALVED)):
         assert not isinstance(read(make_spec(q, k, v, steps=steps)), Reading)
     assert isinstance(read(make_spec(q, k, v, steps=(HALVED, ReplaceFill(causal(), -1e9)))), Reading)
+    assert not isinstance(read(make_spec(q, k, v, steps=(ReplaceFill(causal(), FLOAT_MIN), Scale(2.0)))), Reading)
 
 
 @pytest.mark.parametrize("groups", [2, 3])
@@ -332,10 +333,45 @@ def test_terms_that_float16_does_not_hold_are_left_to_another_kernel(npu):
     low[..., 3, :] = -50000.0
     low[..., 3, 4] = -40000.0
     for bias in (large, low):
-        with pytest.raises(ValueError, match="float16 holds"):
+        with pytest.raises(ValueError, match="beyond what float16 holds"):
             Call.of(make_spec(q, k, v, [bias], steps=(HALF, Bias(0, 2.0))), Inputs(q, k, v, [bias]))
     low[..., 3, 5] = 0.0
     check(q, k, v, [low], steps=(HALF, Bias(0)))
+
+
+def test_rows_whose_keys_are_hidden_once_or_twice_are_left_to_another_kernel(npu):
+    q, k, v = qkv()
+    mask = torch.zeros(2, 1, 33, 33)
+    mask[:, :, 3, ::2] = FLOAT_MIN
+    mask[:, :, 3, 1::2] = -INF
+    with pytest.raises(ValueError, match="beyond what float32 holds"):
+        check(q, k, v, [mask], steps=(HALF, Bias(0)))
+    mask[:, :, 3, 5] = 1.0
+    check(q, k, v, [mask], steps=(HALF, Bias(0)))
+
+
+def test_scores_are_gone_where_a_mask_hides_all_keys_but_those_with_a_low_term(npu):
+    q, k, v = qkv(dtype=torch.float16)
+    low, keep = torch.zeros(1, 1, 33, 33, dtype=torch.bool), torch.ones(1, 1, 33, 33, dtype=torch.bool)
+    low[..., 3, :5] = True
+    keep[..., 3, 5:] = False
+    least = torch.finfo(torch.float16).min
+    steps = (HALF, AddFill(dense(0, inverted=True), least), Cast("float16"), ReplaceFill(dense(1), -INF))
+    with pytest.raises(ValueError, match="scores are gone"):
+        check(q, k, v, [low, keep], steps=steps)
+    keep[..., 3, 9] = True
+    check(q, k, v, [low, keep], steps=steps)
+
+
+def test_a_score_that_is_infinite_at_a_cast_has_no_gradient(npu):
+    keep = torch.rand(2, 1, 33, 33) > 0.4
+    keep[:, :, 3] = False
+    q, k, v = qkv(dtype=torch.float16)
+    check(q, k, v, [keep], steps=(HALF, AddFill(dense(0), -INF), HALVED))
+    check(q, k, v, [keep], steps=(HALF, HALVED, AddFill(dense(0), -INF)))
+    bias = randn(1, 2, 33, 33, dtype=torch.float16)
+    spec = make_spec(q, k, v, [keep, bias], steps=(HALF, AddFill(dense(0), -INF), HALVED, Bias(1)))
+    assert not isinstance(read(spec), Reading)
 
 
 def test_what_rows_without_keys_give_to_keys_does_not_overflow(npu):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from kernel_cases import FLOAT_MIN, INF, bounds_of, make_spec, qkv, randn
 
-from attnfuse import expr
+from attnfuse import expr, ops
 from attnfuse._compat import FakeTensorMode
 from attnfuse.expr import Algebra, Const, causal, dense, window
 from attnfuse.kernels import ascend
@@ -535,6 +535,45 @@ def test_dropout_drops_the_same_in_backward_and_when_it_is_recomputed(npu, dtype
     dv = ascend.backward(spec, inputs, dout, out, stats, [True] * 3 + [False] * len(operands))[2]
     product = (dv.double() * v.double()).sum()
     assert torch.allclose(product, (dout.double() * out.double()).sum(), rtol=2e-2, atol=0.5)
+
+
+@pytest.mark.parametrize("when", ["backward", "memory", "second forward", "first forward", "value"])
+def test_gradients_with_dropout_are_of_the_kernel_that_dropped(once, on_cpu, monkeypatch, when):
+    ops.forget()
+    q, k, v = (x.requires_grad_() for x in qkv(1, 2, 9, 9, 64))
+    spec = make_spec(q, k, v, dropout=0.5)
+
+    def run():
+        return torch.ops.attnfuse.attention(q, k, v, [], torch.tensor([7]), None, None, spec.argument, "ascend", False)[
+            0
+        ]
+
+    def fails(*given):
+        raise {"memory": torch.OutOfMemoryError, "value": ValueError}.get(when, RuntimeError)("no luck")
+
+    if when in ("backward", "second forward"):
+        out = run()
+    broken = ["forward", "backward"] if when == "value" else ["backward"] if when == "backward" else ["forward"]
+    for name in broken:
+        monkeypatch.setattr(ascend, name, fails)
+    if when in ("memory", "second forward"):
+        with pytest.raises(RuntimeError, match="no luck"):
+            run()
+    elif when == "backward":
+        with pytest.raises(RuntimeError, match="no luck"):
+            out.sum().backward()
+    else:
+        # all of the reference
+        with pytest.warns(match="no luck"):
+            out = run()
+        dout = torch.randn_like(out)
+        out.backward(dout)
+        torch.testing.assert_close((v.grad * v).sum(), (dout * out).sum())
+    if when == "second forward":
+        dout = torch.randn_like(out)
+        out.backward(dout)
+        torch.testing.assert_close((v.grad * v).sum(), (dout * out).sum())
+    ops.forget()
 
 
 def test_empty_dims_give_what_the_reference_gives(npu):

@@ -264,6 +264,11 @@ def _limits(spec: Attention) -> Iterator[Reason]:
             or (bool(finite) and any(isinstance(s, AddFill) and i not in hides for i, s in fills)),
             reasons.KERNEL_FILL(),
         ),
+        # in rows without keys the gradient of some scores is NaN then, and that of others 0
+        (
+            spec.hidden == "nan" and len(kinds) == 1 and len({_passes(spec, i) for i in hides}) > 1,
+            reasons.KERNEL_ROW_WITHOUT_KEYS(),
+        ),
         # whose gradient is NaN in rows without keys, where that of a term before the fill is 0
         (
             spec.hidden == "nan" and not all(_passes(spec, i) for i in hides) and _term_after_fill(spec, hides),

@@ -387,7 +387,10 @@ Lowered = Callable[[fx.GraphModule], None]
 def compile_fx(
     gm: fx.GraphModule, example_inputs: Sequence[Any], config_patches: dict[str, Any], lowered: Lowered | None = None
 ) -> Callable[..., Any]:
-    """Inductor, as torch.compile calls it. lowered: what changes each graph without gradients that AOTAutograd has made."""
+    """Inductor, as torch.compile calls it. lowered: what changes each graph without gradients that AOTAutograd has made; it
+    runs in each process, as it may write what is one process's own.
+    """
+    import torch._functorch.config as functorch
     from torch._inductor.compile_fx import compile_fx as inductor
     from torch._inductor.compile_fx import compile_fx_inner
 
@@ -401,7 +404,9 @@ def compile_fx(
             lowered(graph)
         return compile_fx_inner(graph, inputs, **given)
 
-    compiled = inductor(gm, example_inputs, inner_compile=inner, config_patches=config_patches)
+    # that cache knows the graph before `lowered` alone; Inductor's own knows the one after it
+    with functorch.patch(enable_autograd_cache=False, enable_remote_autograd_cache=False):
+        compiled = inductor(gm, example_inputs, inner_compile=inner, config_patches=config_patches)
     return compiled  # type: ignore[no-any-return]
 
 

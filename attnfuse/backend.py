@@ -15,6 +15,8 @@ from torch import fx
 
 from attnfuse import _compat, checking, nested, ops, reasons, settings
 from attnfuse.graphs import copied
+from attnfuse.kernels.ascend import chips
+from attnfuse.kernels.device import Device
 from attnfuse.passes.lowered import all_reduce
 from attnfuse.pipeline import Work, rewrite, undone
 from attnfuse.reasons import Reason
@@ -117,7 +119,7 @@ def _inner(
     # seeds are to be kept for backward
     with _compat.some_memory():
         types = {x.device.type for x in example_inputs if isinstance(x, torch.Tensor)}
-        lowered = functools.partial(_with_all_reduce, strict=chosen.strict) if "npu" in types else None
+        lowered = _lowered(example_inputs, chosen)
         if chosen.inner == "aot_eager":
             return _compat.aot_eager(gm, example_inputs, lowered), ()
 
@@ -141,9 +143,19 @@ def _inner(
         return _compat.aot_eager(gm, example_inputs, lowered), (failed,)
 
 
-def _with_all_reduce(gm: fx.GraphModule, strict: bool) -> None:
-    """Projections of attentions and their all-reduces as one operator, in a graph for NPUs."""
+def _lowered(example_inputs: Sequence[Any], chosen: Settings) -> Callable[[fx.GraphModule], None] | None:
+    """What is done to graphs after AOTAutograd: on NPUs, where there is more than one process."""
+    devices = [x.device for x in example_inputs if isinstance(x, torch.Tensor) and x.device.type == "npu"]
+    if not devices or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    return functools.partial(_with_all_reduce, device=devices[0], strict=chosen.strict)
+
+
+def _with_all_reduce(gm: fx.GraphModule, device: torch.device, strict: bool) -> None:
+    """Projections of attentions and their all-reduces as one operator, in a graph for NPUs that have it."""
     try:
+        if not chips.reduces(Device.of(device)):
+            return
         all_reduce.fuse(gm.graph, lambda name: all_reduce.Group(*_compat.npu_group(name)))
     except Exception as error:
         if strict:

@@ -32,6 +32,7 @@ class Capability:
     max_batch_rank  batch dims
     head_dims       largest D and E; 0 for any
     least, most     compute capabilities of NVIDIA GPUs, as 10 * major + minor; 0 for any
+    own_dropout     which weights are dropped is the kernel's own affair: no other kernel drops the same ones for a seed
     also            what else speaks against a spec
     here            what else speaks against it on a device
     available       None if the kernel can run here, else why not (a compiler is missing, say)
@@ -49,6 +50,7 @@ class Capability:
     head_dims: int = 0
     least: int = 0
     most: int = 0
+    own_dropout: bool = False
     also: Callable[[Attention], Iterable[Reason]] = lambda spec: ()
     here: Callable[[Attention, Device], Iterable[Reason]] = lambda spec, device: ()
     available: Callable[[], Reason | None] = lambda: None

@@ -37,6 +37,7 @@ _TAKES = Capability(
     frozenset(),
     layouts=LAYOUTS,
     head_dims=512,
+    own_dropout=True,
     also=_limits,
 )
 CAPABILITY = replace(_TAKES, here=lambda spec, device: unfit(TRAINING, device))

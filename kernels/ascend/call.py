@@ -7,7 +7,6 @@ whose keys are hidden by -inf is given the first key, and its result and its gra
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -38,12 +37,23 @@ _MOST_HEADS = 256
 _LARGE = 2.0**10
 
 
-@functools.lru_cache(maxsize=16)
-def _triangle(device: torch.device) -> torch.Tensor:
-    return torch.ones(_SIDE, _SIDE, dtype=torch.bool, device=device).triu(1)
+#: Masks that were made, by device and whether with a prefix. Fake ones are not kept: they hold nothing.
+_masks: dict[tuple[torch.device, bool], torch.Tensor] = {}
 
 
-@functools.lru_cache(maxsize=16)
+def _triangle(device: torch.device, prefix: bool = False) -> torch.Tensor:
+    found = _masks.get((device, prefix))
+    if found is None:
+        found = (
+            _triangle_and_prefix(device)
+            if prefix
+            else torch.ones(_SIDE, _SIDE, dtype=torch.bool, device=device).triu(1)
+        )
+        if not isinstance(found, FakeTensor):
+            _masks[device, prefix] = found
+    return found
+
+
 def _triangle_and_prefix(device: torch.device) -> torch.Tensor:
     lower = torch.ones(_SIDE // 2, _SIDE, dtype=torch.bool, device=device)
     lower[:, : _SIDE // 2] = False
@@ -62,7 +72,8 @@ class Heads:
         rank = len(spec.batch)
         if grouped(spec):
             return Heads(rank, 2 if rank > 2 else 1)
-        return Heads(rank, 1 if rank > 1 else 0)
+        # a lone dim whose keys are shared is one of heads too
+        return Heads(rank, 1 if rank > 1 or spec.broadcast[1] else 0)
 
     def merged(self, x: torch.Tensor, batch: Sequence[int] | None = None) -> torch.Tensor:
         """[B, N, ...] of x [*batch, ...], a view where there is one; of a group of dims that are all 1, it is 1.
@@ -137,14 +148,14 @@ class Call:
         groups = q.shape[1] // max(k.shape[1], 1)
         if inference:
             operator = "npu_incre_flash_attention" if lengths.queries == 1 else "npu_prompt_flash_attention"
-        elif not (reverse or reading.terms) and chips.decodes(spec, lengths.queries, groups):
+        elif not (reverse or reading.terms) and chips.decodes(spec, q.shape[0], lengths.queries, lengths.keys, groups):
             operator = "npu_fused_infer_attention_score"
         found = masked(reading, [lengths], modes=operator not in INFERENCE, batch=q.shape[0])
         mask, bare = None, None
         if found.mask == "triangle":
             mask = _triangle(q.device)
         elif found.mask == "triangle and prefix":
-            mask = _triangle_and_prefix(q.device)
+            mask = _triangle(q.device, prefix=True)
         elif found.mask == "whole" and reading.finite and reading.terms:
             raise ValueError(
                 "a mask by distance that leaves rows without a key, beside a term that they would be made of"
@@ -163,9 +174,16 @@ class Call:
         added, by_terms = None, None
         if reading.terms:
             added, without = _added(reading, inputs.operands, heads, batch, lengths, q)
+            if _may_overflow(reading, q, k, added):
+                raise ValueError("scores that may be infinite in the graph's dtype, beside a term")
             if without is not None:
                 by_terms = without if bare is None else without & ~bare
                 bare = without if bare is None else without | bare
+        most = chips.MOST[operator]
+        if q.shape[0] > most.batch or max(lengths) > most.rows:
+            raise ValueError(
+                f"batch {q.shape[0]} and {max(lengths)} rows (the operator takes {most.batch} and {most.rows})"
+            )
         layout = "BNSD" if operator in INFERENCE else _layout(q, k, v)
         plan = _plan(spec, reading, found, operator, layout, q.shape[1], k.shape[1], added is not None)
         return Call(spec, inputs, reading, plan, heads, batch, q, k, v, mask, bare, by_terms, added)
@@ -181,6 +199,8 @@ class Call:
         """Fill out and stats, as layout.allocate makes them."""
         result, top, total = self._run()
         result = result[..., : self.v.shape[-1]]
+        # by what the operator saw: no number that is put in is a product
+        broken = self._overflown(top)
         if self.bare is not None:
             if not self.reading.finite:
                 result = result.masked_fill(self.bare, 0.0 if self.spec.hidden == "zero" else math.nan)
@@ -188,9 +208,10 @@ class Call:
             else:
                 top = top.masked_fill(self.bare, self.reading.fill)
                 total = total.masked_fill(self.bare, self.k.shape[-2])
-        broken = self._overflown(top)
         if broken is not None:
             result = result.masked_fill(broken, math.nan)
+            if self.spec.hidden == "zero":
+                result = result.masked_fill(broken & (top < 0.0), 0.0)
         out.copy_(self._as(result, out.shape, 0, 0.0))
         # rows of no sequence have no score
         stats[0].copy_(self._as(top, (*out.shape[:-1], 1), 0, -math.inf).squeeze(-1))
@@ -231,10 +252,12 @@ class Call:
         return self.sides[0].gathered(packed.flat(x, not self.spec.packed_queries)).unsqueeze(0)
 
     def _overflown(self, top: torch.Tensor) -> torch.Tensor | None:
-        """Rows that the graph makes NaN, as a product of q and k is infinite in the dtype that it is held in."""
+        """Rows that the graph makes NaN, as a product of q and k is infinite in the dtype that it is held in, or all are -inf
+        there. With terms there are none (`_may_overflow`)."""
         if self.reading.overflow == math.inf or self.added is not None:
             return None
-        return (top / self.reading.scale).abs().ge(self.reading.overflow) & top.isfinite()
+        broken = (top / self.reading.scale).abs().ge(self.reading.overflow) & top.isfinite()
+        return broken if self.bare is None else broken & ~self.bare
 
     # -- backward
 
@@ -247,6 +270,8 @@ class Call:
         broken = self._overflown(top)
         if broken is not None:
             dy, result = dy.masked_fill(broken, math.nan), result.masked_fill(broken, 0.0)
+            if self.spec.hidden == "zero":
+                dy = dy.masked_fill(broken & (top < 0.0), 0.0)
         if self.bare is not None:
             if self.reading.finite:
                 top = top.masked_fill(self.bare, 0.0)
@@ -304,14 +329,15 @@ class Call:
         """
         bare = self.bare
         assert bare is not None
-        queries = self.q.masked_fill(~bare, 0.0)
+        # float16 may overflow before the division by K
+        queries, dy, result = (x.float() for x in (self.q.masked_fill(~bare, 0.0), dy, result))
         of_values = dy.transpose(-1, -2) @ queries
-        of_means = (dy.float() * result.float()).sum(-1, keepdim=True).to(queries.dtype)
+        of_means = (dy * result).sum(-1, keepdim=True)
         of_means = of_means.transpose(-1, -2) @ queries
         groups = self.plan.heads // self.plan.key_heads
         of_values, of_means = (x.unflatten(1, (-1, groups)).sum(2) for x in (of_values, of_means))
-        found: torch.Tensor = (self.v @ of_values - of_means) * (self.reading.scale / self.k.shape[-2])
-        return found
+        found: torch.Tensor = (self.v.float() @ of_values - of_means) * (self.reading.scale / self.k.shape[-2])
+        return found.to(self.k.dtype)
 
     def _of_operands(self, gradient: torch.Tensor, needs: Sequence[bool]) -> list[torch.Tensor | None]:
         """Of what was added to scores, from the gradient of `added`."""
@@ -444,9 +470,22 @@ def _packed(spec: Attention, inputs: Inputs, reading: Reading, batch: tuple[int,
         )
     mask = _triangle(q.device) if found.mask == "triangle" else None
     operator: Operator = "npu_fusion_attention" if spec.dropout else "npu_fusion_attention_v3"
+    rows = max(q.shape[-2], k.shape[-2])
+    if rows > chips.MOST[operator].rows:
+        raise ValueError(f"{rows} packed rows (the operator takes {chips.MOST[operator].rows})")
     plan = _plan(spec, reading, found, operator, "TND", q.shape[1], k.shape[1], False)
     heads = Heads(len(batch), len(batch) - 1)
     return Call(spec, inputs, reading, plan, heads, batch, q, k, v, mask, sides=(of_queries, of_keys))
+
+
+def _may_overflow(reading: Reading, q: torch.Tensor, k: torch.Tensor, added: torch.Tensor) -> bool:
+    """Whether a score may be infinite where the graph holds it, by the lengths of q and k and the largest term."""
+    if reading.overflow == math.inf or isinstance(q, FakeTensor):
+        return False
+    most = q.float().norm(dim=-1).amax() * k.float().norm(dim=-1).amax()
+    # an infinite term is infinite in the kernel too
+    term = added.float().masked_fill(added.isinf(), 0.0).amax().clamp(min=0.0)
+    return bool(most + term / reading.scale >= reading.overflow)
 
 
 def _operator(name: str) -> Any:
@@ -507,7 +546,10 @@ def _sum_of_terms(
             if step.keep is not None:
                 found = torch.where(expr.evaluate(step.keep, operands, *indices), found, 0.0)
         else:
-            found = torch.where(expr.evaluate(step.keep, operands, *indices), 0.0, step.value * factor)
+            # float32 whatever torch.get_default_dtype() is, and within it
+            most = torch.finfo(torch.float32).max
+            value = torch.full((), min(max(step.value * factor, -most), most), dtype=torch.float32, device=device)
+            found = torch.where(expr.evaluate(step.keep, operands, *indices), 0.0, value)
         if reading.apart and checked and bool((found.amax() >= _LARGE).any()):
             raise ValueError("one of several added terms is so large that their order may matter")
         total = found if total is None else total + found
@@ -551,16 +593,27 @@ def _added(
     """(what is added to scores, with the least number in place of -inf; rows that it leaves no key, if it can hold -inf)."""
     real = not isinstance(q, FakeTensor)
     made = _sum_of_terms(reading, operands, heads, batch, lengths, q.device, checked=real)
+    hidden = _hidden(reading, operands, heads, batch, lengths, q.device) if reading.masks else None
     bare = None
     if any(isinstance(t.step, Bias) for t in reading.terms):
         gone = made == -math.inf
-        if reading.masks:
-            gone = gone | _hidden(reading, operands, heads, batch, lengths, q.device)
-        bare = gone.all(-1, keepdim=True)
+        bare = (gone if hidden is None else gone | hidden).all(-1, keepdim=True)
         if reading.finite and real and bool(bare.any()):
             raise ValueError("rows without a key but those that a number hides")
-    if reading.swallows < math.inf and real:
-        top = made.amax(-1)
-        if bool(((top <= -reading.swallows) & (top > -math.inf)).any()):
-            raise ValueError("a row's keys all have so much subtracted that their scores are gone in the graph's dtype")
+    if real:
+        _check_terms(reading, made if hidden is None else made.masked_fill(hidden, -math.inf), hidden, q.dtype)
     return made.clamp(min=torch.finfo(q.dtype).min).to(q.dtype).contiguous(), bare
+
+
+def _check_terms(reading: Reading, seen: torch.Tensor, hidden: torch.Tensor | None, dtype: torch.dtype) -> None:
+    """Raises ValueError for terms that are another thing as numbers of `dtype`. seen: those of keys that no mask hides, -inf for
+    others."""
+    top, limits = seen.amax(-1, keepdim=True), torch.finfo(dtype)
+    if reading.swallows < math.inf and bool(((top <= -reading.swallows) & (top > -math.inf)).any()):
+        raise ValueError("a row's keys all have so much subtracted that their scores are gone in the graph's dtype")
+    # keys of less than the least number weigh nothing, unless no other key has more
+    less = seen < top if hidden is None else (seen < top) & ~hidden
+    low = (top < limits.min / 2) & (top > -math.inf) & less.any(-1, keepdim=True)
+    high = (seen > limits.max) & (seen < math.inf)
+    if bool(low.any() | high.any()):
+        raise ValueError(f"terms that differ beyond what {str(dtype).removeprefix('torch.')} holds")

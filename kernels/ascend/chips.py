@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from attnfuse import reasons
 from attnfuse.kernels.device import Device
@@ -28,6 +29,30 @@ def unfit(taken: frozenset[str], device: Device) -> Iterator[Reason]:
         yield reasons.KERNEL_CHIP(chip=device.name or "unknown", taken=", ".join(sorted(taken)))
 
 
-def decodes(spec: Attention, queries: int, groups: int) -> bool:
+def reduces(device: Device) -> bool:
+    """Whether a chip has the operator for a product and the all-reduce of it: its documents name no other."""
+    return family(device) == "910B"
+
+
+class Most(NamedTuple):
+    """Of an operator: the most batch elements, and rows of queries or keys of one, or packed of all."""
+
+    batch: int
+    rows: int
+
+
+#: As the documents have it; those of the last two on 310P.
+MOST = {
+    "npu_fusion_attention": Most(2**21, 2**20),
+    "npu_fusion_attention_v3": Most(2**21, 2**20),
+    "npu_fused_infer_attention_score": Most(65536, 262144),
+    "npu_prompt_flash_attention": Most(128, 65535),
+    "npu_incre_flash_attention": Most(256, 65536),
+}
+
+
+def decodes(spec: Attention, batch: int, queries: int, keys: int, groups: int) -> bool:
     """Whether the operator for one query takes a call: 16 bits, up to 64 heads to a key head, nothing added, nothing dropped."""
-    return queries == 1 and groups <= 64 and spec.qk_dtype != "float32" and not spec.dropout
+    most = MOST["npu_fused_infer_attention_score"]
+    fits = queries == 1 and groups <= 64 and batch <= most.batch and keys <= most.rows
+    return fits and spec.qk_dtype != "float32" and not spec.dropout

@@ -1,6 +1,7 @@
 """Packed rows for the operators: those of all sequences one after the other, without gaps, and their ends on the host.
 
-Bounds are copied to the host once for each tensor of them, which the layers of a model share.
+Bounds are copied to the host in each call. Nothing of them is kept by the tensor: Inductor writes others to the same one, by code
+that leaves its version as it is.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from attnfuse.kernels.ascend.plan import Lengths
 from attnfuse.kernels.inputs import Inputs
@@ -18,8 +18,6 @@ from attnfuse.spec import Attention
 
 #: More sequences than the operators take in one call.
 _MOST = 1024
-#: By the tensor: (its version, [(first row, row after the last one)]).
-_on_host = WeakTensorKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -49,9 +47,10 @@ def sides(spec: Attention, inputs: Inputs) -> tuple[Side, Side, list[Lengths]]:
     Raises ValueError for more sequences than the operators take.
     """
     count = inputs.bounds.sequences
-    found = [
-        _places(bounds, x.shape[-2], count) for bounds, x in ((inputs.bounds.q, inputs.q), (inputs.bounds.k, inputs.k))
-    ]
+    of_queries, of_keys = inputs.bounds
+    on_host = None if of_queries is None else of_queries.tolist()
+    of_both = (on_host, on_host if of_keys is of_queries else None if of_keys is None else of_keys.tolist())
+    found = [_places(bounds, x.shape[-2], count) for bounds, x in zip(of_both, (inputs.q, inputs.k))]
     used = [pair for pair in zip(*found) if all(last > first for first, last in pair)]
     if len(used) > _MOST:
         raise ValueError(f"{len(used)} sequences (the operators take up to {_MOST})")
@@ -69,17 +68,11 @@ def _side(places: Sequence[tuple[int, int]], count: int, device: torch.device) -
     return Side(count, torch.tensor(taken, dtype=torch.int64).to(device), ends)
 
 
-def _places(bounds: torch.Tensor | None, rows: int, count: int) -> list[tuple[int, int]]:
+def _places(bounds: list[list[int]] | None, rows: int, count: int) -> list[tuple[int, int]]:
     """Where the rows of each sequence are; of a dense side, the elements one after the other."""
     if bounds is None:
         return [(s * rows, (s + 1) * rows) for s in range(count)]
-    version = None if bounds.is_inference() else bounds._version
-    kept = _on_host.get(bounds)
-    if kept is None or version is None or kept[0] != version:
-        starts, ends = bounds.tolist()
-        kept = (version, [*zip(starts, ends)])
-        _on_host[bounds] = kept
-    clipped = [(min(max(a, 0), rows), min(b, rows)) for a, b in kept[1]]
+    clipped = [(min(max(a, 0), rows), min(b, rows)) for a, b in zip(*bounds)]
     return [(a, max(a, b)) for a, b in clipped]
 
 

@@ -35,9 +35,9 @@ class Term(NamedTuple):
 class Reading:
     """scale: of q @ k^T. masks: a key is seen where all of them hold. fill: the score of hidden keys; passes: it was added to
     theirs, so that gradients pass. terms: what is added to the scores, scale included.
-    overflow: the magnitude from which on products of q and k are infinite. swallows: from which on a term that is subtracted
-    leaves nothing of a score, since the graph holds their sum in 16 bits. apart: terms were added one after the other, which is not
-    their sum where one is large and positive.
+    overflow: the magnitude from which on a product of q and k is infinite in the graph, at one of its casts.
+    swallows: from which on a term that is subtracted leaves nothing of a score, since the graph holds their sum in 16 bits.
+    apart: terms were added one after the other, which is not their sum where one is large and positive.
     """
 
     scale: float = 1.0
@@ -141,7 +141,7 @@ def read(spec: Attention) -> Reading | tuple[Reason, ...]:
             terms.append(Term(step, step.alpha))
         elif isinstance(step, AddFill):
             terms.append(Term(step, 1.0))
-    passes = any(isinstance(s, AddFill) and i in hides for i, s in enumerate(spec.steps))
+    passes = any(_passes(spec, i) for i in hides)
     narrow = [dtype_of(s.dtype) for s in spec.steps if isinstance(s, Cast) and rounding.rounds(s)]
     return Reading(
         scale,
@@ -149,10 +149,48 @@ def read(spec: Attention) -> Reading | tuple[Reason, ...]:
         fill,
         passes,
         tuple(terms),
-        min((torch.finfo(dtype).max for dtype in narrow), default=_INF),
+        _overflow(spec),
         min((rounding.COARSE[dtype] for dtype in narrow), default=_INF) if terms else _INF,
         _apart(spec),
     )
+
+
+def _passes(spec: Attention, i: int) -> bool:
+    """Whether the gradient of a score that step i hides passes: it was added to, and no cast finds it infinite."""
+    step = spec.steps[i]
+    return isinstance(step, AddFill) and (step.value > -_INF or not any(map(rounding.rounds, spec.steps[i:])))
+
+
+def _infinite_from(dtype: torch.dtype) -> float:
+    """The least number that is infinite in a dtype: what lies half a step beyond its greatest one."""
+    return torch.finfo(dtype).max + 2.0 ** (math.frexp(torch.finfo(dtype).max)[1] - 1) * torch.finfo(dtype).eps / 2.0
+
+
+def _overflow(spec: Attention) -> float:
+    found, scale = _INF, 1.0
+    for step in spec.steps:
+        if isinstance(step, Scale):
+            scale *= step.value
+        elif isinstance(step, Cast) and rounding.rounds(step):
+            found = min(found, _infinite_from(dtype_of(step.dtype)) / scale)
+    return found
+
+
+def _fill_overflows(spec: Attention) -> bool:
+    """Whether a number that is put in or added is infinite at a cast after it, or in float32, which hides otherwise than the
+    number does."""
+    for i, fill in enumerate(spec.steps):
+        if not isinstance(fill, (ReplaceFill, AddFill)) or not math.isfinite(fill.value):
+            continue
+        value = abs(fill.value)
+        for step in spec.steps[i + 1 :]:
+            if isinstance(step, Scale):
+                value *= step.value
+                if value > torch.finfo(torch.float32).max:
+                    return True
+            elif isinstance(step, Cast) and rounding.rounds(step) and value >= _infinite_from(dtype_of(step.dtype)):
+                return True
+    return False
 
 
 def _apart(spec: Attention) -> bool:
@@ -201,6 +239,7 @@ def _limits(spec: Attention) -> Iterator[Reason]:
             or any(s.value > _below_all(spec) for _, s in finite),
             reasons.KERNEL_FILL(),
         ),
+        (_fill_overflows(spec), reasons.KERNEL_FILL()),
         # which of several numbers is left in a row without keys is not looked into
         (
             len({s.value for i, s in fills if i in hides}) > 1
@@ -225,9 +264,14 @@ def _limits(spec: Attention) -> Iterator[Reason]:
             or (bool(finite) and any(isinstance(s, AddFill) and i not in hides for i, s in fills)),
             reasons.KERNEL_FILL(),
         ),
+        # in rows without keys the gradient of some scores is NaN then, and that of others 0
+        (
+            spec.hidden == "nan" and len(kinds) == 1 and len({_passes(spec, i) for i in hides}) > 1,
+            reasons.KERNEL_ROW_WITHOUT_KEYS(),
+        ),
         # whose gradient is NaN in rows without keys, where that of a term before the fill is 0
         (
-            spec.hidden == "nan" and ReplaceFill in kinds and _term_after_fill(spec, hides),
+            spec.hidden == "nan" and not all(_passes(spec, i) for i in hides) and _term_after_fill(spec, hides),
             reasons.KERNEL_ROW_WITHOUT_KEYS(),
         ),
         (
@@ -250,6 +294,8 @@ def _term_after_fill(spec: Attention, hides: frozenset[int]) -> bool:
 
 
 def _shared(spec: Attention) -> bool:
-    """Whether q, k or v is shared over a batch dim other than the innermost one, of query heads with the same keys."""
+    """Whether q, k or v is shared over a batch dim other than the innermost one, of query heads with the same keys. That of
+    packed sequences is none of heads."""
     q, k, v = spec.broadcast
-    return bool(q) or k != v or not set(k) <= {*spec.batch[-1:]}
+    heads = spec.batch[1:] if spec.packed else spec.batch
+    return bool(q) or k != v or not set(k) <= {*heads[-1:]}

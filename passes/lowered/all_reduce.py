@@ -18,10 +18,10 @@ from torch.fx.node import Argument
 
 from attnfuse._compat import OpOverload
 
+#: What leaves elements in their order.
+_VIEWS = frozenset({"aten::view", "aten::_unsafe_view", "aten::reshape", "aten::clone"})
 #: What only says where elements are.
-_MOVES = frozenset(
-    {"aten::view", "aten::_unsafe_view", "aten::reshape", "aten::transpose", "aten::permute", "aten::clone"}
-)
+_MOVES = _VIEWS | {"aten::transpose", "aten::permute"}
 _ALL_REDUCE, _WAIT = "_c10d_functional::all_reduce", "_c10d_functional::wait_tensor"
 _ATTENTION = "attnfuse::attention"
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -78,16 +78,16 @@ def _fused(graph: fx.Graph, reduced: fx.Node, group_of: Callable[[str], Group], 
         return False
     if group.size not in _SIZES:
         return False
-    with graph.inserting_before(reduced):
+    with graph.inserting_before(product):
         named: dict[str, Argument] = {} if bias is None else {"bias": bias}
         one = graph.call_function(
             torch.ops.npu.npu_mm_all_reduce_base.default, (rows, weight, group.communicator), named
         )
         one.meta["val"] = value
-        shaped = graph.call_function(torch.ops.aten.reshape.default, (one, list(reduced.meta["val"].shape)))
-        shaped.meta["val"] = reduced.meta["val"]
-    wait.replace_all_uses_with(shaped)
-    for gone in (wait, reduced):
+    # the views of the product, whose sizes may be symbolic, are those of its sum now
+    product.replace_all_uses_with(one)
+    wait.replace_all_uses_with(one if partial is product else partial)
+    for gone in (wait, reduced, product):
         graph.erase_node(gone)
     return True
 
@@ -105,8 +105,8 @@ def _factors(product: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None
 
 
 def _moved(node: fx.Node) -> fx.Node | None:
-    """What a chain of views is of, if nothing else reads any of it."""
-    while _name(node) in _MOVES:
+    """What a chain of views is of, which have its elements in their order, if nothing else reads any of it."""
+    while _name(node) in _VIEWS:
         (source,) = node.all_input_nodes[:1]
         if len(node.users) != 1:
             return None

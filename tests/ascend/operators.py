@@ -408,6 +408,8 @@ def install() -> torch.library.Library:
 
     def prompt(given: dict[str, Any]) -> Any:
         need(given["query"].dtype == torch.float16, "310P has float16 alone")
+        need(given["query"].shape[0] <= 128, "310P has up to 128 elements")
+        need(max(given[x].shape[2] for x in ("query", "key")) <= 65535, "310P has up to 65535 rows")
         need(
             given.get("num_key_value_heads", 0) == 0 and given.get("sparse_mode", 0) == 0,
             "310P has no groups and no modes",
@@ -418,6 +420,10 @@ def install() -> torch.library.Library:
 
     def incre(given: dict[str, Any]) -> Any:
         need(given["query"].shape[2] == 1, "more than one query")
+        need(given["query"].dtype == torch.float16, "310P has float16 alone")
+        need(
+            given["query"].shape[0] <= 256 and given["key"].shape[2] <= 65536, "310P has up to 256 elements, 65536 keys"
+        )
         return older(given)
 
     def projected(given: dict[str, Any]) -> torch.Tensor:

@@ -15,9 +15,13 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from attnfuse import _compat
+from attnfuse import backend as backend_module
+from attnfuse._compat import FakeTensorMode
 from attnfuse.backend import backend
+from attnfuse.kernels.device import Device
 from attnfuse.passes.lowered import all_reduce
 from attnfuse.passes.lowered.all_reduce import Group
+from attnfuse.settings import Settings
 
 WORLD = 2
 
@@ -48,22 +52,22 @@ def called(graphs):
     return [str(node.target).split(".")[1] for graph in graphs for node in graph.nodes if "reduce" in str(node.target)]
 
 
-def compiled(model):
+def compiled(model, **given):
     def with_attnfuse(gm, inputs):
         return backend(gm, inputs, options={"inner": "aot_eager", "strict": True})
 
-    return torch.compile(model, backend=with_attnfuse)
+    return torch.compile(model, backend=with_attnfuse, **given)
 
 
 class Attention(nn.Module):
     """As tensor-parallel models have it: q, k and v by columns, the projection by rows. by_hand: with a collective of its own."""
 
-    def __init__(self, bias=False, by_hand=False, read=False):
+    def __init__(self, bias=False, by_hand=False, read=False, turned=None):
         super().__init__()
         size = 16 if by_hand else 32
         self.q, self.k, self.v = (nn.Linear(32, size, bias=bias) for _ in range(3))
         self.o = nn.Linear(size, 32, bias=bias and not by_hand)
-        self.by_hand, self.read = by_hand, read
+        self.by_hand, self.read, self.turned = by_hand, read, turned
 
     def forward(self, x, cache=None):
         q, k, v = (f(x).unflatten(-1, (-1, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
@@ -72,6 +76,7 @@ class Attention(nn.Module):
         y = self.o(F.scaled_dot_product_attention(q, k, v, is_causal=cache is None).transpose(1, 2).flatten(2))
         if not self.by_hand:
             return y
+        y = y if self.turned is None else y.permute(self.turned)
         whole = collectives.all_reduce(y, "sum", dist.group.WORLD)
         return whole + y.square() if self.read else whole
 
@@ -116,6 +121,40 @@ def test_a_collective_of_the_models_own_is_one_too(lowered):
     with torch.no_grad():
         found, wanted = compiled(model)(x), model(x)
     assert called(lowered) == ["npu_mm_all_reduce_base"]
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_sizes_may_be_symbolic(lowered):
+    model = Attention(by_hand=True).to(torch.bfloat16)
+    run = compiled(model, dynamic=True)
+    with torch.no_grad():
+        for length in (20, 24):
+            x = rows(length)
+            torch.testing.assert_close(run(x), model(x), rtol=2e-2, atol=2e-2)
+    assert called(lowered) == ["npu_mm_all_reduce_base"]
+
+
+@pytest.mark.parametrize(("chip", "wanted"), [("Ascend910B2", True), ("Ascend910_9391", False), ("Ascend310P3", False)])
+def test_only_chips_that_have_the_operator_are_asked_for_it(monkeypatch, chip, wanted):
+    seen = []
+    monkeypatch.setattr(all_reduce, "fuse", lambda graph, group_of: seen.append(graph))
+    monkeypatch.setattr(Device, "of", lambda device: Device("npu", name=chip))
+    with FakeTensorMode():
+        x = torch.empty(2, device="npu")
+    lower = backend_module._lowered([x], Settings(strict=True))
+    lower(torch.fx.symbolic_trace(lambda x: x))
+    assert bool(seen) == wanted
+    assert backend_module._lowered([torch.empty(2)], Settings()) is None
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    assert backend_module._lowered([x], Settings()) is None
+
+
+@pytest.mark.parametrize("turned", [(1, 0, 2), (2, 0, 1), (0, 2, 1)])
+def test_a_product_that_is_turned_before_it_is_reduced_keeps_its_all_reduce(lowered, turned):
+    model, x = Attention(by_hand=True, turned=turned).to(torch.bfloat16), rows()
+    with torch.no_grad():
+        found, wanted = compiled(model)(x), model(x)
+    assert called(lowered) == ["all_reduce"]
     torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
 
 

@@ -7,12 +7,15 @@ import pytest
 import torch
 from kernel_cases import FLOAT_MIN, INF, bounds_of, make_spec, qkv, randn
 
-from attnfuse import expr
+from attnfuse import expr, ops
+from attnfuse._compat import FakeTensorMode
 from attnfuse.expr import Algebra, Const, causal, dense, window
 from attnfuse.kernels import ascend
+from attnfuse.kernels.ascend import call
 from attnfuse.kernels.ascend.call import Call
+from attnfuse.kernels.ascend.reading import Reading, read
 from attnfuse.kernels.inputs import Bounds, Inputs
-from attnfuse.spec import AddFill, Bias, Cast, ReplaceFill, Scale
+from attnfuse.spec import AddFill, Bias, Cast, ReplaceFill, Scale, dtype_name
 
 HALF = Scale(0.25)
 A = Algebra()
@@ -193,6 +196,73 @@ def test_products_that_overflow_in_the_graph_make_nan(npu):
     check(q, k, v, steps=(Cast("float16"), HALF), backward=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("hidden", ["nan", "zero"])
+@pytest.mark.parametrize("add", [False, True])
+def test_the_number_in_a_row_without_keys_is_no_product_that_overflows(npu, dtype, hidden, add):
+    keep = torch.rand(2, 1, 33, 33) > 0.3
+    keep[:, :, 3:5] = False
+    fill = AddFill(dense(0), -1e37) if add else ReplaceFill(dense(0), torch.finfo(dtype).min)
+    if add and dtype == torch.float16:
+        pytest.skip("refused: -inf there")
+    steps = (Cast(dtype_name(dtype)), HALF, fill)
+    out, _ = check(*qkv(dtype=dtype), [keep], steps=steps, hidden=hidden)
+    assert out.isfinite().all()
+
+
+def products(least, most, dtype=torch.float16):
+    """q, k and v of which one row has the product `most` with one key, and `least` with the others."""
+    q, k, v = qkv(1, 2, 20, 33, dtype=dtype)
+    q[0, 1, 3], k[0, 1] = 0.0, 0.0
+    q[0, 1, 3, 0], k[0, 1, :, 0], k[0, 1, 5, 0] = 1000.0, least / 1000.0, most / 1000.0
+    return q, k, v
+
+
+HALVED = Cast("float16")
+
+
+@pytest.mark.parametrize(
+    ("steps", "least", "most", "nan"),
+    [
+        ((HALF, HALVED), 40000.0, 70000.0, False),
+        ((HALF, HALVED), 40000.0, 300000.0, True),
+        ((HALVED, HALF), 40000.0, 70000.0, True),
+        ((HALVED, Scale(4.0), HALVED), 10000.0, 20000.0, True),
+        ((HALVED, Scale(4.0)), 10000.0, 20000.0, False),
+        ((HALVED, HALF), -70000.0, -80000.0, True),
+        ((HALVED, HALF), -70000.0, -100.0, False),
+        ((HALVED, HALF), 0.0, 65504.0, False),
+    ],
+)
+@pytest.mark.parametrize("hidden", ["nan", "zero"])
+def test_a_product_overflows_where_the_graph_holds_it(npu, steps, least, most, nan, hidden):
+    q, k, v = products(least, most)
+    spec = make_spec(q, k, v, steps=steps, hidden=hidden)
+    out, _ = ascend.forward(spec, Inputs(q, k, v))
+    wanted, _ = kernel_cases.evaluate(spec, (q, k, v), None, torch.float64, out)
+    assert torch.equal(out.isnan(), wanted.isnan())
+    assert bool(out[0, 1, 3].isnan().all()) == (nan and (hidden == "nan" or most > 0.0))
+    torch.testing.assert_close(out.double(), wanted, rtol=2e-2, atol=2e-2, equal_nan=True)
+
+
+def test_products_that_may_overflow_beside_a_term_are_left_to_another_kernel(npu):
+    bias = randn(1, 2, 20, 33, dtype=torch.float16)
+    with pytest.raises(ValueError, match="may be infinite"):
+        check(*products(0.0, 70000.0), [bias], steps=(HALVED, HALF, Bias(0)))
+    bias[0, 0, 3, 4] = 65000.0
+    with pytest.raises(ValueError, match="may be infinite"):
+        check(*products(0.0, 9000.0), [bias], steps=(HALVED, Bias(0), HALVED))
+    assert not npu.calls
+
+
+def test_a_number_that_a_later_cast_makes_infinite_is_refused():
+    q, k, v = qkv(1, 1, 9, 9, dtype=torch.float16)
+    for steps in ((ReplaceFill(causal(), -1e9), HALVED), (ReplaceFill(causal(), -40000.0), Scale(2.0), HALVED)):
+        assert not isinstance(read(make_spec(q, k, v, steps=steps)), Reading)
+    assert isinstance(read(make_spec(q, k, v, steps=(HALVED, ReplaceFill(causal(), -1e9)))), Reading)
+    assert not isinstance(read(make_spec(q, k, v, steps=(ReplaceFill(causal(), FLOAT_MIN), Scale(2.0)))), Reading)
+
+
 @pytest.mark.parametrize("groups", [2, 3])
 def test_grouped_heads(npu, groups):
     q, k, v = randn(2, 2, groups, 20, 16), randn(2, 2, 1, 33, 16), randn(2, 2, 1, 33, 16)
@@ -220,6 +290,125 @@ def test_heads_that_all_share_keys_are_the_operators_heads(npu):
     q, k, v = randn(2, 3, 20, 16), randn(2, 1, 20, 16), randn(2, 1, 20, 16)
     check(q, k, v, broadcast=((), ("B1",), ("B1",)), steps=(HALF, CAUSAL))
     assert npu.calls[0][1]["head_num"] == 3 and npu.calls[0][1]["key"].shape[:2] == (2, 1)
+
+
+def test_a_lone_batch_dim_whose_keys_are_shared_is_one_of_heads(npu):
+    q, k, v = randn(6, 20, 8), randn(1, 33, 8), randn(1, 33, 8)
+    shared = ((), ("B0",), ("B0",))
+    check(q, k, v, broadcast=shared, steps=(HALF,))
+    assert npu.calls[0][1]["query"].shape == (1, 6, 20, 8)
+    for heads in (1, 6):
+        keep = torch.rand(heads, 20, 33) > 0.4
+        keep[-1, 3] = False
+        check(q, k, v, [keep], broadcast=shared, steps=(HALF, ReplaceFill(dense(0), -INF)))
+        check(q, k, v, [keep], broadcast=shared, steps=(HALF, AddFill(dense(0), FLOAT_MIN)))
+        check(q, k, v, [randn(heads, 20, 33)], broadcast=shared, steps=(HALF, Bias(0)))
+
+
+def test_keys_that_packed_sequences_share_are_refused(npu):
+    (q, k, v), fields = packed((5, 7, 3), layout="packed_queries", heads=())
+    check(q, k, v, **fields)
+    shared = make_spec(q, k[:1], v[:1], broadcast=((), ("B0",), ("B0",)), layout="packed_queries")
+    assert not isinstance(read(shared), Reading)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_terms_are_float32_whatever_the_default_is(npu, dtype):
+    q, k, v = qkv(dtype=torch.float32)
+    spec = make_spec(q, k, v, steps=(HALF, AddFill(causal(), -80000.0), AddFill(window(9), -70000.0)))
+    inputs = Inputs(q, k, v)
+    wanted = Call.of(spec, inputs).added
+    torch.set_default_dtype(dtype)
+    try:
+        found = Call.of(spec, inputs).added
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, wanted) and found.isfinite().all()
+
+
+def test_terms_that_float16_does_not_hold_are_left_to_another_kernel(npu):
+    q, k, v = qkv(dtype=torch.float16)
+    large, low = randn(1, 1, 33, 33, dtype=torch.float16), randn(1, 1, 33, 33, dtype=torch.float16)
+    large[..., 3, 4] = 60000.0
+    low[..., 3, :] = -50000.0
+    low[..., 3, 4] = -40000.0
+    for bias in (large, low):
+        with pytest.raises(ValueError, match="beyond what float16 holds"):
+            Call.of(make_spec(q, k, v, [bias], steps=(HALF, Bias(0, 2.0))), Inputs(q, k, v, [bias]))
+    low[..., 3, 5] = 0.0
+    check(q, k, v, [low], steps=(HALF, Bias(0)))
+
+
+def test_rows_whose_keys_are_hidden_once_or_twice_are_left_to_another_kernel(npu):
+    q, k, v = qkv()
+    mask = torch.zeros(2, 1, 33, 33)
+    mask[:, :, 3, ::2] = FLOAT_MIN
+    mask[:, :, 3, 1::2] = -INF
+    with pytest.raises(ValueError, match="beyond what float32 holds"):
+        check(q, k, v, [mask], steps=(HALF, Bias(0)))
+    mask[:, :, 3, 5] = 1.0
+    check(q, k, v, [mask], steps=(HALF, Bias(0)))
+
+
+def test_scores_are_gone_where_a_mask_hides_all_keys_but_those_with_a_low_term(npu):
+    q, k, v = qkv(dtype=torch.float16)
+    low, keep = torch.zeros(1, 1, 33, 33, dtype=torch.bool), torch.ones(1, 1, 33, 33, dtype=torch.bool)
+    low[..., 3, :5] = True
+    keep[..., 3, 5:] = False
+    least = torch.finfo(torch.float16).min
+    steps = (HALF, AddFill(dense(0, inverted=True), least), Cast("float16"), ReplaceFill(dense(1), -INF))
+    with pytest.raises(ValueError, match="scores are gone"):
+        check(q, k, v, [low, keep], steps=steps)
+    keep[..., 3, 9] = True
+    check(q, k, v, [low, keep], steps=steps)
+
+
+def test_a_score_that_is_infinite_at_a_cast_has_no_gradient(npu):
+    keep = torch.rand(2, 1, 33, 33) > 0.4
+    keep[:, :, 3] = False
+    q, k, v = qkv(dtype=torch.float16)
+    check(q, k, v, [keep], steps=(HALF, AddFill(dense(0), -INF), HALVED))
+    check(q, k, v, [keep], steps=(HALF, HALVED, AddFill(dense(0), -INF)))
+    bias = randn(1, 2, 33, 33, dtype=torch.float16)
+    for later in (Bias(1), AddFill(causal(), -INF)):
+        spec = make_spec(q, k, v, [keep, bias], steps=(HALF, AddFill(dense(0), -INF), HALVED, later))
+        assert not isinstance(read(spec), Reading)
+
+
+def test_what_rows_without_keys_give_to_keys_does_not_overflow(npu):
+    q, k, v = qkv(1, 1, 64, 64, dtype=torch.float16)
+    q, v = q.abs() + 2.0, v.abs() + 4.0
+    v[..., 1::2, :] += 4.0
+    keep = torch.zeros(1, 1, 1, 64, dtype=torch.bool)
+    spec = make_spec(q, k, v, [keep], steps=(HALF, AddFill(dense(0), -1e37)))
+    inputs = Inputs(q, k, v, [keep])
+    out, stats = ascend.forward(spec, inputs)
+    dout = torch.full_like(out, 8.0)
+    found = ascend.backward(spec, inputs, dout, out, stats, [True, True, True, False])[1]
+    _, wanted = kernel_cases.evaluate(spec, inputs.tensors, None, torch.float64, dout)
+    torch.testing.assert_close(found.double(), wanted[1], rtol=2e-2, atol=2.0)
+
+
+def test_masks_made_of_fake_tensors_are_not_kept(npu):
+    q, k, v = qkv(1, 1, 9, 9)
+    spec = make_spec(q, k, v, steps=(HALF, CAUSAL))
+    call._masks.clear()
+    mode = FakeTensorMode()
+    with mode:
+        Call.of(spec, Inputs(*(mode.from_tensor(x) for x in (q, k, v))))
+    check(q, k, v, steps=(HALF, CAUSAL))
+
+
+def test_more_than_an_operator_takes_is_left_to_another(npu):
+    long = [torch.empty(1, dtype=torch.bfloat16).expand(1, 1, n, 16) for n in (1, 262145, 262145)]
+    spec = make_spec(*long)
+    assert Call.of(spec, Inputs(*long)).plan.operator == "npu_fusion_attention_v3"
+    many = [torch.empty(1, dtype=torch.float16).expand(129, 1, n, 16) for n in (2, 4, 4)]
+    with pytest.raises(ValueError, match="128"):
+        Call.of(make_spec(*many), Inputs(*many), inference=True)
+    rows = [torch.empty(1).expand(1, 1, n, 16) for n in (1, 2**20 + 1, 2**20 + 1)]
+    with pytest.raises(ValueError, match="1048576"):
+        Call.of(make_spec(*rows), Inputs(*rows))
 
 
 def test_rows_that_lie_by_head_are_not_copied(npu):
@@ -313,6 +502,10 @@ def test_bounds_that_were_written_to_are_copied_to_the_host_again(npu):
     fields["bounds"].q.copy_(bounds_of(4, 4, 7))
     check(q, k, v, **fields)
     assert npu.calls[-1][1]["actual_seq_qlen"].tolist() == [4, 8, 15]
+    # as code that Inductor generated writes to a buffer that it uses again
+    fields["bounds"].q.data.copy_(bounds_of(2, 3, 10))
+    check(q, k, v, **fields)
+    assert npu.calls[-1][1]["actual_seq_qlen"].tolist() == [2, 5, 15]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -343,6 +536,45 @@ def test_dropout_drops_the_same_in_backward_and_when_it_is_recomputed(npu, dtype
     dv = ascend.backward(spec, inputs, dout, out, stats, [True] * 3 + [False] * len(operands))[2]
     product = (dv.double() * v.double()).sum()
     assert torch.allclose(product, (dout.double() * out.double()).sum(), rtol=2e-2, atol=0.5)
+
+
+@pytest.mark.parametrize("when", ["backward", "memory", "second forward", "first forward", "value"])
+def test_gradients_with_dropout_are_of_the_kernel_that_dropped(once, on_cpu, monkeypatch, when):
+    ops.forget()
+    q, k, v = (x.requires_grad_() for x in qkv(1, 2, 9, 9, 64))
+    spec = make_spec(q, k, v, dropout=0.5)
+
+    def run():
+        return torch.ops.attnfuse.attention(q, k, v, [], torch.tensor([7]), None, None, spec.argument, "ascend", False)[
+            0
+        ]
+
+    def fails(*given):
+        raise {"memory": torch.OutOfMemoryError, "value": ValueError}.get(when, RuntimeError)("no luck")
+
+    if when in ("backward", "second forward"):
+        out = run()
+    broken = ["forward", "backward"] if when == "value" else ["backward"] if when == "backward" else ["forward"]
+    for name in broken:
+        monkeypatch.setattr(ascend, name, fails)
+    if when in ("memory", "second forward"):
+        with pytest.raises(RuntimeError, match="no luck"):
+            run()
+    elif when == "backward":
+        with pytest.raises(RuntimeError, match="no luck"):
+            out.sum().backward()
+    else:
+        # all of the reference
+        with pytest.warns(match="no luck"):
+            out = run()
+        dout = torch.randn_like(out)
+        out.backward(dout)
+        torch.testing.assert_close((v.grad * v).sum(), (dout * out).sum())
+    if when == "second forward":
+        dout = torch.randn_like(out)
+        out.backward(dout)
+        torch.testing.assert_close((v.grad * v).sum(), (dout * out).sum())
+    ops.forget()
 
 
 def test_empty_dims_give_what_the_reference_gives(npu):

@@ -175,6 +175,19 @@ def test_inner_compilers_take_a_dynamo_graph(run):
     torch.testing.assert_close(torch.compile(lambda a: a.sin() + 1, backend=run)(x), x.sin() + 1)
 
 
+def test_what_is_lowered_is_lowered_anew_though_caches_know_the_graph():
+    runs = []
+
+    def compiled(gm, inputs):
+        return _compat.compile_fx(gm, inputs, {}, lambda graph: runs.append(graph))
+
+    for _ in range(2):
+        torch.compiler.reset()
+        with torch.no_grad():
+            torch.compile(lambda x: torch.ops.aten.relu(x) + 3, backend=compiled)(torch.randn(7))
+    assert len(runs) == 2
+
+
 def test_sdpa_patterns_do_not_fire_and_user_passes_still_run():
     from torch._dynamo.utils import counters
     from torch._inductor.custom_graph_pass import CustomGraphPass

@@ -11,11 +11,16 @@ ALL := $(if $(PART),--part $(PART)) -q
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help setup demo test test-all test-coverage suite-table lint mutants refusals coverage-table bench gpu-check clean
+# torch_npu is kept out of .venv, where its mere presence would change torch, and stand-ins for the libraries that it needs
+ASCEND := .ascend
+TORCH_NPU := 2.13.0
+
+.PHONY: help setup setup-ascend demo test test-ascend test-all test-coverage suite-table lint mutants refusals coverage-table bench gpu-check npu-check clean
 
 help:
 	@echo "make demo            compile BERT, Llama and T5, and show what was rewritten"
 	@echo "make test            the test suite, without what is marked slow or gpu"
+	@echo "make test-ascend     the kernels for Ascend NPUs, by torch_npu's schemas and what its documents say; fetches torch_npu (43 MB)"
 	@echo "make test-all        the whole suite, the slow part included; PART=2/4 runs the second of four parts of its files,"
 	@echo "                     PYTEST_ARGS='-m slow' what make test leaves out"
 	@echo "make test-coverage   make test, with the lines and branches that it ran"
@@ -25,6 +30,7 @@ help:
 	@echo "make refusals        write docs/refusals.md from attnfuse/reasons.py"
 	@echo "make coverage-table  run all coverage cases and write docs/coverage.md"
 	@echo "make bench           time attention, models, padding and packing beside Inductor, write docs/benchmarks.md"
+	@echo "make npu-check       on an Ascend NPU: the calls that are made there against float64, and what documents leave open"
 	@echo "make gpu-check       on a CUDA device, in eight minutes: tests, kernels beside their predictions, headline figures;"
 	@echo "                     installs nothing. GPU_ARGS='--results FOLDER --minutes 12' keeps them elsewhere, and takes longer"
 
@@ -39,6 +45,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt --no-build-isolation -e '.[test,models,draw,fbgemm,dev]'
 	touch $(STAMP)
 
+setup-ascend: $(ASCEND)/.ready-$(TORCH_NPU)
+
+$(ASCEND)/.ready-$(TORCH_NPU): tests/ascend/stand_ins.py $(STAMP)
+	rm -rf $(ASCEND)
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps --target $(ASCEND)/site torch-npu==$(TORCH_NPU)
+	$(BIN)/python tests/ascend/stand_ins.py $(ASCEND)/site $(ASCEND)/stand_ins
+	touch $@
+
 demo: $(STAMP)
 	$(BIN)/python -m attnfuse.demo
 
@@ -51,6 +65,9 @@ test: $(STAMP)
 	$(BIN)/python -m pytest $(WORKERS) -m 'not slow and not gpu' -q $(PYTEST_ARGS) $(MAIN_ARGS) || status=$$?; \
 	wait $$beside || status=$$?; \
 	echo "tests/interpreted:"; cat $$said; rm -f $$said; exit $$status
+
+test-ascend: setup-ascend
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ascend -n 2 -m 'not slow' -q $(PYTEST_ARGS)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest $(ALL) $(PYTEST_ARGS)
@@ -100,6 +117,10 @@ GPU_MARK ?= gpu and not slow
 # the plain command does all of it where there is no make: python3 -m benchmarks.first_run
 gpu-check:
 	@$(GPU_PYTHON) -m benchmarks.first_run --mark '$(GPU_MARK)' $(GPU_ARGS) -- $(PYTEST_ARGS)
+
+# on a machine with an Ascend NPU and torch_npu: nothing is installed
+npu-check:
+	@$(GPU_PYTHON) -m benchmarks.npu $(NPU_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -62,11 +62,13 @@ __all__ = [
     "gives_gradients_of",
     "has_tangent",
     "hooks_of",
+    "inductor_has",
     "inductor_mode_options",
     "inductor_options",
     "is_functorch_tensor",
     "keep_global_state",
     "no_proxies",
+    "npu_group",
     "options_error",
     "original",
     "pytree",
@@ -379,19 +381,84 @@ def options_error() -> type[ValueError]:
     return OptionsError
 
 
-def compile_fx(gm: fx.GraphModule, example_inputs: Sequence[Any], config_patches: dict[str, Any]) -> Callable[..., Any]:
-    """Inductor, as torch.compile calls it."""
-    from torch._inductor.compile_fx import compile_fx as inductor
+Lowered = Callable[[fx.GraphModule], None]
 
-    compiled: Any = inductor(gm, example_inputs, config_patches=config_patches)
+
+def compile_fx(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config_patches: dict[str, Any], lowered: Lowered | None = None
+) -> Callable[..., Any]:
+    """Inductor, as torch.compile calls it. lowered: what changes each graph without gradients that AOTAutograd has made; it
+    runs in each process, as it may write what is one process's own.
+    """
+    import torch._functorch.config as functorch
+    from torch._inductor.compile_fx import compile_fx as inductor
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    compiled: Any
+    if lowered is None:
+        compiled = inductor(gm, example_inputs, config_patches=config_patches)
+        return compiled  # type: ignore[no-any-return]
+
+    def inner(graph: fx.GraphModule, inputs: Sequence[Any], **given: Any) -> Any:
+        if given.get("is_inference"):
+            lowered(graph)
+        return compile_fx_inner(graph, inputs, **given)
+
+    # that cache knows the graph before `lowered` alone; Inductor's own knows the one after it
+    with functorch.patch(enable_autograd_cache=False, enable_remote_autograd_cache=False):
+        compiled = inductor(gm, example_inputs, inner_compile=inner, config_patches=config_patches)
     return compiled  # type: ignore[no-any-return]
 
 
-def aot_eager(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """AOTAutograd, with the resulting graphs run op by op."""
+def inductor_has(device_type: str) -> bool:
+    """Whether Inductor writes code for devices of this type: PyTorch's own, and those that an extension has registered."""
+    from torch._inductor.codegen.common import get_scheduling_for_device, init_backend_registration
+
+    init_backend_registration()
+    return get_scheduling_for_device(device_type) is not None
+
+
+def aot_eager(gm: fx.GraphModule, example_inputs: Sequence[Any], lowered: Lowered | None = None) -> Callable[..., Any]:
+    """AOTAutograd, with the resulting graphs run op by op. lowered: as for compile_fx."""
     from torch._dynamo.backends.registry import lookup_backend
 
-    return lookup_backend("aot_eager")(gm, list(example_inputs))
+    if lowered is None:
+        return lookup_backend("aot_eager")(gm, list(example_inputs))
+    from functorch.compile import (  # type: ignore[import-untyped]
+        make_boxed_func,
+        min_cut_rematerialization_partition,
+    )
+    from torch._dynamo.backends.common import aot_autograd
+
+    def run(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        return make_boxed_func(graph.forward)
+
+    def inference(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        lowered(graph)
+        graph.recompile()
+        return run(graph, inputs)
+
+    made = aot_autograd(
+        fw_compiler=run,
+        inference_compiler=inference,
+        partition_fn=min_cut_rematerialization_partition,
+        keep_inference_input_mutations=True,
+    )
+    return made(gm, list(example_inputs))  # type: ignore[no-any-return]
+
+
+def npu_group(name: str) -> tuple[str, int]:
+    """(what an NPU calls the process group of that name, how many devices it has). KeyError where there is none on NPUs."""
+    import torch.distributed as dist
+
+    known: Any = dist.distributed_c10d
+    try:
+        group = known._resolve_process_group(name)
+        backend: Any = group._get_backend(torch.device("npu"))
+        communicator = backend.get_hccl_comm_name(dist.get_rank())
+    except (AttributeError, RuntimeError, ValueError) as error:
+        raise KeyError(name) from error
+    return communicator, group.size()
 
 
 def _current_passes(name: str, patches: dict[str, Any]) -> list[Any]:

@@ -10,10 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx
 
 from attnfuse import _compat, checking, nested, ops, reasons, settings
 from attnfuse.graphs import copied
+from attnfuse.kernels.ascend import chips
+from attnfuse.kernels.device import Device
+from attnfuse.passes.lowered import all_reduce
 from attnfuse.pipeline import Work, rewrite, undone
 from attnfuse.reasons import Reason
 from attnfuse.report import registry
@@ -50,7 +54,8 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Setting
     original, work = _rewritten(gm, chosen)
     report = work.report
     try:
-        compiled = _inner(original if work.spoiled else gm, example_inputs, chosen, patches)
+        compiled, said_of_inner = _inner(original if work.spoiled else gm, example_inputs, chosen, patches)
+        report = replace(report, warnings=(*report.warnings, *said_of_inner))
         if report.fused:
             compiled = _in_forward_mode(_checked(compiled, original, chosen, report), original, chosen)
     except Exception as error:
@@ -58,7 +63,7 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Setting
             raise
         reason = reasons.NOT_COMPILED(error=said(error))
         warn(str(reason))
-        compiled = _inner(original, example_inputs, chosen, patches)
+        compiled, _ = _inner(original, example_inputs, chosen, patches)
         report = undone(report, reason)
     try:
         registry.record(report)
@@ -101,14 +106,62 @@ def _checked(compiled: Compiled, original: fx.GraphModule, chosen: Settings, rep
     return checking.checking(compiled, original, chosen, say)
 
 
-def _inner(gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Settings, patches: dict[str, Any]) -> Compiled:
+#: Devices that PyTorch's own Inductor writes code for; others are an extension's.
+_OF_INDUCTOR = frozenset({"cpu", "cuda", "xpu", "mps", "meta"})
+
+
+def _inner(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Settings, patches: dict[str, Any]
+) -> tuple[Compiled, tuple[str, ...]]:
+    """The compiled graph, and what the report is to say of how it was compiled."""
     if chosen.inner == "eager":
-        return gm.forward
+        return gm.forward, ()
     # seeds are to be kept for backward
     with _compat.some_memory():
+        types = {x.device.type for x in example_inputs if isinstance(x, torch.Tensor)}
+        lowered = _lowered(example_inputs, chosen)
         if chosen.inner == "aot_eager":
-            return _compat.aot_eager(gm, example_inputs)
-        return _compat.compile_fx(gm, example_inputs, _compat.without_sdpa_patterns(patches, identity(chosen)))
+            return _compat.aot_eager(gm, example_inputs, lowered), ()
+
+        def inductor() -> Compiled:
+            patched = _compat.without_sdpa_patterns(patches, identity(chosen))
+            return _compat.compile_fx(gm, example_inputs, patched, lowered)
+
+        others = sorted(types - _OF_INDUCTOR)
+        if not others:
+            return inductor(), ()
+        devices = " and ".join(others)
+        if not all(map(_compat.inductor_has, others)):
+            return _compat.aot_eager(gm, example_inputs, lowered), (str(reasons.NO_INDUCTOR(devices=devices)),)
+        try:
+            return inductor(), ()
+        except Exception as error:
+            if chosen.strict or _compat.is_restart(error):
+                raise
+            failed = str(reasons.INDUCTOR_FAILED(devices=devices, error=said(error)))
+        warn(failed)
+        return _compat.aot_eager(gm, example_inputs, lowered), (failed,)
+
+
+def _lowered(example_inputs: Sequence[Any], chosen: Settings) -> Callable[[fx.GraphModule], None] | None:
+    """What is done to graphs after AOTAutograd: on NPUs, where there is more than one process."""
+    devices = [x.device for x in example_inputs if isinstance(x, torch.Tensor) and x.device.type == "npu"]
+    if not devices or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    return functools.partial(_with_all_reduce, device=devices[0], strict=chosen.strict)
+
+
+def _with_all_reduce(gm: fx.GraphModule, device: torch.device, strict: bool) -> None:
+    """Projections of attentions and their all-reduces as one operator, in a graph for NPUs that have it."""
+    try:
+        if not chips.reduces(Device.of(device)):
+            return
+        all_reduce.fuse(gm.graph, lambda name: all_reduce.Group(*_compat.npu_group(name)))
+    except Exception as error:
+        if strict:
+            raise
+        log.debug("all-reduces are left as they are", exc_info=True)
+        warn(f"the all-reduces of a graph are left as they are: {said(error)}")
 
 
 def identity(chosen: Settings) -> str:

@@ -52,6 +52,8 @@ _LIBRARY.define("checked_offsets(Tensor offsets, Tensor? lengths, SymInt rows) -
 
 #: The (kernel, spec, type of device) that failed in this process, with the error: they are not tried again.
 failed: dict[tuple[str, str, str], str] = {}
+#: The (kernel, spec, type of device) of forwards with dropout that only the kernel itself can make the gradients of.
+_dropped: set[tuple[str, str, str]] = set()
 #: Called with (spec, q, k, operands) before each attention.
 observers: list[Callable[[Attention, torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], None]] = []
 #: Kinds of arguments that fit their spec.
@@ -72,6 +74,7 @@ def forget() -> None:
     """Try kernels again that failed."""
     failed.clear()
     _warned.clear()
+    _dropped.clear()
 
 
 def _run(which: str, kernel: str, strict: bool, spec: Attention, inputs: Inputs, *given: Any) -> Any:
@@ -81,12 +84,14 @@ def _run(which: str, kernel: str, strict: bool, spec: Attention, inputs: Inputs,
     There is one warning for each kernel. A failure is remembered once another kernel has run in its place: a call that none
     can run says nothing against any of them. Nor does a ValueError, which is of the tensors of this call, and running out of
     memory. Then the next kernel runs this call alone, but the reference only where its scores take no more memory than
-    q, k, v and the operands; else the error is raised, as eager would raise it. In strict mode every error is.
+    q, k, v and the operands; else the error is raised, as eager would raise it. In strict mode every error is. So are errors of
+    kernels with dropout of their own, where forward and backward would be of two kernels then: a ValueError is of both.
     """
     device = inputs.q.device
     broken: list[tuple[str, Exception]] = []
     kernel = kernel_named(kernel).name
     while True:
+        own_dropout = spec.dropout > 0.0 and kernel_named(kernel).capability.own_dropout
         if strict or (kernel, spec.text, device.type) not in failed:
             try:
                 result = getattr(_module(kernel), which)(spec, inputs, *given)
@@ -95,10 +100,15 @@ def _run(which: str, kernel: str, strict: bool, spec: Attention, inputs: Inputs,
                     raise
                 if _is_out_of_memory(error) and _takes_more(successor(kernel, spec, device), inputs):
                     raise
+                alone = which == "backward" or _is_out_of_memory(error) or (kernel, spec.text, device.type) in _dropped
+                if own_dropout and alone and not isinstance(error, ValueError):
+                    raise
                 # its frames hold what the kernel had allocated
                 traceback.clear_frames(error.__traceback__)
                 broken.append((kernel, error.with_traceback(None)))
             else:
+                if own_dropout:
+                    _dropped.add((kernel, spec.text, device.type))
                 for name, failure in broken:
                     _note(name, spec, device, kernel, failure)
                 return result

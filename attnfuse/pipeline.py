@@ -221,7 +221,7 @@ def _unpadded(state: State) -> State:
             reason = reason or reasons.PADDING_STAYS(why=reasons.PADDING_FUEL())
             continue
         try:
-            kernels = [_kernel(a.spec, a.site, state.settings) for a in region.attentions]
+            kernels = [_kernel(a.spec, a.site, state) for a in region.attentions]
             made = [_report(a.site, emitter, a.spec) for a in region.attentions]
             rewriter = RegionRewriter(emitter, region, kernels)
             with emitter.attempt(own[0].final):
@@ -428,7 +428,7 @@ def _refusal(found: Found) -> SiteReport:
 def _tried(site: Site, state: State, emitter: Emitter) -> tuple[SiteReport, Site | None]:
     report = _report(site, emitter)
     try:
-        kernel = _kernel(site.spec, site, state.settings)
+        kernel = _kernel(site.spec, site, state)
         with emitter.attempt(site.final):
             emitter.emit(site, kernel)
     except EmitError as error:
@@ -472,10 +472,12 @@ def _report(site: Site, emitter: Emitter, spec: Attention | None = None) -> Call
     )
 
 
-def _kernel(spec: Attention, site: Site, settings: Settings) -> str:
+def _kernel(spec: Attention, site: Site, state: State) -> str:
     """The name of the kernel for a site. Raises EmitError where there is none."""
-    choice = choose(spec, value_of(site.q.node).device, settings.kernel)
-    problem = _problem(choice, settings)
+    view = state.view
+    trains = view is None or (view.trains and view.grad.get(site.final, True))
+    choice = choose(spec, value_of(site.q.node).device, state.settings.kernel, trains)
+    problem = _problem(choice, state.settings)
     if problem is not None:
         raise EmitError(problem)
     assert choice.kernel is not None

@@ -787,9 +787,6 @@ KERNEL_SEVERAL_DTYPES = Cause(
     "Convert q, k and v to one dtype before the attention, or leave out the option kernel.",
     KERNELS,
 )
-KERNEL_MANY_GROUPS = Cause(
-    "kernel-many-groups", "more than {most} query heads to a key head", "Repeat the key heads.", KERNELS
-)
 KERNEL_NOT_PLAIN = Cause(
     "kernel-not-plain",
     "more than a scale and a causal mask of -inf",
@@ -914,6 +911,33 @@ KERNEL_SWITCHED_OFF = Cause(
 KERNEL_WITHOUT_CUDNN = Cause(
     "kernel-without-cudnn", "cuDNN is not there", "Install a torch with cuDNN, or leave out the option kernel.", KERNELS
 )
+KERNEL_NO_GRADIENT = Cause(
+    "kernel-no-gradient",
+    "gradients",
+    "Call it under torch.no_grad(), or train on another device.",
+    KERNELS,
+)
+KERNEL_NAN_TO_ZERO = Cause(
+    "kernel-nan-to-zero",
+    "weights that are NaN turned into 0",
+    "Leave out the option kernel, or mask with scaled_dot_product_attention, whose rows without keys are 0.",
+    KERNELS,
+)
+KERNEL_FACTOR = Cause(
+    "kernel-factor", "scores times a tensor", "Multiply q by it, or leave out the option kernel.", KERNELS
+)
+KERNEL_FILL = Cause(
+    "kernel-fill",
+    "a fill that leaves hidden keys some weight, or several numbers that hide keys",
+    "Fill with -inf, or with one number of at most -1e9 (-1e30 where it is added).",
+    KERNELS,
+)
+KERNEL_BIAS_DTYPE = Cause(
+    "kernel-bias-dtype",
+    "a bias that is not in {dtype}, the dtype of q",
+    "Convert the bias to the dtype of q and k.",
+    KERNELS,
+)
 KERNEL_NOT_AVAILABLE = Cause(
     "kernel-not-available",
     "it does not work here: {error}",
@@ -1025,6 +1049,18 @@ NOT_COMPILED = Cause(
     "not-compiled",
     "the rewritten graph did not compile ({error}); the original is used",
     "See what the inner compiler says; TORCH_LOGS='+attnfuse' logs more. It may be a fault of attnfuse.",
+    GRAPHS,
+)
+NO_INDUCTOR = Cause(
+    "no-inductor",
+    "Inductor has no code for {devices}: the graph runs op by op",
+    "Install what adds the device to Inductor (torch_npu's own, for an NPU), or set the option inner.",
+    GRAPHS,
+)
+INDUCTOR_FAILED = Cause(
+    "inductor-failed",
+    "Inductor failed for {devices} ({error}): the graph runs op by op",
+    "See what the device's part of Inductor says, or set the option inner to 'aot_eager'.",
     GRAPHS,
 )
 NO_GRAPH = Cause(

@@ -19,7 +19,8 @@ FUEL_VARIABLE = "ATTNFUSE_FUEL"
 class Settings:
     """attnfuse's own options.
 
-    inner        what compiles the rewritten graph: 'inductor', 'aot_eager' or 'eager' (run as it is)
+    inner        what compiles the rewritten graph: 'inductor', 'aot_eager' or 'eager' (run as it is). Where Inductor has no code
+                 for a device, or what an extension adds to it fails, 'inductor' is 'aot_eager', and the report says so
     strict       raise where attnfuse would fall back with a warning
     kernel       run every attention on this kernel, by name; also $ATTNFUSE_KERNEL
     nan_policy   'skip': keys that are provably hidden contribute nothing, NaN or not; 'eager': nothing is skipped

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from attnfuse import reasons
-from attnfuse.kernels import cpu, gluon, library, triton
-from attnfuse.kernels.capability import FLOATS, NUMBERS, STEPS, WEIGHT_STEPS, Capability, filled_weights
+from attnfuse.kernels import ascend, cpu, gluon, library, triton
+from attnfuse.kernels.capability import NUMBERS, STEPS, WEIGHT_STEPS, Capability, filled_weights
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.inputs import DENSE, Bounds
 from attnfuse.kernels.library import banded, flash4, varlen
@@ -43,6 +43,8 @@ CPU = Kernel("cpu", cpu.CAPABILITY, "attnfuse.kernels.cpu")
 TRITON = Kernel("triton", triton.CAPABILITY, "attnfuse.kernels.triton")
 # not chosen before a device has shown what it does; under the option tune it is compared
 GLUON = Kernel("gluon", gluon.CAPABILITY, "attnfuse.kernels.gluon", on_request=True)
+ASCEND = Kernel("ascend", ascend.CAPABILITY, "attnfuse.kernels.ascend")
+ASCEND_INFERENCE = Kernel("ascend_inference", ascend.Inference.capability, "attnfuse.kernels.ascend:Inference")
 REFERENCE = Kernel("reference", REFERENCE_CAPABILITY, "attnfuse.kernels.reference.kernel", on_request=True)
 # ATen's are never chosen but by name and by PLAIN_FIRST, since what is faster depends on the device
 FLASH, CUDNN, EFFICIENT, FLASH_CPU = (
@@ -57,7 +59,20 @@ FLASH4, VARLEN = (
 )
 
 #: All kernels, the preferred ones first.
-KERNELS: tuple[Kernel, ...] = (CPU, TRITON, GLUON, FLASH, CUDNN, EFFICIENT, FLASH_CPU, FLASH4, VARLEN, REFERENCE)
+KERNELS: tuple[Kernel, ...] = (
+    CPU,
+    TRITON,
+    ASCEND,
+    ASCEND_INFERENCE,
+    GLUON,
+    FLASH,
+    CUDNN,
+    EFFICIENT,
+    FLASH_CPU,
+    FLASH4,
+    VARLEN,
+    REFERENCE,
+)
 
 #: What is tried before Triton by compute capability, for the plain specs that ATen's kernels take. cuDNN's is the faster one
 #: on some devices, and comes second until it has been measured and checked here: with `tune` it is compared as well.
@@ -86,14 +101,6 @@ def _no_bfloat16_casts(spec: Attention) -> list[Reason]:
     return [] if spec.out_dtype == spec.v_dtype == spec.qk_dtype else [reasons.KERNEL_SEVERAL_DTYPES()]
 
 
-def _ascend_limits(spec: Attention) -> list[Reason]:
-    found = [reasons.KERNEL_UNSHIFTED()] if spec.softmax != "plain" else []
-    found += [reasons.KERNEL_SINK()] if spec.sink is not None else []
-    found += [reasons.KERNEL_LOG_SUM_EXP()] if spec.lse else []
-    heads = spec.groups
-    return found + ([] if heads is not None and heads <= 256 else [reasons.KERNEL_MANY_GROUPS(most=256)])
-
-
 #: What the kernels to come will take, so that every spec is held against it from the beginning; they are not chosen yet.
 PLANNED: dict[str, Capability] = {
     # m8n8k4 tensor cores multiply float16 alone
@@ -107,17 +114,6 @@ PLANNED: dict[str, Capability] = {
         least=70,
         most=75,
         also=lambda spec: [*filled_weights(spec), *_no_bfloat16_casts(spec)],
-    ),
-    # torch-npu's fused attention: scale, added bias, hidden keys, in this order
-    "ascend": Capability(
-        frozenset({"npu"}),
-        FLOATS,
-        FLOATS | {"bool", "int32", "int64"},
-        frozenset({"scale", "bias", "replace", "add", "cast"}),
-        frozenset(),
-        head_dims=512,
-        chips=frozenset({"Ascend910B", "Ascend910C"}),
-        also=lambda spec: [*_ascend_limits(spec), *_no_bfloat16_casts(spec)],
     ),
 }
 
@@ -178,13 +174,16 @@ def _ordered(device: Device) -> list[Kernel]:
     return [*PLAIN_FIRST.get(device.capability, ()), *(k for k in KERNELS if not k.on_request)]
 
 
-def choose(spec: Attention, device: torch.device | Device, forced: str | None = None) -> Choice:
-    """The kernel for `spec` on `device`: the first that can run it, or `forced` by name if that can."""
+def choose(spec: Attention, device: torch.device | Device, forced: str | None = None, trains: bool = False) -> Choice:
+    """The kernel for `spec` on `device`: the first that can run it, or `forced` by name if that can.
+
+    trains: gradients are needed.
+    """
     device = Device.of(device)
     tried: Sequence[Kernel] = [kernel_named(forced)] if forced else _ordered(device)
     against = []
     for kernel in tried:
-        found = kernel.capability.reasons(spec, device)
+        found = kernel.capability.reasons(spec, device, trains)
         if not found:
             return Choice(kernel)
         if forced or not kernel.on_request:

@@ -32,7 +32,7 @@ class Capability:
     max_batch_rank  batch dims
     head_dims       largest D and E; 0 for any
     least, most     compute capabilities of NVIDIA GPUs, as 10 * major + minor; 0 for any
-    chips           chips of an NPU by name; none for any
+    own_dropout     which weights are dropped is the kernel's own affair: no other kernel drops the same ones for a seed
     also            what else speaks against a spec
     here            what else speaks against it on a device
     available       None if the kernel can run here, else why not (a compiler is missing, say)
@@ -50,13 +50,13 @@ class Capability:
     head_dims: int = 0
     least: int = 0
     most: int = 0
-    chips: frozenset[str] = frozenset()
+    own_dropout: bool = False
     also: Callable[[Attention], Iterable[Reason]] = lambda spec: ()
     here: Callable[[Attention, Device], Iterable[Reason]] = lambda spec, device: ()
     available: Callable[[], Reason | None] = lambda: None
 
-    def reasons(self, spec: Attention, device: torch.device | Device) -> tuple[Reason, ...]:
-        """Why the kernel cannot run `spec` on `device`; empty if it can."""
+    def reasons(self, spec: Attention, device: torch.device | Device, trains: bool = False) -> tuple[Reason, ...]:
+        """Why the kernel cannot run `spec` on `device`; empty if it can. trains: gradients are needed."""
         device = Device.of(device)
         found = self._of_device(device)
         # head sizes of a device that is none of the kernel's say nothing
@@ -70,6 +70,8 @@ class Capability:
                 found.append(reasons.KERNEL_OPERAND_DTYPE(index=index, dtype=operand.dtype, taken=taken))
         found += _unknown("score step", spec.steps, self.steps)
         found += _unknown("weight step", spec.weight_steps, self.weight_steps)
+        if trains and not self.backward:
+            found.append(reasons.KERNEL_NO_GRADIENT())
         if spec.dropout and not self.dropout:
             found.append(reasons.KERNEL_DROPOUT())
         if len(spec.batch) > self.max_batch_rank:
@@ -90,8 +92,6 @@ class Capability:
     def _of_device(self, device: Device) -> list[Reason]:
         if device.type not in self.devices:
             return [reasons.KERNEL_DEVICE(device=device, taken=_list(self.devices))]
-        if self.chips and device.name not in self.chips:
-            return [reasons.KERNEL_CHIP(chip=device.name or "unknown", taken=_list(self.chips))]
         # other vendors' devices of the same type have no compute capability
         least, most = self.least, self.most or device.capability
         if device.capability and not least <= device.capability <= most:

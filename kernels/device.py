@@ -26,6 +26,8 @@ class Device:
             return _nvidia(device) if torch.version.hip is None else Device("cuda", name=_name(device))
         if device.type == "xpu" and torch.xpu.is_available():
             return Device("xpu", name=_name(device))
+        if device.type == "npu":
+            return Device("npu", name=_name(device))
         return Device(device.type)
 
     def __str__(self) -> str:

@@ -175,6 +175,19 @@ def test_inner_compilers_take_a_dynamo_graph(run):
     torch.testing.assert_close(torch.compile(lambda a: a.sin() + 1, backend=run)(x), x.sin() + 1)
 
 
+def test_what_is_lowered_is_lowered_anew_though_caches_know_the_graph():
+    runs = []
+
+    def compiled(gm, inputs):
+        return _compat.compile_fx(gm, inputs, {}, lambda graph: runs.append(graph))
+
+    for _ in range(2):
+        torch.compiler.reset()
+        with torch.no_grad():
+            torch.compile(lambda x: torch.ops.aten.relu(x) + 3, backend=compiled)(torch.randn(7))
+    assert len(runs) == 2
+
+
 def test_sdpa_patterns_do_not_fire_and_user_passes_still_run():
     from torch._dynamo.utils import counters
     from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -513,3 +526,38 @@ def test_the_dtypes_of_gradients_are_known_in_backward():
         Double.apply(x * 1).sum().backward()
     assert seen == [True, False]
     assert not _compat.gives_gradients_of(lambda d: True)
+
+
+def test_inductor_has_code_for_a_device_that_it_or_an_extension_knows():
+    assert _compat.inductor_has("cpu") and _compat.inductor_has("cuda")
+    assert not _compat.inductor_has("npu")
+
+
+def test_a_process_group_that_is_not_there_has_no_name_on_npus():
+    with pytest.raises(KeyError):
+        _compat.npu_group("nobody's")
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "compile_fx"])
+def test_graphs_without_gradients_are_given_to_lowered(compiler):
+    seen = []
+
+    def lowered(gm):
+        seen.append([node.target for node in gm.graph.nodes if node.op == "call_function"])
+
+    def compiled(gm, inputs):
+        return (
+            _compat.aot_eager(gm, inputs, lowered)
+            if compiler == "aot_eager"
+            else _compat.compile_fx(gm, inputs, {}, lowered)
+        )
+
+    function = torch.compile(lambda x: x.sin() + 1.0, backend=compiled)
+    x = torch.randn(3)
+    torch.testing.assert_close(function(x), x.sin() + 1.0)
+    assert seen == [[torch.ops.aten.sin.default, torch.ops.aten.add.Tensor]]
+    torch._dynamo.reset()
+    x.requires_grad_()
+    function(x).sum().backward()
+    torch.testing.assert_close(x.grad, x.detach().cos())
+    assert len(seen) == 1

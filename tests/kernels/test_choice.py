@@ -8,14 +8,13 @@ from kernel_cases import GATES, INF, STEPS, WEIGHTS, make_spec, qkv, randn
 
 from attnfuse import reasons
 from attnfuse.expr import causal
-from attnfuse.kernels import KERNELS, PLANNED, choose
+from attnfuse.kernels import KERNELS, PLANNED, choose, kernel_named
 from attnfuse.kernels.device import Device
 from attnfuse.reasons import Cause
 from attnfuse.spec import Attention, Bias, ReplaceFill, Scale
 
 CPU = Device("cpu")
 GPUS = {capability: Device("cuda", capability) for capability in (70, 75, 80, 89, 90, 100, 120)}
-ASCEND = Device("npu", name="Ascend910B")
 
 
 def spec_of(dtype: torch.dtype = torch.float16, D: int = 64, **fields: object) -> Attention:
@@ -45,9 +44,20 @@ def test_older_gpus_are_refused_with_the_reason(capability: int) -> None:
     assert f"compute capability {capability / 10:.1f} (takes from 8.0 on)" in str(choice.reason)
 
 
-def test_an_npu_is_refused_with_the_reason() -> None:
-    choice = choose(spec_of(), ASCEND)
-    assert choice.kernel is None and all("device npu" in str(r) for r in choice.reasons), choice.reasons
+CHIPS = {"Ascend910B2": "ascend", "Ascend910_9391": "ascend", "Ascend310P3": "ascend_inference"}
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_an_npu_gets_the_kernel_of_its_chip(chip: str) -> None:
+    choice = choose(spec_of(), Device("npu", name=chip))
+    assert choice.kernel is not None and choice.kernel.name == CHIPS[chip], choice.reasons
+    assert (choose(spec_of(), Device("npu", name=chip), trains=True).kernel is None) == (chip == "Ascend310P3")
+
+
+@pytest.mark.parametrize("chip", ["Ascend910A", "Ascend310B1", ""])
+def test_an_unknown_chip_is_refused_with_the_reason(chip: str) -> None:
+    choice = choose(spec_of(), Device("npu", name=chip))
+    assert choice.kernel is None and f"chip {chip or 'unknown'} (runs on 910B, 910C)" in str(choice.reason)
 
 
 def test_the_cpu_gets_its_own_kernel() -> None:
@@ -86,7 +96,6 @@ def _with_operands(**fields: object) -> Attention:
 PLANS = {
     # name of a planned kernel: its device, and specs that it must take and refuse
     "volta": (GPUS[70], {"causal", "softcap", "gate band"}, {"bfloat16", "weights filled"}),
-    "ascend": (ASCEND, {"causal", "gate band", "bfloat16"}, {"softcap", "tanh", "clamp", "weights zeroed"}),
 }
 
 
@@ -98,6 +107,13 @@ def test_every_spec_is_taken_or_refused_with_reasons_by_the_planned_kernels(name
     assert {s for s in refused if answers[s]} == refused, answers
     assert PLANNED[name].reasons(spec_of(), GPUS[90])
     assert name not in {k.name for k in KERNELS}
+
+
+def test_every_spec_is_taken_or_refused_by_the_kernel_of_an_npu() -> None:
+    kernel = kernel_named("ascend").capability
+    answers = {spec: kernel.reasons(made, Device("npu", name="Ascend910B2")) for spec, made in specs().items()}
+    assert not any(answers[s] for s in ("causal", "bfloat16")), answers
+    assert all(answers[s] for s in ("softcap", "tanh", "clamp", "weights zeroed", "gate band")), answers
 
 
 @pytest.mark.parametrize(("kind", "hip"), [("cuda", "6.4"), ("xpu", None)])

@@ -153,7 +153,7 @@ def test_keys_of_inductor_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
     original = backend_module._compat.compile_fx
 
-    def watching(gm: Any, inputs: Any, patches: dict[str, Any]) -> Any:
+    def watching(gm: Any, inputs: Any, patches: dict[str, Any], lowered: Any = None) -> Any:
         seen.update(patches)
         return original(gm, inputs, patches)
 
@@ -555,7 +555,7 @@ def test_emitter_that_breaks_off_after_an_attention_leaves_that_one(
 def test_inner_compiler_that_fails_on_the_rewritten_graph_gets_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
     original = backend_module._compat.aot_eager
 
-    def picky(gm: Any, inputs: Any) -> Any:
+    def picky(gm: Any, inputs: Any, lowered: Any = None) -> Any:
         if any("attnfuse" in str(node.target) for node in gm.graph.nodes):
             raise RuntimeError("never seen such an op")
         return original(gm, inputs)

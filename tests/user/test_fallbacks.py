@@ -51,7 +51,7 @@ def in_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 def in_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     original = backend_module._compat.aot_eager
 
-    def picky(gm: Any, inputs: Any) -> Any:
+    def picky(gm: Any, inputs: Any, lowered: Any = None) -> Any:
         return broken() if any("attnfuse" in str(n.target) for n in gm.graph.nodes) else original(gm, inputs)
 
     monkeypatch.setattr(backend_module._compat, "aot_eager", picky)

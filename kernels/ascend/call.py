@@ -15,95 +15,21 @@ from typing import Any
 
 import torch
 
-from attnfuse import expr
 from attnfuse._compat import FakeTensor
 from attnfuse.kernels.ascend import chips, packed
 from attnfuse.kernels.ascend.packed import Side
 from attnfuse.kernels.ascend.plan import INFERENCE, Layout, Lengths, Masked, Operator, Plan, masked
 from attnfuse.kernels.ascend.reading import Reading, read
+from attnfuse.kernels.ascend.scores import Heads, Scores, triangle
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.layout import spread
-from attnfuse.kernels.library.heads import grouped
 from attnfuse.spec import Attention, Bias
 
-#: The side of the mask that serves all lengths.
-_SIDE = 2048
 #: How often the operators' statistics have each number.
 _REPEATED = 8
 #: What torch_npu asks of head sizes before it takes the operators for scaled_dot_product_attention.
 _MULTIPLES = {torch.float32: 4}
 _MOST_HEADS = 256
-#: Terms of less than this, and below 0, leave scores their digits in whatever order they are added.
-_LARGE = 2.0**10
-
-
-#: Masks that were made, by device and whether with a prefix. Fake ones are not kept: they hold nothing.
-_masks: dict[tuple[torch.device, bool], torch.Tensor] = {}
-
-
-def _triangle(device: torch.device, prefix: bool = False) -> torch.Tensor:
-    found = _masks.get((device, prefix))
-    if found is None:
-        found = (
-            _triangle_and_prefix(device)
-            if prefix
-            else torch.ones(_SIDE, _SIDE, dtype=torch.bool, device=device).triu(1)
-        )
-        if not isinstance(found, FakeTensor):
-            _masks[device, prefix] = found
-    return found
-
-
-def _triangle_and_prefix(device: torch.device) -> torch.Tensor:
-    lower = torch.ones(_SIDE // 2, _SIDE, dtype=torch.bool, device=device)
-    lower[:, : _SIDE // 2] = False
-    return torch.cat([_triangle(device), lower])
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Which batch dims of a spec are the operators' batch, and which their heads: the last ones."""
-
-    rank: int
-    count: int
-
-    @staticmethod
-    def of(spec: Attention) -> Heads:
-        rank = len(spec.batch)
-        if grouped(spec):
-            return Heads(rank, 2 if rank > 2 else 1)
-        # a lone dim whose keys are shared is one of heads too
-        return Heads(rank, 1 if rank > 1 or spec.broadcast[1] else 0)
-
-    def merged(self, x: torch.Tensor, batch: Sequence[int] | None = None) -> torch.Tensor:
-        """[B, N, ...] of x [*batch, ...], a view where there is one; of a group of dims that are all 1, it is 1.
-
-        batch: the full sizes, where x may have some dims of a group and lack others.
-        """
-        split = self.rank - self.count
-        shape = list(x.shape[: self.rank])
-        if batch is not None:
-            for group in (range(split), range(split, self.rank)):
-                if any(shape[d] != 1 for d in group):
-                    for d in group:
-                        shape[d] = batch[d]
-            x = x.expand(*shape, *x.shape[self.rank :])
-        sizes = math.prod(shape[:split]), math.prod(shape[split:])
-        return x.reshape(*sizes, *x.shape[self.rank :])
-
-    def split(self, x: torch.Tensor, batch: Sequence[int]) -> torch.Tensor:
-        """The reverse of `merged`: [*batch, ...], with 1 for all dims of a group that is 1."""
-        at = self.rank - self.count
-        groups = [(1,) * len(own) if n == 1 else own for n, own in zip(x.shape, (tuple(batch[:at]), tuple(batch[at:])))]
-        return x.reshape(*groups[0], *groups[1], *x.shape[2:])
-
-    def aligned(self, x: torch.Tensor) -> torch.Tensor:
-        """x with leading dims of 1, for as many as [*batch, Q, K] has."""
-        return x.reshape((1,) * (self.rank + 2 - x.dim()) + tuple(x.shape))
-
-
-def _indices(lengths: Lengths, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.arange(lengths.queries, device=device)[:, None], torch.arange(lengths.keys, device=device)[None]
 
 
 @dataclass
@@ -150,18 +76,19 @@ class Call:
             operator = "npu_incre_flash_attention" if lengths.queries == 1 else "npu_prompt_flash_attention"
         elif not (reverse or reading.terms) and chips.decodes(spec, q.shape[0], lengths.queries, lengths.keys, groups):
             operator = "npu_fused_infer_attention_score"
+        scores = Scores(reading, inputs.operands, heads, batch, lengths, q)
         found = masked(reading, [lengths], modes=operator not in INFERENCE, batch=q.shape[0])
         mask, bare = None, None
         if found.mask == "triangle":
-            mask = _triangle(q.device)
+            mask = triangle(q.device)
         elif found.mask == "triangle and prefix":
-            mask = _triangle(q.device, prefix=True)
+            mask = triangle(q.device, prefix=True)
         elif found.mask == "whole" and reading.finite and reading.terms:
             raise ValueError(
                 "a mask by distance that leaves rows without a key, beside a term that they would be made of"
             )
         elif found.mask == "whole":
-            mask, bare = _whole(reading, _hidden(reading, inputs.operands, heads, batch, lengths, q.device))
+            mask, bare = scores.mask()
         if operator == "npu_fused_infer_attention_score" and mask is not None and mask.shape[1] > 1:
             # it has no masks of heads
             operator = "npu_fusion_attention_v3"
@@ -173,8 +100,8 @@ class Call:
             k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
         added, by_terms = None, None
         if reading.terms:
-            added, without = _added(reading, inputs.operands, heads, batch, lengths, q)
-            if _may_overflow(reading, q, k, added):
+            added, without = scores.added()
+            if scores.may_overflow(q, k, added):
                 raise ValueError("scores that may be infinite in the graph's dtype, beside a term")
             if without is not None:
                 by_terms = without if bare is None else without & ~bare
@@ -347,12 +274,13 @@ class Call:
         if self.added is None or not any(needs):
             return found
         lengths = Lengths(self.q.shape[-2], self.k.shape[-2])
+        scores = Scores(self.reading, self.inputs.operands, self.heads, self.batch, lengths, self.q)
         whole = self.heads.split(gradient.float(), self.batch)
         for step, factor in self.reading.terms:
             if isinstance(step, Bias) and needs[step.operand]:
                 total = found[step.operand]
                 assert total is not None
-                total += _of_term(step, whole * factor, self.inputs.operands, lengths).to(total.dtype)
+                total += scores.of_operand(step, whole * factor).to(total.dtype)
         return found
 
     # -- what both take
@@ -468,7 +396,7 @@ def _packed(spec: Attention, inputs: Inputs, reading: Reading, batch: tuple[int,
         raise ValueError(
             "a mask by distance that leaves rows of packed sequences without a key, or differs by sequence"
         )
-    mask = _triangle(q.device) if found.mask == "triangle" else None
+    mask = triangle(q.device) if found.mask == "triangle" else None
     operator: Operator = "npu_fusion_attention" if spec.dropout else "npu_fusion_attention_v3"
     rows = max(q.shape[-2], k.shape[-2])
     if rows > chips.MOST[operator].rows:
@@ -478,16 +406,6 @@ def _packed(spec: Attention, inputs: Inputs, reading: Reading, batch: tuple[int,
     return Call(spec, inputs, reading, plan, heads, batch, q, k, v, mask, sides=(of_queries, of_keys))
 
 
-def _may_overflow(reading: Reading, q: torch.Tensor, k: torch.Tensor, added: torch.Tensor) -> bool:
-    """Whether a score may be infinite where the graph holds it, by the lengths of q and k and the largest term."""
-    if reading.overflow == math.inf or isinstance(q, FakeTensor):
-        return False
-    most = q.float().norm(dim=-1).amax() * k.float().norm(dim=-1).amax()
-    # an infinite term is infinite in the kernel too
-    term = added.float().masked_fill(added.isinf(), 0.0).amax().clamp(min=0.0)
-    return bool(most + term / reading.scale >= reading.overflow)
-
-
 def _operator(name: str) -> Any:
     return getattr(torch.ops.npu, name)
 
@@ -495,125 +413,3 @@ def _operator(name: str) -> Any:
 def _layout(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Layout:
     """BSND where that is how all three lie in memory, and BNSD, which they are copied to if they do not lie so, elsewhere."""
     return "BSND" if all(x.transpose(1, 2).is_contiguous() for x in (q, k, v)) else "BNSD"
-
-
-def _hidden(
-    reading: Reading,
-    operands: Sequence[torch.Tensor],
-    heads: Heads,
-    batch: Sequence[int],
-    lengths: Lengths,
-    device: torch.device,
-) -> torch.Tensor:
-    """bool [B or 1, N or 1, Q, K]: which keys the masks hide. With heads of its own it has a batch."""
-    keep = None
-    for mask in reading.masks:
-        found = expr.evaluate(mask, operands, *_indices(lengths, device))
-        keep = found if keep is None else keep & found
-    assert keep is not None
-    hidden = heads.aligned(keep.logical_not())
-    hidden = heads.merged(hidden.expand(*hidden.shape[:-2], *lengths), batch)
-    if hidden.shape[1] > 1:
-        hidden = hidden.expand(math.prod(batch[: heads.rank - heads.count]), -1, -1, -1)
-    return hidden
-
-
-def _whole(reading: Reading, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the mask for the operator, rows without keys)."""
-    bare = hidden.all(-1, keepdim=True)
-    if reading.finite:
-        return (hidden & ~bare).contiguous(), bare
-    first = torch.arange(hidden.shape[-1], device=hidden.device) == 0
-    return (hidden & ~(bare & first)).contiguous(), bare
-
-
-def _sum_of_terms(
-    reading: Reading,
-    operands: Sequence[torch.Tensor],
-    heads: Heads,
-    batch: Sequence[int],
-    lengths: Lengths,
-    device: torch.device,
-    checked: bool = False,
-) -> torch.Tensor:
-    """float32 [B or 1, N, Q or 1, K] of what is added to scores. checked: values are looked at, on the host."""
-    total = None
-    indices = _indices(lengths, device)
-    for step, factor in reading.terms:
-        if isinstance(step, Bias):
-            read_at = expr.Load(step.operand, "float32", step.row, step.col)
-            found = expr.load(read_at, operands, *indices).float() * factor
-            if step.keep is not None:
-                found = torch.where(expr.evaluate(step.keep, operands, *indices), found, 0.0)
-        else:
-            # float32 whatever torch.get_default_dtype() is, and within it
-            most = torch.finfo(torch.float32).max
-            value = torch.full((), min(max(step.value * factor, -most), most), dtype=torch.float32, device=device)
-            found = torch.where(expr.evaluate(step.keep, operands, *indices), 0.0, value)
-        if reading.apart and checked and bool((found.amax() >= _LARGE).any()):
-            raise ValueError("one of several added terms is so large that their order may matter")
-        total = found if total is None else total + found
-    assert total is not None
-    total = heads.aligned(total)
-    total = heads.merged(total.expand(*total.shape[:-1], lengths.keys), batch)
-    B, N = math.prod(batch[: heads.rank - heads.count]), math.prod(batch[heads.rank - heads.count :])
-    # one for all queries is taken with a batch, one for the whole batch with all queries
-    if total.shape[0] == 1 and total.shape[-2] == 1 and B > 1:
-        return total.expand(B, N, 1, -1)
-    return total.expand(-1, N, -1 if total.shape[-2] == 1 else lengths.queries, -1)
-
-
-def _of_term(step: Bias, gradient: torch.Tensor, operands: Sequence[torch.Tensor], lengths: Lengths) -> torch.Tensor:
-    """The gradient of a bias's operand, in its shape, from that of what it added, [*batch or 1, Q or 1, K]."""
-    operand = operands[step.operand]
-    q, k = _indices(lengths, gradient.device)
-    if step.keep is not None:
-        gradient = torch.where(expr.evaluate(step.keep, operands, q, k), gradient, 0.0)
-    if step.row is None and step.col is None:
-        return gradient.sum_to_size(operand.shape)
-    # a table: each score's is added to that of the element which was read
-    rows, columns = operand.shape[-2:]
-    row = expr.evaluate(step.row, operands, q, k) if step.row is not None else q * int(rows > 1)
-    col = expr.evaluate(step.col, operands, q, k) if step.col is not None else k * int(columns > 1)
-    place = (row * columns + col).expand(*lengths).flatten()
-    gradient = gradient.expand(*gradient.shape[:-2], *lengths)
-    gradient = gradient.sum_to_size(*operand.shape[:-2], *lengths).flatten(-2)
-    total = gradient.new_zeros(*operand.shape[:-2], rows * columns).index_add_(-1, place, gradient)
-    return total.view(operand.shape)
-
-
-def _added(
-    reading: Reading,
-    operands: Sequence[torch.Tensor],
-    heads: Heads,
-    batch: Sequence[int],
-    lengths: Lengths,
-    q: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(what is added to scores, with the least number in place of -inf; rows that it leaves no key, if it can hold -inf)."""
-    real = not isinstance(q, FakeTensor)
-    made = _sum_of_terms(reading, operands, heads, batch, lengths, q.device, checked=real)
-    hidden = _hidden(reading, operands, heads, batch, lengths, q.device) if reading.masks else None
-    bare = None
-    if any(isinstance(t.step, Bias) for t in reading.terms):
-        gone = made == -math.inf
-        bare = (gone if hidden is None else gone | hidden).all(-1, keepdim=True)
-        if reading.finite and real and bool(bare.any()):
-            raise ValueError("rows without a key but those that a number hides")
-    if real:
-        _check_terms(reading, made if hidden is None else made.masked_fill(hidden, -math.inf), hidden, q.dtype)
-    return made.clamp(min=torch.finfo(q.dtype).min).to(q.dtype).contiguous(), bare
-
-
-def _check_terms(reading: Reading, seen: torch.Tensor, hidden: torch.Tensor | None, dtype: torch.dtype) -> None:
-    """Raises ValueError for terms that are another thing as numbers of `dtype`. seen: those of keys that no mask hides, -inf for
-    others."""
-    top, limits = seen.amax(-1, keepdim=True), torch.finfo(dtype)
-    if reading.swallows < math.inf and bool(((top <= -reading.swallows) & (top > -math.inf)).any()):
-        raise ValueError("a row's keys all have so much subtracted that their scores are gone in the graph's dtype")
-    # keys of less than the least number weigh nothing, unless no other key has more
-    less = seen < top if hidden is None else (seen < top) & ~hidden
-    low = (top < limits.min / 2) & (top > -math.inf) & less.any(-1, keepdim=True)
-    high = (seen > limits.max) & (seen < math.inf)
-    if bool(low.any() | high.any()):
-        raise ValueError(f"terms that differ beyond what {str(dtype).removeprefix('torch.')} holds")

@@ -11,7 +11,7 @@ from attnfuse import expr, ops
 from attnfuse._compat import FakeTensorMode
 from attnfuse.expr import Algebra, Const, causal, dense, window
 from attnfuse.kernels import ascend
-from attnfuse.kernels.ascend import call
+from attnfuse.kernels.ascend import scores
 from attnfuse.kernels.ascend.call import Call
 from attnfuse.kernels.ascend.reading import Reading, read
 from attnfuse.kernels.inputs import Bounds, Inputs
@@ -392,7 +392,7 @@ def test_what_rows_without_keys_give_to_keys_does_not_overflow(npu):
 def test_masks_made_of_fake_tensors_are_not_kept(npu):
     q, k, v = qkv(1, 1, 9, 9)
     spec = make_spec(q, k, v, steps=(HALF, CAUSAL))
-    call._masks.clear()
+    scores._masks.clear()
     mode = FakeTensorMode()
     with mode:
         Call.of(spec, Inputs(*(mode.from_tensor(x) for x in (q, k, v))))

@@ -69,7 +69,9 @@ def test_the_tanh_of_a_device_holds_the_bar(monkeypatch, cap, queries):
     made, functions = [], generated.functions
     monkeypatch.setattr(call.Call, "_has_tanh", lambda self: True)
     monkeypatch.setattr(
-        generated, "functions", lambda spec, approximate: made.append(approximate) or functions(spec, approximate)
+        generated,
+        "functions",
+        lambda spec, approximate, *rest: made.append(approximate) or functions(spec, approximate, *rest),
     )
     # scores far beyond a cap of 3, and about as large as one of 50
     q, k, v = qkv(1, 2, queries, 90, 32, dtype=torch.bfloat16, scale=3.0)

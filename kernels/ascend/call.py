@@ -324,8 +324,9 @@ class Call:
         plan = self.plan
         packed: dict[str, Any] = {}
         if self.sides is not None:
-            tensors = plan.operator.endswith("v3")
-            ends = [torch.tensor(side.ends, dtype=torch.int64) if tensors else [*side.ends] for side in self.sides]
+            ends: list[Any] = [[*side.ends] for side in self.sides]
+            if plan.operator.endswith("v3"):
+                ends = [torch.tensor(own, dtype=torch.int64, device="cpu") for own in ends]
             packed = {"actual_seq_qlen": ends[0], "actual_seq_kvlen": ends[1], "softmax_layout": "TND"}
         return {
             **packed,

@@ -65,7 +65,7 @@ def _side(places: Sequence[tuple[int, int]], count: int, device: torch.device) -
     if whole:
         return Side(count, None, ends)
     taken = [row for first, last in places for row in range(first, last)]
-    return Side(count, torch.tensor(taken, dtype=torch.int64).to(device), ends)
+    return Side(count, torch.tensor(taken, dtype=torch.int64, device=device), ends)
 
 
 def _places(bounds: list[list[int]] | None, rows: int, count: int) -> list[tuple[int, int]]:

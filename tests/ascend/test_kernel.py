@@ -604,3 +604,22 @@ def test_a_prefix_of_a_large_batch_is_a_mask(npu):
     seen = A.or_(causal(), A.compare("lt", expr.K, Const(7)))
     check(*qkv(33, 1, 9, 9, 4), steps=(HALF, ReplaceFill(seen, -INF)))
     assert called(npu)[1] == 1
+
+
+@pytest.mark.parametrize("case", ["packed", "masked", "biased"])
+def test_the_default_device_says_nothing_of_what_is_made(npu, case):
+    fields, operands, steps = {}, [], (HALF, CAUSAL)
+    if case == "packed":
+        (q, k, v), fields = packed((5, 7, 3), gap=2)
+    else:
+        q, k, v = qkv(2, 2, 9, 9)
+        operands = [torch.rand(2, 1, 1, 9) > 0.3 if case == "masked" else randn(1, 2, 9, 9)]
+        steps = (HALF, ReplaceFill(dense(0), -INF) if case == "masked" else Bias(0), AddFill(causal(), -1e4))
+    bounds = fields.pop("bounds", Bounds())
+    spec = make_spec(q, k, v, operands, steps=steps, hidden="zero", **fields)
+    inputs = Inputs(q, k, v, operands, bounds=bounds)
+    wanted = ascend.forward(spec, inputs)
+    with torch.device("meta"):
+        found = ascend.forward(spec, inputs)
+        ascend.backward(spec, inputs, torch.ones_like(found[0]), *found, [True] * 3 + [False] * len(operands))
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from attnfuse import expr
@@ -36,6 +37,37 @@ def cut(keep: Expr, uniform: frozenset[int] = frozenset()) -> Cut:
     if not rest:
         return Cut(bounds, None)
     return Cut(bounds, rest[0] if len(rest) == 1 else expr.Apply("and", tuple(rest)))
+
+
+@dataclass(frozen=True)
+class Band:
+    """Query q sees the keys from q - back to q + ahead, both included; None: all there are on that side."""
+
+    back: int | None = None
+    ahead: int | None = None
+
+    def hides_rows(self, queries: int, keys: int) -> bool:
+        """Whether the band leaves a row without a key, though there are keys."""
+        ahead = keys if self.ahead is None else self.ahead
+        back = queries if self.back is None else self.back
+        return ahead < 0 or queries - 1 - back > keys - 1 or back + ahead < 0
+
+
+@functools.lru_cache(maxsize=512)
+def band_of(masks: tuple[Expr, ...]) -> Band | None:
+    """What several masks together say of distance; None where one of them says more."""
+    back: list[int] = []
+    ahead: list[int] = []
+    for mask in masks:
+        found = cut(mask)
+        if found.rest is not None or not found.bounds.keys() <= {"from_q", "below_q"}:
+            return None
+        for kind, bound in found.bounds.items():
+            if not isinstance(bound, expr.Const):
+                return None
+            back += [-int(bound.value)] if kind == "from_q" else []
+            ahead += [int(bound.value) - 1] if kind == "below_q" else []
+    return Band(min(back, default=None), min(ahead, default=None))
 
 
 #: Farther than any index lies from another: numbers beyond it bound no key, or every one.

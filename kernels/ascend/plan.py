@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from attnfuse.kernels.ascend.reading import Band, Reading
+from attnfuse.kernels.ascend.reading import Reading
+from attnfuse.kernels.mask_ranges import Band
 
 #: What the operators take for "all there are" on one side of a query.
 UNBOUNDED = 2147483647

@@ -17,7 +17,7 @@ import torch
 from attnfuse import reasons, rounding
 from attnfuse.expr import Apply, Const, Expr
 from attnfuse.kernels.fills import BELOW_ALL_SCORES, HIDDEN_BELOW, hiding
-from attnfuse.kernels.mask_ranges import cut
+from attnfuse.kernels.mask_ranges import Band, band_of, cut
 from attnfuse.reasons import Reason
 from attnfuse.spec import AddFill, Attention, Bias, Cast, ReplaceFill, Scale, dtype_of
 
@@ -56,26 +56,12 @@ class Reading:
     @property
     def band(self) -> Band | None:
         """The masks, if all they say is how far a query sees."""
-        return _band(self.masks)
+        return band_of(self.masks)
 
     @property
     def prefix(self) -> Prefix | None:
         """The masks, if all they say is that the first keys are seen by all, and others as far as a query sees ahead."""
         return _prefix(self.masks)
-
-
-@dataclass(frozen=True)
-class Band:
-    """Query q sees the keys from q - back to q + ahead, both included; None: all there are on that side."""
-
-    back: int | None = None
-    ahead: int | None = None
-
-    def hides_rows(self, queries: int, keys: int) -> bool:
-        """Whether a row of so many sees no key."""
-        ahead = keys if self.ahead is None else self.ahead
-        back = queries if self.back is None else self.back
-        return keys == 0 or ahead < 0 or queries - 1 - back > keys - 1 or back + ahead < 0
 
 
 @dataclass(frozen=True)
@@ -102,22 +88,6 @@ def _prefix(masks: tuple[Expr, ...]) -> Prefix | None:
     if found.keys() != {"below_q", "below"}:
         return None
     return Prefix(found["below_q"] - 1, found["below"])
-
-
-@functools.lru_cache(maxsize=512)
-def _band(masks: tuple[Expr, ...]) -> Band | None:
-    back: list[int] = []
-    ahead: list[int] = []
-    for mask in masks:
-        found = cut(mask)
-        if found.rest is not None or not found.bounds.keys() <= {"from_q", "below_q"}:
-            return None
-        for kind, bound in found.bounds.items():
-            if not isinstance(bound, Const):
-                return None
-            back += [-int(bound.value)] if kind == "from_q" else []
-            ahead += [int(bound.value) - 1] if kind == "below_q" else []
-    return Band(min(back, default=None), min(ahead, default=None))
 
 
 @functools.lru_cache(maxsize=512)
@@ -255,7 +225,7 @@ def _limits(spec: Attention) -> Iterator[Reason]:
         (
             bool(finite)
             and any(map(rounding.is_sum, (s for i, s in enumerate(steps) if i not in hides)))
-            and _band(masks) is None,
+            and band_of(masks) is None,
             reasons.KERNEL_ROW_WITHOUT_KEYS(),
         ),
         # a term may take the score of a key that is seen below the number that hides others
@@ -282,7 +252,7 @@ def _limits(spec: Attention) -> Iterator[Reason]:
             spec.packed and bool(biases or [s for i, s in fills if i not in hides]),
             reasons.KERNEL_STEP(what="packed score step", kind="bias", taken="none"),
         ),
-        (spec.packed and masks != () and _band(masks) is None, reasons.KERNEL_NOT_BANDED()),
+        (spec.packed and masks != () and band_of(masks) is None, reasons.KERNEL_NOT_BANDED()),
         (_shared(spec), reasons.KERNEL_BATCH_ORDER()),
     ):
         if holds:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from attnfuse import _compat, reasons, rounding
-from attnfuse.expr import Const, Expr
+from attnfuse.expr import Expr
 from attnfuse.kernels import sink
 from attnfuse.kernels.capability import FLOATS, NUMBERS, STEPS, WEIGHT_STEPS, Capability
 from attnfuse.kernels.device import Device
@@ -22,7 +22,7 @@ from attnfuse.kernels.fills import HIDDEN_BELOW, lifts_always
 from attnfuse.kernels.inputs import Bounds, Inputs
 from attnfuse.kernels.layout import allocate, check_bounds
 from attnfuse.kernels.library.heads import grouped, laid_out, like, of_heads, of_rows, ordered, with_heads
-from attnfuse.kernels.mask_ranges import cut
+from attnfuse.kernels.mask_ranges import Band, band_of
 from attnfuse.reasons import Reason
 from attnfuse.spec import AddFill, Attention, Cast, ReplaceFill, Scale, Softcap
 
@@ -60,37 +60,26 @@ def form_of(spec: Attention) -> Form | None:
     ):
         return None
     factors, softcap, finite = [1.0], 0.0, False
-    back: list[int] = []
-    ahead: list[int] = []
+    masks: list[Expr] = []
+    band = Band()
     for step in spec.steps:
         if isinstance(step, Scale) and step.operand is None and not (softcap or finite):
             # -inf stays -inf under a positive factor
             factors.append(step.value)
-        elif isinstance(step, Softcap) and not (softcap or back or ahead):
+        elif isinstance(step, Softcap) and not softcap and band == Band():
             softcap = step.cap
         elif isinstance(step, (ReplaceFill, AddFill)) and step.value <= HIDDEN_BELOW:
-            edges = _band(step.keep)
-            if edges is None:
+            masks.append(step.keep)
+            found = band_of((*masks,))
+            if found is None:
                 return None
-            back += edges[0]
-            ahead += edges[1]
+            band = found
             finite = finite or step.value > -_INF
         elif not isinstance(step, Cast) or rounding.rounds(step):
             return None
     # two negative ones would hide the other way round in between
     scale = next((x for x in factors if not x > 0.0), math.prod(factors))
-    return Form(scale, softcap, min(back, default=None), min(ahead, default=None), finite)
-
-
-def _band(keep: Expr) -> tuple[list[int], list[int]] | None:
-    """How far back and ahead a mask lets see, one number or none of each; None for a mask that says more."""
-    found = cut(keep)
-    if found.rest is not None or not found.bounds.keys() <= {"from_q", "below_q"}:
-        return None
-    edges = {kind: int(x.value) for kind, x in found.bounds.items() if isinstance(x, Const)}
-    if len(edges) != len(found.bounds):
-        return None
-    return [-x for kind, x in edges.items() if kind == "from_q"], [x - 1 for k, x in edges.items() if k == "below_q"]
+    return Form(scale, softcap, band.back, band.ahead, finite)
 
 
 class Window(NamedTuple):
@@ -122,9 +111,7 @@ def window(form: Form, queries: int | None, keys: int | None) -> Window | None:
 
 def hides_rows(form: Form, queries: int, keys: int) -> bool:
     """Whether the band leaves a row without a key, though there are keys."""
-    ahead = keys if form.ahead is None else form.ahead
-    back = queries if form.back is None else form.back
-    return ahead < 0 or queries - 1 - back > keys - 1 or back + ahead < 0
+    return Band(form.back, form.ahead).hides_rows(queries, keys)
 
 
 class Rows(NamedTuple):

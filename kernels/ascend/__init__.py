@@ -67,12 +67,7 @@ class Inference:
     @staticmethod
     def forward(spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """As the module's forward, but that statistics of rows are NaN, and ValueError for a mask that heads do not share."""
-        out, stats = allocate(spec, inputs)
-        if out.numel() == 0 or inputs.keys == 0:
-            sink.without_keys(spec, inputs.operands, stats)
-            return out.zero_(), stats
-        Call.of(spec, inputs, inference=True).forward(out, stats)
-        return out, stats
+        return _forward(spec, inputs, inference=True)
 
     @staticmethod
     def backward(*given: object) -> list[torch.Tensor | None]:
@@ -86,13 +81,15 @@ def forward(spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor
     q, k and v in float16, bfloat16 or float32. Raises ValueError for what the operators cannot compute and only sizes and values
     show, and what torch_npu raises.
     """
+    return _forward(spec, inputs, inference=False)
+
+
+def _forward(spec: Attention, inputs: Inputs, inference: bool) -> tuple[torch.Tensor, torch.Tensor]:
     check_bounds(spec, inputs.bounds)
     out, stats = allocate(spec, inputs)
-    if out.numel() == 0 or inputs.keys == 0:
-        sink.without_keys(spec, inputs.operands, stats)
-        return out.zero_(), stats
-    call = Call.of(spec, inputs)
-    if call.empty:
+    empty = out.numel() == 0 or inputs.keys == 0
+    call = None if empty else Call.of(spec, inputs, inference)
+    if call is None or call.empty:
         sink.without_keys(spec, inputs.operands, stats)
         return out.zero_(), stats
     call.forward(out, stats)

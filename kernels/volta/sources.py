@@ -1,0 +1,97 @@
+"""The text of the kernels for a spec: constants, what is the same for all, and the functions that codegen.py writes."""
+
+from __future__ import annotations
+
+import functools
+import math
+from importlib import resources
+
+from attnfuse.kernels.triton.codegen import traits
+from attnfuse.kernels.volta import codegen, tiles
+from attnfuse.spec import Attention, dtype_of
+
+#: What the kernels have for Attention.hidden.
+_HIDDEN = {"nan": 0, "zero": 1, "nan_to_zero": 2}
+
+
+@functools.lru_cache(maxsize=16)
+def _file(name: str) -> str:
+    return resources.files("attnfuse.kernels.volta").joinpath(name).read_text()
+
+
+def forward(spec: Attention, capability: int, sizes: tuple[int, int], made: tiles.Forward, pieces: bool) -> str:
+    """The text with the kernels `attention_forward`, `attention_part` and `attention_combined`.
+
+    sizes: D and E; capability: 70 or 75; pieces: whether all matrices are `problem.in_pieces`.
+    """
+    kernels = [_file("forward.cuh")]
+    for name, mode in (("forward", "WHOLE"), ("part", "PART"), ("combined", "COMBINED")):
+        kernels.append(_kernel(name, "THREADS", f"Forward<{mode}>(p).run();"))
+    return _text(spec, capability, sizes, pieces, made.constants, kernels)
+
+
+def backward(
+    spec: Attention,
+    capability: int,
+    sizes: tuple[int, int],
+    made: tiles.Backward,
+    pieces: bool,
+    by_queries: int,
+    by_keys: int,
+) -> str:
+    """The text with the kernels `attention_rows`, `attention_along_queries` and `attention_along_keys`.
+
+    by_queries, by_keys: a bit for each operand whose gradient that kernel adds up.
+    """
+    given = {"GIVEN_BY_QUERIES": by_queries, "GIVEN_BY_KEYS": by_keys}
+    kernels = [_file("backward.cuh"), _kernel("rows", "THREADS_B", "rows_of_block(p);")]
+    for name, keys in (("queries", "false"), ("keys", "true")):
+        kernels.append(_kernel(f"along_{name}", "THREADS_B", f"Backward<{keys}>(p).run();"))
+    return _text(spec, capability, sizes, pieces, {**made.constants, **given}, kernels)
+
+
+def _kernel(name: str, threads: str, body: str) -> str:
+    return f"KERNEL({threads}, 1) attention_{name}(const Problem p) {{ {body} }}\n"
+
+
+def _text(
+    spec: Attention,
+    capability: int,
+    sizes: tuple[int, int],
+    pieces: bool,
+    constants: dict[str, int],
+    kernels: list[str],
+) -> str:
+    found = traits(spec)
+    made = {
+        "CAPABILITY": capability,
+        "RANK": max(len(spec.batch), 1),
+        "D": sizes[0],
+        "E": sizes[1],
+        "HIDDEN": _HIDDEN[spec.hidden],
+        **constants,
+    }
+    truths = {
+        "IN_PIECES": pieces,
+        "PACKED_Q": spec.packed_queries,
+        "PACKED_K": spec.packed_keys,
+        "SINK": spec.sink is not None,
+        "DROPOUT": spec.dropout > 0.0,
+        "CHECKED": found.checked,
+        "HIDES": found.hides,
+        "FILLS": found.fills,
+        "RAGGED": found.ragged,
+        "ZEROS": spec.hidden != "nan",
+        "UNSHIFTED": spec.softmax == "unshifted",
+    }
+    widths = [dtype_of(o.dtype).itemsize for o in spec.operands] or [1]
+    # what the preprocessor has to know
+    lines = [f"#define CAPABILITY {capability}", _file("device.cuh")]
+    lines += [f"constexpr int {name} = {value};" for name, value in made.items() if name != "CAPABILITY"]
+    lines += [f"constexpr bool {name} = {'true' if value else 'false'};" for name, value in truths.items()]
+    lines += [f"constexpr int OPERANDS = {len(widths)};"]
+    lines += [f"constexpr int OPERAND_BYTES[OPERANDS] = {{{', '.join(map(str, widths))}}};"]
+    doubt = "-infinity()" if found.doubt == -math.inf else f"{found.doubt!r}f"
+    lines += [f"#define DOUBT ({doubt})"]
+    lines += [_file("problem.cuh"), codegen.source(spec), _file("fragments.cuh"), *kernels]
+    return "\n".join(lines)

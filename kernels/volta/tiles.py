@@ -1,0 +1,113 @@
+"""Tiles of the kernels by compute capability and head size, and the shared memory they take.
+
+One warp has 32 rows. What bounds the choice is the 255 registers of a thread: sums of 32 rows and 128 columns are 128 of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: Bytes of shared memory that a block may have.
+SHARED = {70: 96 << 10, 75: 64 << 10}
+#: Rows of a warp's tile, and columns of the sums that it has registers for.
+_WARP_ROWS, _COLUMNS = 32, 128
+#: Warps of a block: with 255 registers, two blocks of four are what a processor holds.
+_WARPS = 4
+
+
+@dataclass(frozen=True)
+class Forward:
+    """DP, EP: the head sizes with what fills them up; row_warps of 32 queries, sides: warps that share the columns of sums of the
+    same queries; keys of a tile."""
+
+    DP: int
+    EP: int
+    row_warps: int
+    sides: int
+    keys: int
+
+    @property
+    def rows(self) -> int:
+        return _WARP_ROWS * self.row_warps
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.row_warps * self.sides
+
+    @property
+    def shared(self) -> int:
+        """Bytes."""
+        return 2 * (self.rows * self.DP + self.keys * (self.DP + self.EP)) + 4 * self.row_warps * self.sides
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"DP": self.DP, "EP": self.EP, "ROW_WARPS": self.row_warps, "SIDES": self.sides, "KEYS": self.keys}
+
+    @property
+    def kept(self) -> int:
+        """float32 numbers that a thread keeps of a part of the keys: of 32 rows for each warp, and two more for each row it has
+        numbers of, of which there are four at most."""
+        return self.rows * self.EP // self.threads + 8
+
+
+@dataclass(frozen=True)
+class Backward:
+    """As Forward; other: rows of the side that is gone through."""
+
+    DB: int
+    EB: int
+    row_warps: int
+    sides: int
+    other: int
+
+    @property
+    def rows(self) -> int:
+        return _WARP_ROWS * self.row_warps
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.row_warps * self.sides
+
+    def shared(self, keys: bool) -> int:
+        """Bytes, of the kernel along keys or of that along queries."""
+        tiles = (self.rows + self.other) * (self.DB + self.EB) + self.rows * self.other * (2 if keys else 1)
+        return 2 * tiles + (20 * self.other if keys else 0)
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {
+            "DB": self.DB,
+            "EB": self.EB,
+            "ROW_WARPS_B": self.row_warps,
+            "SIDES_B": self.sides,
+            "OTHER": self.other,
+        }
+
+
+def _up(n: int, size: int) -> int:
+    return max(-(-n // size), 1) * size
+
+
+def forward(capability: int, D: int, E: int, queries: int) -> Forward:
+    """For so many queries of a batch element."""
+    sides = 1 if E <= _COLUMNS else 2
+    DP, EP = _up(D, 16), _up(E, 16 * sides)
+    row_warps = _WARPS // sides
+    while row_warps > 1 and _WARP_ROWS * row_warps // 2 >= queries:
+        row_warps //= 2
+    found = Forward(DP, EP, row_warps, sides, 64 if max(DP, EP) <= 64 else 32)
+    while found.shared > SHARED[capability] and found.keys > 16:
+        found = Forward(DP, EP, row_warps, sides, found.keys // 2)
+    return found
+
+
+def backward(capability: int, D: int, E: int) -> Backward:
+    wide = max(D, E) > _COLUMNS
+    if not wide:
+        DB, EB = _up(D, 32), _up(E, 32)
+        return Backward(DB, EB, 2, 2, 64 if max(DB, EB) <= 64 else 32)
+    # 7.5 has no room for tiles that leave every thread its registers: sums of 256 columns spill there
+    found = Backward(_up(D, 64), _up(E, 64), 1, 4, 32)
+    if found.shared(True) > SHARED[capability]:
+        found = Backward(_up(D, 32), _up(E, 32), 1, 2, 16)
+    return found

@@ -16,7 +16,14 @@ _HIDDEN = {"nan": 0, "zero": 1, "nan_to_zero": 2}
 
 @functools.lru_cache(maxsize=16)
 def _file(name: str) -> str:
-    return resources.files("attnfuse.kernels.volta").joinpath(name).read_text()
+    """A file of this folder, whose lines messages of compilers are to name."""
+    text = resources.files("attnfuse.kernels.volta").joinpath(name).read_text()
+    return f'#line 1 "{name}"\n{text}'
+
+
+def for_device(text: str) -> str:
+    """A text with what it stands on: the primitives of a device."""
+    return f"{_file('device.cuh')}\n{text}"
 
 
 def forward(spec: Attention, capability: int, sizes: tuple[int, int], made: tiles.Forward, pieces: bool) -> str:
@@ -86,12 +93,13 @@ def _text(
     }
     widths = [dtype_of(o.dtype).itemsize for o in spec.operands] or [1]
     # what the preprocessor has to know
-    lines = [f"#define CAPABILITY {capability}", _file("device.cuh")]
+    lines = [f"#define CAPABILITY {capability}"]
     lines += [f"constexpr int {name} = {value};" for name, value in made.items() if name != "CAPABILITY"]
     lines += [f"constexpr bool {name} = {'true' if value else 'false'};" for name, value in truths.items()]
     lines += [f"constexpr int OPERANDS = {len(widths)};"]
     lines += [f"constexpr int OPERAND_BYTES[OPERANDS] = {{{', '.join(map(str, widths))}}};"]
     doubt = "-infinity()" if found.doubt == -math.inf else f"{found.doubt!r}f"
     lines += [f"#define DOUBT ({doubt})"]
-    lines += [_file("problem.cuh"), codegen.source(spec), _file("fragments.cuh"), *kernels]
+    written = f'#line 1 "spec.cuh"\n{codegen.source(spec)}'
+    lines += [_file("problem.cuh"), written, _file("fragments.cuh"), *kernels]
     return "\n".join(lines)

@@ -37,7 +37,7 @@ class Forward:
     @property
     def shared(self) -> int:
         """Bytes."""
-        return 2 * (self.rows * self.DP + self.keys * (self.DP + self.EP)) + 4 * self.row_warps * self.sides
+        return 2 * (self.rows * self.DP + self.keys * (self.DP + self.EP)) + 16
 
     @property
     def constants(self) -> dict[str, int]:

@@ -117,8 +117,8 @@ template <bool KEYS_OWN> struct Backward {
         row0 = warp / SIDES_B * WARP_ROWS;
     }
 
-    // What the other tile from `other0` on adds to the sums.
-    template <int FULL> METHOD void visit(int other0, const Context& c) {
+    // Weights and gradients of scores of the other tile from `other0` on, to shared memory. FULL: as `score` takes it.
+    template <int FULL> METHOD void slope(int other0, const Context& c) {
         float s[OTHER_BLOCKS][8], g[OTHER_BLOCKS][8];
         UNROLL
         for (int b = 0; b < OTHER_BLOCKS; ++b) {
@@ -179,7 +179,10 @@ template <bool KEYS_OWN> struct Backward {
                 store_left<OTHER>(a, weights, row0, side * OTHER_BLOCKS + b);
             }
         }
-        sync_block();
+    }
+
+    // What the other tile adds to the sums.
+    METHOD void multiply() {
         UNROLL
         for (int j = 0; j < OTHER / 8; j += 2) {
             u32 a[4], a2[4];
@@ -246,13 +249,16 @@ template <bool KEYS_OWN> struct Backward {
             e_pieces.store(other_e);
             if (KEYS_OWN) number_rows(tile.at);
             sync_block();
+            if (tile.full) slope<2>(tile.at, c);
+            else slope<0>(tile.at, c);
+            sync_block();
+            // on their way while this tile is multiplied: before, scores and their gradients have the registers
             Tile after = next(tile.at + OTHER, hi, range, whole, mark, c);
             if (after.at < hi) {
                 d_pieces.load(of_d, d_base, after.at, n, D);
                 e_pieces.load(of_e, e_base, after.at, n, E);
             }
-            if (tile.full) visit<2>(tile.at, c);
-            else visit<0>(tile.at, c);
+            multiply();
             tile = after;
         }
     }

@@ -101,15 +101,9 @@ template <Mode MODE> struct Forward {
         }
     }
 
-    // Brings the sums up to date with the keys from k0 on that are in shared memory. FULL: as `score` takes it.
-    template <int FULL> METHOD void visit(int k0, const Context (&c)[SLOTS]) {
-        float s[KEY_BLOCKS][8];
-        UNROLL
-        for (int b = 0; b < KEY_BLOCKS; ++b) {
-            UNROLL
-            for (int i = 0; i < 8; ++i) s[b][i] = 0.0f;
-        }
-        multiply_rows<DP, KEY_BLOCKS>(s, q_tile, row0, k_tile, 0);
+    // The weights of the keys from k0 on, of their scores s, and what was summed up before in proportion to them. FULL: as `score`
+    // takes it.
+    template <int FULL> METHOD void weights(float (&s)[KEY_BLOCKS][8], int k0, const Context (&c)[SLOTS]) {
         float top[SLOTS], fade[SLOTS], shift[SLOTS];
         int query[SLOTS];
         UNROLL
@@ -154,13 +148,6 @@ template <Mode MODE> struct Forward {
             UNROLL
             for (int i = 0; i < 8; ++i) acc[b][i] *= fade[slot_of(i)];
         }
-        UNROLL
-        for (int b = 0; b < KEY_BLOCKS; b += 2) {
-            u32 a[4], a2[4];
-            as_left(s[b], a);
-            as_left(s[b + 1], a2);
-            multiply_columns<EP, SUM_BLOCKS>(acc, a, a2, v_tile, 8 * b, side * SUM_BLOCKS);
-        }
     }
 
     // The first tile from k0 on that may hold a key that is not hidden, and whether it surely holds no other.
@@ -183,29 +170,49 @@ template <Mode MODE> struct Forward {
     METHOD int q0_of_mask() const { return MODE == WHOLE ? q0 : 0; }
 
     // The sums over keys from lo to hi, of all tiles if `whole`.
+    //
+    // While the scores of a tile are made its values are on their way, and while these are multiplied the keys of the next one: no
+    // thread has registers for both. A tile is written where nobody reads since the last barrier.
     METHOD void pass(int lo, int hi, const Keys& range, bool whole, const Context (&c)[SLOTS], const Context& shared) {
-        Pieces<KEYS, DP, THREADS> keys;
-        Pieces<KEYS, EP, THREADS> values;
         i64 k_base = offset(first, p.sizes, p.k.batch) + k_start * p.k.row;
         i64 v_base = offset(first, p.sizes, p.v.batch) + k_start * p.v.row;
         Tile tile = next(lo, hi, range, whole, shared);
+        Pieces<KEYS, EP, THREADS> values;
+        // queries of this pass are written, and the tiles of the pass before read
+        sync_block();
         if (tile.k0 < hi) {
+            Pieces<KEYS, DP, THREADS> keys;
             keys.load(p.k, k_base, tile.k0, Kn, D);
+            keys.store(k_tile);
             values.load(p.v, v_base, tile.k0, Kn, E);
         }
         while (tile.k0 < hi) {
-            // the tile before is still read
             sync_block();
-            keys.store(k_tile);
+            float s[KEY_BLOCKS][8];
+            UNROLL
+            for (int b = 0; b < KEY_BLOCKS; ++b) {
+                UNROLL
+                for (int i = 0; i < 8; ++i) s[b][i] = 0.0f;
+            }
+            multiply_rows<DP, KEY_BLOCKS>(s, q_tile, row0, k_tile, 0);
             values.store(v_tile);
+            if (MODE == WHOLE && tile.full) weights<2>(s, tile.k0, c);
+            else weights<0>(s, tile.k0, c);
             sync_block();
             Tile after = next(tile.k0 + KEYS, hi, range, whole, shared);
+            Pieces<KEYS, DP, THREADS> keys;
+            if (after.k0 < hi) keys.load(p.k, k_base, after.k0, Kn, D);
+            UNROLL
+            for (int b = 0; b < KEY_BLOCKS; b += 2) {
+                u32 a[4], a2[4];
+                as_left(s[b], a);
+                as_left(s[b + 1], a2);
+                multiply_columns<EP, SUM_BLOCKS>(acc, a, a2, v_tile, 8 * b, side * SUM_BLOCKS);
+            }
             if (after.k0 < hi) {
-                keys.load(p.k, k_base, after.k0, Kn, D);
+                keys.store(k_tile);
                 values.load(p.v, v_base, after.k0, Kn, E);
             }
-            if (MODE == WHOLE && tile.full) visit<2>(tile.k0, c);
-            else visit<0>(tile.k0, c);
             tile = after;
         }
     }

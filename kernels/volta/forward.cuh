@@ -79,7 +79,7 @@ template <Mode MODE> struct Forward {
                 piece.x[0] = IN_PIECES ? load_global((const U4*)(place + column))
                                         : Pieces<1, 8, 1>::gathered(place, column, p.q.column, D);
             }
-            store_shared4(q_tile + piece_at<DP>(at / (DP / 8), at % (DP / 8)), piece.x[0]);
+            store_shared4(q_tile + Layout<DP>::at(at / (DP / 8), at % (DP / 8)), piece.x[0]);
         }
     }
 

@@ -12,11 +12,21 @@
 //: Rows of a warp's tile.
 constexpr int WARP_ROWS = 32;
 
-template <int COLUMNS> DEVICE int piece_at(int row, int piece) {
-    // pieces of a row, and how often 2 divides their number
-    constexpr int N = COLUMNS / 8, TWOS = N % 8 == 0 ? 3 : N % 4 == 0 ? 2 : N % 2 == 0 ? 1 : 0;
-    return (row * N + (piece ^ ((row >> (3 - TWOS)) & ((1 << TWOS) - 1)))) * 4;
-}
+// Where pieces are, in words. Eight rows more do not change places, so that sums with constants are all there is to compute, and a
+// piece's number is exclusive-ored to the place of the first one.
+template <int COLUMNS> struct Layout {
+    // pieces of a row, how often 2 divides their number, and the bits of a piece's number that rows change
+    static constexpr int N = COLUMNS / 8, TWOS = N % 8 == 0 ? 3 : N % 4 == 0 ? 2 : N % 2 == 0 ? 1 : 0, BITS = (1 << TWOS) - 1;
+    static constexpr int EIGHT_ROWS = 8 * N * 4;
+
+    METHOD static int first(int row) { return (row * N + ((row >> (3 - TWOS)) & BITS)) * 4; }
+    METHOD static int moved(int first, int piece) { return (first ^ ((piece & BITS) * 4)) + (piece & ~BITS) * 4; }
+    METHOD static int at(int row, int piece) { return moved(first(row), piece); }
+};
+
+// Whether blocks of a warp's columns begin at a multiple of a power of two that is no less than their number: their numbers can
+// be put to that of the first one bit by bit.
+template <int BLOCKS> constexpr bool REGULAR = (BLOCKS & (BLOCKS - 1)) == 0;
 
 DEVICE int lane() { return thread_index() & 31; }
 
@@ -52,7 +62,7 @@ DEVICE int lane_of_row() { return lane() & 3; }
 
 // A left factor of 32 x 8 from rows `row` and on.
 template <int COLUMNS> DEVICE void load_left(u32 (&a)[4], const u32* tile, int row, int piece) {
-    load_matrices(a, tile + piece_at<COLUMNS>(row + lane(), piece));
+    load_matrices(a, tile + Layout<COLUMNS>::at(row + lane(), piece));
 }
 
 // A 32 x 8 block of a result as left factor.
@@ -61,41 +71,46 @@ DEVICE void as_left(const float (&x)[8], u32 (&a)[4]) {
     for (int j = 0; j < 4; ++j) a[j] = half_pair(x[2 * j], x[2 * j + 1]);
 }
 
-template <int COLUMNS> DEVICE void store_left(const u32 (&a)[4], u32* tile, int row, int piece) {
+// x += a * b: two products of 16 rows.
+DEVICE void multiply_32(float (&x)[8], const u32 (&a)[4], u32 b) {
+    float low[4] = {x[0], x[1], x[2], x[3]}, high[4] = {x[4], x[5], x[6], x[7]};
+    multiply_1688(low, a[0], a[1], b);
+    multiply_1688(high, a[2], a[3], b);
     UNROLL
-    for (int j = 0; j < 4; ++j)
-        store_shared(tile + piece_at<COLUMNS>(row + (lane() >> 2) + 8 * j, piece) + (lane() & 3), a[j]);
+    for (int i = 0; i < 4; ++i) {
+        x[i] = low[i];
+        x[4 + i] = high[i];
+    }
+}
+
+template <int COLUMNS> DEVICE void store_left(const u32 (&a)[4], u32* tile, int row, int piece) {
+    int first = Layout<COLUMNS>::at(row + (lane() >> 2), piece) + (lane() & 3);
+    UNROLL
+    for (int j = 0; j < 4; ++j) store_shared(tile + first + j * Layout<COLUMNS>::EIGHT_ROWS, a[j]);
 }
 
 // acc += rows `left_row` and on of one tile, times rows `right_row` and on of another one, 8 * BLOCKS of them.
 template <int COLUMNS, int BLOCKS>
 DEVICE void multiply_rows(float (&acc)[BLOCKS][8], const u32* left, int left_row, const u32* right, int right_row) {
+    using In = Layout<COLUMNS>;
+    // lanes name rows of the left factor; of the right one those of two blocks, and of two pieces: an even one and the next
+    int own = anew(lane()), of_left = In::first(left_row + own);
+    int block_of = BLOCKS > 1 ? own >> 3 & 1 : 0;
+    int of_right = In::first(right_row + 8 * block_of + (own & 7)) ^ (own >> 4) * 4;
     UNROLL
-    for (int piece = 0; piece < COLUMNS / 8; piece += 2) {
+    for (int piece = 0; piece < In::N; piece += 2) {
         u32 a[2][4];
-        load_left<COLUMNS>(a[0], left, left_row, piece);
-        load_left<COLUMNS>(a[1], left, left_row, piece + 1);
+        load_matrices(a[0], left + In::moved(of_left, piece));
+        load_matrices(a[1], left + In::moved(of_left, piece + 1));
         UNROLL
         for (int block = 0; block < BLOCKS; block += 2) {
-            // of an odd last block the second half is that of the first
-            constexpr int LAST = BLOCKS - 1;
-            int other = block + 1 <= LAST ? 8 : 0;
+            static_assert(BLOCKS == 1 || BLOCKS % 2 == 0, "blocks come in pairs, but for one");
             u32 b[4];
-            int row = right_row + block * 8 + ((lane() >> 3) & 1 ? other : 0) + (lane() & 7);
-            load_matrices(b, right + piece_at<COLUMNS>(row, piece + (lane() >> 4)));
+            load_matrices(b, right + In::moved(of_right, piece) + block * In::EIGHT_ROWS);
             UNROLL
             for (int h = 0; h < 2; ++h) {
                 UNROLL
-                for (int u = 0; u < 2; ++u) {
-                    if (block + u <= LAST) {
-                        float(&x)[8] = acc[block + u];
-                        float low[4] = {x[0], x[1], x[2], x[3]}, high[4] = {x[4], x[5], x[6], x[7]};
-                        multiply_1688(low, a[h][0], a[h][1], b[2 * h + u]);
-                        multiply_1688(high, a[h][2], a[h][3], b[2 * h + u]);
-                        UNROLL
-                        for (int i = 0; i < 4; ++i) { x[i] = low[i]; x[4 + i] = high[i]; }
-                    }
-                }
+                for (int u = 0; u < (BLOCKS > 1 ? 2 : 1); ++u) multiply_32(acc[block + u], a[h], b[2 * h + u]);
             }
         }
     }
@@ -105,22 +120,18 @@ DEVICE void multiply_rows(float (&acc)[BLOCKS][8], const u32* left, int left_row
 template <int COLUMNS, int BLOCKS>
 DEVICE void multiply_columns(
     float (&acc)[BLOCKS][8], const u32 (&a)[4], const u32 (&a2)[4], const u32* right, int row, int piece) {
+    using In = Layout<COLUMNS>;
     static_assert(BLOCKS % 2 == 0, "columns come in sixteens");
+    int own = anew(lane()), first = In::first(row + (own & 15)) ^ (own >> 4) * 4;
+    if (REGULAR<BLOCKS>) first = In::moved(first, piece);
     UNROLL
     for (int block = 0; block < BLOCKS; block += 2) {
         u32 b[4];
-        load_matrices_transposed(
-            b, right + piece_at<COLUMNS>(row + (lane() & 15), piece + block + (lane() >> 4)));
+        load_matrices_transposed(b, right + In::moved(first, REGULAR<BLOCKS> ? block : piece + block));
         UNROLL
         for (int u = 0; u < 2; ++u) {
-            float(&x)[8] = acc[block + u];
-            float low[4] = {x[0], x[1], x[2], x[3]}, high[4] = {x[4], x[5], x[6], x[7]};
-            multiply_1688(low, a[0], a[1], b[2 * u]);
-            multiply_1688(high, a[2], a[3], b[2 * u]);
-            multiply_1688(low, a2[0], a2[1], b[2 * u + 1]);
-            multiply_1688(high, a2[2], a2[3], b[2 * u + 1]);
-            UNROLL
-            for (int i = 0; i < 4; ++i) { x[i] = low[i]; x[4 + i] = high[i]; }
+            multiply_32(acc[block + u], a, b[2 * u]);
+            multiply_32(acc[block + u], a2, b[2 * u + 1]);
         }
     }
 }
@@ -153,7 +164,7 @@ DEVICE int lane_of_row() { return (lane() >> 1) & 1; }
 DEVICE int left_row_of() { return first_row() + (lane() & 3); }
 
 template <int COLUMNS> DEVICE void load_left(u32 (&a)[4], const u32* tile, int row, int piece) {
-    U4 found = load_shared4(tile + piece_at<COLUMNS>(row + left_row_of(), piece));
+    U4 found = load_shared4(tile + Layout<COLUMNS>::at(row + left_row_of(), piece));
     a[0] = found.x; a[1] = found.y; a[2] = found.z; a[3] = found.w;
 }
 
@@ -170,21 +181,22 @@ DEVICE void as_left(const float (&x)[8], u32 (&a)[4]) {
 }
 
 template <int COLUMNS> DEVICE void store_left(const u32 (&a)[4], u32* tile, int row, int piece) {
-    store_shared4(tile + piece_at<COLUMNS>(row + left_row_of(), piece), U4{a[0], a[1], a[2], a[3]});
+    store_shared4(tile + Layout<COLUMNS>::at(row + left_row_of(), piece), U4{a[0], a[1], a[2], a[3]});
 }
 
 template <int COLUMNS, int BLOCKS>
 DEVICE void multiply_rows(float (&acc)[BLOCKS][8], const u32* left, int left_row, const u32* right, int right_row) {
-    int own = (lane() & 3) + 4 * (lane() >> 4);
+    using In = Layout<COLUMNS>;
+    int own = anew(lane()), of_right = In::first(right_row + (own & 3) + 4 * (own >> 4));
+    int of_left = In::first(left_row + anew(left_row_of()));
     UNROLL
-    for (int piece = 0; piece < COLUMNS / 8; ++piece) {
-        u32 a[4];
-        load_left<COLUMNS>(a, left, left_row, piece);
+    for (int piece = 0; piece < In::N; ++piece) {
+        U4 a = load_shared4(left + In::moved(of_left, piece));
         UNROLL
         for (int block = 0; block < BLOCKS; ++block) {
-            U4 b = load_shared4(right + piece_at<COLUMNS>(right_row + block * 8 + own, piece));
-            multiply_884<false, false>(acc[block], a[0], a[1], b.x, b.y);
-            multiply_884<false, false>(acc[block], a[2], a[3], b.z, b.w);
+            U4 b = load_shared4(right + In::moved(of_right, piece) + block * In::EIGHT_ROWS);
+            multiply_884<false, false>(acc[block], a.x, a.y, b.x, b.y);
+            multiply_884<false, false>(acc[block], a.z, a.w, b.z, b.w);
         }
     }
 }
@@ -192,14 +204,19 @@ DEVICE void multiply_rows(float (&acc)[BLOCKS][8], const u32* left, int left_row
 template <int COLUMNS, int BLOCKS>
 DEVICE void multiply_columns(
     float (&acc)[BLOCKS][8], const u32 (&a)[4], const u32 (&a2)[4], const u32* right, int row, int piece) {
+    using In = Layout<COLUMNS>;
     static_assert(BLOCKS % 2 == 0, "columns come in sixteens");
+    int own = anew(lane());
     UNROLL
     for (int step = 0; step < 4; ++step) {
         u32 first = step < 2 ? a[2 * step] : a2[2 * step - 4], second = step < 2 ? a[2 * step + 1] : a2[2 * step - 3];
+        // rows 8 and on are as far from the first ones whatever these are
+        int place = In::first(row + 4 * (step & 1) + (own & 3)) ^ (own >> 4) * 4;
+        if (REGULAR<BLOCKS>) place = In::moved(place, piece);
         UNROLL
         for (int block = 0; block < BLOCKS; block += 2) {
-            U4 b = load_shared4(
-                right + piece_at<COLUMNS>(row + 4 * step + (lane() & 3), piece + block + (lane() >> 4)));
+            int moved = In::moved(place, REGULAR<BLOCKS> ? block : piece + block);
+            U4 b = load_shared4(right + moved + (step >> 1) * In::EIGHT_ROWS);
             multiply_884<false, true>(acc[block], first, second, b.x, b.y);
             multiply_884<false, true>(acc[block + 1], first, second, b.z, b.w);
         }
@@ -221,7 +238,7 @@ template <int ROWS, int COLUMNS, int THREADS> struct Pieces {
             int at = thread_index() + j * THREADS;
             int row = first + at / (COLUMNS / 8), column = at % (COLUMNS / 8) * 8;
             U4 found = {0, 0, 0, 0};
-            if (at < PIECES && row < rows && column < width) {
+            if ((PIECES % THREADS == 0 || at < PIECES) && row < rows && column < width) {
                 const u16* place = from + row * m.row;
                 if (IN_PIECES) found = load_global((const U4*)(place + column));
                 else found = gathered(place, column, m.column, width);
@@ -231,10 +248,15 @@ template <int ROWS, int COLUMNS, int THREADS> struct Pieces {
     }
 
     METHOD void store(u32* tile) const {
+        using In = Layout<COLUMNS>;
+        // whether a thread's pieces are those of one column, in rows that eight divides the distance of
+        constexpr bool EVEN = THREADS % (8 * In::N) == 0;
+        int own = anew(thread_index()), first = In::at(own / In::N, own % In::N);
         UNROLL
         for (int j = 0; j < EACH; ++j) {
-            int at = thread_index() + j * THREADS;
-            if (at < PIECES) store_shared4(tile + piece_at<COLUMNS>(at / (COLUMNS / 8), at % (COLUMNS / 8)), x[j]);
+            int at = own + j * THREADS;
+            int place = EVEN ? first + j * THREADS / (8 * In::N) * In::EIGHT_ROWS : In::at(at / In::N, at % In::N);
+            if (PIECES % THREADS == 0 || at < PIECES) store_shared4(tile + place, x[j]);
         }
     }
 

@@ -5,8 +5,14 @@
 // A function of a struct.
 #ifdef EMULATED
 #define METHOD inline
+// x, which the compiler is to take for another number each time: what is made of it is not held in registers through a loop.
+DEVICE int anew(int x) { return x; }
 #else
 #define METHOD __device__ __forceinline__
+DEVICE int anew(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
 #endif
 
 constexpr float LOG2E = 1.4426950408889634f;

@@ -233,9 +233,10 @@ template <int ROWS, int COLUMNS, int THREADS> struct Pieces {
     // Rows from `first` on of the `rows` that there are of a matrix whose first element is at `base`; 0 outside of it. width: columns.
     METHOD void load(const Matrix& m, i64 base, int first, int rows, int width) {
         const u16* from = (const u16*)m.address + base;
+        int own = anew(thread_index());
         UNROLL
         for (int j = 0; j < EACH; ++j) {
-            int at = thread_index() + j * THREADS;
+            int at = own + j * THREADS;
             int row = first + at / (COLUMNS / 8), column = at % (COLUMNS / 8) * 8;
             U4 found = {0, 0, 0, 0};
             if ((PIECES % THREADS == 0 || at < PIECES) && row < rows && column < width) {

@@ -1,1 +1,1 @@
-"""Kernels in CUDA C++ for compute capability 7.0 and 7.5."""
+"""Kernels in CUDA C++ for compute capabilities 7.0 and 7.5, compiled by NVRTC where they run."""

@@ -1,23 +1,24 @@
-"""Spec -> the CUDA C++ functions that the kernels for 7.0 and 7.5 call: the score program and its masks, for one query and one key.
+"""Spec -> the CUDA C++ functions that the kernels for 7.0 and 7.5 call: the score program and its masks, for one query and key.
 
-What they say is kernels/program; this is how it is written for one score. The text is C++17 without headers, after the primitives of
-device.cuh and problem.cuh. An operand is read at `c.at[i]` with the strides `c.p.st[i]`, and has `c.p.n[i]` rows and columns.
+What they say is kernels/program; this is how it is written for one score. The text is C++17 without headers, and comes after that
+of device.cuh and problem.cuh. An operand is read at `c.at[i]` with the strides `c.p.st[i]`, and has `c.p.n[i]` rows and columns.
 
-    score<FULL>(s, q, k, c, saved)               the score after all steps; `saved`: what the gradients of steps need
+    score<FULL>(s, q, k, c, saved)         the score after all steps; `saved`: what the gradients of steps need
     score_grad<FULL>(g, saved, q, k, c, sums, row, col)
-                                                 gradient of the score before all steps
-    weigh(p, q, k, c)                            the weight after its steps
-    weigh_grad(g, p, q, k, c, sums, row, col)    gradient of the weight before its steps
-    sink(q, c)                                   the score that a row has besides those of its keys
-    left(q, k, c)                                whether the fills of weights leave this one
-    keys(q0, q1, c), queries(k0, k1, c)          the keys that queries q0 to q1 may see, [lo, hi), and those that all of them see,
-                                                 [first, last); and the other way round
-    seen(q0, q1, k0, k1, c)                      of a tile: `some`, whether it may hold a key that is not hidden, and `sure`, whether
-                                                 it surely holds no other by what is no bound; all lanes of a warp call it alike
+                                           gradient of the score before all steps
+    weigh(p, q, k, c)                      the weight after its steps
+    weigh_grad(g, p, q, k, c, sums, row, col)
+                                           gradient of the weight before its steps
+    sink(q, c)                             the score that a row has besides those of its keys
+    left(q, k, c)                          whether the fills of weights leave this one
+    keys(q0, q1, c), queries(k0, k1, c)    the keys that queries q0 to q1 may see, [lo, hi), and those that all of them see,
+                                           [first, last); and the other way round
+    seen(q0, q1, k0, k1, c)                of a tile: `some`, whether it may hold a key that is not hidden, and `sure`, whether it
+                                           surely holds no other by what is no bound; all lanes of a warp call it alike
 
-Gradients of operands go to `sums`: where `wants<I>()`, operand I gets x by `give<I>(row, col, q, k, x)`, of one read at (q, k), or by
-`scatter<I>(row_index, col_index, q, k, x)`. `row` and `col` are passed on. Outside of the matrix nothing is read, but x is given:
-`sums` knows what exists.
+Gradients of operands go to `sums`. Where `wants<I>()`, operand I gets x by `give<I>(row, col, q, k, x)` if it is read at (q, k),
+and by `scatter<I>(row_index, col_index, q, k, x)` if it is read at computed indices; `row` and `col` are passed on. Outside of the
+matrix nothing is read, but x is given: `sums` knows what exists.
 """
 
 from __future__ import annotations

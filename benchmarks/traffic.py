@@ -168,7 +168,7 @@ class _Count:
         self.every = self.elements * math.prod(self.shape)
         traits, hides = codegen.traits(spec), hiding(spec).steps
         self.hides, self.checked = traits.hides, traits.checked
-        self.cuts = cuts = codegen._cuts(spec)
+        self.cuts = cuts = codegen.cuts(spec)
         self.rests = [cut.rest for cut in cuts.values() if cut.rest is not None]
         self.looked_at, self.limits = codegen.looked_at(spec), codegen.limits(spec)
         self.kept = self._kept(spec.steps[i].keep for i in hides)

@@ -373,7 +373,7 @@ DEFECTS = (
     # -- kernels: Triton's
     Defect(
         "queries of a tile of keys begin one late",
-        "kernels/triton/codegen.py",
+        "kernels/program/module.py",
         'low.append(f"{first} - {x} + 1")',
         'low.append(f"{first} - {x} + 2")',
         ("tests/interpreted/test_kernel_triton.py",),
@@ -421,7 +421,7 @@ DEFECTS = (
     ),
     Defect(
         "a sum of indices stays in 32 bits up to twice their range",
-        "kernels/triton/codegen.py",
+        "kernels/program/traits.py",
         "return reach >= 2**31",
         "return reach >= 2**32",
         ("tests/interpreted/test_kernel_triton.py",),

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from attnfuse.kernels import program
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.measured import records
 from attnfuse.kernels.triton import plans
@@ -102,6 +103,7 @@ def _software() -> str:
     import triton
 
     digest = hashlib.sha256()
-    for name in ("template.py", "codegen.py"):
-        digest.update(Path(__file__).with_name(name).read_bytes())
+    here = Path(__file__).parent
+    for path in (here / "template.py", here / "codegen.py", *sorted(Path(program.__path__[0]).glob("*.py"))):
+        digest.update(path.read_bytes())
     return f"triton {'.'.join(triton.__version__.split('.')[:2])}, kernels {digest.hexdigest()[:8]}"

@@ -1,8 +1,8 @@
 """Runs the CUDA C++ kernels of `kernels/volta` on the CPU, and finds what a GPU would let pass.
 
-The text of a kernel is compiled by the C++ compiler with `emulator.h` in the place of `kernels/volta/device.cuh`: the same primitives,
-each checked and counted. Threads are fibers of one thread of the CPU. Lanes of a warp meet at collectives, warps of a block at
-`sync_block`; in between a seed chooses who runs first.
+The text of a kernel is compiled by the C++ compiler with `emulator.h` in the place of `kernels/volta/device.cuh`: the same
+primitives, each checked and counted. Threads are fibers of one thread of the CPU. Lanes of a warp meet at collectives, warps
+of a block at `sync_block`; in between a seed chooses who runs first.
 
 Errors: lanes that meet at different collectives, a barrier that some threads do not reach; races, by what barriers order, in
 shared memory and in buffers that are written; shared memory that nobody wrote; accesses out of bounds or misaligned.
@@ -228,9 +228,9 @@ class Kernels:
     ) -> Counts:
         """Run a kernel to its end and count what it did.
 
-        argument is the struct that the kernel takes; pointers in it are addresses of CPU tensors, `data_ptr()`. buffers are the tensors
-        that the kernel may read, and write where the second of a pair says so; elements of their memory that are not of a
-        tensor are out of bounds. Seed 0 runs lanes, warps and blocks in their order, any other one in a random order.
+        argument is the struct that the kernel takes; pointers in it are addresses of CPU tensors, `data_ptr()`. buffers are the
+        tensors that the kernel may read, and write where the second of a pair says so; elements of their memory that are not
+        of a tensor are out of bounds. Seed 0 runs lanes, warps and blocks in their order, any other one in a random order.
         track finds races in buffers that are written, count counts accesses; both take time. limit ends a block after so many
         accesses and collectives of its threads.
 

@@ -14,6 +14,10 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <unordered_map>
 #include <vector>
@@ -109,17 +113,9 @@ struct Place {
   int line;
 };
 
-// One access of a lane, until its warp's round ends and the lanes' are put together.
+// One access of a lane, until its warp's round ends and the lanes' are put together. `kind`: which line, access and size, in one number.
 struct Logged {
-  u64 address;
-  const char* file;
-  u32 line;
-  unsigned short access, bytes;
-
-  bool same_place(const Logged& other) const {
-    return line == other.line && access == other.access && bytes == other.bytes && file == other.file;
-  }
-  u64 place() const { return reinterpret_cast<u64>(file) << 28 ^ u64{line} << 8 ^ u64{access} << 5 ^ bytes; }
+  u64 address, kind;
 };
 
 struct Lane {
@@ -189,6 +185,8 @@ u64 steps, random_state;
 Totals totals;
 std::vector<Line> lines;
 std::unordered_map<u64, size_t> line_index;
+std::vector<const char*> files;
+size_t last_file;
 std::vector<u32> seen_words;
 u32 seen_ticket;
 
@@ -220,15 +218,33 @@ void step(int line, const char* file) {
 
 // ------ counting
 
-Line& line_of(const Logged& at) {
-  auto found = line_index.emplace(at.place(), lines.size());
-  if (found.second) lines.push_back({at.file, static_cast<int>(at.line), at.access, at.bytes, 0, 0, 0, 0, 0});
+u64 kind_of(int access, int bytes, int line, const char* file) {
+  if (last_file >= files.size() || files[last_file] != file) {
+    last_file = std::find(files.begin(), files.end(), file) - files.begin();
+    if (last_file == files.size()) files.push_back(file);
+  }
+  return u64{last_file} << 48 | static_cast<u64>(line) << 16 | access << 8 | bytes;
+}
+
+Line& line_of(u64 kind) {
+  auto found = line_index.emplace(kind, lines.size());
+  if (found.second)
+    lines.push_back({files[kind >> 48], static_cast<int>(kind >> 16), static_cast<int>(kind >> 8 & 255),
+                     static_cast<int>(kind & 255), 0, 0, 0, 0, 0});
   return lines[found.first->second];
 }
 
 // Wavefronts of one shared access of a warp: in a wavefront each of 32 banks gives one word, to all who ask for it.
 void count_shared(Line& line, const u64* addresses, u32 active, int bytes) {
   int phase = bytes == 4 ? 32 : bytes == 8 ? 16 : 8;
+  u64 gaps = ~active;
+  for (int lane = 0; lane < LANES; lane++) gaps |= addresses[lane] - addresses[0] - lane * bytes;
+  if (!gaps) {
+    // one word after the other, as most are
+    line.wavefronts += LANES / phase;
+    line.ideal += LANES / phase;
+    return;
+  }
   for (int begin = 0; begin < LANES; begin += phase) {
     unsigned char used[32] = {};
     int most = 0;
@@ -259,39 +275,39 @@ void count_global(Line& line, const u64* addresses, u32 active, int bytes) {
   line.sectors += count;
 }
 
-void count_instruction(const Logged& at, const u64* addresses, u32 active) {
-  Line& line = line_of(at);
+void count_instruction(u64 kind, const u64* addresses, u32 active) {
+  Line& line = line_of(kind);
   line.instructions++;
-  if (at.access == SHARED_LOAD || at.access == SHARED_STORE || at.access == MATRIX_LOAD)
-    count_shared(line, addresses, active, at.bytes);
+  if (line.access == SHARED_LOAD || line.access == SHARED_STORE || line.access == MATRIX_LOAD)
+    count_shared(line, addresses, active, line.bytes);
   else
-    count_global(line, addresses, active, at.bytes);
+    count_global(line, addresses, active, line.bytes);
 }
 
 // What the lanes did for the n-th time at one place since they last met is one instruction.
 void count_uneven_round(Lane* mine) {
   struct Keyed {
-    u64 place, time;
+    u64 kind, time;
     int lane;
-    const Logged* at;
+    u64 address;
   };
   std::vector<Keyed> keyed;
   for (int lane = 0; lane < LANES; lane++) {
     std::unordered_map<u64, u64> times;
-    for (const Logged& at : mine[lane].log) keyed.push_back({at.place(), times[at.place()]++, lane, &at});
+    for (const Logged& at : mine[lane].log) keyed.push_back({at.kind, times[at.kind]++, lane, at.address});
   }
   std::sort(keyed.begin(), keyed.end(), [](const Keyed& a, const Keyed& b) {
-    return a.place != b.place ? a.place < b.place : a.time != b.time ? a.time < b.time : a.lane < b.lane;
+    return a.kind != b.kind ? a.kind < b.kind : a.time != b.time ? a.time < b.time : a.lane < b.lane;
   });
   u64 addresses[LANES];
   for (size_t i = 0; i < keyed.size();) {
     const Keyed& first = keyed[i];
     u32 active = 0;
-    for (; i < keyed.size() && keyed[i].place == first.place && keyed[i].time == first.time; i++) {
-      addresses[keyed[i].lane] = keyed[i].at->address;
+    for (; i < keyed.size() && keyed[i].kind == first.kind && keyed[i].time == first.time; i++) {
+      addresses[keyed[i].lane] = keyed[i].address;
       active |= 1u << keyed[i].lane;
     }
-    count_instruction(*first.at, addresses, active);
+    count_instruction(first.kind, addresses, active);
   }
 }
 
@@ -302,13 +318,13 @@ void count_round(int warp) {
   bool even = true;
   for (int lane = 1; lane < LANES; lane++) even &= mine[lane].log.size() == length;
   if (even && !length) return;
-  for (size_t i = 0; even && i < length; i++)
-    for (int lane = 1; lane < LANES; lane++) even &= mine[lane].log[i].same_place(mine[0].log[i]);
+  for (int lane = 1; even && lane < LANES; lane++)
+    for (size_t i = 0; i < length; i++) even &= mine[lane].log[i].kind == mine[0].log[i].kind;
   if (even) {
     u64 addresses[LANES];
     for (size_t i = 0; i < length; i++) {
       for (int lane = 0; lane < LANES; lane++) addresses[lane] = mine[lane].log[i].address;
-      count_instruction(mine[0].log[i], addresses, ~0u);
+      count_instruction(mine[0].log[i].kind, addresses, ~0u);
     }
   } else {
     count_uneven_round(mine);
@@ -322,8 +338,7 @@ void log_access(int access, u64 address, int bytes, int line, const char* file) 
   if (log.size() == MOST_LOGGED)
     fail(now.thread, line, file, "more than %zu accesses of a thread between two collectives: run without counts",
          MOST_LOGGED);
-  log.push_back({address, file, static_cast<u32>(line), static_cast<unsigned short>(access),
-                 static_cast<unsigned short>(bytes)});
+  log.push_back({address, kind_of(access, bytes, line, file)});
 }
 
 // ------ races
@@ -464,17 +479,25 @@ void check_element(Registered& buffer, u64 element, int access, int line, const 
 
 // ------ collectives
 
+// What the lanes of the warp have brought with them.
 template <class T>
-T& data_of(int lane) {
-  return *static_cast<T*>(lanes[running_warp * LANES + lane].data);
-}
+struct Brought {
+  T* of[LANES];
+
+  Brought() {
+    const Lane* lane = lanes + running_warp * LANES;
+    for (int i = 0; i < LANES; i++) of[i] = static_cast<T*>(lane[i].data);
+  }
+  T& operator[](int lane) const { return *of[lane]; }
+};
 
 void shuffle(bool by_xor, const Place& place) {
   totals.shuffles++;
+  const Brought<Shuffle> brought;
   u32 values[LANES];
-  for (int lane = 0; lane < LANES; lane++) values[lane] = data_of<Shuffle>(lane).value;
+  for (int lane = 0; lane < LANES; lane++) values[lane] = brought[lane].value;
   for (int lane = 0; lane < LANES; lane++) {
-    Shuffle& data = data_of<Shuffle>(lane);
+    Shuffle& data = brought[lane];
     if (data.lane < 0 || data.lane >= LANES)
       fail(running_warp * LANES + lane, place.line, place.file, "a shuffle %s %d: lanes are 0 to 31",
            by_xor ? "by mask" : "from lane", data.lane);
@@ -484,33 +507,40 @@ void shuffle(bool by_xor, const Place& place) {
 
 void any() {
   totals.votes++;
+  const Brought<Shuffle> brought;
   u32 result = 0;
-  for (int lane = 0; lane < LANES; lane++) result |= data_of<Shuffle>(lane).value;
-  for (int lane = 0; lane < LANES; lane++) data_of<Shuffle>(lane).result = result;
+  for (int lane = 0; lane < LANES; lane++) result |= brought[lane].value;
+  for (int lane = 0; lane < LANES; lane++) brought[lane].result = result;
 }
 
 void load_matrices_of_warp(bool transposed, const Place& place) {
+  const Brought<Matrices> brought;
   u64 offsets[LANES];
   u16 elements[4][8][8];
   for (int lane = 0; lane < LANES; lane++) {
-    const u32* row = data_of<Matrices>(lane).row;
+    const u32* row = brought[lane].row;
     offsets[lane] = check_shared(false, row, 16, running_warp * LANES + lane, true, place.line, place.file);
     memcpy(elements[lane / 8][lane % 8], row, 16);
   }
-  if (given.count) count_instruction({0, place.file, static_cast<u32>(place.line), MATRIX_LOAD, 16}, offsets, ~0u);
+  if (given.count) count_instruction(kind_of(MATRIX_LOAD, 16, place.line, place.file), offsets, ~0u);
   for (int lane = 0; lane < LANES; lane++) {
     int row = lane / 4, column = lane % 4 * 2;
     for (int i = 0; i < 4; i++) {
       u16 low = transposed ? elements[i][column][row] : elements[i][row][column];
       u16 high = transposed ? elements[i][column + 1][row] : elements[i][row][column + 1];
-      data_of<Matrices>(lane).r[i] = low | static_cast<u32>(high) << 16;
+      brought[lane].r[i] = low | static_cast<u32>(high) << 16;
     }
   }
 }
 
-float low_half(u32 x) { return float_of_half(static_cast<u16>(x)); }
-
-float high_half(u32 x) { return float_of_half(static_cast<u16>(x >> 16)); }
+// Eight halves, the low one of each word first.
+void floats_of_halves(float (&out)[8], const u32* words) {
+#ifdef __F16C__
+  _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(words))));
+#else
+  for (int i = 0; i < 8; i++) out[i] = float_of_half(static_cast<u16>(words[i / 2] >> i % 2 * 16));
+#endif
+}
 
 // d [ROWS, 8] += a [ROWS, DEPTH] @ b [DEPTH, 8]. Products are exact in double, and so are almost all sums; one rounding at the end.
 template <int ROWS, int DEPTH>
@@ -523,23 +553,24 @@ void multiply(double (&d)[ROWS][8], const double (&a)[ROWS][DEPTH], const double
 // PTX ISA 9.7.14.5.1. Lanes from 16 on have the lower half of the rows of a and d, and the right half of the columns of b.
 void multiply_884_of_warp(bool a_col, bool b_row) {
   totals.multiply_884++;
+  const Brought<Products> brought;
   for (int pair = 0; pair < 4; pair++) {
     double a[8][4], b[4][8], d[8][8];
     for (int i = 0; i < 8; i++) {
       int lane = pair * 4 + i % 4 + i / 4 * 16, in_quad = i % 4, half = i / 4 * 4;
-      const Products& data = data_of<Products>(lane);
-      float as[4] = {low_half(data.a0), high_half(data.a0), low_half(data.a1), high_half(data.a1)};
-      float bs[4] = {low_half(data.b0), high_half(data.b0), low_half(data.b1), high_half(data.b1)};
+      const Products& data = brought[lane];
+      float halves[8];
+      floats_of_halves(halves, data.halves);
       for (int k = 0; k < 4; k++) {
-        (a_col ? a[half + k][in_quad] : a[half + in_quad][k]) = as[k];
-        (b_row ? b[in_quad][half + k] : b[k][half + in_quad]) = bs[k];
+        (a_col ? a[half + k][in_quad] : a[half + in_quad][k]) = halves[k];
+        (b_row ? b[in_quad][half + k] : b[k][half + in_quad]) = halves[4 + k];
       }
       for (int k = 0; k < 8; k++) d[(lane & 1) + (k & 2) + half][(k & 4) + (lane & 2) + (k & 1)] = data.d[k];
     }
     multiply(d, a, b);
     for (int i = 0; i < 8; i++) {
       int lane = pair * 4 + i % 4 + i / 4 * 16, half = i / 4 * 4;
-      float* out = data_of<Products>(lane).d;
+      float* out = brought[lane].d;
       for (int k = 0; k < 8; k++)
         out[k] = static_cast<float>(d[(lane & 1) + (k & 2) + half][(k & 4) + (lane & 2) + (k & 1)]);
     }
@@ -549,22 +580,21 @@ void multiply_884_of_warp(bool a_col, bool b_row) {
 // PTX ISA 9.7.14.5.7 (m16n8k8).
 void multiply_1688_of_warp() {
   totals.multiply_1688++;
+  const Brought<Products> brought;
   double a[16][8], b[8][8], d[16][8];
   for (int lane = 0; lane < LANES; lane++) {
-    const Products& data = data_of<Products>(lane);
+    const Products& data = brought[lane];
     int row = lane / 4, column = lane % 4 * 2;
-    a[row][column] = low_half(data.a0);
-    a[row][column + 1] = high_half(data.a0);
-    a[row + 8][column] = low_half(data.a1);
-    a[row + 8][column + 1] = high_half(data.a1);
-    b[column][row] = low_half(data.b0);
-    b[column + 1][row] = high_half(data.b0);
+    float halves[8];
+    floats_of_halves(halves, data.halves);
+    for (int i = 0; i < 4; i++) a[row + i / 2 * 8][column + i % 2] = halves[i];
+    for (int i = 0; i < 2; i++) b[column + i][row] = halves[4 + i];
     for (int i = 0; i < 4; i++) d[row + i / 2 * 8][column + i % 2] = data.d[i];
   }
   multiply(d, a, b);
   for (int lane = 0; lane < LANES; lane++)
     for (int i = 0; i < 4; i++)
-      data_of<Products>(lane).d[i] = static_cast<float>(d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
+      brought[lane].d[i] = static_cast<float>(d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
 }
 
 void perform(int collective, const Place& place) {
@@ -709,6 +739,7 @@ int run() {
   totals = {};
   lines.clear();
   line_index.clear();
+  files.clear();
   now.exp2 = 0;
   if (given.threads <= 0 || given.threads > MOST_THREADS || given.threads % LANES)
     return refused("%llu threads a block: take a multiple of 32, at most 1024", given.threads);

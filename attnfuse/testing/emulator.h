@@ -94,7 +94,7 @@ struct Matrices {
 
 struct Products {
   float* d;
-  u32 a0, a1, b0, b1;
+  u32 halves[4];  // of a, then of b
 };
 
 template <class P>
@@ -310,13 +310,13 @@ DEVICE void max_global(int* p, int x, AT) {
 
 template <bool A_COL, bool B_ROW>
 DEVICE void multiply_884(float (&d)[8], u32 a0, u32 a1, u32 b0, u32 b1, AT) {
-  emulated::Products data{d, a0, a1, b0, b1};
+  emulated::Products data{d, {a0, a1, b0, b1}};
   emulated::meet(emulated::MULTIPLY_884 + A_COL * 2 + B_ROW, &data, line, file);
 }
 
 #if __CUDA_ARCH__ >= 750
 DEVICE void multiply_1688(float (&d)[4], u32 a0, u32 a1, u32 b0, AT) {
-  emulated::Products data{d, a0, a1, b0, 0};
+  emulated::Products data{d, {a0, a1, b0, 0}};
   emulated::meet(emulated::MULTIPLY_1688, &data, line, file);
 }
 #endif

@@ -9,7 +9,7 @@ import torch
 
 from attnfuse.kernels import sink
 from attnfuse.kernels.sizes import Sizes
-from attnfuse.kernels.triton.codegen import by_columns
+from attnfuse.kernels.program.traits import by_columns
 from attnfuse.spec import Attention
 from attnfuse.warning import warn
 

@@ -6,9 +6,9 @@ import functools
 import math
 from importlib import resources
 
-from attnfuse.kernels.triton.codegen import traits
+from attnfuse.kernels.program.traits import traits
 from attnfuse.kernels.volta import codegen, tiles
-from attnfuse.spec import Attention, dtype_of
+from attnfuse.spec import Attention
 
 #: What the kernels have for Attention.hidden.
 _HIDDEN = {"nan": 0, "zero": 1, "nan_to_zero": 2}
@@ -91,13 +91,11 @@ def _text(
         "ZEROS": spec.hidden != "nan",
         "UNSHIFTED": spec.softmax == "unshifted",
     }
-    widths = [dtype_of(o.dtype).itemsize for o in spec.operands] or [1]
     # what the preprocessor has to know
     lines = [f"#define CAPABILITY {capability}"]
     lines += [f"constexpr int {name} = {value};" for name, value in made.items() if name != "CAPABILITY"]
     lines += [f"constexpr bool {name} = {'true' if value else 'false'};" for name, value in truths.items()]
-    lines += [f"constexpr int OPERANDS = {len(widths)};"]
-    lines += [f"constexpr int OPERAND_BYTES[OPERANDS] = {{{', '.join(map(str, widths))}}};"]
+    lines += [codegen.constants(spec)]
     doubt = "-infinity()" if found.doubt == -math.inf else f"{found.doubt!r}f"
     lines += [f"#define DOUBT ({doubt})"]
     written = f'#line 1 "spec.cuh"\n{codegen.source(spec)}'

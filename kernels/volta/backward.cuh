@@ -66,7 +66,7 @@ template <bool KEYS_OWN, int GIVEN> struct Sums {
             UNROLL
             for (int s = 0; s < SLOTS; ++s) {
                 float total = sum_of_row(own[i][s]);
-                if (lane_of_row() == 0) store_shared(room + (row0 + row_of(s)) * SIDES_B + side, bits_of(total));
+                if (lane_of_row() == 0) store_shared(room + side * OWN_ROWS + row0 + row_of(s), bits_of(total));
             }
             sync_block();
             bool rows = KEYS_OWN ? OPERAND_COLUMNS[i] : OPERAND_ROWS[i];
@@ -74,7 +74,7 @@ template <bool KEYS_OWN, int GIVEN> struct Sums {
             for (int r = rows ? thread_index() : 0; r < OWN_ROWS; r += rows ? THREADS_B : 1) {
                 float total = 0.0f;
                 UNROLL
-                for (int j = 0; j < SIDES_B; ++j) total += float_of_bits(load_shared(room + r * SIDES_B + j));
+                for (int j = 0; j < SIDES_B; ++j) total += float_of_bits(load_shared(room + j * OWN_ROWS + r));
                 if (rows && own0 + r < own_n) add_global(at(i) + (i64)(own0 + r) * p.gradient_st[i][KEYS_OWN ? 1 : 0], total);
                 whole += total;
             }

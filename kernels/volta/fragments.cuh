@@ -62,7 +62,7 @@ DEVICE int lane_of_row() { return lane() & 3; }
 
 // A left factor of 32 x 8 from rows `row` and on.
 template <int COLUMNS> DEVICE void load_left(u32 (&a)[4], const u32* tile, int row, int piece) {
-    load_matrices(a, tile + Layout<COLUMNS>::at(row + lane(), piece));
+    load_matrices(a, tile + Layout<COLUMNS>::at(row + anew(lane()), piece));
 }
 
 // A 32 x 8 block of a result as left factor.
@@ -84,7 +84,7 @@ DEVICE void multiply_32(float (&x)[8], const u32 (&a)[4], u32 b) {
 }
 
 template <int COLUMNS> DEVICE void store_left(const u32 (&a)[4], u32* tile, int row, int piece) {
-    int first = Layout<COLUMNS>::at(row + (lane() >> 2), piece) + (lane() & 3);
+    int own = anew(lane()), first = Layout<COLUMNS>::at(row + (own >> 2), piece) + (own & 3);
     UNROLL
     for (int j = 0; j < 4; ++j) store_shared(tile + first + j * Layout<COLUMNS>::EIGHT_ROWS, a[j]);
 }
@@ -164,7 +164,7 @@ DEVICE int lane_of_row() { return (lane() >> 1) & 1; }
 DEVICE int left_row_of() { return first_row() + (lane() & 3); }
 
 template <int COLUMNS> DEVICE void load_left(u32 (&a)[4], const u32* tile, int row, int piece) {
-    U4 found = load_shared4(tile + Layout<COLUMNS>::at(row + left_row_of(), piece));
+    U4 found = load_shared4(tile + Layout<COLUMNS>::at(row + anew(left_row_of()), piece));
     a[0] = found.x; a[1] = found.y; a[2] = found.z; a[3] = found.w;
 }
 
@@ -181,7 +181,7 @@ DEVICE void as_left(const float (&x)[8], u32 (&a)[4]) {
 }
 
 template <int COLUMNS> DEVICE void store_left(const u32 (&a)[4], u32* tile, int row, int piece) {
-    store_shared4(tile + Layout<COLUMNS>::at(row + left_row_of(), piece), U4{a[0], a[1], a[2], a[3]});
+    store_shared4(tile + Layout<COLUMNS>::at(row + anew(left_row_of()), piece), U4{a[0], a[1], a[2], a[3]});
 }
 
 template <int COLUMNS, int BLOCKS>

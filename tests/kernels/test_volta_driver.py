@@ -141,14 +141,18 @@ def test_the_first_use_loads_into_the_primary_context_and_later_ones_only_launch
 
 
 def test_another_devices_context_is_current_again_after_a_launch(stub: Stub) -> None:
-    stub.use(0xE8)
-    driver.launch(driver.function(CUBIN, "forward", SECOND), 1, 32, 0, PROBLEM)
-    assert stub.library.stub_current() == 0xE8
+    stub.use(CONTEXTS[FIRST])
+    kernel = driver.function(CUBIN, "forward", SECOND)
+    driver.launch(kernel, 1, 32, 0, PROBLEM)
+    calls = stub.calls()
+    assert "cuModuleLoadDataEx a cubin in e9, capture mode 2" in calls
+    assert launched(f"{kernel.handle:x}", SECOND, 1, 32) in calls
+    assert stub.library.stub_current() == CONTEXTS[FIRST]
     stub.fail("cuLaunchKernel", 701)
     with pytest.raises(driver.DriverError):
-        driver.launch(driver.function(CUBIN, "forward", SECOND), 1, 32, 0, PROBLEM)
+        driver.launch(kernel, 1, 32, 0, PROBLEM)
     stub.fail("cuLaunchKernel", 0)
-    assert stub.library.stub_current() == 0xE8
+    assert stub.library.stub_current() == CONTEXTS[FIRST]
 
 
 def test_each_device_has_its_modules_and_kernels_of_one_image_share_them(stub: Stub) -> None:

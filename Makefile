@@ -15,12 +15,17 @@ export GOMP_SPINCOUNT := 0
 ASCEND := .ascend
 TORCH_NPU := 2.13.0
 
-.PHONY: help setup setup-ascend demo test test-ascend test-all test-coverage suite-table lint mutants refusals coverage-table bench gpu-check npu-check clean
+# NVRTC is kept out of .venv, where kernels for compute capabilities 7.0 and 7.5 have none, as with torch's wheels for the CPU
+VOLTA := .volta
+NVRTC := 12.6.85
+
+.PHONY: help setup setup-ascend setup-volta demo test test-ascend test-volta test-all test-coverage suite-table lint mutants refusals coverage-table bench gpu-check npu-check clean
 
 help:
 	@echo "make demo            compile BERT, Llama and T5, and show what was rewritten"
 	@echo "make test            the test suite, without what is marked slow or gpu"
 	@echo "make test-ascend     the kernels for Ascend NPUs, by torch_npu's schemas and what its documents say; fetches torch_npu (43 MB)"
+	@echo "make test-volta      CUDA C++ kernels for compute capabilities 7.0 and 7.5, compiled by NVRTC; fetches it (24 MB)"
 	@echo "make test-all        the whole suite, the slow part included; PART=2/4 runs the second of four parts of its files,"
 	@echo "                     PYTEST_ARGS='-m slow' what make test leaves out"
 	@echo "make test-coverage   make test, with the lines and branches that it ran"
@@ -53,6 +58,13 @@ $(ASCEND)/.ready-$(TORCH_NPU): tests/ascend/stand_ins.py $(STAMP)
 	$(BIN)/python tests/ascend/stand_ins.py $(ASCEND)/site $(ASCEND)/stand_ins
 	touch $@
 
+setup-volta: $(VOLTA)/.ready-$(NVRTC)
+
+$(VOLTA)/.ready-$(NVRTC): $(STAMP)
+	rm -rf $(VOLTA)
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps --target $(VOLTA)/site nvidia-cuda-nvrtc-cu12==$(NVRTC)
+	touch $@
+
 demo: $(STAMP)
 	$(BIN)/python -m attnfuse.demo
 
@@ -68,6 +80,9 @@ test: $(STAMP)
 
 test-ascend: setup-ascend
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ascend -n 2 -m 'not slow' -q $(PYTEST_ARGS)
+
+test-volta: setup-volta
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/volta -n 2 -m 'not slow' -q $(PYTEST_ARGS)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest $(ALL) $(PYTEST_ARGS)

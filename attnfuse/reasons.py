@@ -946,6 +946,13 @@ KERNEL_NOT_AVAILABLE = Cause(
     KERNELS,
 )
 
+KERNEL_NO_NVRTC = Cause(
+    "kernel-no-nvrtc",
+    "no NVRTC compiles for compute capability {capability}: {found}; pip install 'attnfuse[volta]' brings one",
+    "Run that command. The wheels of torch for CUDA 12 bring one too; those for CUDA 13 bring one that does not know 7.0.",
+    KERNELS,
+)
+
 # -- nested tensors
 
 NESTED_STRIDED = Cause(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import stat
 import tempfile
@@ -50,11 +51,38 @@ def refuse_unsafe(path: Path, right_kind: object, kind: str) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file with mode 0600 so that a reader sees the old one or the new one, whole. Raises OSError."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """As write_text."""
     handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
     try:
-        with os.fdopen(handle, "w") as out:
-            out.write(text)
+        with os.fdopen(handle, "wb") as out:
+            out.write(content)
         os.chmod(temporary, 0o600)
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def write_sealed(path: Path, content: bytes) -> None:
+    """Write a file with its digest in front, for read_sealed. Raises OSError."""
+    write_bytes(path, _digest(content) + b"\n" + content)
+
+
+def read_sealed(path: Path) -> bytes | None:
+    """What write_sealed wrote; None if there is no such file, or not as it was written.
+
+    Raises BuildError for one that somebody else could have written, and OSError for one that cannot be read.
+    """
+    try:
+        refuse_unsafe(path, stat.S_ISREG, "file")
+        digest, _, content = path.read_bytes().partition(b"\n")
+    except FileNotFoundError:
+        return None
+    return content if digest == _digest(content) else None
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()

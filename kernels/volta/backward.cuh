@@ -118,7 +118,7 @@ template <bool KEYS_OWN> struct Backward {
     }
 
     // Weights and gradients of scores of the other tile from `other0` on, to shared memory. FULL: as `score` takes it.
-    template <int FULL> METHOD void slope(int other0, const Context& c) {
+    template <int FULL> METHOD void slope(int other0, const Context& c, int zero) {
         float s[OTHER_BLOCKS][8], g[OTHER_BLOCKS][8];
         UNROLL
         for (int b = 0; b < OTHER_BLOCKS; ++b) {
@@ -126,8 +126,8 @@ template <bool KEYS_OWN> struct Backward {
             for (int i = 0; i < 8; ++i) s[b][i] = g[b][i] = 0.0f;
         }
         int column0 = side * OTHER_BLOCKS * 8;
-        multiply_rows<DB, OTHER_BLOCKS>(s, own_d, row0, other_d, column0);
-        multiply_rows<EB, OTHER_BLOCKS>(g, own_e, row0, other_e, column0);
+        multiply_rows<DB, OTHER_BLOCKS>(s, own_d, row0, other_d, column0, zero);
+        multiply_rows<EB, OTHER_BLOCKS>(g, own_e, row0, other_e, column0, zero);
         UNROLL
         for (int b = 0; b < OTHER_BLOCKS; ++b) {
             UNROLL
@@ -173,26 +173,26 @@ template <bool KEYS_OWN> struct Backward {
         for (int b = 0; b < OTHER_BLOCKS; ++b) {
             u32 a[4];
             as_left(g[b], a);
-            store_left<OTHER>(a, slopes, row0, side * OTHER_BLOCKS + b);
+            store_left<OTHER>(a, slopes, row0, side * OTHER_BLOCKS + b, zero);
             if (KEYS_OWN) {
                 as_left(s[b], a);
-                store_left<OTHER>(a, weights, row0, side * OTHER_BLOCKS + b);
+                store_left<OTHER>(a, weights, row0, side * OTHER_BLOCKS + b, zero);
             }
         }
     }
 
     // What the other tile adds to the sums.
-    METHOD void multiply() {
+    METHOD void multiply(int zero) {
         UNROLL
         for (int j = 0; j < OTHER / 8; j += 2) {
             u32 a[4], a2[4];
-            load_left<OTHER>(a, slopes, row0, j);
-            load_left<OTHER>(a2, slopes, row0, j + 1);
-            multiply_columns<DB, D_BLOCKS>(d_sums, a, a2, other_d, 8 * j, side * D_BLOCKS);
+            load_left<OTHER>(a, slopes, row0, j, zero);
+            load_left<OTHER>(a2, slopes, row0, j + 1, zero);
+            multiply_columns<DB, D_BLOCKS>(d_sums, a, a2, other_d, 8 * j, side * D_BLOCKS, zero);
             if constexpr (KEYS_OWN) {
-                load_left<OTHER>(a, weights, row0, j);
-                load_left<OTHER>(a2, weights, row0, j + 1);
-                multiply_columns<EB, E_BLOCKS>(e_sums, a, a2, other_e, 8 * j, side * E_BLOCKS);
+                load_left<OTHER>(a, weights, row0, j, zero);
+                load_left<OTHER>(a2, weights, row0, j + 1, zero);
+                multiply_columns<EB, E_BLOCKS>(e_sums, a, a2, other_e, 8 * j, side * E_BLOCKS, zero);
             }
         }
     }
@@ -240,25 +240,26 @@ template <bool KEYS_OWN> struct Backward {
         Pieces<OTHER, EB, THREADS_B> e_pieces;
         Tile tile = next(lo, hi, range, whole, mark, c);
         if (tile.at < hi) {
-            d_pieces.load(of_d, d_base, tile.at, n, D);
-            e_pieces.load(of_e, e_base, tile.at, n, E);
+            d_pieces.load(of_d, d_base, tile.at, n, D, 0);
+            e_pieces.load(of_e, e_base, tile.at, n, E, 0);
         }
         while (tile.at < hi) {
             sync_block();
-            d_pieces.store(other_d);
-            e_pieces.store(other_e);
+            int zero = zero_of(tile.at);
+            d_pieces.store(other_d, zero);
+            e_pieces.store(other_e, zero);
             if (KEYS_OWN) number_rows(tile.at);
             sync_block();
-            if (tile.full) slope<2>(tile.at, c);
-            else slope<0>(tile.at, c);
+            if (tile.full) slope<2>(tile.at, c, zero);
+            else slope<0>(tile.at, c, zero);
             sync_block();
             // on their way while this tile is multiplied: before, scores and their gradients have the registers
             Tile after = next(tile.at + OTHER, hi, range, whole, mark, c);
             if (after.at < hi) {
-                d_pieces.load(of_d, d_base, after.at, n, D);
-                e_pieces.load(of_e, e_base, after.at, n, E);
+                d_pieces.load(of_d, d_base, after.at, n, D, zero);
+                e_pieces.load(of_e, e_base, after.at, n, E, zero);
             }
-            multiply();
+            multiply(zero);
             tile = after;
         }
     }
@@ -286,10 +287,10 @@ template <bool KEYS_OWN> struct Backward {
     METHOD void load_own(const Matrix& of_d, const Matrix& of_e, i64 d_base, i64 e_base, int n) const {
         Pieces<OWN_ROWS, DB, THREADS_B> d_pieces;
         Pieces<OWN_ROWS, EB, THREADS_B> e_pieces;
-        d_pieces.load(of_d, d_base, own0, n, D);
-        d_pieces.store(own_d);
-        e_pieces.load(of_e, e_base, own0, n, E);
-        e_pieces.store(own_e);
+        d_pieces.load(of_d, d_base, own0, n, D, 0);
+        d_pieces.store(own_d, 0);
+        e_pieces.load(of_e, e_base, own0, n, E, 0);
+        e_pieces.store(own_e, 0);
     }
 
     METHOD void run() {

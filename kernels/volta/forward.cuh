@@ -65,8 +65,8 @@ template <Mode MODE> struct Forward {
     METHOD void load_queries() {
         if (MODE == WHOLE) {
             Pieces<ROWS, DP, THREADS> pieces;
-            pieces.load(p.q, offset(first, p.sizes, p.q.batch) + q_start * p.q.row, q0, Qn, D);
-            pieces.store(q_tile);
+            pieces.load(p.q, offset(first, p.sizes, p.q.batch) + q_start * p.q.row, q0, Qn, D, 0);
+            pieces.store(q_tile, 0);
             return;
         }
         for (int at = thread_index(); at < ROWS * DP / 8; at += THREADS) {
@@ -182,36 +182,37 @@ template <Mode MODE> struct Forward {
         sync_block();
         if (tile.k0 < hi) {
             Pieces<KEYS, DP, THREADS> keys;
-            keys.load(p.k, k_base, tile.k0, Kn, D);
-            keys.store(k_tile);
-            values.load(p.v, v_base, tile.k0, Kn, E);
+            keys.load(p.k, k_base, tile.k0, Kn, D, 0);
+            keys.store(k_tile, 0);
+            values.load(p.v, v_base, tile.k0, Kn, E, 0);
         }
         while (tile.k0 < hi) {
             sync_block();
+            int zero = zero_of(tile.k0);
             float s[KEY_BLOCKS][8];
             UNROLL
             for (int b = 0; b < KEY_BLOCKS; ++b) {
                 UNROLL
                 for (int i = 0; i < 8; ++i) s[b][i] = 0.0f;
             }
-            multiply_rows<DP, KEY_BLOCKS>(s, q_tile, row0, k_tile, 0);
-            values.store(v_tile);
+            multiply_rows<DP, KEY_BLOCKS>(s, q_tile, row0, k_tile, 0, zero);
+            values.store(v_tile, zero);
             if (MODE == WHOLE && tile.full) weights<2>(s, tile.k0, c);
             else weights<0>(s, tile.k0, c);
             sync_block();
             Tile after = next(tile.k0 + KEYS, hi, range, whole, shared);
             Pieces<KEYS, DP, THREADS> keys;
-            if (after.k0 < hi) keys.load(p.k, k_base, after.k0, Kn, D);
+            if (after.k0 < hi) keys.load(p.k, k_base, after.k0, Kn, D, zero);
             UNROLL
             for (int b = 0; b < KEY_BLOCKS; b += 2) {
                 u32 a[4], a2[4];
                 as_left(s[b], a);
                 as_left(s[b + 1], a2);
-                multiply_columns<EP, SUM_BLOCKS>(acc, a, a2, v_tile, 8 * b, side * SUM_BLOCKS);
+                multiply_columns<EP, SUM_BLOCKS>(acc, a, a2, v_tile, 8 * b, side * SUM_BLOCKS, zero);
             }
             if (after.k0 < hi) {
-                keys.store(k_tile);
-                values.load(p.v, v_base, after.k0, Kn, E);
+                keys.store(k_tile, zero);
+                values.load(p.v, v_base, after.k0, Kn, E, zero);
             }
             tile = after;
         }

@@ -6,6 +6,8 @@
 //   mma.m8n8k4 (7.0)    quad-pairs multiply 8 x 8 blocks by themselves. Each takes 8 of the warp's 32 rows, and all the same columns.
 //   mma.m16n8k8 (7.5)   a warp multiplies 16 x 8 blocks: two of them are 32 rows. ldmatrix brings operands to their threads.
 //
+// zero: of zero_of, so that places are computed where they are used.
+//
 // Tiles in shared memory have rows of COLUMNS halves, without gaps. A piece is 8 halves, 16 bytes. Pieces of a row change places
 // by the row's number, so that eight rows in a place that 8 divides have their pieces of one column in different banks.
 
@@ -61,8 +63,8 @@ constexpr int LANES_OF_ROW = 4;
 DEVICE int lane_of_row() { return lane() & 3; }
 
 // A left factor of 32 x 8 from rows `row` and on.
-template <int COLUMNS> DEVICE void load_left(u32 (&a)[4], const u32* tile, int row, int piece) {
-    load_matrices(a, tile + Layout<COLUMNS>::at(row + anew(lane()), piece));
+template <int COLUMNS> DEVICE void load_left(u32 (&a)[4], const u32* tile, int row, int piece, int zero) {
+    load_matrices(a, tile + Layout<COLUMNS>::at(row + lane() + zero, piece));
 }
 
 // A 32 x 8 block of a result as left factor.
@@ -83,18 +85,18 @@ DEVICE void multiply_32(float (&x)[8], const u32 (&a)[4], u32 b) {
     }
 }
 
-template <int COLUMNS> DEVICE void store_left(const u32 (&a)[4], u32* tile, int row, int piece) {
-    int own = anew(lane()), first = Layout<COLUMNS>::at(row + (own >> 2), piece) + (own & 3);
+template <int COLUMNS> DEVICE void store_left(const u32 (&a)[4], u32* tile, int row, int piece, int zero) {
+    int own = lane() + zero, first = Layout<COLUMNS>::at(row + (own >> 2), piece) + (own & 3);
     UNROLL
     for (int j = 0; j < 4; ++j) store_shared(tile + first + j * Layout<COLUMNS>::EIGHT_ROWS, a[j]);
 }
 
 // acc += rows `left_row` and on of one tile, times rows `right_row` and on of another one, 8 * BLOCKS of them.
 template <int COLUMNS, int BLOCKS>
-DEVICE void multiply_rows(float (&acc)[BLOCKS][8], const u32* left, int left_row, const u32* right, int right_row) {
+DEVICE void multiply_rows(float (&acc)[BLOCKS][8], const u32* left, int left_row, const u32* right, int right_row, int zero) {
     using In = Layout<COLUMNS>;
     // lanes name rows of the left factor; of the right one those of two blocks, and of two pieces: an even one and the next
-    int own = anew(lane()), of_left = In::first(left_row + own);
+    int own = lane() + zero, of_left = In::first(left_row + own);
     int block_of = BLOCKS > 1 ? own >> 3 & 1 : 0;
     int of_right = In::first(right_row + 8 * block_of + (own & 7)) ^ (own >> 4) * 4;
     UNROLL
@@ -119,10 +121,10 @@ DEVICE void multiply_rows(float (&acc)[BLOCKS][8], const u32* left, int left_row
 // acc += left factors of 32 x 16, times rows `row` to row + 15 of a tile, in columns from 8 * piece on.
 template <int COLUMNS, int BLOCKS>
 DEVICE void multiply_columns(
-    float (&acc)[BLOCKS][8], const u32 (&a)[4], const u32 (&a2)[4], const u32* right, int row, int piece) {
+    float (&acc)[BLOCKS][8], const u32 (&a)[4], const u32 (&a2)[4], const u32* right, int row, int piece, int zero) {
     using In = Layout<COLUMNS>;
     static_assert(BLOCKS % 2 == 0, "columns come in sixteens");
-    int own = anew(lane()), first = In::first(row + (own & 15)) ^ (own >> 4) * 4;
+    int own = lane() + zero, first = In::first(row + (own & 15)) ^ (own >> 4) * 4;
     if (REGULAR<BLOCKS>) first = In::moved(first, piece);
     UNROLL
     for (int block = 0; block < BLOCKS; block += 2) {
@@ -163,8 +165,8 @@ DEVICE int lane_of_row() { return (lane() >> 1) & 1; }
 // Of a left factor a lane holds eight halves of this row.
 DEVICE int left_row_of() { return first_row() + (lane() & 3); }
 
-template <int COLUMNS> DEVICE void load_left(u32 (&a)[4], const u32* tile, int row, int piece) {
-    U4 found = load_shared4(tile + Layout<COLUMNS>::at(row + anew(left_row_of()), piece));
+template <int COLUMNS> DEVICE void load_left(u32 (&a)[4], const u32* tile, int row, int piece, int zero) {
+    U4 found = load_shared4(tile + Layout<COLUMNS>::at(row + left_row_of() + zero, piece));
     a[0] = found.x; a[1] = found.y; a[2] = found.z; a[3] = found.w;
 }
 
@@ -180,15 +182,15 @@ DEVICE void as_left(const float (&x)[8], u32 (&a)[4]) {
     }
 }
 
-template <int COLUMNS> DEVICE void store_left(const u32 (&a)[4], u32* tile, int row, int piece) {
-    store_shared4(tile + Layout<COLUMNS>::at(row + anew(left_row_of()), piece), U4{a[0], a[1], a[2], a[3]});
+template <int COLUMNS> DEVICE void store_left(const u32 (&a)[4], u32* tile, int row, int piece, int zero) {
+    store_shared4(tile + Layout<COLUMNS>::at(row + left_row_of() + zero, piece), U4{a[0], a[1], a[2], a[3]});
 }
 
 template <int COLUMNS, int BLOCKS>
-DEVICE void multiply_rows(float (&acc)[BLOCKS][8], const u32* left, int left_row, const u32* right, int right_row) {
+DEVICE void multiply_rows(float (&acc)[BLOCKS][8], const u32* left, int left_row, const u32* right, int right_row, int zero) {
     using In = Layout<COLUMNS>;
-    int own = anew(lane()), of_right = In::first(right_row + (own & 3) + 4 * (own >> 4));
-    int of_left = In::first(left_row + anew(left_row_of()));
+    int own = lane() + zero, of_right = In::first(right_row + (own & 3) + 4 * (own >> 4));
+    int of_left = In::first(left_row + left_row_of() + zero);
     UNROLL
     for (int piece = 0; piece < In::N; ++piece) {
         U4 a = load_shared4(left + In::moved(of_left, piece));
@@ -203,10 +205,10 @@ DEVICE void multiply_rows(float (&acc)[BLOCKS][8], const u32* left, int left_row
 
 template <int COLUMNS, int BLOCKS>
 DEVICE void multiply_columns(
-    float (&acc)[BLOCKS][8], const u32 (&a)[4], const u32 (&a2)[4], const u32* right, int row, int piece) {
+    float (&acc)[BLOCKS][8], const u32 (&a)[4], const u32 (&a2)[4], const u32* right, int row, int piece, int zero) {
     using In = Layout<COLUMNS>;
     static_assert(BLOCKS % 2 == 0, "columns come in sixteens");
-    int own = anew(lane());
+    int own = lane() + zero;
     UNROLL
     for (int step = 0; step < 4; ++step) {
         u32 first = step < 2 ? a[2 * step] : a2[2 * step - 4], second = step < 2 ? a[2 * step + 1] : a2[2 * step - 3];
@@ -231,9 +233,9 @@ template <int ROWS, int COLUMNS, int THREADS> struct Pieces {
     U4 x[EACH];
 
     // Rows from `first` on of the `rows` that there are of a matrix whose first element is at `base`; 0 outside of it. width: columns.
-    METHOD void load(const Matrix& m, i64 base, int first, int rows, int width) {
+    METHOD void load(const Matrix& m, i64 base, int first, int rows, int width, int zero) {
         const u16* from = (const u16*)m.address + base;
-        int own = anew(thread_index());
+        int own = thread_index() + zero;
         UNROLL
         for (int j = 0; j < EACH; ++j) {
             int at = own + j * THREADS;
@@ -248,11 +250,11 @@ template <int ROWS, int COLUMNS, int THREADS> struct Pieces {
         }
     }
 
-    METHOD void store(u32* tile) const {
+    METHOD void store(u32* tile, int zero) const {
         using In = Layout<COLUMNS>;
         // whether a thread's pieces are those of one column, in rows that eight divides the distance of
         constexpr bool EVEN = THREADS % (8 * In::N) == 0;
-        int own = anew(thread_index()), first = In::at(own / In::N, own % In::N);
+        int own = thread_index() + zero, first = In::at(own / In::N, own % In::N);
         UNROLL
         for (int j = 0; j < EACH; ++j) {
             int at = own + j * THREADS;

@@ -39,9 +39,6 @@ template <Mode MODE> struct Forward {
         k_tile = q_tile + Q_WORDS;
         v_tile = k_tile + K_WORDS;
         slots = v_tile + V_WORDS;
-        int warp = thread_index() / 32;
-        row0 = warp / SIDES * WARP_ROWS;
-        side = warp % SIDES;
     }
 
     // Row r of the tile. Rows of a group are numbered as those of the result.
@@ -169,22 +166,20 @@ template <Mode MODE> struct Forward {
     // Tiles of a group are looked at for all queries of an element.
     METHOD int q0_of_mask() const { return MODE == WHOLE ? q0 : 0; }
 
-    // The sums over keys from lo to hi, of all tiles if `whole`.
+    // The sums over keys from lo to hi, of all tiles if `whole`. Returns where it ended, which is not negative.
     //
-    // While the scores of a tile are made its values are on their way, and while these are multiplied the keys of the next one: no
-    // thread has registers for both. A tile is written where nobody reads since the last barrier.
-    METHOD void pass(int lo, int hi, const Keys& range, bool whole, const Context (&c)[SLOTS], const Context& shared) {
+    // While weights are made of scores the values are on their way, and while these are multiplied the keys of the next tile: no
+    // thread has registers for more. A tile is written where nobody reads since the last barrier.
+    METHOD int pass(int lo, int hi, const Keys& range, bool whole, const Context (&c)[SLOTS], const Context& shared) {
         i64 k_base = offset(first, p.sizes, p.k.batch) + k_start * p.k.row;
         i64 v_base = offset(first, p.sizes, p.v.batch) + k_start * p.v.row;
         Tile tile = next(lo, hi, range, whole, shared);
-        Pieces<KEYS, EP, THREADS> values;
         // queries of this pass are written, and the tiles of the pass before read
         sync_block();
         if (tile.k0 < hi) {
             Pieces<KEYS, DP, THREADS> keys;
             keys.load(p.k, k_base, tile.k0, Kn, D, 0);
             keys.store(k_tile, 0);
-            values.load(p.v, v_base, tile.k0, Kn, E, 0);
         }
         while (tile.k0 < hi) {
             sync_block();
@@ -196,26 +191,27 @@ template <Mode MODE> struct Forward {
                 for (int i = 0; i < 8; ++i) s[b][i] = 0.0f;
             }
             multiply_rows<DP, KEY_BLOCKS>(s, q_tile, row0, k_tile, 0, zero);
-            values.store(v_tile, zero);
+            Pieces<KEYS, EP, THREADS> values;
+            values.load(p.v, v_base, tile.k0, Kn, E, zero);
             if (MODE == WHOLE && tile.full) weights<2>(s, tile.k0, c);
             else weights<0>(s, tile.k0, c);
+            values.store(v_tile, zero);
             sync_block();
             Tile after = next(tile.k0 + KEYS, hi, range, whole, shared);
             Pieces<KEYS, DP, THREADS> keys;
-            if (after.k0 < hi) keys.load(p.k, k_base, after.k0, Kn, D, zero);
             UNROLL
             for (int b = 0; b < KEY_BLOCKS; b += 2) {
+                // half of the weights are used up then
+                if (b == KEY_BLOCKS / 4 * 2 && after.k0 < hi) keys.load(p.k, k_base, after.k0, Kn, D, zero);
                 u32 a[4], a2[4];
                 as_left(s[b], a);
                 as_left(s[b + 1], a2);
                 multiply_columns<EP, SUM_BLOCKS>(acc, a, a2, v_tile, 8 * b, side * SUM_BLOCKS, zero);
             }
-            if (after.k0 < hi) {
-                keys.store(k_tile, zero);
-                values.load(p.v, v_base, after.k0, Kn, E, zero);
-            }
+            if (after.k0 < hi) keys.store(k_tile, zero);
             tile = after;
         }
+        return tile.k0;
     }
 
     // From `clipped` bounds: [lo, hi) inside of [0, Kn), from the beginning of a tile on.
@@ -332,26 +328,23 @@ template <Mode MODE> struct Forward {
         }
     }
 
-    METHOD void run() {
-        int part = 0, tile = 0;
+    // Which rows these are. False for a block that has none.
+    METHOD bool locate(int zero) {
+        int block = block_index() + zero;
         if (MODE == WHOLE) {
-            Place at = PACKED_Q ? dealt(p, p.heads, block_index()) : counted(block_index(), tiles_of(p.Qn, ROWS), true);
-            if (at.tile < 0) return;
+            Place at = PACKED_Q ? dealt(p, p.heads, block) : counted(block, tiles_of(p.Qn, ROWS), true);
+            if (at.tile < 0) return false;
             first = at.element;
-            tile = at.tile;
+            q0 = at.tile * ROWS;
             Queries own = queries_of(p, first);
             Qn = own.n;
             q_start = own.start;
             first_line = own.line;
         } else {
-            int block = block_index();
-            if (MODE == PART) {
-                part = block % p.parts;
-                block /= p.parts;
-            }
+            if (MODE == PART) block /= p.parts;
             int tiles = tiles_of(p.group * p.Qn, ROWS);
             first = block / tiles * p.group;
-            tile = block % tiles;
+            q0 = block % tiles * ROWS;
             Qn = p.Qn;
             q_start = 0;
             first_line = (i64)first * Qn;
@@ -359,8 +352,15 @@ template <Mode MODE> struct Forward {
         Span own = keys_of(p, first, p.heads);
         Kn = own.rows;
         k_start = own.start;
-        q0 = tile * ROWS;
         q1 = MODE == WHOLE ? smaller(q0 + ROWS, Qn) - 1 : Qn - 1;
+        int warp = (thread_index() + zero) / 32;
+        row0 = warp / SIDES * WARP_ROWS;
+        side = warp % SIDES;
+        return true;
+    }
+
+    METHOD void run() {
+        if (!locate(0)) return;
         load_queries();
         Context shared(p, first, Qn, Kn);
         const Context c[SLOTS] = {
@@ -377,28 +377,29 @@ template <Mode MODE> struct Forward {
         Keys range = keys(q0_of_mask(), q1, shared);
         int lo = range.lo, hi = range.hi;
         clip(lo, hi, Kn);
-        if (!RAGGED && (MODE != WHOLE || q0 + ROWS > Qn)) range.last = 0;
         // nothing is full where some rows of a tile may lack what is read for them
-        if (MODE != WHOLE) range.last = 0;
-        int block = block_index();
-        bool whole = false;
+        if (MODE != WHOLE || (!RAGGED && q0 + ROWS > Qn)) range.last = 0;
         if (MODE == PART) {
-            int share = tiles_of(tiles_of(hi - lo, KEYS), p.parts) * KEYS;
+            int part = block_index() % p.parts, share = tiles_of(tiles_of(hi - lo, KEYS), p.parts) * KEYS;
             lo += part * share;
             pass(lo, smaller(lo + share, hi), range, false, c, shared);
-            keep(part, block / p.parts);
+            keep(part, block_index() / p.parts);
             return;
         }
         if (MODE == COMBINED) {
-            for (int i = 0; i < p.parts; ++i) add(i, block);
+            for (int i = 0; i < p.parts; ++i) add(i, block_index());
         }
         // once more over all keys where a row may see some that were skipped
+        bool whole = false;
+        int last = 0;
         for (;;) {
-            if (MODE == WHOLE || whole) pass(whole ? 0 : lo, whole ? Kn : hi, range, whole, c, shared);
+            if (MODE == WHOLE || whole) last = pass(whole ? 0 : lo, whole ? Kn : hi, range, whole, c, shared);
             if (DOUBT == -infinity() || whole || !any_of_block<WARPS>(doubtful(), slots)) break;
             whole = true;
             begin(c);
         }
+        // found again, so that nothing of it is held in registers through the loop
+        locate(zero_of(last));
         finish(c);
     }
 };

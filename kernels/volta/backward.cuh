@@ -9,8 +9,7 @@
 // memory, as each of SIDES_B warps with the same rows has a part of the columns of their products.
 
 constexpr int WARPS_B = ROW_WARPS_B * SIDES_B, THREADS_B = 32 * WARPS_B, OWN_ROWS = WARP_ROWS * ROW_WARPS_B;
-constexpr int OTHER_BLOCKS = OTHER / SIDES_B / 8, D_BLOCKS = DB / SIDES_B / 8, E_BLOCKS = EB / SIDES_B / 8;
-static_assert(OTHER % 16 == 0 && OTHER % (8 * SIDES_B) == 0 && MARKED % OTHER == 0, "rows of the other side come in sixteens");
+constexpr int D_BLOCKS = DB / SIDES_B / 8, E_BLOCKS = EB / SIDES_B / 8;
 static_assert(DB % (16 * SIDES_B) == 0 && EB % (16 * SIDES_B) == 0, "columns come in sixteens");
 static_assert(OWN_ROWS <= MARKED && MARKED % OWN_ROWS == 0, "a tile of queries has one mark");
 
@@ -88,6 +87,9 @@ template <bool KEYS_OWN, int GIVEN> struct Sums {
 
 template <bool KEYS_OWN> struct Backward {
     static constexpr int GIVEN = KEYS_OWN ? GIVEN_BY_KEYS : GIVEN_BY_QUERIES;
+    //: Rows of a tile of the other side, and columns of a warp's scores in blocks of eight.
+    static constexpr int OTHER = KEYS_OWN ? OTHER_QUERIES : OTHER_KEYS, OTHER_BLOCKS = OTHER / SIDES_B / 8;
+    static_assert(OTHER % 16 == 0 && OTHER % (8 * SIDES_B) == 0 && MARKED % OTHER == 0, "rows come in sixteens");
     const Problem& p;
     //: Tiles of the own side: of D and of E columns; of the other side; weights and gradients of scores.
     u32 *own_d, *own_e, *other_d, *other_e, *weights, *slopes;
@@ -232,16 +234,17 @@ template <bool KEYS_OWN> struct Backward {
         }
     }
 
-    // All that the other side's rows of one batch element add. other_d, other_e: where the element begins in its tensors.
+    // All that the other side's rows of one batch element add. d_base, e_base: where the element begins in its tensors; before: a
+    // zero of what is around.
     METHOD void pass(const Matrix& of_d, const Matrix& of_e, i64 d_base, i64 e_base, int lo, int hi, const Keys& range,
-                     bool whole, i64 mark, const Context& c) {
+                     bool whole, i64 mark, const Context& c, int before) {
         int n = KEYS_OWN ? Qn : Kn;
         Pieces<OTHER, DB, THREADS_B> d_pieces;
         Pieces<OTHER, EB, THREADS_B> e_pieces;
         Tile tile = next(lo, hi, range, whole, mark, c);
         if (tile.at < hi) {
-            d_pieces.load(of_d, d_base, tile.at, n, D, 0);
-            e_pieces.load(of_e, e_base, tile.at, n, E, 0);
+            d_pieces.load(of_d, d_base, tile.at, n, D, before);
+            e_pieces.load(of_e, e_base, tile.at, n, E, before);
         }
         while (tile.at < hi) {
             sync_block();
@@ -341,24 +344,36 @@ template <bool KEYS_OWN> struct Backward {
         // rows behind the last query are in no full tile
         if (own0 + OWN_ROWS > Qn) range.last = 0;
         pass(p.k, p.v, offset(e, p.sizes, p.k.batch) + of_keys.start * p.k.row,
-             offset(e, p.sizes, p.v.batch) + of_keys.start * p.v.row, lo, hi, range, whole, 0, c);
+             offset(e, p.sizes, p.v.batch) + of_keys.start * p.v.row, lo, hi, range, whole, 0, c, 0);
         put<D_BLOCKS>(d_sums, p.dq, offset(e, p.sizes, p.dq.batch) + own.start * p.dq.row, Qn, D);
         if (GIVEN != 0) sums.finish(slopes, own0, Qn);
     }
 
-    METHOD void along_keys() {
-        Place at = PACKED_K ? dealt(p, p.outer_heads, block_index())
-                            : counted(block_index(), tiles_of(p.Kn, OWN_ROWS), false);
-        if (at.tile < 0) return;
-        int head = at.element;
+    // The batch element of the outer dims whose keys these are, and where they begin. False for a block that has none.
+    METHOD bool locate_keys(int zero, int& head, i64& k_start) {
+        int block = block_index() + zero, warp = (thread_index() + zero) / 32;
+        Place at = PACKED_K ? dealt(p, p.outer_heads, block) : counted(block, tiles_of(p.Kn, OWN_ROWS), false);
+        if (at.tile < 0) return false;
+        head = at.element;
         own0 = at.tile * OWN_ROWS;
         Span own = keys_of(p, head, p.outer_heads);
         Kn = own.rows;
-        load_own(p.k, p.v, offset(head, p.outer, p.k.batch) + own.start * p.k.row,
-                 offset(head, p.outer, p.v.batch) + own.start * p.v.row, Kn);
+        k_start = own.start;
+        side = warp % SIDES_B;
+        row0 = warp / SIDES_B * WARP_ROWS;
+        return true;
+    }
+
+    METHOD void along_keys() {
+        int head, last = 0;
+        i64 k_start;
+        if (!locate_keys(0, head, k_start)) return;
+        load_own(p.k, p.v, offset(head, p.outer, p.k.batch) + k_start * p.k.row,
+                 offset(head, p.outer, p.v.batch) + k_start * p.v.row, Kn);
         for (int member = 0; member < p.members; ++member) {
             // the elements that share these keys, one after the other
             int e = (int)(offset(head, p.outer, p.element) + offset(member, p.inner, p.element));
+            last = e;
             Queries of = queries_of(p, e);
             Qn = of.n;
             line = of.line;
@@ -374,11 +389,13 @@ template <bool KEYS_OWN> struct Backward {
             if (whole) { lo = 0; hi = Qn; }
             if (own0 + OWN_ROWS > Kn) range.last = 0;
             pass(p.q, p.g, offset(e, p.sizes, p.q.batch) + of.start * p.q.row,
-                 offset(e, p.sizes, p.g.batch) + of.start * p.g.row, lo, hi, range, whole, of.mark, c);
+                 offset(e, p.sizes, p.g.batch) + of.start * p.g.row, lo, hi, range, whole, of.mark, c, zero_of(e));
             if (GIVEN != 0) sums.finish(slopes, own0, Kn);
         }
-        put<D_BLOCKS>(d_sums, p.dk, offset(head, p.outer, p.dk.batch) + own.start * p.dk.row, Kn, D);
-        put<E_BLOCKS>(e_sums, p.dv, offset(head, p.outer, p.dv.batch) + own.start * p.dv.row, Kn, E);
+        // found again, so that nothing of it is held in registers through the loops
+        locate_keys(zero_of(last), head, k_start);
+        put<D_BLOCKS>(d_sums, p.dk, offset(head, p.outer, p.dk.batch) + k_start * p.dk.row, Kn, D);
+        put<E_BLOCKS>(e_sums, p.dv, offset(head, p.outer, p.dv.batch) + k_start * p.dv.row, Kn, E);
     }
 };
 

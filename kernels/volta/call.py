@@ -108,7 +108,7 @@ def backward(
     targets = (sizes.q, sizes.k, sizes.v)
     dq = gradients.target(sizes, sizes.q, (True,) * len(sizes.batch), sizes.packed_q)
     count = sizes.K // made.rows + sizes.sequences if sizes.packed_k else -(-sizes.K // made.rows)
-    keys = Keys(sizes, count, -(-sizes.Q // made.other))
+    keys = Keys(sizes, count, -(-sizes.Q // made.queries))
     halves = [x for x in (*targets, out, dout, dq, keys.dk, keys.dv) if x.dtype == torch.float16]
     text = _backward_text(
         sizes.spec, capability, widths, made, in_pieces(*halves), sums.by_rows, sums.by_columns

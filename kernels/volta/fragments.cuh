@@ -95,24 +95,32 @@ template <int COLUMNS> DEVICE void store_left(const u32 (&a)[4], u32* tile, int 
 template <int COLUMNS, int BLOCKS>
 DEVICE void multiply_rows(float (&acc)[BLOCKS][8], const u32* left, int left_row, const u32* right, int right_row, int zero) {
     using In = Layout<COLUMNS>;
-    // lanes name rows of the left factor; of the right one those of two blocks, and of two pieces: an even one and the next
+    static_assert(BLOCKS == 1 || BLOCKS == 2 || BLOCKS % 4 == 0, "right factors are loaded four at once");
+    // Lanes name rows: of the left factor; of the right one those of four blocks, or those of two, or one, and of two pieces.
+    constexpr bool FOUR = BLOCKS % 4 == 0;
     int own = lane() + zero, of_left = In::first(left_row + own);
-    int block_of = BLOCKS > 1 ? own >> 3 & 1 : 0;
-    int of_right = In::first(right_row + 8 * block_of + (own & 7)) ^ (own >> 4) * 4;
+    int of_right = FOUR ? In::first(right_row + own)
+                        : In::first(right_row + (BLOCKS == 2 ? own & 15 : own & 7)) ^ (own >> 4) * 4;
     UNROLL
-    for (int piece = 0; piece < In::N; piece += 2) {
-        u32 a[2][4];
-        load_matrices(a[0], left + In::moved(of_left, piece));
-        load_matrices(a[1], left + In::moved(of_left, piece + 1));
-        UNROLL
-        for (int block = 0; block < BLOCKS; block += 2) {
-            static_assert(BLOCKS == 1 || BLOCKS % 2 == 0, "blocks come in pairs, but for one");
-            u32 b[4];
-            load_matrices(b, right + In::moved(of_right, piece) + block * In::EIGHT_ROWS);
+    for (int piece = 0; piece < In::N; piece += FOUR ? 1 : 2) {
+        u32 b[4];
+        if constexpr (FOUR) {
+            u32 a[4];
+            load_matrices(a, left + In::moved(of_left, piece));
+            UNROLL
+            for (int block = 0; block < BLOCKS; block += 4) {
+                load_matrices(b, right + In::moved(of_right, piece) + block * In::EIGHT_ROWS);
+                UNROLL
+                for (int u = 0; u < 4; ++u) multiply_32(acc[block + u], a, b[u]);
+            }
+        } else {
+            load_matrices(b, right + In::moved(of_right, piece));
             UNROLL
             for (int h = 0; h < 2; ++h) {
+                u32 a[4];
+                load_matrices(a, left + In::moved(of_left, piece + h));
                 UNROLL
-                for (int u = 0; u < (BLOCKS > 1 ? 2 : 1); ++u) multiply_32(acc[block + u], a[h], b[2 * h + u]);
+                for (int u = 0; u < BLOCKS; ++u) multiply_32(acc[u], a, b[2 * h + u]);
             }
         }
     }

@@ -5,7 +5,7 @@ One warp has 32 rows. What bounds the choice is the 255 registers of a thread: s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 #: Bytes of shared memory that a block may have.
 SHARED = {70: 96 << 10, 75: 64 << 10}
@@ -52,13 +52,14 @@ class Forward:
 
 @dataclass(frozen=True)
 class Backward:
-    """As Forward; other: rows of the side that is gone through."""
+    """As Forward; queries, keys: rows of a tile of the side that is gone through."""
 
     DB: int
     EB: int
     row_warps: int
     sides: int
-    other: int
+    queries: int
+    keys: int
 
     @property
     def rows(self) -> int:
@@ -70,8 +71,9 @@ class Backward:
 
     def shared(self, keys: bool) -> int:
         """Bytes, of the kernel along keys or of that along queries."""
-        tiles = (self.rows + self.other) * (self.DB + self.EB) + self.rows * self.other * (2 if keys else 1)
-        return 2 * tiles + (20 * self.other if keys else 0)
+        other = self.queries if keys else self.keys
+        tiles = (self.rows + other) * (self.DB + self.EB) + self.rows * other * (2 if keys else 1)
+        return 2 * tiles + (20 * other if keys else 0)
 
     @property
     def constants(self) -> dict[str, int]:
@@ -80,7 +82,8 @@ class Backward:
             "EB": self.EB,
             "ROW_WARPS_B": self.row_warps,
             "SIDES_B": self.sides,
-            "OTHER": self.other,
+            "OTHER_QUERIES": self.queries,
+            "OTHER_KEYS": self.keys,
         }
 
 
@@ -95,19 +98,22 @@ def forward(capability: int, D: int, E: int, queries: int) -> Forward:
     row_warps = _WARPS // sides
     while row_warps > 1 and _WARP_ROWS * row_warps // 2 >= queries:
         row_warps //= 2
-    found = Forward(DP, EP, row_warps, sides, 64 if max(DP, EP) <= 64 else 32)
+    # a thread of 7.5 has numbers of twice as many rows
+    keys = (64 if capability < 75 else 32) if max(DP, EP) <= 64 else (32 if capability < 75 else 16)
+    found = Forward(DP, EP, row_warps, sides, keys)
     while found.shared > SHARED[capability] and found.keys > 16:
-        found = Forward(DP, EP, row_warps, sides, found.keys // 2)
+        found = replace(found, keys=found.keys // 2)
     return found
 
 
 def backward(capability: int, D: int, E: int) -> Backward:
-    wide = max(D, E) > _COLUMNS
-    if not wide:
+    if max(D, E) <= _COLUMNS:
         DB, EB = _up(D, 32), _up(E, 32)
-        return Backward(DB, EB, 2, 2, 64 if max(DB, EB) <= 64 else 32)
-    # 7.5 has no room for tiles that leave every thread its registers: sums of 256 columns spill there
-    found = Backward(_up(D, 64), _up(E, 64), 1, 4, 32)
+        small = max(DB, EB) <= 64
+        queries, keys = (32, 64) if small else (16, 32)
+        return Backward(DB, EB, 2, 2, queries, keys if capability < 75 else queries)
+    found = Backward(_up(D, 64), _up(E, 64), 1, 4, 32, 32)
     if found.shared(True) > SHARED[capability]:
-        found = Backward(_up(D, 32), _up(E, 32), 1, 2, 16)
+        # there is no room for tiles that leave every thread its registers: sums of 256 columns spill
+        found = Backward(_up(D, 32), _up(E, 32), 1, 2, 16, 16)
     return found

@@ -68,14 +68,15 @@ def forward(sizes: Sizes, out: torch.Tensor, stats: torch.Tensor, run: Run) -> N
     pieces = in_pieces(sizes.q, sizes.k, sizes.v, out)
     group = 1 if sizes.packed_q else sizes.group()
     rows = group * sizes.Q
-    made = tiles.forward(capability, *widths, rows)
+    heavy = bool(sizes.operands) or sizes.spec.dropout > 0.0 or sizes.spec.sink is not None
+    made = tiles.forward(capability, *widths, rows, heavy)
     problem = _problem(sizes)
     problem.matrices(writes=True, o=out)
     problem.addresses(writes=True, stats=stats)
     blocks = sizes.elements // group * -(-rows // made.rows)
     parts = min(-(-sizes.waves // blocks), -(-sizes.K // (_SHORTEST * made.keys)))
     if sizes.packed_q or rows > _FEW or (parts <= 1 and group == 1):
-        made = tiles.forward(capability, *widths, sizes.Q)
+        made = tiles.forward(capability, *widths, sizes.Q, heavy)
         problem.addresses(deal=_deal(sizes, sizes.bounds.q, sizes.Q, made.rows))
         text = _forward_text(sizes.spec, capability, widths, made, pieces)
         run(_launch(problem, text, "forward", sizes.query_programs(made.rows), made.threads, made.shared))

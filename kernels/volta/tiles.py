@@ -91,8 +91,8 @@ def _up(n: int, size: int) -> int:
     return max(-(-n // size), 1) * size
 
 
-def forward(capability: int, D: int, E: int, queries: int) -> Forward:
-    """For so many queries of a batch element."""
+def forward(capability: int, D: int, E: int, queries: int, heavy: bool = False) -> Forward:
+    """For so many queries of a batch element. heavy: what is read or drawn for each score needs registers."""
     sides = 1 if E <= _COLUMNS else 2
     DP, EP = _up(D, 16), _up(E, 16 * sides)
     row_warps = _WARPS // sides
@@ -100,7 +100,7 @@ def forward(capability: int, D: int, E: int, queries: int) -> Forward:
         row_warps //= 2
     # a thread of 7.5 has numbers of twice as many rows
     keys = (64 if capability < 75 else 32) if max(DP, EP) <= 64 else (32 if capability < 75 else 16)
-    found = Forward(DP, EP, row_warps, sides, keys)
+    found = Forward(DP, EP, row_warps, sides, max(keys // 2, 16) if heavy else keys)
     while found.shared > SHARED[capability] and found.keys > 16:
         found = replace(found, keys=found.keys // 2)
     return found
@@ -109,9 +109,10 @@ def forward(capability: int, D: int, E: int, queries: int) -> Forward:
 def backward(capability: int, D: int, E: int) -> Backward:
     if max(D, E) <= _COLUMNS:
         DB, EB = _up(D, 32), _up(E, 32)
-        small = max(DB, EB) <= 64
-        queries, keys = (32, 64) if small else (16, 32)
-        return Backward(DB, EB, 2, 2, queries, keys if capability < 75 else queries)
+        if max(DB, EB) <= 64:
+            return Backward(DB, EB, 2, 2, 32, 64 if capability < 75 else 32)
+        # eight warps share the columns of sums
+        return Backward(_up(D, 64), _up(E, 64), 2, 4, 32, 32)
     found = Backward(_up(D, 64), _up(E, 64), 1, 4, 32, 32)
     if found.shared(True) > SHARED[capability]:
         # there is no room for tiles that leave every thread its registers: sums of 256 columns spill

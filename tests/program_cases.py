@@ -171,12 +171,11 @@ class Writer:
     def ramp(self, depth: int) -> Ramp:
         c = self.chance
         near = A.sub(expr.K, expr.Q)
-        number = c.choice(
-            (near, A.mul(A.abs(near), Const(-1)), expr.K, A.mod(self.integer(depth), Const(2 ** c.randrange(1, 30))))
-        )
-        dtypes = c.choice(
-            (("float32", "float32"),) * 2 + (("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "float16"))
-        )
+        rounded = (("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "float16"))
+        dtypes = c.choice((("float32", "float32"),) * 2 + rounded)
+        # float16 has no larger ones
+        other = A.mod(self.integer(depth), Const(2 ** c.randrange(1, 14 if "float16" in dtypes else 30)))
+        number = c.choice((near, A.mul(A.abs(near), Const(-1)), expr.K, other))
         keep = self.mask(depth) if c.random() < 0.3 else None
         return Ramp(c.choice(NUMBERS), number, c.choice((1.0, -0.5)), keep, *dtypes)
 

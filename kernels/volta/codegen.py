@@ -243,7 +243,9 @@ class _Cuda(Dialect):
         return f"{name} = {code};"
 
     def define(self, name: str, lines: Sequence[str]) -> str:
-        return "\n".join([f"{_FUNCTIONS[name]} {{", *indented(lines), "}"]) + "\n"
+        # of a tile without queries or keys there is nothing to look at
+        first = ["if (k0 > k1 || q0 > q1) return {false, false};"] if name == "seen" else []
+        return "\n".join([f"{_FUNCTIONS[name]} {{", *indented([*first, *lines]), "}"]) + "\n"
 
     def returned(self, *codes: str) -> str:
         return f"return {codes[0]};" if len(codes) == 1 else f"return {{{', '.join(codes)}}};"

@@ -334,6 +334,51 @@ def test_tiles(library, ends: bool) -> None:
     assert hidden > every // 20 and every // 20 < sure < every
 
 
+#: Operands that a tile has several elements of, by keys and by queries.
+ALONG = (2, 3, 6, 1, 4)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory):
+    """Specs whose masks are of one operand each, and two that read tables outside of them and at the cut indices."""
+    masks = [A.compare("le", Load(i, cases.OPERANDS[i][0]), Const(3)) for i in ALONG]
+    specs = [spec_of("float16", (ReplaceFill(mask, -INF),)) for mask in (*masks, PADDING)]
+    far = A.add(A.mul(NEAR, Const(2**40)), Const(-5))
+    outside = (Bias(20, 2.0, None, far), Bias(21, 1.0, A.sub(expr.Q, Const(4)), expr.K), Bias(23, 1.0, NEAR))
+    ends = [(x.row, ROWS, x.col, COLUMNS) for x in outside]
+    inside = [
+        replace(x, row=row and within(row, rows), col=col and within(col, columns))
+        for x, (row, rows, col, columns) in zip(outside, ends)
+    ]
+    specs += [spec_of("float16", outside), spec_of("float16", tuple(inside))]
+    return program_host.build(specs, tmp_path_factory.mktemp("few"))
+
+
+def within(index: Expr, size: int) -> Expr:
+    return A.maximum(A.minimum(index, Const(size - 1)), Const(0))
+
+
+@pytest.mark.parametrize("i", range(len(ALONG) + 1))
+def test_a_tile_is_seen_by_one_element_of_many(few, i: int) -> None:
+    operand, low, high = (ALONG[i], 1, 9) if i < len(ALONG) else (8, True, False)
+    tile = torch.tensor([[0, Q - 1, 0, K - 1]], dtype=torch.int32)
+    shape = cases.operands(0)[operand].shape
+    for others, own in ((high, low), (low, high)):
+        for j in range(-1, max(shape)):
+            operands = cases.operands(0)
+            operands[operand].fill_(others)
+            if j >= 0:
+                operands[operand].view(-1)[j] = own
+            some, sure = Program(few, i, operands, Q, K).tiles(tile)[0, :2].tolist()
+            assert (some, sure) == ((1, 0) if j >= 0 else (others == low, others == low))
+
+
+def test_indices_outside_of_a_table_are_cut_to_it(few) -> None:
+    operands, s = cases.operands(1), torch.randn(Q, K)
+    outside, inside = (Program(few, len(ALONG) + i, operands, Q, K).scores(s, 0, 0)[0] for i in (1, 2))
+    assert torch.equal(outside, inside)
+
+
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory):
     specs = [*cases.specs(250, 11, "float16"), *cases.specs(50, 12, "float16", 4, 6), *cases.specs(50, 13, "bfloat16")]
@@ -420,6 +465,16 @@ def test_indices_that_exist_are_not_cut(tmp_path: Path) -> None:
     assert "program::clamped(x" in codegen.source(spec)
     assert "program::clamped(x" not in codegen.source(spec, inside=True)
     Case(program_host.build([spec], tmp_path, inside=True), 0, spec, 5, False).check()
+
+
+def test_what_exists_is_not_asked_of_biases_in_full_tiles() -> None:
+    assert codegen.source(NAMED["bias 15"]).count("FULL > 0 ||") == 2
+    assert "FULL > 0 ||" not in codegen.source(NAMED["packed"])
+
+
+def test_sums_are_wide_from_32_bits_on() -> None:
+    assert [traits.is_wide(expr.Linear(((c, expr.K),))) for c in (3, 4, -4)] == [False, True, True]
+    assert traits.is_wide(expr.Linear(((1, expr.K),), 2**31 - 1))
 
 
 def test_names_of_a_spec_do_not_get_into_the_text() -> None:

@@ -200,6 +200,7 @@ WRAPPING = {
     "sum over keys": _A.compare("lt", _A.add(_OF_KEYS, _K, 3), _A.minimum(_OF_QUERIES, _A.add(_OF_ALL, _Q))),
     # a sum just beyond 32 bits, beside a number that may be anything
     "31 bits": _A.compare("le", _A.add(_K, Const(2**31 - 20)), _OF_QUERIES),
+    "almost 31 bits from a query": _A.compare("le", _K, _A.add(_Q, Const(2**31 - 5))),
     "32 bits": _A.compare("le", _A.mul(_K, Const(2**26)), _A.add(_A.mul(_Q, Const(2**26)), Const(2**30))),
 }
 

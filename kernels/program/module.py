@@ -164,7 +164,7 @@ class Module:
         outer = body.nested() if sure else body
         rest = [] if found.rest is None else [f"({outer.value(found.rest)})"]
         inner = outer.nested()
-        edges = [f"({_bound(kind, inner.value(bound))})" for kind, bound in found.bounds.items()]
+        edges = [f"({_bound(kind, self._end(inner, bound))})" for kind, bound in found.bounds.items()]
         lines = [self.dialect.set(x, choose(self.dialect.every(rest + edges), x, filled))]
         if edges:
             otherwise = [self.dialect.set(x, choose(rest[0], x, filled))] if rest else []
@@ -269,12 +269,16 @@ class Module:
         steps = self.hiding if hiding_only else self.cuts
         return [(kind, bound) for i in sorted(steps) for kind, bound in self.cuts[i].bounds.items()]
 
-    def _scalar(self, body: Body, e: Expr) -> str:
-        """A bound, which depends on no query and no key, as a 32-bit number."""
-        found = body.value(e)
+    def _end(self, body: Body, e: Expr) -> str:
+        """A bound, which depends on no query and no key, cut to what is beyond all indices: sums with it fit 32 bits."""
         if isinstance(e, Const):
             return self.dialect.integer(max(-LONGEST, min(LONGEST, int(e.value))))
-        return body.let(self.dialect.narrow(found, LONGEST))
+        return body.value(e)
+
+    def _scalar(self, body: Body, e: Expr) -> str:
+        """The same as a 32-bit number."""
+        found = self._end(body, e)
+        return found if isinstance(e, Const) else body.let(self.dialect.narrow(found, LONGEST))
 
     def _range(self, name: str, body: Body, ends: list[list[str]]) -> str:
         """The function that returns (low, high, full_low, full_high)."""

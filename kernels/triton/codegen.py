@@ -151,13 +151,12 @@ def source(spec: Attention, approximate: bool = False, far: bool = False, inside
     approximate: tanh is the instruction of NVIDIA's devices, an error of 2^-11, and takes a factor before it along. far: there may
     be NEARBY queries or keys, or more. inside: of queries and keys that exist, `indices` are those of elements that exist.
     """
-    dialect = _Triton()
-    made = Module(dialect, spec, approximate, far, inside)
+    made = Module(TRITON, spec, approximate, far, inside)
     return "\n\n".join(
         [
             _HEADER + _APPROXIMATE * approximate,
-            dialect.define("offset", _offset(len(spec.batch))),
-            dialect.define("bases", _bases(len(spec.operands))),
+            TRITON.define("offset", _offset(len(spec.batch))),
+            TRITON.define("bases", _bases(len(spec.operands))),
             made.score(),
             made.score_grad(),
             made.weigh(),
@@ -344,6 +343,9 @@ class _Triton(Dialect):
 
     def given(self, operand: int, lines: Sequence[str]) -> list[str]:
         return [f"if (GIVE >> {operand}) & 1:", *indented(lines)]
+
+
+TRITON = _Triton()
 
 
 def _address(read: Read, of: str = "") -> str:

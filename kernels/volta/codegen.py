@@ -171,7 +171,7 @@ def source(spec: Attention, approximate: bool = False, far: bool = False, inside
     traits.NEARBY queries or keys, or more, which makes no difference here. inside: of queries and keys that exist,
     `traits.indices` are those of elements that exist.
     """
-    made = Module(_Cuda(), spec, approximate, far, inside)
+    made = Module(CUDA, spec, approximate, far, inside)
     saved = sum(map(saves, spec.steps))
     dims = [(o.dims[-2] != "1", o.dims[-1] != "1") for o in spec.operands] or [(False, False)]
     lines = [
@@ -243,7 +243,9 @@ class _Cuda(Dialect):
         return f"{name} = {code};"
 
     def define(self, name: str, lines: Sequence[str]) -> str:
-        return "\n".join([f"{_FUNCTIONS[name]} {{", *indented(lines), "}"]) + "\n"
+        # of a tile without queries or keys there is nothing to look at
+        first = ["if (k0 > k1 || q0 > q1) return {false, false};"] if name == "seen" else []
+        return "\n".join([f"{_FUNCTIONS[name]} {{", *indented([*first, *lines]), "}"]) + "\n"
 
     def returned(self, *codes: str) -> str:
         return f"return {codes[0]};" if len(codes) == 1 else f"return {{{', '.join(codes)}}};"
@@ -374,3 +376,6 @@ def _address(read: Read) -> str:
     """Where an element is."""
     parts = "".join(f" + {x} * c.p.st[{read.operand}][{which}]" for which, x in read.parts)
     return f"(const {_TYPES[_taken(read.dtype)][0]}*)c.at[{read.operand}]{parts}"
+
+
+CUDA = _Cuda()

@@ -37,8 +37,8 @@ _HERE = Path(__file__).parent
 _HEADER = _HERE / "emulator.h"
 _SOURCE = _HERE / "emulator.cpp"
 _COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off")
-# the emulator is compiled once; kernels often, and most of their time goes to the emulator
-_EMULATOR_FLAGS = ("-O3", "-march=native")
+#: Of the emulator, which is compiled once; kernels are compiled often, and most of their time goes to the emulator.
+EMULATOR_FLAGS = ("-O3", "-march=native")
 _KERNEL_FLAGS = ("-O1", "-w", "-DEMULATED", "-fno-exceptions", "-fno-asynchronous-unwind-tables", "-fno-math-errno")
 _LOCK_SECONDS = 300.0
 
@@ -205,6 +205,7 @@ class Kernels:
 
     def __init__(self, path: Path, names: tuple[str, ...]) -> None:
         self.names = names
+        self.directory = path.parent
         self._library = ctypes.CDLL(str(path))
         self._library.emulated_message.restype = ctypes.c_char_p
         self._library.emulated_totals.restype = ctypes.POINTER(_Totals)
@@ -371,7 +372,7 @@ def build(text: str, directory: Path, *, capability: tuple[int, int] = (7, 5), n
 
 def _emulator(directory: Path) -> Path:
     """The emulator, compiled for this processor."""
-    command = [*compiler(), *_COMMON, *_EMULATOR_FLAGS]
+    command = [*compiler(), *_COMMON, *EMULATOR_FLAGS]
     digest = hashlib.sha256(repr((command, platform.machine(), _processor())).encode())
     for source in (_HEADER, _SOURCE):
         digest.update(source.read_bytes())

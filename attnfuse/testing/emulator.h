@@ -194,7 +194,7 @@ DEVICE float rsqrt_approximate(float x) { return 1.0f / sqrtf(emulated::flushed(
 // The device's is wrong by up to 2^-11 of it; cutting bits off leaves an error of that size here as well.
 DEVICE float tanh_approximate(float x) {
   float y = tanhf(x);
-  return y != y ? y : float_of_bits(bits_of(y) & 0xffffe000u);
+  return y != y ? y : float_of_bits(bits_of(y) & 0xfffff000u);
 }
 #endif
 

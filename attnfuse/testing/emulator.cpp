@@ -135,14 +135,25 @@ struct Warp {
   u32 stamp;  // of the last sync_warp or sync_block
 };
 
-// Who last wrote and read a word of shared memory or an element of a buffer; stamps are 0 where nobody did. Readers are kept as far as
-// a later write can tell them apart: one thread, several of one warp since it last met, or several warps.
+// Who else did it beside the thread that is noted.
+enum Others : unsigned char { NOBODY, LANES_OF_WARP, WARPS_OF_BLOCK, BLOCKS };
+
+// What was done to one word in one way, as far as what comes later can tell it apart. A stamp of 0: nothing.
+struct Past {
+  u32 stamp, thread;
+  unsigned short line;
+  Others others;
+  bool constant;  // reads through the read-only path were among it
+};
+
+// Of a word of shared memory.
 struct Accesses {
-  u32 write_stamp, writer, read_stamp, reader;
-  unsigned short write_line, read_line;
-  bool many_lanes, many_warps;  // of the readers
-  bool atomic, atomic_before;   // the last write is an atomic one; so was one of a block before
-  bool constant;                // read through the read-only path
+  Past write, read;
+};
+
+// Of an element of a buffer that may be written.
+struct GlobalAccesses {
+  Past write, read, atomic;
 };
 
 // Counts of one line of the kernel; emulated.py has the same.
@@ -159,7 +170,7 @@ struct Totals {
 
 struct Registered {
   Buffer given;
-  std::vector<Accesses> accesses;
+  std::vector<GlobalAccesses> accesses;
 };
 
 Launch given;
@@ -345,40 +356,39 @@ void log_access(int access, u64 address, int bytes, int line, const char* file) 
 
 unsigned short short_line(int line) { return static_cast<unsigned short>(std::min(line, 0xffff)); }
 
-// Whether what thread `other` of this block did at `stamp` comes before what `thread` does now.
-bool ordered(u32 stamp, u32 other, u32 thread) {
-  return stamp < block_stamp || other == thread ||
-         (other / LANES == thread / LANES && stamp < warps[running_warp].stamp);
+// Whether all of this comes before what `thread`, or its whole warp together, does now.
+bool precedes(const Past& past, u32 thread, bool whole_warp) {
+  if (past.others == BLOCKS || past.stamp < block_start) return !past.stamp;
+  if (past.stamp < block_stamp) return true;
+  if (past.others == WARPS_OF_BLOCK || past.thread / LANES != thread / LANES) return false;
+  if (past.stamp < warps[running_warp].stamp) return true;
+  return !whole_warp && past.others == NOBODY && past.thread == thread;
 }
 
-// Whether the reads of this block so far come before what `thread` does now.
-bool reads_ordered(const Accesses& word, u32 thread) {
-  if (word.read_stamp < block_stamp) return true;
-  if (word.many_warps || word.reader / LANES != thread / LANES) return false;
-  return word.read_stamp < warps[running_warp].stamp || (!word.many_lanes && word.reader == thread);
-}
-
-void note_read(Accesses& word, u32 thread, bool whole_warp, int line) {
+// Notes what `thread`, or its whole warp, does now, beside what is noted where that does not come before it.
+void note(Past& past, u32 thread, bool whole_warp, bool beside, int line) {
   u32 stamp = warps[running_warp].stamp;
-  bool other_warp = word.reader / LANES != thread / LANES;
-  word.read_line = short_line(line);
-  if (word.read_stamp < block_stamp || (!word.many_warps && !other_warp && word.read_stamp < stamp)) {
-    // all reads of before are ordered before whatever this one is
-    word.reader = thread;
-    word.read_stamp = stamp;
-    word.many_lanes = whole_warp;
-    word.many_warps = false;
-  } else if (other_warp) {
-    word.many_warps = true;
-  } else if (whole_warp || word.reader != thread) {
-    word.many_lanes = true;
+  past.line = short_line(line);
+  if (beside && past.stamp) {
+    if (past.stamp < block_start || past.others == BLOCKS) {
+      past.others = BLOCKS;
+      return;
+    }
+    if (past.stamp >= block_stamp) {
+      if (past.others == WARPS_OF_BLOCK) return;
+      if (past.thread / LANES != thread / LANES) {
+        past.others = WARPS_OF_BLOCK;
+        return;
+      }
+      if (past.stamp == stamp) {
+        if (whole_warp || past.thread != thread) past.others = LANES_OF_WARP;
+        return;
+      }
+    }
   }
-}
-
-void note_write(Accesses& word, u32 thread, int line) {
-  word.writer = thread;
-  word.write_stamp = warps[running_warp].stamp;
-  word.write_line = short_line(line);
+  past.thread = thread;
+  past.stamp = stamp;
+  past.others = whole_warp ? LANES_OF_WARP : NOBODY;
 }
 
 // Checks one access to shared memory and gives its offset. With `whole_warp` it is one of the warp together, which does not come after
@@ -391,22 +401,17 @@ u64 check_shared(bool write, const void* p, int bytes, int thread, bool whole_wa
   if (offset % bytes) fail(thread, line, file, "misaligned: %d bytes at byte %llu of shared memory", bytes, offset);
   u64 at = offset / 4;
   for (Accesses* word = &shared_accesses[at]; at < (offset + bytes) / 4; at++, word++) {
-    bool has_been_written = word->write_stamp >= block_start;
-    if (!write && !has_been_written)
+    // what a block before left is nothing to this one
+    bool written = word->write.stamp >= block_start, read = word->read.stamp >= block_start;
+    if (!write && !written)
       fail(thread, line, file, "uninitialised: shared word %llu is read, which no thread of this block wrote", at);
-    if (has_been_written && !(ordered(word->write_stamp, word->writer, thread) &&
-                              !(whole_warp && word->writer / LANES == static_cast<u32>(thread) / LANES &&
-                                word->write_stamp == warps[running_warp].stamp)))
+    if (written && !precedes(word->write, thread, whole_warp))
       fail(thread, line, file, "race: shared word %llu is %s, which thread %u wrote at line %d with no barrier between", at,
-           write ? "written" : "read", word->writer, word->write_line);
-    if (write) {
-      if (!reads_ordered(*word, thread))
-        fail(thread, line, file, "race: shared word %llu is written, which thread %u%s read at line %d with no barrier between",
-             at, word->reader, word->many_lanes || word->many_warps ? " and others" : "", word->read_line);
-      note_write(*word, thread, line);
-    } else {
-      note_read(*word, thread, whole_warp, line);
-    }
+           write ? "written" : "read", word->write.thread, word->write.line);
+    if (write && read && !precedes(word->read, thread, whole_warp))
+      fail(thread, line, file, "race: shared word %llu is written, which thread %u%s read at line %d with no barrier between",
+           at, word->read.thread, word->read.others ? " and others" : "", word->read.line);
+    note(write ? word->write : word->read, thread, whole_warp, !write && read, line);
   }
   return offset;
 }
@@ -438,43 +443,28 @@ Registered& find_buffer(u64 address, int bytes, int line, const char* file) {
 
 // Checks what one access does to one element of a buffer that the kernel may write. Threads are numbered through all blocks.
 void check_element(Registered& buffer, u64 element, int access, int line, const char* file) {
-  Accesses& word = buffer.accesses[element];
+  GlobalAccesses& word = buffer.accesses[element];
   u32 thread = static_cast<u32>(now.block) * given.threads + now.thread;
-  bool write = access == GLOBAL_STORE || access == GLOBAL_ATOMIC;
-  const char* verb = write ? "written" : "read";
-  if (access == GLOBAL_LOAD) {
-    if (word.write_stamp)
-      fail(now.thread, line, file, "element %llu of buffer %d is read as constant, which line %d wrote in this launch", element,
-           buffer.given.index, word.write_line);
-    word.constant = true;
-    word.read_line = short_line(line);
-    return;
-  }
-  if (write && word.constant)
+  bool write = access == GLOBAL_STORE || access == GLOBAL_ATOMIC, constant = access == GLOBAL_LOAD;
+  if (constant && (word.write.stamp || word.atomic.stamp))
+    fail(now.thread, line, file, "element %llu of buffer %d is read as constant, which line %d wrote in this launch", element,
+         buffer.given.index, word.write.stamp ? word.write.line : word.atomic.line);
+  if (write && word.read.constant)
     fail(now.thread, line, file, "element %llu of buffer %d is written, which line %d reads as constant", element,
-         buffer.given.index, word.read_line);
-  bool both_atomic = access == GLOBAL_ATOMIC && word.atomic;
-  if (word.write_stamp && !both_atomic) {
-    bool before = word.write_stamp >= block_start && !word.atomic_before &&
-                  (word.write_stamp < block_stamp || !word.atomic) &&
-                  ordered(word.write_stamp, word.writer, thread);
-    if (!before)
+         buffer.given.index, word.read.line);
+  auto check = [&](const Past& past, const char* verb) {
+    if (!precedes(past, thread, false))
       fail(now.thread, line, file,
-           "race: element %llu of buffer %d is %s, which thread %u of block %u wrote at line %d%s with no barrier between",
-           element, buffer.given.index, verb, word.writer % given.threads, word.writer / given.threads, word.write_line,
-           word.atomic ? " by an atomic" : "");
-  }
-  if (write) {
-    if (word.read_stamp && (word.read_stamp < block_start || !reads_ordered(word, thread)))
-      fail(now.thread, line, file,
-           "race: element %llu of buffer %d is written, which thread %u of block %u read at line %d with no barrier between",
-           element, buffer.given.index, word.reader % given.threads, word.reader / given.threads, word.read_line);
-    word.atomic_before = both_atomic && (word.atomic_before || word.write_stamp < block_start);
-    word.atomic = access == GLOBAL_ATOMIC;
-    note_write(word, thread, line);
-  } else {
-    note_read(word, thread, false, line);
-  }
+           "race: element %llu of buffer %d is %s, which thread %u of block %u%s %s at line %d with no barrier between", element,
+           buffer.given.index, write ? "written" : "read", past.thread % given.threads, past.thread / given.threads,
+           past.others ? " and others" : "", verb, past.line);
+  };
+  check(word.write, "wrote");
+  if (access != GLOBAL_ATOMIC) check(word.atomic, "changed by an atomic");
+  if (write) check(word.read, "read");
+  if (access == GLOBAL_ATOMIC) return note(word.atomic, thread, false, true, line);
+  note(write ? word.write : word.read, thread, false, !write, line);
+  word.read.constant |= constant;
 }
 
 // ------ collectives

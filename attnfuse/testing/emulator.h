@@ -1,5 +1,5 @@
-// The primitives of kernels/volta/device.cuh for g++ and clang++, checked and counted: a kernel is compiled with this included before it,
-// and linked with emulator.cpp, which runs its threads. attnfuse/testing/emulated.py does both.
+// The primitives of kernels/volta/device.cuh for g++ and clang++, checked and counted: a kernel is compiled with this included before
+// it, and linked with the library of emulator.cpp, which runs its threads. attnfuse/testing/emulated.py does both.
 //
 // Every access gives the line that it stands on by default arguments. Accesses are checked before they happen, so that a wrong
 // address ends the run with a message and not the process.
@@ -71,6 +71,9 @@ struct Launch {
   int buffer_count, track, count;
 };
 
+// What the library of emulator.cpp has.
+#pragma GCC visibility push(default)
+
 extern Now now;
 
 // Runs the other lanes until all are here, then does what the collective does. `data` is one of the structs below.
@@ -80,6 +83,8 @@ void global(int access, const void* p, int bytes, int line, const char* file);
 
 int launch(const Launch& launch, void (*start)(const void*), const void* argument);
 int refuse(const char* kernel, const char* what, u64 given, u64 wanted);
+
+#pragma GCC visibility pop
 
 struct Shuffle {
   u32 value;

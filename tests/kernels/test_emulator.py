@@ -15,6 +15,7 @@ import torch
 from repository import ROOT
 
 from attnfuse.kernels.cache import BuildError
+from attnfuse.kernels.cpu.build import compiler
 from attnfuse.testing import emulated
 
 DEVICE = ROOT / "kernels" / "volta" / "device.cuh"
@@ -888,6 +889,28 @@ def test_sectors_of_four_words(counted: emulated.Kernels, stride: int, sectors: 
     counts = run(counted, "four_floats", n=stride, x=x, y=y)
     assert (counts.global_load_sectors, counts.global_load_bytes) == (sectors, 512)
     assert (counts.global_store_sectors, counts.global_store_bytes) == (16, 512)
+
+
+def test_locals_that_nobody_set_are_not_zero(directory: Path) -> None:
+    text = (
+        HEAD
+        + """
+KERNEL(32, 1) sum(const Problem p) {
+  float d[8];
+  for (int i = 0; i < 8; i += p.n) d[i] = 0.0f;
+  for (int i = 0; i < 8; i++) store_global(p.y + 8 * thread_index() + i, d[i]);
+}
+"""
+    )
+    if not emulated.poisons_locals(compiler()[0]):
+        pytest.skip("the compiler has no -ftrivial-auto-var-init")
+    kernels = emulated.build(text, directory)
+    y = nans(32, 8)
+    run(kernels, "sum", n=1, y=y)
+    assert (y == 0).all()
+    run(kernels, "sum", n=2, y=y)
+    assert (y[:, ::2] == 0).all()
+    assert (y[:, 1::2].abs() > 1e30).all()
 
 
 def test_views_of_one_memory_may_be_buffers_of_their_own(wrong: emulated.Kernels) -> None:

@@ -135,8 +135,8 @@ struct Warp {
   u32 stamp;  // of the last sync_warp or sync_block
 };
 
-// Who else did it beside the thread that is noted.
-enum Others : unsigned char { NOBODY, LANES_OF_WARP, WARPS_OF_BLOCK, BLOCKS };
+// Who else of its block did it, beside the thread that is noted.
+enum Others : unsigned char { NOBODY, LANES_OF_WARP, WARPS_OF_BLOCK };
 
 // What was done to one word in one way, as far as what comes later can tell it apart. A stamp of 0: nothing.
 struct Past {
@@ -358,7 +358,8 @@ unsigned short short_line(int line) { return static_cast<unsigned short>(std::mi
 
 // Whether all of this comes before what `thread`, or its whole warp together, does now.
 bool precedes(const Past& past, u32 thread, bool whole_warp) {
-  if (past.others == BLOCKS || past.stamp < block_start) return !past.stamp;
+  // nothing orders blocks
+  if (past.stamp < block_start) return !past.stamp;
   if (past.stamp < block_stamp) return true;
   if (past.others == WARPS_OF_BLOCK || past.thread / LANES != thread / LANES) return false;
   if (past.stamp < warps[running_warp].stamp) return true;
@@ -370,10 +371,8 @@ void note(Past& past, u32 thread, bool whole_warp, bool beside, int line) {
   u32 stamp = warps[running_warp].stamp;
   past.line = short_line(line);
   if (beside && past.stamp) {
-    if (past.stamp < block_start || past.others == BLOCKS) {
-      past.others = BLOCKS;
-      return;
-    }
+    // what another block did counts for the rest of the launch
+    if (past.stamp < block_start) return;
     if (past.stamp >= block_stamp) {
       if (past.others == WARPS_OF_BLOCK) return;
       if (past.thread / LANES != thread / LANES) {

@@ -7,11 +7,9 @@
 // What may not depend on that order is checked by time stamps and not by trying orders: an access is ordered after another one if it is of
 // the same thread, if all threads of the block met at sync_block between the two, or if both are of one warp and it met at
 // sync_warp. Shuffles and matrix instructions order nothing, as CUDA says of them.
-#include "emulator.h"
-
 #include <stdarg.h>
 #include <stdio.h>
-#include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 
 #ifdef __F16C__
@@ -21,6 +19,8 @@
 #include <algorithm>
 #include <unordered_map>
 #include <vector>
+
+#include "emulator.h"
 
 #if !defined(__x86_64__) || defined(EMULATED_UCONTEXT)
 #define EMULATED_SWITCH_BY_UCONTEXT 1

@@ -5,8 +5,11 @@
 // address ends the run with a message and not the process.
 #pragma once
 
+// libstdc++'s own headers of these names include most of the library, which costs more time than a small kernel
+#define _GLIBCXX_INCLUDE_NEXT_C_HEADERS
 #include <math.h>
-#include <string.h>
+#include <stdlib.h>
+#undef _GLIBCXX_INCLUDE_NEXT_C_HEADERS
 
 #ifndef __CUDA_ARCH__
 #define __CUDA_ARCH__ 750
@@ -131,13 +134,13 @@ DEVICE void sync_warp(AT) { emulated::meet(emulated::SYNC_WARP, nullptr, line, f
 
 DEVICE float float_of_bits(u32 x) {
   float y;
-  memcpy(&y, &x, 4);
+  __builtin_memcpy(&y, &x, 4);
   return y;
 }
 
 DEVICE u32 bits_of(float x) {
   u32 y;
-  memcpy(&y, &x, 4);
+  __builtin_memcpy(&y, &x, 4);
   return y;
 }
 
@@ -237,14 +240,14 @@ template <class T>
 DEVICE T load_shared_as(const void* p, int line, const char* file) {
   shared(SHARED_LOAD, p, sizeof(T), line, file);
   T x;
-  memcpy(&x, p, sizeof(T));
+  __builtin_memcpy(&x, p, sizeof(T));
   return x;
 }
 
 template <class T>
 DEVICE void store_shared_as(void* p, const T& x, int line, const char* file) {
   shared(SHARED_STORE, p, sizeof(T), line, file);
-  memcpy(p, &x, sizeof(T));
+  __builtin_memcpy(p, &x, sizeof(T));
 }
 
 }  // namespace emulated

@@ -801,6 +801,22 @@ def test_races_are_those_that_no_barrier_orders(directory: Path) -> None:
     assert 200 < sum(verdicts) < 600
 
 
+def test_a_race_is_found_whoever_comes_first(directory: Path) -> None:
+    kernels = emulated.build(PROGRAM, directory, name="program.cu")
+    # both warps read a word, and one of them, after its own barrier, writes it
+    table = torch.zeros(1, 64, ROUNDS, dtype=torch.int32)
+    table[0, 0, 0] = table[0, 32, 0] = 1 * 4
+    table[0, 0, 1] = 2 * 4
+    barriers = torch.ones(1, ROUNDS, 2, dtype=torch.int32)
+    launch = {"threads": 64, "shared_bytes": 256, "n": ROUNDS, "a": table, "b": barriers, "y": torch.zeros(4)}
+    messages = set()
+    for seed in range(200):
+        with pytest.raises(emulated.EmulationError, match="race: ") as caught:
+            run(kernels, "program", seed=seed, **launch)
+        messages.add(str(caught.value))
+    assert any("is read" in m for m in messages) and any("thread 0 and others read" in m for m in messages)
+
+
 COUNTED = (
     HEAD
     + """

@@ -41,7 +41,7 @@ _COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing",
 #: Of the emulator, which is compiled once. Kernels are compiled often, and most of their time goes to the emulator.
 EMULATOR_FLAGS = ("-O3", "-march=native", "-fno-semantic-interposition", "-Wl,-Bsymbolic")
 _KERNEL_FLAGS = (
-    "-O1",
+    "-Og",
     "-DEMULATED",
     "-Werror=return-type",
     "-fno-exceptions",

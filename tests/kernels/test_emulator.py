@@ -831,6 +831,11 @@ KERNEL(32, 1) uneven(const Problem p) {
   FILLED;
   for (int i = 0; i < t % 3; i++) load_shared(s + 32 * i + t);
 }
+KERNEL(32, 1) first_lanes(const Problem p) {
+  FILLED;
+  load_shared4(s + 4 * t);
+  if (t < 8) load_shared4(s + 4 * t);
+}
 KERNEL(32, 1) sectors(const Problem p) { int t = thread_index(); load_global(p.x + t * p.n + (p.n == 1)); }
 KERNEL(32, 1) four_floats(const Problem p) {
   int t = thread_index();
@@ -893,6 +898,8 @@ def test_what_lanes_do_for_the_same_time_is_one_instruction(counted: emulated.Ke
     counts = run(counted, "uneven", shared_bytes=8192)
     # lanes of 1 and 2 modulo 3 load once, and those of 2 a second time
     assert [(at.instructions, at.wavefronts) for at in counts.lines if at.access == "shared load"] == [(2, 2)]
+    counts = run(counted, "first_lanes", shared_bytes=8192)
+    assert [(at.wavefronts, at.ideal) for at in counts.lines if at.access == "shared load"] == [(4, 4), (1, 1)]
 
 
 def test_barriers_and_exponentials_are_counted(counted: emulated.Kernels) -> None:

@@ -166,7 +166,7 @@ KERNEL(64, 1) words_of_shared(const Problem p) {
 }
 
 KERNEL(128, 2) atomics(const Problem p) {
-  int i = block_index() * 128 + thread_index();
+  int i = block_index() * p.n + thread_index();
   add_global(p.y, load_global(p.x + i));
   max_global(into<int>(p.d), i * 37 % 101);
 }
@@ -413,16 +413,24 @@ def test_shared_memory_holds_words_of_every_size(primitives: emulated.Kernels) -
     assert torch.equal(out, x.flip(0))
 
 
-def test_atomics_are_of_all_blocks_and_their_order_is_the_seeds(primitives: emulated.Kernels) -> None:
+@pytest.mark.parametrize(
+    ("blocks", "threads", "apart"),
+    [(4, 128, 1), (1, 32, 1), (1, 128, 32), (16, 32, 32)],
+    ids=["all", "lanes", "warps", "blocks"],
+)
+def test_atomics_are_of_all_threads_and_their_order_is_the_seeds(
+    primitives: emulated.Kernels, blocks: int, threads: int, apart: int
+) -> None:
     torch.manual_seed(5)
-    x = torch.randn(512) * 10.0 ** torch.randint(-4, 5, (512,))
+    x = torch.zeros(blocks * threads)
+    # sums of numbers of such different size depend on their order
+    x[::apart] = torch.randn(len(x) // apart) * 10.0 ** torch.randint(-4, 5, (len(x) // apart,))
     results = {}
-    for seed in [*range(6), *range(6)]:
+    for seed in [*range(8), *range(8)]:
         total, most = torch.zeros(1), torch.zeros(1, dtype=torch.int32)
-        counts = run(primitives, "atomics", blocks=4, threads=128, x=x, y=total, d=most, seed=seed)
-        assert counts.atomics == 1024 and most.item() == 100
+        counts = run(primitives, "atomics", blocks=blocks, threads=threads, n=threads, x=x, y=total, d=most, seed=seed)
+        assert counts.atomics == 2 * len(x) and most.item() == max(i * 37 % 101 for i in range(len(x)))
         torch.testing.assert_close(total.double(), x.double().sum()[None], rtol=1e-4, atol=1e-2)
-        # the same seed, the same order
         assert results.setdefault(seed, total.item()) == total.item()
     assert len(set(results.values())) > 1
 

@@ -1,8 +1,8 @@
 """Runs the CUDA C++ kernels of `kernels/volta` on the CPU, and finds what a GPU would let pass.
 
-The text of a kernel is compiled by the C++ compiler with `emulator.h` in the place of `kernels/volta/device.cuh`: the same
-primitives, each checked and counted. Threads are fibers of one thread of the CPU. Lanes of a warp meet at collectives, warps
-of a block at `sync_block`; in between a seed chooses who runs first.
+The text of a kernel is compiled by the C++ compiler with `emulator/primitives.h` in the place of `kernels/volta/device.cuh`: the
+same primitives, each checked and counted. Threads are fibers of one thread of the CPU. Lanes of a warp meet at collectives,
+warps of a block at `sync_block`; in between a seed chooses who runs first.
 
 Errors: lanes that meet at different collectives, a barrier that some threads do not reach; races, by what barriers order, in
 shared memory and in buffers that are written; shared memory that nobody wrote; accesses out of bounds or misaligned.
@@ -34,9 +34,9 @@ import torch
 from attnfuse.kernels.cache import BuildError
 from attnfuse.kernels.cpu.build import compiler
 
-_HERE = Path(__file__).parent
-_HEADER = _HERE / "emulator.h"
-_SOURCE = _HERE / "emulator.cpp"
+_HERE = Path(__file__).parent / "emulator"
+_HEADER = _HERE / "primitives.h"
+_SOURCE = _HERE / "machine.cpp"
 _COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off")
 #: Of the emulator, which is compiled once. Kernels are compiled often, and most of their time goes to the emulator.
 EMULATOR_FLAGS = ("-O3", "-march=native", "-fno-semantic-interposition", "-Wl,-Bsymbolic")
@@ -61,7 +61,7 @@ extern "C" __attribute__((visibility("default"))) int emulated_launch_{name}(
 }}
 """
 
-#: Accesses by the number that emulator.h gives them.
+#: Accesses by the number that primitives.h gives them.
 ACCESSES = (
     "shared load",
     "shared store",
@@ -397,7 +397,7 @@ def _emulator(directory: Path) -> Path:
     """The emulator, compiled for this processor."""
     command = [*compiler(), *_COMMON, *EMULATOR_FLAGS]
     digest = hashlib.sha256(repr((command, platform.machine(), _processor())).encode())
-    for source in (_HEADER, _SOURCE):
+    for source in sorted([*_HERE.glob("*.h"), *_HERE.glob("*.cpp")]):
         digest.update(source.read_bytes())
     path = directory / f"emulator-{digest.hexdigest()[:32]}.so"
     if not path.exists():

@@ -845,6 +845,7 @@ KERNEL(32, 1) first_lanes(const Problem p) {
   if (t < 8) load_shared4(s + 4 * t);
 }
 KERNEL(32, 1) sectors(const Problem p) { int t = thread_index(); load_global(p.x + t * p.n + (p.n == 1)); }
+KERNEL(32, 1) two_sectors(const Problem p) { load_global(p.x + thread_index() % 2 * 8); }
 KERNEL(32, 1) four_floats(const Problem p) {
   int t = thread_index();
   store_global(reinterpret_cast<U4*>(p.y) + t, load_global(reinterpret_cast<const U4*>(p.x) + t * p.n));
@@ -922,6 +923,7 @@ def test_sectors_of_words(counted: emulated.Kernels, stride: int, sectors: int) 
     assert x.data_ptr() % 32 == 0
     counts = run(counted, "sectors", n=stride, x=x)
     assert (counts.global_load_sectors, counts.global_load_bytes) == (sectors, 128)
+    assert run(counted, "two_sectors", x=x).global_load_sectors == 2
 
 
 @pytest.mark.parametrize(("stride", "sectors"), [(1, 16), (2, 32)])
@@ -1026,7 +1028,7 @@ def declared(text: str) -> set[tuple[str, int]]:
 
 def test_emulator_and_device_have_the_same_primitives() -> None:
     device = declared(DEVICE.read_text())
-    header = declared((ROOT / "attnfuse" / "testing" / "emulator.h").read_text())
+    header = declared((ROOT / "attnfuse" / "testing" / "emulator" / "primitives.h").read_text())
     assert len(device) > 40
     # how device.cuh gives ldmatrix its address
     assert device - {("address_in_shared", 1)} == header

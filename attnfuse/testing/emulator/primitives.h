@@ -1,8 +1,9 @@
-// The primitives of kernels/volta/device.cuh for g++ and clang++, checked and counted: a kernel is compiled with this included before
-// it, and linked with the library of emulator.cpp, which runs its threads. attnfuse/testing/emulated.py does both.
+// The primitives of kernels/volta/device.cuh for g++ and clang++, checked and counted: a kernel is compiled with this
+// included before it, and linked with the library of machine.cpp, which runs its threads. attnfuse/testing/emulated.py
+// does both.
 //
-// Every access gives the line that it stands on by default arguments. Accesses are checked before they happen, so that a wrong
-// address ends the run with a message and not the process.
+// Every access gives the line that it stands on by default arguments. Accesses are checked before they happen, so that
+// a wrong address ends the run with a message and not the process.
 #pragma once
 
 // libstdc++'s own headers of these names include most of the library, which costs more time than a small kernel
@@ -49,7 +50,15 @@ enum Collective : int {
   MULTIPLY_884,  // and the three after it: A_COL * 2 + B_ROW is added
 };
 
-enum Access : int { SHARED_LOAD, SHARED_STORE, GLOBAL_LOAD, GLOBAL_LOAD_CHANGING, GLOBAL_STORE, GLOBAL_ATOMIC, MATRIX_LOAD };
+enum Access : int {
+  SHARED_LOAD,
+  SHARED_STORE,
+  GLOBAL_LOAD,
+  GLOBAL_LOAD_CHANGING,
+  GLOBAL_STORE,
+  GLOBAL_ATOMIC,
+  MATRIX_LOAD,
+};
 
 // The thread that runs.
 struct Now {
@@ -74,7 +83,7 @@ struct Launch {
   int buffer_count, track, count;
 };
 
-// What the library of emulator.cpp has.
+// What the library of machine.cpp has.
 #pragma GCC visibility push(default)
 
 extern Now now;

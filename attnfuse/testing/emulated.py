@@ -1,8 +1,8 @@
 """Runs the CUDA C++ kernels of `kernels/volta` on the CPU, and finds what a GPU would let pass.
 
-The text of a kernel is compiled by the C++ compiler with `emulator.h` in the place of `kernels/volta/device.cuh`: the same
-primitives, each checked and counted. Threads are fibers of one thread of the CPU. Lanes of a warp meet at collectives, warps
-of a block at `sync_block`; in between a seed chooses who runs first.
+The text of a kernel is compiled by the C++ compiler with `emulator/primitives.h` in the place of `kernels/volta/device.cuh`: the
+same primitives, each checked and counted. Threads are fibers of one thread of the CPU. Lanes of a warp meet at collectives,
+warps of a block at `sync_block`; in between a seed chooses who runs first.
 
 Errors: lanes that meet at different collectives, a barrier that some threads do not reach; races, by what barriers order, in
 shared memory and in buffers that are written; shared memory that nobody wrote; accesses out of bounds or misaligned.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import math
 import os
@@ -33,13 +34,22 @@ import torch
 from attnfuse.kernels.cache import BuildError
 from attnfuse.kernels.cpu.build import compiler
 
-_HERE = Path(__file__).parent
-_HEADER = _HERE / "emulator.h"
-_SOURCE = _HERE / "emulator.cpp"
+_HERE = Path(__file__).parent / "emulator"
+_HEADER = _HERE / "primitives.h"
+_SOURCE = _HERE / "machine.cpp"
 _COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off")
-# the emulator is compiled once; kernels often, and most of their time goes to the emulator
-_EMULATOR_FLAGS = ("-O3", "-march=native")
-_KERNEL_FLAGS = ("-O1", "-w", "-DEMULATED", "-fno-exceptions", "-fno-asynchronous-unwind-tables", "-fno-math-errno")
+#: Of the emulator, which is compiled once. Kernels are compiled often, and most of their time goes to the emulator.
+EMULATOR_FLAGS = ("-O3", "-march=native", "-fno-semantic-interposition", "-Wl,-Bsymbolic")
+_KERNEL_FLAGS = (
+    "-Og",
+    "-DEMULATED",
+    "-Werror=return-type",
+    "-fno-exceptions",
+    "-fno-asynchronous-unwind-tables",
+    "-fno-math-errno",
+)
+# locals that nobody set are large numbers
+_POISON = "-ftrivial-auto-var-init=pattern"
 _LOCK_SECONDS = 300.0
 
 _KERNEL = re.compile(r"^\s*KERNEL\(([^,\n]+),[^\n]*?\)\s+(\w+)\s*\(", re.MULTILINE)
@@ -51,7 +61,7 @@ extern "C" __attribute__((visibility("default"))) int emulated_launch_{name}(
 }}
 """
 
-#: Accesses by the number that emulator.h gives them.
+#: Accesses by the number that primitives.h gives them.
 ACCESSES = (
     "shared load",
     "shared store",
@@ -200,17 +210,21 @@ class _Totals(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint64) for name in _TOTALS]
 
 
+# the emulator is one machine, and ctypes lets other threads run
+_lock = threading.Lock()
+
+
 class Kernels:
     """The kernels of one text, compiled. `build` makes them."""
 
-    def __init__(self, path: Path, names: tuple[str, ...]) -> None:
+    def __init__(self, path: Path, emulator: Path, names: tuple[str, ...]) -> None:
         self.names = names
+        self.directory = path.parent
         self._library = ctypes.CDLL(str(path))
-        self._library.emulated_message.restype = ctypes.c_char_p
-        self._library.emulated_totals.restype = ctypes.POINTER(_Totals)
-        self._library.emulated_lines.restype = ctypes.POINTER(_Line)
-        # the library has one machine, and ctypes lets other threads run
-        self._lock = threading.Lock()
+        self._emulator = ctypes.CDLL(str(emulator))
+        self._emulator.emulated_message.restype = ctypes.c_char_p
+        self._emulator.emulated_totals.restype = ctypes.POINTER(_Totals)
+        self._emulator.emulated_lines.restype = ctypes.POINTER(_Line)
 
     def run(
         self,
@@ -252,17 +266,17 @@ class Kernels:
         )
         start = getattr(self._library, f"emulated_launch_{name}")
         start.argtypes = [ctypes.POINTER(_Launch), ctypes.c_void_p, ctypes.c_uint64]
-        with self._lock:
+        with _lock:
             failed = start(ctypes.byref(launch), ctypes.addressof(argument), ctypes.sizeof(argument))
             del keep
             if failed:
-                raise EmulationError(self._library.emulated_message().decode(errors="replace"))
+                raise EmulationError(self._emulator.emulated_message().decode(errors="replace"))
             return self._counts()
 
     def _counts(self) -> Counts:
-        totals = self._library.emulated_totals().contents
-        found = self._library.emulated_lines()
-        lines = [found[i] for i in range(self._library.emulated_line_count())]
+        totals = self._emulator.emulated_totals().contents
+        found = self._emulator.emulated_lines()
+        lines = [found[i] for i in range(self._emulator.emulated_line_count())]
         return Counts(
             **{name: getattr(totals, name) for name in _TOTALS},
             lines=tuple(
@@ -355,31 +369,41 @@ def build(text: str, directory: Path, *, capability: tuple[int, int] = (7, 5), n
         *compiler(),
         *_COMMON,
         *_KERNEL_FLAGS,
+        *([_POISON] if poisons_locals(compiler()[0]) else []),
         f"-D__CUDA_ARCH__={capability[0] * 100 + capability[1] * 10}",
     ]
     whole = f'#line 1 "{name}"\n{text}\n#line 1 "starts"\n{starts}'
-    emulator = _emulator(directory)
-    digest = hashlib.sha256("\0".join([emulator.name, *command, whole]).encode()).hexdigest()[:32]
+    directory.mkdir(parents=True, exist_ok=True)
+    emulator = _emulator(directory.resolve())
+    # kernels look for the emulator where it was when they were linked
+    digest = hashlib.sha256("\0".join([str(emulator), *command, whole]).encode()).hexdigest()[:32]
     path = directory / f"kernels-{digest}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=directory) as temporary:
             source = Path(temporary) / "kernel.cpp"
             source.write_text(whole)
             _compile([*command, "-shared", "-include", str(_HEADER), str(source), str(emulator)], path)
-    return Kernels(path, tuple(kernels))
+    return Kernels(path, emulator, tuple(kernels))
+
+
+@functools.cache
+def poisons_locals(cxx: str) -> bool:
+    """Whether this compiler can give locals that a kernel does not set a large number."""
+    tried = subprocess.run([cxx, _POISON, "-E", "-x", "c++", os.devnull], capture_output=True, check=False)
+    return tried.returncode == 0
 
 
 def _emulator(directory: Path) -> Path:
     """The emulator, compiled for this processor."""
-    command = [*compiler(), *_COMMON, *_EMULATOR_FLAGS]
+    command = [*compiler(), *_COMMON, *EMULATOR_FLAGS]
     digest = hashlib.sha256(repr((command, platform.machine(), _processor())).encode())
-    for source in (_HEADER, _SOURCE):
+    for source in sorted([*_HERE.glob("*.h"), *_HERE.glob("*.cpp")]):
         digest.update(source.read_bytes())
-    path = directory / f"emulator-{digest.hexdigest()[:32]}.o"
+    path = directory / f"emulator-{digest.hexdigest()[:32]}.so"
     if not path.exists():
         with filelock.FileLock(f"{path}.lock", timeout=_LOCK_SECONDS):
             if not path.exists():
-                _compile([*command, "-c", str(_SOURCE)], path)
+                _compile([*command, "-shared", str(_SOURCE)], path)
     return path
 
 

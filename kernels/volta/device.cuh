@@ -1,8 +1,9 @@
-// The primitives that the kernels for compute capability 7.0 and 7.5 are written in, as the device has them. No header is included:
-// NVRTC compiles this with nothing beside it. attnfuse/testing/emulator.h has the same names for g++, checked and counted.
+// The primitives that the kernels for compute capability 7.0 and 7.5 are written in, as the device has them. No header
+// is included: NVRTC compiles this with nothing beside it. attnfuse/testing/emulator/primitives.h has the same names
+// for g++, checked and counted.
 //
-// Shared memory and global memory are read and written only by the functions below; what is called a collective is called by all
-// lanes of a warp at the same place.
+// Shared memory and global memory are read and written only by the functions below; what is called a collective is
+// called by all lanes of a warp at the same place.
 // Source: PTX ISA 8.5, chapters 9.7.9 (data movement), 9.7.14 (matrix multiply-accumulate).
 
 typedef unsigned short u16;
@@ -146,8 +147,8 @@ DEVICE u32 address_in_shared(const void* p) {
   return address;
 }
 
-// Four matrices of 8 x 8 halves. Lane l gives the address of row l % 8 of matrix l / 8, a multiple of 16 bytes, and gets from matrix i in
-// r[i] the elements (l / 4, l % 4 * 2) and the one right of it.
+// Four matrices of 8 x 8 halves. Lane l gives the address of row l % 8 of matrix l / 8, a multiple of 16 bytes, and
+// gets from matrix i in r[i] the elements (l / 4, l % 4 * 2) and the one right of it.
 DEVICE void load_matrices(u32 (&r)[4], const u32* row) {
   // the compiler must not move it across stores and barriers
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -264,8 +265,8 @@ DEVICE void max_global(int* p, int x) {
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])     \
                : "r"(a0), "r"(a1), "r"(b0), "r"(b1))
 
-// d += a @ b for four pairs of quads, lanes {0-3, 16-19}, {4-7, 20-23} and so on, each with an a [8, 4], b [4, 8] and d [8, 8] of its own.
-// A_COL: a is given by columns (.col) and not by rows; B_ROW: b by rows (.row) and not by columns.
+// d += a @ b for four pairs of quads, lanes {0-3, 16-19}, {4-7, 20-23} and so on, each with an a [8, 4], b [4, 8] and d
+// [8, 8] of its own. A_COL: a is given by columns (.col) and not by rows; B_ROW: b by rows (.row) and not by columns.
 template <bool A_COL, bool B_ROW>
 DEVICE void multiply_884(float (&d)[8], u32 a0, u32 a1, u32 b0, u32 b1) {
   if constexpr (A_COL && B_ROW)

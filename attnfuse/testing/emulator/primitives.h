@@ -1,12 +1,16 @@
-// The primitives of kernels/volta/device.cuh for g++ and clang++, checked and counted: a kernel is compiled with this included before it,
-// and linked with emulator.cpp, which runs its threads. attnfuse/testing/emulated.py does both.
+// The primitives of kernels/volta/device.cuh for g++ and clang++, checked and counted: a kernel is compiled with this
+// included before it, and linked with the library of machine.cpp, which runs its threads. attnfuse/testing/emulated.py
+// does both.
 //
-// Every access gives the line that it stands on by default arguments. Accesses are checked before they happen, so that a wrong
-// address ends the run with a message and not the process.
+// Every access gives the line that it stands on by default arguments. Accesses are checked before they happen, so that
+// a wrong address ends the run with a message and not the process.
 #pragma once
 
+// libstdc++'s own headers of these names include most of the library, which costs more time than a small kernel
+#define _GLIBCXX_INCLUDE_NEXT_C_HEADERS
 #include <math.h>
-#include <string.h>
+#include <stdlib.h>
+#undef _GLIBCXX_INCLUDE_NEXT_C_HEADERS
 
 #ifndef __CUDA_ARCH__
 #define __CUDA_ARCH__ 750
@@ -46,7 +50,15 @@ enum Collective : int {
   MULTIPLY_884,  // and the three after it: A_COL * 2 + B_ROW is added
 };
 
-enum Access : int { SHARED_LOAD, SHARED_STORE, GLOBAL_LOAD, GLOBAL_LOAD_CHANGING, GLOBAL_STORE, GLOBAL_ATOMIC, MATRIX_LOAD };
+enum Access : int {
+  SHARED_LOAD,
+  SHARED_STORE,
+  GLOBAL_LOAD,
+  GLOBAL_LOAD_CHANGING,
+  GLOBAL_STORE,
+  GLOBAL_ATOMIC,
+  MATRIX_LOAD,
+};
 
 // The thread that runs.
 struct Now {
@@ -71,6 +83,9 @@ struct Launch {
   int buffer_count, track, count;
 };
 
+// What the library of machine.cpp has.
+#pragma GCC visibility push(default)
+
 extern Now now;
 
 // Runs the other lanes until all are here, then does what the collective does. `data` is one of the structs below.
@@ -80,6 +95,8 @@ void global(int access, const void* p, int bytes, int line, const char* file);
 
 int launch(const Launch& launch, void (*start)(const void*), const void* argument);
 int refuse(const char* kernel, const char* what, u64 given, u64 wanted);
+
+#pragma GCC visibility pop
 
 struct Shuffle {
   u32 value;
@@ -126,13 +143,13 @@ DEVICE void sync_warp(AT) { emulated::meet(emulated::SYNC_WARP, nullptr, line, f
 
 DEVICE float float_of_bits(u32 x) {
   float y;
-  memcpy(&y, &x, 4);
+  __builtin_memcpy(&y, &x, 4);
   return y;
 }
 
 DEVICE u32 bits_of(float x) {
   u32 y;
-  memcpy(&y, &x, 4);
+  __builtin_memcpy(&y, &x, 4);
   return y;
 }
 
@@ -194,7 +211,7 @@ DEVICE float rsqrt_approximate(float x) { return 1.0f / sqrtf(emulated::flushed(
 // The device's is wrong by up to 2^-11 of it; cutting bits off leaves an error of that size here as well.
 DEVICE float tanh_approximate(float x) {
   float y = tanhf(x);
-  return y != y ? y : float_of_bits(bits_of(y) & 0xffffe000u);
+  return y != y ? y : float_of_bits(bits_of(y) & 0xfffff000u);
 }
 #endif
 
@@ -232,14 +249,14 @@ template <class T>
 DEVICE T load_shared_as(const void* p, int line, const char* file) {
   shared(SHARED_LOAD, p, sizeof(T), line, file);
   T x;
-  memcpy(&x, p, sizeof(T));
+  __builtin_memcpy(&x, p, sizeof(T));
   return x;
 }
 
 template <class T>
 DEVICE void store_shared_as(void* p, const T& x, int line, const char* file) {
   shared(SHARED_STORE, p, sizeof(T), line, file);
-  memcpy(p, &x, sizeof(T));
+  __builtin_memcpy(p, &x, sizeof(T));
 }
 
 }  // namespace emulated

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from attnfuse import reasons
-from attnfuse.kernels import ascend, cpu, gluon, library, triton
-from attnfuse.kernels.capability import NUMBERS, STEPS, WEIGHT_STEPS, Capability, filled_weights
+from attnfuse.kernels import ascend, cpu, gluon, library, triton, volta
+from attnfuse.kernels.capability import Capability
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.inputs import DENSE, Bounds
 from attnfuse.kernels.library import banded, flash4, varlen
@@ -41,6 +41,7 @@ class Kernel:
 
 CPU = Kernel("cpu", cpu.CAPABILITY, "attnfuse.kernels.cpu")
 TRITON = Kernel("triton", triton.CAPABILITY, "attnfuse.kernels.triton")
+VOLTA = Kernel("volta", volta.CAPABILITY, "attnfuse.kernels.volta")
 # not chosen before a device has shown what it does; under the option tune it is compared
 GLUON = Kernel("gluon", gluon.CAPABILITY, "attnfuse.kernels.gluon", on_request=True)
 ASCEND = Kernel("ascend", ascend.CAPABILITY, "attnfuse.kernels.ascend")
@@ -62,6 +63,7 @@ FLASH4, VARLEN = (
 KERNELS: tuple[Kernel, ...] = (
     CPU,
     TRITON,
+    VOLTA,
     ASCEND,
     ASCEND_INFERENCE,
     GLUON,
@@ -87,6 +89,8 @@ PLAIN_FIRST: dict[int, tuple[Kernel, ...]] = {
 
 #: What `tune` compares with those, by compute capability.
 COMPARED: dict[int, tuple[Kernel, ...]] = {
+    70: (EFFICIENT,),
+    75: (EFFICIENT,),
     80: (VARLEN,),
     86: (VARLEN,),
     89: (VARLEN,),
@@ -94,27 +98,6 @@ COMPARED: dict[int, tuple[Kernel, ...]] = {
     100: (GLUON, FLASH4, VARLEN),
     103: (FLASH4, VARLEN),
     120: (VARLEN,),
-}
-
-
-def _no_bfloat16_casts(spec: Attention) -> list[Reason]:
-    return [] if spec.out_dtype == spec.v_dtype == spec.qk_dtype else [reasons.KERNEL_SEVERAL_DTYPES()]
-
-
-#: What the kernels to come will take, so that every spec is held against it from the beginning; they are not chosen yet.
-PLANNED: dict[str, Capability] = {
-    # m8n8k4 tensor cores multiply float16 alone
-    "volta": Capability(
-        frozenset({"cuda"}),
-        frozenset({"float16"}),
-        NUMBERS,
-        STEPS,
-        WEIGHT_STEPS,
-        head_dims=128,
-        least=70,
-        most=75,
-        also=lambda spec: [*filled_weights(spec), *_no_bfloat16_casts(spec)],
-    ),
 }
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from attnfuse.kernels import sink
-from attnfuse.kernels.sizes import Sizes
 from attnfuse.kernels.program.traits import by_columns
+from attnfuse.kernels.sizes import Sizes
 from attnfuse.spec import Attention
 from attnfuse.warning import warn
 

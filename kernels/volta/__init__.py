@@ -1,7 +1,7 @@
 """Fused attention in CUDA C++ for compute capability 7.0 and 7.5, whose tensor cores Triton does not use.
 
-Products are float16 with float32 sums. Memory is linear in Q + K; scores, sums and gradients of operands are float32. The kernels are
-compiled when they are first needed, by NVRTC.
+Products are float16 with float32 sums. Memory is linear in Q + K; scores, sums and gradients of operands are float32. The
+kernels are compiled when they are first needed, by NVRTC.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.layout import allocate, check_bounds
 from attnfuse.kernels.pages import no_pages
 from attnfuse.kernels.sizes import Sizes
-from attnfuse.kernels.volta import call, nvrtc
+from attnfuse.kernels.volta import call, driver, nvrtc, sources
 from attnfuse.kernels.volta.call import Run
 from attnfuse.reasons import Reason
 from attnfuse.spec import Attention
@@ -55,17 +55,21 @@ CAPABILITY = Capability(
 
 
 def _run(launch: call.Launch) -> None:
-    from attnfuse.kernels.volta import driver
+    """On the current stream of the device of its tensors."""
+    device = launch.tensors[0][0].device
+    image = nvrtc.compile(sources.for_device(launch.text), Device.of(device).capability)
+    function = driver.function(image, launch.kernel, device)
+    driver.launch(function, launch.blocks, launch.threads, launch.shared, launch.argument)
 
-    driver.run(launch)
 
-
-def forward(spec: Attention, inputs: Inputs, device: Device | None = None, run: Run = _run) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(
+    spec: Attention, inputs: Inputs, device: Device | None = None, run: Run = _run
+) -> tuple[torch.Tensor, torch.Tensor]:
     """out [*batch, Q, E] of float16 in spec.out_order; stats float32 [2, *batch, Q].
 
     q, k and v in float16. stats: the row maximum m and the row sum of exp(s - m). device, run: in place of that of the tensors
     and of what launches there. Raises ValueError for dims that are too long, other bounds and more operands than a launch takes,
-    BuildError where a kernel does not compile, and DriverError where it is not launched.
+    BuildError where a kernel does not compile, and driver.DriverError where it is not launched.
     """
     no_pages(spec)
     check_bounds(spec, inputs.bounds)

@@ -43,9 +43,7 @@ Run = Callable[[Launch], None]
 
 
 @functools.lru_cache(maxsize=512)
-def _forward_text(
-    spec: Attention, capability: int, sizes: tuple[int, int], made: tiles.Forward, pieces: bool
-) -> str:
+def _forward_text(spec: Attention, capability: int, sizes: tuple[int, int], made: tiles.Forward, pieces: bool) -> str:
     return sources.forward(spec, capability, sizes, made, pieces)
 
 
@@ -111,9 +109,7 @@ def backward(
     count = sizes.K // made.rows + sizes.sequences if sizes.packed_k else -(-sizes.K // made.rows)
     keys = Keys(sizes, count, -(-sizes.Q // made.queries))
     halves = [x for x in (*targets, out, dout, dq, keys.dk, keys.dv) if x.dtype == torch.float16]
-    text = _backward_text(
-        sizes.spec, capability, widths, made, in_pieces(*halves), sums.by_rows, sums.by_columns
-    )
+    text = _backward_text(sizes.spec, capability, widths, made, in_pieces(*halves), sums.by_rows, sums.by_columns)
     problem = _problem(sizes)
     problem.matrices(o=out, g=dout)
     problem.gradients(sums.targets)
@@ -142,8 +138,7 @@ def backward(
         blocks = count * (outer_heads if sizes.packed_k else keys.elements)
         run(_launch(problem, text, "along_keys", blocks, made.threads, made.shared(keys=True)))
     grads: list[torch.Tensor | None] = [
-        gradients.summed(sizes, x, g) if need else None
-        for x, g, need in zip(targets, (dq, keys.dk, keys.dv), needs)
+        gradients.summed(sizes, x, g) if need else None for x, g, need in zip(targets, (dq, keys.dk, keys.dv), needs)
     ]
     grads += sums.results()
     gradients.add_sink(sizes, grads, work, stats.shape[1:])
@@ -164,4 +159,3 @@ def _launch(problem: Problem, text: str, kernel: str, blocks: int, threads: int,
     # later launches change the struct
     argument = type(problem.struct).from_buffer_copy(problem.struct)
     return Launch(text, f"attention_{kernel}", blocks, threads, shared, argument, list(problem.tensors))
-

@@ -90,9 +90,11 @@ class Problem:
         given.sequences, given.heads = sizes.sequences, sizes.heads
         given.threshold = dropout.threshold(sizes.spec.dropout)
         given.keep_scale = 1.0 / (1.0 - sizes.spec.dropout) if sizes.spec.dropout < 1.0 else 0.0
-        self.addresses(seed=sizes.seed)
-        for name, bounds in (("q_bounds", sizes.bounds.q), ("k_bounds", sizes.bounds.k)):
-            self.addresses(**{name: None if bounds is None else bounds.to(torch.int64)})
+        self.addresses(
+            seed=sizes.seed,
+            q_bounds=_wide(sizes.bounds.q),
+            k_bounds=_wide(sizes.bounds.k),
+        )
 
     def _address(self, x: torch.Tensor, writes: bool = False) -> int:
         self.tensors.append((x, writes))
@@ -144,6 +146,10 @@ class Problem:
             self._set_row("gradient_batch", i, self.sizes.strides(x))
             steps = (0 if n == 1 else s for n, s in zip(x.shape[-2:], x.stride()[-2:]))
             self._set_row("gradient_st", i, tuple(steps))
+
+
+def _wide(bounds: torch.Tensor | None) -> torch.Tensor | None:
+    return None if bounds is None else bounds.to(torch.int64)
 
 
 def in_pieces(*tensors: torch.Tensor) -> bool:

@@ -21,6 +21,7 @@ def _file(name: str) -> str:
     return f'#line 1 "{name}"\n{text}'
 
 
+@functools.lru_cache(maxsize=512)
 def for_device(text: str) -> str:
     """A text with what it stands on: the primitives of a device."""
     return f"{_file('device.cuh')}\n{text}"

@@ -8,7 +8,7 @@ from kernel_cases import GATES, INF, STEPS, WEIGHTS, make_spec, qkv, randn
 
 from attnfuse import reasons
 from attnfuse.expr import causal
-from attnfuse.kernels import KERNELS, PLANNED, choose, kernel_named
+from attnfuse.kernels import choose, kernel_named, successor, volta
 from attnfuse.kernels.device import Device
 from attnfuse.reasons import Cause
 from attnfuse.spec import Attention, Bias, ReplaceFill, Scale
@@ -37,11 +37,40 @@ def test_other_vendors_gpus_of_type_cuda_get_triton_too() -> None:
     assert choice.kernel is not None and choice.kernel.name == "triton", choice.reasons
 
 
+@pytest.fixture
+def with_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were an NVRTC that knows every device."""
+    monkeypatch.setattr(volta.nvrtc, "available", lambda capability: None)
+
+
 @pytest.mark.parametrize("capability", [70, 75])
-def test_older_gpus_are_refused_with_the_reason(capability: int) -> None:
-    choice = choose(spec_of(), GPUS[capability])
+def test_gpus_before_ampere_get_kernels_of_their_own(capability: int, with_nvrtc: None) -> None:
+    for trains in (False, True):
+        choice = choose(spec_of(steps=STEPS["softcap"]), GPUS[capability], trains=trains)
+        assert choice.kernel is not None and choice.kernel.name == "volta", choice.reasons
+
+
+@pytest.mark.parametrize("capability", [70, 75])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpus_before_ampere_have_no_kernel_for_other_dtypes(
+    capability: int, dtype: torch.dtype, with_nvrtc: None
+) -> None:
+    choice = choose(spec_of(dtype), GPUS[capability])
     assert choice.kernel is None
     assert f"compute capability {capability / 10:.1f} (takes from 8.0 on)" in str(choice.reason)
+    assert f"q and k in {str(dtype).removeprefix('torch.')} (takes float16)" in str(choice.reason)
+
+
+def test_without_nvrtc_a_gpu_before_ampere_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(volta.nvrtc, "_libraries", lambda: iter(()))
+    monkeypatch.setattr(volta.nvrtc, "_known", {})
+    choice = choose(spec_of(), GPUS[70])
+    assert choice.kernel is None and "pip install 'attnfuse[volta]'" in str(choice.reason), choice.reason
+
+
+def test_a_gpu_before_ampere_falls_back_to_the_reference(with_nvrtc: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Device, "of", staticmethod(lambda device: GPUS[70]))
+    assert successor("volta", spec_of(), torch.device("cuda")).name == "reference"
 
 
 CHIPS = {"Ascend910B2": "ascend", "Ascend910_9391": "ascend", "Ascend310P3": "ascend_inference"}
@@ -93,20 +122,10 @@ def _with_operands(**fields: object) -> Attention:
     return make_spec(q, k, v, operands, sizes=(1, 2, 32, 32, 64, 64), **fields)
 
 
-PLANS = {
-    # name of a planned kernel: its device, and specs that it must take and refuse
-    "volta": (GPUS[70], {"causal", "softcap", "gate band"}, {"bfloat16", "weights filled"}),
-}
-
-
-@pytest.mark.parametrize("name", PLANS)
-def test_every_spec_is_taken_or_refused_with_reasons_by_the_planned_kernels(name: str) -> None:
-    device, taken, refused = PLANS[name]
-    answers = {spec: PLANNED[name].reasons(made, device) for spec, made in specs().items()}
-    assert {s for s in taken if not answers[s]} == taken, answers
-    assert {s for s in refused if answers[s]} == refused, answers
-    assert PLANNED[name].reasons(spec_of(), GPUS[90])
-    assert name not in {k.name for k in KERNELS}
+def test_every_spec_is_taken_or_refused_by_the_kernel_of_gpus_before_ampere(with_nvrtc: None) -> None:
+    answers = {spec: volta.CAPABILITY.reasons(made, GPUS[70]) for spec, made in specs().items()}
+    assert {name for name, against in answers.items() if against} == {"bfloat16", "weights filled"}, answers
+    assert volta.CAPABILITY.reasons(spec_of(), GPUS[90]) and volta.CAPABILITY.reasons(spec_of(), Device("cuda"))
 
 
 def test_every_spec_is_taken_or_refused_by_the_kernel_of_an_npu() -> None:

@@ -83,8 +83,8 @@ def test_option_far_from_all_lists_the_options() -> None:
         ({"strict": 1}, "option 'strict' takes True or False, got 1"),
         (
             {"kernel": "cup"},
-            "there is no kernel 'cup'; the kernels are cpu, triton, ascend, ascend_inference, gluon, flash, cudnn, efficient, "
-            "flash_cpu, flash4, varlen, reference; did you mean 'cpu'",
+            "there is no kernel 'cup'; the kernels are cpu, triton, volta, ascend, ascend_inference, gluon, flash, cudnn, "
+            "efficient, flash_cpu, flash4, varlen, reference; did you mean 'cpu'",
         ),
         ({"tune": "yes"}, "option 'tune' takes True or False, got 'yes'"),
         ({"kernel": 3}, "there is no kernel 3"),

@@ -123,7 +123,7 @@ class Writer:
         if which == 4:
             return A.mul(self.integer(less), Const(self.constant()))
         if which in (5, 6):
-            by = Const(abs(self.constant()) or 1)
+            by = Const(min(abs(self.constant()) or 1, MOST))
             return (A.floordiv if which == 5 else A.mod)(self.integer(less), by)
         if which in (7, 8):
             return (A.minimum if which == 7 else A.maximum)(self.integer(less), self.integer(less))

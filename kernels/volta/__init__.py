@@ -63,7 +63,7 @@ def _run(launch: call.Launch) -> None:
 
 
 def forward(
-    spec: Attention, inputs: Inputs, device: Device | None = None, run: Run = _run
+    spec: Attention, inputs: Inputs, device: Device | None = None, run: Run | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [*batch, Q, E] of float16 in spec.out_order; stats float32 [2, *batch, Q].
 
@@ -83,7 +83,7 @@ def forward(
         out.zero_()
     if empty or (spec.packed and inputs.bounds.sequences == 0):
         return out, stats
-    call.forward(Sizes(spec, inputs, device or Device.of(inputs.q.device)), out, stats, run)
+    call.forward(Sizes(spec, inputs, device or Device.of(inputs.q.device)), out, stats, run or _run)
     return out, stats
 
 
@@ -96,7 +96,7 @@ def backward(
     needs: Sequence[bool],
     dlse: torch.Tensor | None = None,
     device: Device | None = None,
-    run: Run = _run,
+    run: Run | None = None,
 ) -> list[torch.Tensor | None]:
     """Gradients of q, k, v and the operands where `needs` asks for them, each with its input's shape and dtype.
 
@@ -113,4 +113,4 @@ def backward(
         return zeros
     sizes = Sizes(spec, inputs, device or Device.of(inputs.q.device))
     gradients.check(sizes, needs)
-    return call.backward(sizes, dout, out, stats, needs, dlse, run)
+    return call.backward(sizes, dout, out, stats, needs, dlse, run or _run)

@@ -246,7 +246,7 @@ class Kernels:
         tensors that the kernel may read, and write where the second of a pair says so; elements of their memory that are not
         of a tensor are out of bounds. Seed 0 runs lanes, warps and blocks in their order, any other one in a random order.
         track finds races in buffers that are written, count counts accesses; both take time. limit ends a block after so many
-        accesses and collectives of its threads.
+        accesses and collectives of its threads; a loop without either is not ended.
 
         Raises EmulationError for what a kernel must not do, and ValueError for a kernel or a tensor that cannot be run.
         """

@@ -253,7 +253,7 @@ template <bool KEYS_OWN> struct Backward {
             e_pieces.store(other_e, zero);
             if (KEYS_OWN) number_rows(tile.at);
             sync_block();
-            if (tile.full) slope<2>(tile.at, c, zero);
+            if (tile.full || !EDGES) slope<2>(tile.at, c, zero);
             else slope<0>(tile.at, c, zero);
             sync_block();
             // on their way while this tile is multiplied: before, scores and their gradients have the registers

@@ -193,7 +193,7 @@ template <Mode MODE> struct Forward {
             multiply_rows<DP, KEY_BLOCKS>(s, q_tile, row0, k_tile, 0, zero);
             Pieces<KEYS, EP, THREADS> values;
             values.load(p.v, v_base, tile.k0, Kn, E, zero);
-            if (MODE == WHOLE && tile.full) weights<2>(s, tile.k0, c);
+            if (MODE == WHOLE && (tile.full || !EDGES)) weights<2>(s, tile.k0, c);
             else weights<0>(s, tile.k0, c);
             values.store(v_tile, zero);
             sync_block();

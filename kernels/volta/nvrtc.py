@@ -82,6 +82,14 @@ def available(capability: int) -> Reason | None:
     return found if isinstance(found, Reason) else None
 
 
+def build(capability: int) -> str:
+    """The version of the compiler for a compute capability, such as '12.6.85'. Raises BuildError where there is none."""
+    found = _compiler(capability)
+    if isinstance(found, Reason):
+        raise BuildError(str(found))
+    return found.build
+
+
 def compile(source: str, capability: int, options: tuple[str, ...] = ()) -> bytes:
     """Machine code (a cubin) of CUDA C++ source for a compute capability, compiled if it is not kept.
 

@@ -1,5 +1,5 @@
-"""What the kernels for compute capabilities 7.0 and 7.5 cost, without such a GPU: compiled by NVRTC, the instructions of their loops
-counted, and run in the emulator, which counts products and what shared memory is asked for.
+"""What the kernels for compute capabilities 7.0 and 7.5 cost, without such a GPU: compiled by NVRTC, the instructions of their
+loops counted, and run in the emulator, which counts products and what shared memory is asked for.
 
 python -m benchmarks.volta             compile, run and count, and write the tables of docs/kernels.md
 python -m benchmarks.volta --no-count  the tables of what is in benchmarks/results/volta.json
@@ -38,8 +38,8 @@ CAPABILITIES, SIZES = (70, 75), (64, 128)
 SPECS = ("plain", "causal", "softcap", "alibi", "dropout", "mixed", "packed", "decode")
 #: Where wavefronts are counted: queries and keys of one element, of which all tiles are whole.
 _COUNTED, _LENGTH = ("plain", "causal"), 256
-#: What is published: V100 PCIe (112 TFLOP/s with sums in float32, 900 GB/s) and T4 (65 TFLOP/s, 320 GB/s). A multiprocessor makes 512
-#: multiply-adds of float16 a clock, and 32 words of shared memory.
+#: What is published: V100 PCIe (112 TFLOP/s with sums in float32, 900 GB/s) and T4 (65 TFLOP/s, 320 GB/s). A multiprocessor makes
+#: 512 multiply-adds of float16 a clock, and 32 words of shared memory.
 FIGURES = {
     70: cycles.Figures("V100 PCIe", 80, 1.38, 512, 512, 8, 96 << 10, 2048),
     75: cycles.Figures("T4", 40, 1.59, 512, 512, 8, 64 << 10, 1024),
@@ -213,7 +213,10 @@ def _compiled_table(content: Row) -> str:
         for row in content["rows"]
     ]
     return "\n\n".join(
-        [f"{facts['date']}, commit {facts['commit']}, NVRTC {content['nvrtc']}.", results.table(columns, [[str(x) for x in row] for row in cells], left=4)]
+        [
+            f"{facts['date']}, commit {facts['commit']}, NVRTC {content['nvrtc']}.",
+            results.table(columns, [[str(x) for x in row] for row in cells], left=4),
+        ]
     )
 
 
@@ -225,7 +228,17 @@ def _a_score(row: Row) -> float:
 
 def _counted_table(content: Row) -> str:
     columns = (
-        *("target", "spec", "D", "kernel", "products", "of those needed", "cycles: tensor cores", "shared memory", "issue"),
+        *(
+            "target",
+            "spec",
+            "D",
+            "kernel",
+            "products",
+            "of those needed",
+            "cycles: tensor cores",
+            "shared memory",
+            "issue",
+        ),
         *("bound by", "at most, of the peak", "in turn", "bytes read, of the least"),
     )
     cells = []

@@ -88,6 +88,8 @@ def test_what_does_not_compile_or_run_gives_way_with_one_warning(
 
 def test_the_op_holds_to_what_it_declares(gpu: Emulated) -> None:
     q, k, v = (x.requires_grad_() for x in qkv(1, 2, 20, 30, 16, dtype=torch.float16))
-    spec = make_spec(q, k, v, sizes=(None, None, None, None, 16, 16), steps=(Scale(0.25), Softcap(5.0), ReplaceFill(causal(), -INF)))
+    spec = make_spec(
+        q, k, v, sizes=(None, None, None, None, 16, 16), steps=(Scale(0.25), Softcap(5.0), ReplaceFill(causal(), -INF))
+    )
     arguments = (q, k, v, [], None, None, None, spec.argument, "volta", True)
     torch.library.opcheck(torch.ops.attnfuse.attention.default, arguments)

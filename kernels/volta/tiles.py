@@ -13,6 +13,8 @@ SHARED = {70: 96 << 10, 75: 64 << 10}
 _WARP_ROWS, _COLUMNS = 32, 128
 #: Warps of a block: with 255 registers, two blocks of four are what a processor holds.
 _WARPS = 4
+#: Of a thread, on their way: four registers each.
+_PIECES = 8
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Forward:
     @property
     def constants(self) -> dict[str, int]:
         return {"DP": self.DP, "EP": self.EP, "ROW_WARPS": self.row_warps, "SIDES": self.sides, "KEYS": self.keys}
+
+    @property
+    def pieces(self) -> int:
+        """Pieces of sixteen bytes that a thread brings of the keys of a tile, or of the values."""
+        return -(-self.keys * max(self.DP, self.EP) // (8 * self.threads))
 
     @property
     def kept(self) -> int:
@@ -101,7 +108,8 @@ def forward(capability: int, D: int, E: int, queries: int, heavy: bool = False) 
     # a thread of 7.5 has numbers of twice as many rows
     keys = (64 if capability < 75 else 32) if max(DP, EP) <= 64 else (32 if capability < 75 else 16)
     found = Forward(DP, EP, row_warps, sides, max(keys // 2, 16) if heavy else keys)
-    while found.shared > SHARED[capability] and found.keys > 16:
+    # a small block brings as many bytes as a large one with fewer threads
+    while found.keys > 16 and (found.shared > SHARED[capability] or found.pieces > _PIECES):
         found = replace(found, keys=found.keys // 2)
     return found
 

@@ -181,6 +181,7 @@ _SINGLE: _Table = {
     ("backward", 128): {0: Config(16, 32, 8, 1)},
     ("backward", 256): {0: Config(16, 16, 4, 1)},
 }
+_CDNA, _RDNA = ("gfx942", "gfx950"), ("gfx1100", "gfx1201")
 # Those of AMD. Of the tiles that need no scratch the ones with fewest instructions a score (benchmarks/amdgcn.py), and of those
 # within 15 % of that what leaves registers for two waves of a SIMD. 32 rows on each warp of CDNA are what its widest instruction
 # has. On RDNA nothing of head size 128 and 256 fits backward: there an access to scratch counts five times.
@@ -211,24 +212,51 @@ _AMD_HALF: _Table = {
         "gfx1201": Config(64, 32, 4, 1),
     },
     ("backward", 128): {
-        **dict.fromkeys(("gfx942", "gfx950"), Config(128, 32, 4, 1)),
-        **dict.fromkeys(("gfx1100", "gfx1201"), Config(64, 16, 4, 1)),
+        **dict.fromkeys(_CDNA, Config(128, 32, 4, 1)),
+        **dict.fromkeys(_RDNA, Config(64, 16, 4, 1)),
     },
     ("backward", 256): {
         "gfx942": Config(64, 16, 4, 1, side=16),
         "gfx950": Config(64, 32, 4, 1, side=16),
-        **dict.fromkeys(("gfx1100", "gfx1201"), Config(32, 16, 4, 1)),
+        **dict.fromkeys(_RDNA, Config(64, 16, 8, 1)),
     },
 }
 #: 16 bits, for specs that need more registers, where they have tiles of their own.
 _AMD_HEAVY: _Table = {
     ("forward", 64): {
-        **dict.fromkeys(("gfx942", "gfx950"), Config(128, 64, 4, 1)),
-        **dict.fromkeys(("gfx1100", "gfx1201"), Config(128, 16, 4, 1)),
+        **dict.fromkeys(_CDNA, Config(128, 64, 4, 1)),
+        **dict.fromkeys(_RDNA, Config(128, 16, 4, 1)),
     },
-    ("forward", 128): dict.fromkeys(("gfx942", "gfx950"), Config(128, 32, 4, 1)),
+    ("forward", 128): dict.fromkeys(_CDNA, Config(128, 32, 4, 1)),
     ("forward", 256): {"gfx942": Config(128, 32, 4, 1), "gfx950": Config(128, 64, 4, 1)},
     ("backward", 64): {"gfx1201": Config(64, 16, 4, 1)},
+}
+#: 32 bits: matrix instructions on CDNA; multiply-adds elsewhere, whose factors are in registers.
+_AMD_SINGLE: _Table = {
+    ("forward", 64): {
+        **dict.fromkeys(_CDNA, Config(128, 64, 4, 1)),
+        **dict.fromkeys(_RDNA, Config(32, 16, 8, 1)),
+    },
+    ("forward", 128): {
+        **dict.fromkeys(_CDNA, Config(128, 32, 4, 1)),
+        **dict.fromkeys(_RDNA, Config(16, 16, 8, 1)),
+    },
+    ("forward", 256): {
+        **dict.fromkeys(_CDNA, Config(64, 16, 4, 1, side=16)),
+        **dict.fromkeys(_RDNA, Config(16, 16, 16, 1)),
+    },
+    ("backward", 64): {
+        **dict.fromkeys(_CDNA, Config(128, 32, 4, 1)),
+        **dict.fromkeys(_RDNA, Config(16, 16, 8, 1)),
+    },
+    ("backward", 128): {
+        **dict.fromkeys(_CDNA, Config(128, 16, 4, 1)),
+        **dict.fromkeys(_RDNA, Config(16, 16, 16, 1)),
+    },
+    ("backward", 256): {
+        **dict.fromkeys(_CDNA, Config(64, 16, 4, 1, side=16)),
+        **dict.fromkeys(_RDNA, Config(16, 16, 16, 1)),
+    },
 }
 #: No tensor cores through Triton: small tiles keep the multiply-adds in registers.
 _WITHOUT: _Table = {
@@ -262,9 +290,9 @@ def config(
             if target in table.get((which, width), {}):
                 return table[which, width][target]
     table = _WITHOUT if target in (70, 75) else _SINGLE if bits == 32 else _HEAVY if heavy else _HALF
-    if isinstance(target, str) and bits == 16:
-        own = _AMD_HALF[which, width] | (_AMD_HEAVY.get((which, width), {}) if heavy else {})
-        return own[target]
+    if isinstance(target, str):
+        own = _AMD_HEAVY.get((which, width), {}) if heavy and bits == 16 else {}
+        return own.get(target) or (_AMD_SINGLE if bits == 32 else _AMD_HALF)[which, width][target]
     row = table[which, width]
     return row.get(target, row[0])
 

@@ -138,27 +138,23 @@ def test_an_attention_compiles_for(target, kind, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize(("dtype", "D"), [("bf16", 64), ("fp16", 128)])
 def test_every_kind_of_spec_compiles(target, kind, dtype, D):
     compiles(target, kind, dtype, D)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    ("kind", "D"), [*[(kind, 64) for kind in KINDS], ("causal", 32), ("causal", 128), ("causal", 256)]
-)
-def test_float32_compiles(target, kind, D):
-    compiles(target, kind, "fp32", D)
+@pytest.mark.parametrize("kind", ["causal", "softcap", "sink", "alibi"])
+def test_float32_compiles(target, kind):
+    compiles(target, kind, "fp32", 64)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("kind", ["causal", "sink", "bias"])
-@pytest.mark.parametrize("D", [32, 256])
-def test_other_head_sizes_compile(target, kind, D):
-    compiles(target, kind, "fp16", D)
+@pytest.mark.parametrize(("dtype", "D"), [("fp16", 32), ("fp16", 256), ("fp32", 32), ("fp32", 128), ("fp32", 256)])
+def test_other_head_sizes_compile(target, dtype, D):
+    compiles(target, "causal", dtype, D)
 
 
 @pytest.mark.slow
@@ -168,24 +164,23 @@ def test_a_spec_with_everything_compiles(target):
     check(target, spec, Inputs(q, k, v, operands))
 
 
-def decoded(target, dtype, D, queries):
-    q = randn(4, 8, 4, queries, D, dtype=FLOATS[dtype])
+def decoded(target, dtype, D):
+    q = randn(4, 8, 4, 1, D, dtype=FLOATS[dtype])
     k = randn(4, 8, 1, 4096, D, dtype=FLOATS[dtype])
     spec = make_spec(q, k, k, steps=(HALF, ReplaceFill(causal(4095), -INF)))
     assert set(check(target, spec, Inputs(q, k, k), backward=False)) == {"decode", "combine"}
 
 
 def test_decoding_compiles():
-    decoded("gfx942", "bf16", 128, 1)
+    decoded("gfx942", "bf16", 128)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("D", [64, 128, 256])
-@pytest.mark.parametrize("queries", [1, 16])
-def test_decoding_compiles_for_every_target(target, dtype, D, queries):
-    decoded(target, dtype, D, queries)
+def test_decoding_compiles_for_every_target(target, dtype, D):
+    decoded(target, dtype, D)
 
 
 @pytest.mark.slow
@@ -252,3 +247,18 @@ def test_candidates_for_tuning_have_no_descriptors(target, which):
             assert found[0] == config(target, which, bits, D, D) == config(target, which, bits, D, D, described=True)
             assert 4 <= len(set(found)) == len(found) <= MOST
             assert not any(c.descriptors or c.specialised or c.adds for c in found)
+
+
+def test_only_configurations_that_say_so_name_a_matrix_instruction():
+    from attnfuse.kernels.triton.configs import Config
+    from attnfuse.kernels.triton.tuned import Entry
+
+    # NVIDIA's backend takes no such name
+    assert "matrix_instr_nonkdim" not in Config(64, 16, 4, 1).arguments()
+    made = Config(64, 16, 4, 1, side=16)
+    assert made.arguments()["matrix_instr_nonkdim"] == 16
+    kept = Entry(made, 1.0, 2.0).fields()
+    assert Entry.of(kept) == Entry(made, 1.0, 2.0)
+    assert Entry.of({name: x for name, x in kept.items() if name != "side"}).best.side == 0
+    with pytest.raises(ValueError, match="side must be one of"):
+        Entry.of({**kept, "side": 8})

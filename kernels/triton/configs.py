@@ -283,7 +283,9 @@ def config(
         # all time goes into reading keys and values; BM is what there may be, fewer rows get the next power of two
         if bits == 32:
             return Config(16, 32, 4, 1) if width <= 128 else Config(16, 16, 4, 1)
-        return Config(64 if width <= 128 else 32, 64 if width <= 128 else 32, 4, 2 if _pipelined(target) else 1)
+        # RDNA 3 has no registers for more
+        wide = 32 if width > 128 or (width > 64 and target == "gfx1100") else 64
+        return Config(64 if width <= 128 else 32, wide, 4, 2 if _pipelined(target) else 1)
     width = max(64, min(256, width))
     if described and bits == 16:
         for table in (_HEAVY_DESCRIBED, _DESCRIBED) if heavy else (_DESCRIBED,):

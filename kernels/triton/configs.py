@@ -229,7 +229,7 @@ _AMD_HEAVY: _Table = {
     },
     ("forward", 128): dict.fromkeys(_CDNA, Config(128, 32, 4, 1)),
     ("forward", 256): {"gfx942": Config(128, 32, 4, 1), "gfx950": Config(128, 64, 4, 1)},
-    ("backward", 64): {"gfx1201": Config(64, 16, 4, 1)},
+    ("backward", 64): {"gfx942": Config(128, 32, 4, 1), "gfx1201": Config(64, 16, 4, 1)},
 }
 #: 32 bits: matrix instructions on CDNA; multiply-adds elsewhere, whose factors are in registers.
 _AMD_SINGLE: _Table = {
@@ -281,10 +281,14 @@ def config(
     target, width = known(target), max(padded(D), padded(E))
     if which == "decode":
         # all time goes into reading keys and values; BM is what there may be, fewer rows get the next power of two
+        if bits == 32 and target in _RDNA:
+            return Config(16, 16, 4 if width <= 64 else 8 if width <= 128 else 16, 1)
         if bits == 32:
             return Config(16, 32, 4, 1) if width <= 128 else Config(16, 16, 4, 1)
-        # RDNA 3 has no registers for more
-        wide = 32 if width > 128 or (width > 64 and target == "gfx1100") else 64
+        wide = 64 if width <= 128 else 32
+        if target == "gfx1100" and width > 64:
+            # it has no registers for more
+            wide //= 2
         return Config(64 if width <= 128 else 32, wide, 4, 2 if _pipelined(target) else 1)
     width = max(64, min(256, width))
     if described and bits == 16:

@@ -25,17 +25,54 @@ DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 BEFORE = ReplaceFill(causal(), -INF)
 #: Kernels whose loops have products.
 LOOPS = ("forward", "decode", "backward_rows", "backward_columns")
+#: Bytes of scratch of a lane that kernels may need, by bits of an element, kernel and head size, with what the specs below need at
+#: most on Triton 3.7. On CDNA a few, nearly all of it before and after the loops, with operands.
+CDNA = 72
+#: RDNA has at most 256 registers; RDNA 3 keeps factors of matrix instructions twice in them.
+SCRATCH = {
+    "gfx1100": {
+        (16, "forward", 64): 336,
+        (16, "backward_columns", 64): 268,
+        (16, "forward", 128): 24,
+        (16, "backward_rows", 128): 424,
+        (16, "backward_columns", 128): 1048,
+        (16, "forward", 256): 528,
+        (16, "backward_rows", 256): 948,
+        (16, "backward_columns", 256): 1500,
+        (32, "backward_rows", 128): 352,
+        (32, "backward_columns", 128): 808,
+        (32, "forward", 256): 712,
+        (32, "backward_rows", 256): 2096,
+        (32, "backward_columns", 256): 2336,
+        (32, "decode", 256): 428,
+    },
+    "gfx1201": {
+        (16, "forward", 64): 48,
+        (16, "forward", 128): 16,
+        (16, "backward_columns", 128): 328,
+        (16, "forward", 256): 48,
+        (16, "backward_rows", 256): 16,
+        (16, "backward_columns", 256): 540,
+        (32, "backward_rows", 128): 352,
+        (32, "backward_columns", 128): 784,
+        (32, "forward", 256): 592,
+        (32, "backward_rows", 256): 2040,
+        (32, "backward_columns", 256): 2296,
+        (32, "decode", 256): 396,
+    },
+}
 
 
-def check(target, spec, inputs, backward=True, scratch=0):
-    """Compiles them all; scratch: bytes of a lane that a kernel may need."""
+def check(target, spec, inputs, backward=True):
+    """The kernels, compiled, by name."""
     from attnfuse.kernels.triton import configs, targets
 
     made = targets.compiled(spec, inputs, target, backward=backward)
     dtype = inputs.q.dtype
     for c in made:
         assert c.shared <= configs.SHARED[target], c
-        assert c.spilled <= scratch, c
+        key = (8 * inputs.q.element_size(), c.kernel, inputs.q.shape[-1])
+        assert c.spilled <= (CDNA if target.startswith("gfx9") else SCRATCH[target].get(key, 0)), c
         # the assembler's own words, and the unit that a descriptor of NVIDIA's would need
         assert f".wavefront_size: {lanes(target)}" in re.sub(r" +", " ", c.assembly)
         assert "tanh.approx" not in c.assembly and not c.bulk and c.cubin.startswith(b"\x7fELF")
@@ -113,8 +150,6 @@ KINDS = {
     "sink": _sink,
     "packed": _packed,
 }
-#: Bytes of scratch that kernels may need, by architecture, kernel and head size.
-SCRATCH: dict[tuple[str, str, int], int] = {}
 
 
 def compiles(target, kind, dtype, D, backward=True):
@@ -122,17 +157,17 @@ def compiles(target, kind, dtype, D, backward=True):
 
 
 @pytest.mark.parametrize(
-    ("target", "kind", "dtype"),
+    ("target", "kind", "dtype", "backward"),
     [
-        ("gfx942", "causal", "fp16"),
-        ("gfx950", "softcap", "bf16"),
-        ("gfx1100", "causal", "bf16"),
-        ("gfx1201", "sink", "fp16"),
+        ("gfx942", "causal", "fp16", True),
+        ("gfx950", "softcap", "bf16", False),
+        ("gfx1100", "causal", "bf16", False),
+        ("gfx1201", "sink", "fp16", True),
     ],
 )
-def test_an_attention_compiles_for(target, kind, dtype):
-    made = compiles(target, kind, dtype, 64)
-    assert {"forward", "prepare", "backward_rows", "backward_columns"} <= set(made)
+def test_an_attention_compiles_for(target, kind, dtype, backward):
+    made = compiles(target, kind, dtype, 64, backward)
+    assert {"forward", *(("prepare", "backward_rows", "backward_columns") if backward else ())} == set(made)
 
 
 @pytest.mark.slow

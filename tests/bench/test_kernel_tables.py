@@ -235,7 +235,7 @@ def test_decoding_is_compiled_again_where_its_own_tiles_are_others(monkeypatch: 
 
 def of_amd(target: str = "gfx942", spec: str = "causal", **changed: Any) -> dict[str, Any]:
     loop = {"kinds": {"matrix": 64, "float": 448}, "masked": 1024}
-    made = kernel("forward", BN=128, stages=1, products=["v_mfma_f32_32x32x8"], loop=loop, **changed)
+    made = kernel("forward", **{"BN": 128, "stages": 1, "products": ["v_mfma_f32_32x32x8"], "loop": loop, **changed})
     case = {"capability": target, "dtype": "float16", "D": 64, "spec": spec, "old": False, "failed": ""}
     return {**case, "kernels": [made, kernel("prepare", products=[])]}
 

@@ -75,7 +75,7 @@ def _nvidia(device: torch.device) -> Device:
 def _amd(device: torch.device) -> Device:
     found = torch.cuda.get_device_properties(device)
     # 'gfx942:sramecc+:xnack-'
-    arch = str(found.gcnArchName).partition(":")[0]
+    arch = str(getattr(found, "gcnArchName", "")).partition(":")[0]
     return Device("cuda", name=found.name, processors=found.multi_processor_count, arch=arch)
 
 

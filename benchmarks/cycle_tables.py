@@ -73,7 +73,7 @@ def order(content: Row) -> str:
 
 
 def _counted(content: Row) -> list[Row]:
-    return [row for row in content["rows"] if any(_looping(row))]
+    return [row for row in content["rows"] if row["capability"] in FIGURES and any(_looping(row))]
 
 
 def _looping(row: Row) -> list[Row]:

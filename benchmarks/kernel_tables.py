@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from attnfuse.kernels.device import lanes
 from attnfuse.kernels.triton.configs import SHARED
 from attnfuse.kernels.triton.targets import MATRIX
 from benchmarks import cycle_tables, results
@@ -22,6 +23,7 @@ Row = dict[str, Any]
 def write(content: Row, document: Path = DOCUMENT) -> None:
     """Put the tables in place of those that the document has."""
     results.section("configurations", configurations(content), document, _HEAD)
+    results.section("amd", amd(content), document, _HEAD)
     results.section("variants", variants(content), document, _HEAD)
     results.section("figures", cycle_tables.figures(), document, _HEAD)
     results.section("costs", cycle_tables.costs(content), document, _HEAD)
@@ -32,7 +34,7 @@ def write(content: Row, document: Path = DOCUMENT) -> None:
 
 def configurations(content: Row) -> str:
     """What was compiled, in short."""
-    rows, facts = content["rows"], content["environment"]
+    rows, facts = [r for r in content["rows"] if isinstance(r["capability"], int)], content["environment"]
     older = sum(row["old"] for row in rows)
     parts = [
         f"{facts['date']}, commit {facts['commit']}, Triton {content['triton']}, {sum(len(r['kernels']) for r in rows)} kernels."
@@ -42,6 +44,12 @@ def configurations(content: Row) -> str:
         shown = [r for r in rows if r["dtype"] == dtype and r["spec"] == spec and r["kernels"]]
         if shown:
             parts += [f"The spec '{spec}' in {dtype}:", results.table(columns, map(cells, shown), left=2)]
+    return "\n\n".join([*parts, *_faults(rows), _bfloat16(rows)])
+
+
+def _faults(rows: list[Row]) -> list[str]:
+    """What spills, does without matrix instructions, needs too much or was not compiled."""
+    parts = []
     lists = (
         ("Spilled, in bytes of a thread:", _spilled, "No kernel spills."),
         ("Without the target's matrix instruction:", _slow, "Every kernel uses its target's matrix instruction."),
@@ -51,8 +59,40 @@ def configurations(content: Row) -> str:
         found = _grouped(rows, find)
         parts += [title, "\n".join(f"- {line}" for line in found)] if found else [none]
     failed = [f"- {_name(r)}: {r['failed']}" for r in rows if r["failed"]]
-    parts += ["Not compiled:", "\n".join(failed)] if failed else []
-    return "\n\n".join([*parts, _bfloat16(rows)])
+    return [*parts, *(["Not compiled:", "\n".join(failed)] if failed else [])]
+
+
+_AMD = (
+    *("target", "spec", "dtype", "D", "kernel", "tile", "registers", "LDS, KiB", "scratch, bytes"),
+    *("per score", "with masks", "instruction"),
+)
+#: What the document shows: dtypes by spec.
+_AMD_SHOWN = {"causal": ("float16", "float32"), "mixed": ("float16",), "decode": ("float16",)}
+
+
+def amd(content: Row) -> str:
+    """What was compiled for AMD's GPUs: by kernel with a loop, instructions of a lane for one score of it."""
+    rows = [r for r in content["rows"] if isinstance(r["capability"], str)]
+    if not rows:
+        return "Not compiled."
+    older = sum(row["old"] for row in rows)
+    shown = [r for r in rows if r["dtype"] in _AMD_SHOWN.get(r["spec"], ())]
+    lines = [_amd(row, kernel) for row in shown for kernel in row["kernels"] if kernel.get("loop")]
+    parts = [f"{sum(len(r['kernels']) for r in rows)} kernels."]
+    parts[0] += f" {older} of {len(rows)} cases are of an older source." if older else ""
+    return "\n\n".join([*parts, results.table(_AMD, lines, left=6), *_faults(rows), _bfloat16(rows)])
+
+
+def _amd(row: Row, kernel: Row) -> list[str]:
+    loop = kernel["loop"]
+    each = lanes(row["capability"]) * kernel["warps"] / (kernel["BM"] * kernel["BN"])
+    return [
+        *(row["capability"], row["spec"], row["dtype"], str(row["D"]), kernel["kernel"], _tiles(kernel)),
+        *(str(kernel["registers"]), _kib(kernel["shared"]), str(kernel["spilled"] or "")),
+        f"{sum(loop['kinds'].values()) * each:.1f}",
+        f"{loop['masked'] * each:.1f}" if loop["masked"] else "",
+        ", ".join(kernel["products"]) or "none",
+    ]
 
 
 _COLUMNS = (
@@ -167,7 +207,7 @@ def _spilled(row: Row, kernel: Row) -> str:
 
 def _slow(row: Row, kernel: Row) -> str:
     multiplies = kernel["kernel"] not in _WITHOUT and row["dtype"] != "float32" and row["capability"] in MATRIX
-    if not multiplies or MATRIX[row["capability"]] in kernel["products"]:
+    if not multiplies or any(name.startswith(MATRIX[row["capability"]]) for name in kernel["products"]):
         return ""
     return ", ".join(kernel["products"]) or "none"
 

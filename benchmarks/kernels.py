@@ -3,6 +3,7 @@ their traffic counted from the spec.
 
 python -m benchmarks.kernels                             every configuration that is not in the file yet, or of an older source
 python -m benchmarks.kernels --targets 90 --sizes 64     a part; the rest of the file stays
+python -m benchmarks.kernels --targets gfx942            an AMD GPU; it has fewer cases
 python -m benchmarks.kernels --dtypes bfloat16           all whose instructions are counted, and others' kernels beside them
 python -m benchmarks.kernels --no-compile                the tables of what is in the file, and the traffic
 
@@ -26,10 +27,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 
 from attnfuse.expr import Algebra, Const, K, Q, causal, dense, documents, window
+from attnfuse.kernels.device import Device, Target
 from attnfuse.kernels.inputs import DENSE, Bounds, Inputs
 from attnfuse.kernels.triton.configs import PARTITIONED, Config, Pass, config
 from attnfuse.spec import AddFill, Attention, Bias, Operand, Ramp, ReplaceFill, Scale, Sink, Softcap
-from benchmarks import cycles, kernel_tables, results, traffic
+from benchmarks import amdgcn, cycles, kernel_tables, results, traffic
 
 if TYPE_CHECKING or __name__ == "__main__":
     # benchmarks/first runs where nothing is installed but torch and Triton
@@ -38,6 +40,14 @@ if TYPE_CHECKING or __name__ == "__main__":
 TARGETS = (80, 86, 89, 90, 100, 120)
 #: Without matrix instructions in Triton; these compile for a look at registers alone, no kernel is chosen there.
 WITHOUT = (70, 75)
+AMD = ("gfx942", "gfx950", "gfx1100", "gfx1201")
+#: The specs of these, and the head sizes beyond 128 that are compiled.
+AMD_SPECS = {
+    "float16": ("plain", "causal", "mixed", "decode"),
+    "bfloat16": ("causal", "plain", "decode"),
+    "float32": ("causal",),
+}
+_AMD_WIDE = ("causal",)
 SIZES = (64, 128, 256)
 #: Of each dtype, the specs. tf32 is float32 with products in TF32.
 SPECS = {
@@ -84,9 +94,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """capability: 10 * major + minor; D: head size of keys and values alike; variant: of VARIANTS, or as shipped."""
+    """capability: 10 * major + minor, or an AMD GPU's architecture; D: head size of keys and values alike; variant: of VARIANTS,
+    or as shipped."""
 
-    capability: int
+    capability: Target
     dtype: str
     D: int
     spec: str
@@ -102,8 +113,14 @@ class Case:
     @property
     def counted(self) -> bool:
         """Whether the instructions of its loops are counted."""
+        if self.amd:
+            return True
         plain = self.dtype == "bfloat16" and not self.variant
         return plain and self.capability in COUNTED and self.D in _COUNTED_SIZES
+
+    @property
+    def amd(self) -> bool:
+        return isinstance(self.capability, str)
 
     @property
     def compared(self) -> bool:
@@ -222,14 +239,14 @@ def _compiled(case: Case, backward: bool, how: Callable[..., Any] | None = None)
     if case.compared:
         from benchmarks import compared
 
-        return compared.compiled(case.capability, case.spec, case.D)
+        return compared.compiled(_number(case), case.spec, case.D)
     spec, inputs = build(case.spec.removeprefix(_GLUON), case.dtype, case.D, length=_LONG)
     if case.gluon:
         from attnfuse.kernels.gluon.targets import compiled as of_gluon
 
         # backward is for 9.0 alone
         passes = (False, True) if case.capability == 90 else (False,)
-        return [of_gluon(spec, inputs, backward=which, capability=case.capability) for which in passes]
+        return [of_gluon(spec, inputs, backward=which, capability=_number(case)) for which in passes]
     torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
     fixed = varied(case) if case.variant else {}
     # neither slopes nor such a table are parameters
@@ -237,21 +254,28 @@ def _compiled(case: Case, backward: bool, how: Callable[..., Any] | None = None)
     return targets.compiled(spec, inputs, case.capability, backward=backward, fixed=fixed, needs=needs, how=how)
 
 
+def _number(case: Case) -> int:
+    """The compute capability of an NVIDIA GPU."""
+    assert isinstance(case.capability, int)
+    return case.capability
+
+
 def _kept(case: Case, made: Any) -> Row:
     """What the file has of a kernel: its costs and, if it has products, what its main loop does."""
     row = asdict(made)
-    cubin = row.pop("cubin")
+    cubin, text = row.pop("cubin"), row.pop("assembly")
+    if case.amd:
+        return {**row, "loop": amdgcn.counted(text)} if made.kernel in cycles.PRODUCTS else row
     return {**row, "loop": cycles.counted(cubin)} if case.counted and made.kernel in cycles.PRODUCTS else row
 
 
 def _shipped(case: Case) -> dict[Pass, Config]:
     """The configurations that the case's kernels have."""
-    from attnfuse.kernels.device import Device
     from attnfuse.kernels.triton.call import Call
 
     spec, inputs = build(case.spec, case.dtype, case.D, device="meta", length=_LONG)
     inputs = inputs._replace(seed=torch.zeros(1, dtype=torch.int64))
-    call = Call(spec, inputs, Device("cuda", case.capability), lambda *_: None)
+    call = Call(spec, inputs, Device.declared(case.capability), lambda *_: None)
     return {which: call.config(which) for which in case.passes}
 
 
@@ -271,24 +295,24 @@ def digest(case: Case) -> str:
 
     here = Path(__file__).parent
     # what counts
-    counting = [(here / "sass.py").read_text()] if case.counted else []
+    counting = [(here / ("amdgcn.py" if case.amd else "sass.py")).read_text()] if case.counted else []
     if case.compared:
         return _hashed([metadata.version("triton"), (here / "compared.py").read_text(), *counting])
     spec, _ = build(case.spec.removeprefix(_GLUON), case.dtype, case.D, device="meta")
     if case.gluon:
         folder = here.parent / "kernels" / "gluon"
         files = [Path(str(module.__file__)).read_text() for module in (call, descriptors, template)]
-        files += [(folder / name).read_text() for name in (*_WITH_GLUON[case.capability], "launch.py")]
+        files += [(folder / name).read_text() for name in (*_WITH_GLUON[_number(case)], "launch.py")]
         texts = [codegen.source(spec, approximate) for approximate in (False, True)]
         return _hashed([metadata.version("triton"), *texts, *files, *counting])
     launched: list[str] = []
 
-    def record(kernel: Any, arguments: Mapping[str, Any], capability: int) -> Any:
+    def record(kernel: Any, arguments: Mapping[str, Any], target: Target) -> Any:
         launched.append(_described(kernel, dict(arguments)))
         return targets.Compiled(kernel.fn.__name__, 0, 0, 0, 0, 0, 0, 0, ())
 
     _compiled(case, "backward" in case.passes, record)
-    texts = [codegen.source(spec, codegen.approximable(spec)), Path(template.__file__).read_text()]
+    texts = [codegen.source(spec, codegen.approximable(spec) and not case.amd), Path(template.__file__).read_text()]
     return _hashed([metadata.version("triton"), *texts, *launched, *counting])
 
 
@@ -300,6 +324,7 @@ def _described(kernel: Any, arguments: dict[str, Any]) -> str:
     # functions are of the source
     plain = {at: getattr(x, "__name__", x) for at, x in constants.items()}
     options = {name: arguments.get(name) for name in ("num_warps", "STAGES")}
+    options |= {name: arguments[name] for name in targets.HINTS if name in arguments}
     return f"{kernel.fn.__name__} {types} {plain} {known} {options}"
 
 
@@ -307,7 +332,19 @@ def _hashed(parts: list[str]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def cases(capabilities: Iterable[int], dtypes: Iterable[str], sizes: Iterable[int]) -> list[Case]:
+def cases(capabilities: Iterable[Target], dtypes: Iterable[str], sizes: Iterable[int]) -> list[Case]:
+    capabilities, dtypes, sizes = list(capabilities), list(dtypes), list(sizes)
+    numbers = [x for x in capabilities if isinstance(x, int)]
+    of_amd = [
+        Case(target, dtype, D, spec)
+        for target, dtype, D in itertools.product([x for x in capabilities if isinstance(x, str)], dtypes, sizes)
+        for spec in AMD_SPECS.get(dtype, ())
+        if D <= 128 or spec in _AMD_WIDE
+    ]
+    return [*_of_nvidia(numbers, dtypes, sizes), *of_amd]
+
+
+def _of_nvidia(capabilities: Iterable[int], dtypes: Iterable[str], sizes: Iterable[int]) -> list[Case]:
     found = [Case(*c, spec) for c in itertools.product(capabilities, dtypes, sizes) for spec in SPECS[c[1]]]
     found = [c for c in found if c.D in _SIZES_OF.get(c.spec, SIZES)]
     found = [c for c in found if c.dtype != "bfloat16" or c.spec == "causal" or c.counted]
@@ -319,7 +356,7 @@ def cases(capabilities: Iterable[int], dtypes: Iterable[str], sizes: Iterable[in
     ]
 
 
-def variants(capabilities: Iterable[int], dtypes: Iterable[str], sizes: Iterable[int]) -> list[Case]:
+def variants(capabilities: Iterable[Target], dtypes: Iterable[str], sizes: Iterable[int]) -> list[Case]:
     """As cases, of VARIANTS: float16, and head sizes up to 128."""
     found = [
         Case(capability, "float16", D, spec, variant)
@@ -376,7 +413,7 @@ def moved(capability: int, name: str, D: int) -> list[Row]:
 
 
 def main(
-    targets: Annotated[str, typer.Option(help="compute capabilities, such as 80,90")] = _joined((*TARGETS, *WITHOUT)),
+    targets: Annotated[str, typer.Option(help="such as 80,gfx942")] = _joined((*TARGETS, *WITHOUT, *AMD)),
     dtypes: Annotated[str, typer.Option()] = _joined(SPECS),
     sizes: Annotated[str, typer.Option(help="head sizes")] = _joined(SIZES),
     jobs: Annotated[int, typer.Option(help="processes at a time")] = 1,
@@ -387,10 +424,11 @@ def main(
     """Compile the kernels, count their traffic, and write what comes out."""
     old: Row = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
     rows = {Case.of(row): row for row in (*old["rows"], *old.get("variants", []))}
-    capabilities, widths = ([int(x) for x in results.listed(given)] for given in (targets, sizes))
+    capabilities: list[Target] = [int(x) if x.isdecimal() else x for x in results.listed(targets)]
+    widths = [int(x) for x in results.listed(sizes)]
     named = results.listed(dtypes)
     wanted = [*cases(capabilities, named, widths), *variants(capabilities, named, widths)]
-    every = [*cases((*TARGETS, *WITHOUT), SPECS, SIZES), *variants(_VARIED, SPECS, SIZES)]
+    every = [*cases((*TARGETS, *WITHOUT, *AMD), SPECS, SIZES), *variants(_VARIED, SPECS, SIZES)]
     digests = {c: digest(c) for c in every}
     todo = [c for c in wanted if fresh or c not in rows or rows[c]["source"] != digests[c]] if missing else []
     content: Row = {"environment": results.environment(threads=1), "triton": metadata.version("triton")}

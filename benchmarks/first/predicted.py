@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import replace
 from typing import Any
 
+from attnfuse.kernels.device import Target
 from benchmarks import cycles, results
 
 Row = dict[str, Any]
@@ -27,16 +28,17 @@ def counted(cubin: bytes) -> Row | None:
 
 
 def predicted(
-    capability: int, spec: str, which: str, D: int, kernels: list[Row], multiprocessors: int | None = None
+    target: Target, spec: str, which: str, D: int, kernels: list[Row], multiprocessors: int | None = None
 ) -> Row:
     """TFLOP/s `overlapped` and `in_turn`, the cycles T, I and X, and `source`; or `why` there is no prediction.
 
     kernels: those that were launched, with `loop` where it was counted; of others the committed figures are taken, if there are
     any with the same tiles.
     """
-    figures = cycles.FIGURES.get(capability)
+    figures = cycles.FIGURES.get(target) if isinstance(target, int) else None
     if figures is None:
-        return {"why": f"no figures of compute capability {capability / 10:.1f}"}
+        known = target if isinstance(target, str) else f"compute capability {target / 10:.1f}"
+        return {"why": f"no figures of {known}"}
     if multiprocessors:
         figures = replace(figures, multiprocessors=multiprocessors)
     if which not in _LOOPS:
@@ -52,7 +54,7 @@ def predicted(
             found.append(ran)
             sources.add("the code that ran")
             continue
-        row = None if ran is None else _committed(capability, spec, D, ran)
+        row = None if ran is None else _committed(target, spec, D, ran)
         if row is None:
             return {"why": f"the loop of {name} is not counted, and not in kernels.json with these tiles"}
         found.append(row)
@@ -66,9 +68,9 @@ def predicted(
     }
 
 
-def _committed(capability: int, spec: str, D: int, ran: Row) -> Row | None:
+def _committed(target: Target, spec: str, D: int, ran: Row) -> Row | None:
     for row in _rows():
-        if (row["capability"], row["dtype"], row["spec"], row["D"]) == (capability, "bfloat16", spec, D):
+        if (row["capability"], row["dtype"], row["spec"], row["D"]) == (target, "bfloat16", spec, D):
             for kernel in row["kernels"]:
                 alike = kernel["kernel"] == ran["kernel"] and all(kernel[name] == ran[name] for name in _TILES)
                 alike = alike and kernel.get("bulk", False) == bool(ran.get("descriptors"))

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from attnfuse.kernels import reference
-from attnfuse.kernels.device import Device
+from attnfuse.kernels.device import Device, Target
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.layout import allocate
 from attnfuse.kernels.triton import gradients, launch
@@ -74,6 +74,7 @@ class Variant:
     def __str__(self) -> str:
         c = self.config
         marks = " descriptors" * c.descriptors + " specialised" * c.specialised + " one pass" * c.adds
+        marks += f" {c.side} a side" * bool(c.side)
         return f"{self.spec} {self.which} D{self.D} {c.BM}x{c.BN} {c.warps}w {c.stages}s{marks}"
 
 
@@ -106,30 +107,30 @@ def _of_9_0() -> Iterator[Variant]:
         yield from made(spec, "forward", 128, tile, Config(128, 128, 8, 2), Config(64, 64, 4, 2))
 
 
-def _of_others(capability: int) -> Iterator[Variant]:
+def _of_others(target: Target) -> Iterator[Variant]:
     """What tuning would look at first."""
     for D in _SIZES:
         for which in ("forward", "backward"):
-            found = candidates(capability, which, 16, D, D, descriptors=True)
+            found = candidates(target, which, 16, D, D, descriptors=True)
             plain = [c for c in found[1:] if not c.descriptors][:4]
             for c in (*plain, *[c for c in found if c.descriptors][:2]):
                 yield Variant("causal", which, D, c, why="next to the shipped one")
-    if capability == 100:
+    if target == 100:
         for D in _SIZES:
-            c = replace(_shipped(capability, "causal", "backward", D), descriptors=True, specialised=True)
+            c = replace(_shipped(target, "causal", "backward", D), descriptors=True, specialised=True)
             yield Variant("causal", "backward", D, c, why="specialised loops, which may hang")
 
 
-def _shipped(capability: int, spec: str, which: Pass, D: int) -> Config:
+def _shipped(target: Target, spec: str, which: Pass, D: int) -> Config:
     made, inputs = build(spec, "bfloat16", D, device="meta")
-    return Call(made, inputs, Device("cuda", capability), lambda *_: None).table(which)
+    return Call(made, inputs, Device.declared(target), lambda *_: None).table(which)
 
 
-def variants(capability: int, smoke: bool = False) -> list[Variant]:
+def variants(target: Target, smoke: bool = False) -> list[Variant]:
     """All, in the order of what they tell."""
 
     def ships(spec: str, which: Pass, D: int) -> Variant:
-        return Variant(spec, which, D, _shipped(capability, spec, which, D), shipped=True, why="shipped")
+        return Variant(spec, which, D, _shipped(target, spec, which, D), shipped=True, why="shipped")
 
     passes: tuple[Pass, ...] = ("forward", "backward")
     if smoke:
@@ -137,7 +138,7 @@ def variants(capability: int, smoke: bool = False) -> list[Variant]:
         return [ships("causal", "forward", 128), ships("plain", "backward", 128), *others]
     first = [ships(spec, which, D) for D in _SIZES for which in passes for spec in _SPECS[:2]]
     rest = [ships(spec, which, D) for spec in _SPECS[2:] for D in _SIZES for which in passes]
-    extra = _of_9_0() if capability == 90 else _of_others(capability)
+    extra = _of_9_0() if target == 90 else _of_others(target)
     found = [*first, *extra, *(ships("decode", "decode", D) for D in _SIZES), *rest]
     shipped = {str(one) for one in found if one.shipped}
     # what ships is not a variant of itself
@@ -147,11 +148,11 @@ def variants(capability: int, smoke: bool = False) -> list[Variant]:
 
 def plain(device: str, smoke: bool) -> Variant:
     """What is run before all others."""
-    return Variant("plain", "forward", 128, _shipped(_capability(device, smoke), "plain", "forward", 128), shipped=True)
+    return Variant("plain", "forward", 128, _shipped(_target(device, smoke), "plain", "forward", 128), shipped=True)
 
 
-def _capability(device: str, smoke: bool) -> int:
-    return _SMOKE_CAPABILITY if smoke else Device.of(torch.device(device, 0)).capability
+def _target(device: str, smoke: bool) -> Target:
+    return _SMOKE_CAPABILITY if smoke else Device.of(torch.device(device, 0)).target
 
 
 # -- problems
@@ -263,7 +264,7 @@ class Launches:
             row["shared"] = getattr(getattr(made, "metadata", None), "shared", None)
             try:
                 if row["BN"]:
-                    row["loop"] = counted(made.asm["cubin"])
+                    row["loop"] = counted(made.asm["cubin"]) if "cubin" in made.asm else None
             except Exception as error:
                 # what the model cannot read is no fault of the kernel
                 row["uncounted"] = f"{type(error).__name__}: {error}"[:200]
@@ -336,7 +337,7 @@ def check(one: Variant, device: str, smoke: bool) -> Row:
     if not smoke and not one_code(one, device):
         _compile_long(one, device)
     processors = 0 if smoke else Device.of(torch.device(device, 0)).processors
-    model = predicted(_capability(device, smoke), one.spec, one.which, one.D, kernels, processors)
+    model = predicted(_target(device, smoke), one.spec, one.which, one.D, kernels, processors)
     about = {"shipped": one.shipped, "why": one.why, "spec": one.spec, "which": one.which, "D": one.D}
     return {**about, "errors": ratios, "predicted": model, "kernels": kernels, **({"failed": said} if said else {})}
 
@@ -396,7 +397,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--name", default="", help="of 'one'")
     args = parser.parse_args(arguments)
-    every = {str(one): one for one in variants(_capability(args.device, args.smoke), args.smoke)}
+    every = {str(one): one for one in variants(_target(args.device, args.smoke), args.smoke)}
     if args.what == "one":
         if args.name not in every:
             parser.error(f"--name is none of\n  {chr(10).join(every)}".replace("\n", "\n  "))

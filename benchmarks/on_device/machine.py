@@ -93,6 +93,8 @@ class Cuda(Machine):
             "cudnn": torch.backends.cudnn.version(),
             "driver": self._asked("driver_version").get("driver_version"),
             "capability": f"{properties.major}.{properties.minor}",
+            # of an AMD GPU
+            "arch": str(getattr(properties, "gcnArchName", "")),
             "memory": properties.total_memory,
             "multiprocessors": properties.multi_processor_count,
             "l2": int(getattr(properties, "L2_cache_size", 0)),

@@ -88,7 +88,7 @@ class Call:
         self.functions: Any = generated.functions(self.spec, approximate, self.far, self._is_inside())
         if self.spec.dropout and self.seed is None:
             raise ValueError("a spec with dropout needs a seed")
-        self.precision = "tf32" if tf32_allowed() and not interpreted() else "ieee"
+        self.precision = "tf32" if tf32_allowed() and self._has_tf32() else "ieee"
 
     def _is_inside(self) -> bool:
         """Whether what is read at indices of its own exists for all queries and keys that there are, as their numbers tell."""
@@ -104,6 +104,11 @@ class Call:
     def _has_tanh(self) -> bool:
         """Whether kernels run on a device that has an instruction for tanh."""
         return self.device.capability >= _TANH and not interpreted()
+
+    def _has_tf32(self) -> bool:
+        """Whether kernels run on a device that rounds factors of float32 products to TF32. Of AMD's those of CDNA 3 alone do, and
+        Triton refuses to compile for others."""
+        return not interpreted() and (not self.device.arch or self.device.arch.startswith("gfx94"))
 
     def config(self, which: Pass) -> Config:
         """What was measured to be fast for inputs like these, or else what ships."""
@@ -128,7 +133,7 @@ class Call:
             # few queries that need no parts: rows that are not there would be computed all the same
             made = self.table("decode")
             return replace(made, BM=min(made.BM, max(16, 1 << (self.Q - 1).bit_length())))
-        return config(self.device.capability, which, self.q.element_size() * 8, self.D, self.E, heavy, described)
+        return config(self.device.target, which, self.q.element_size() * 8, self.D, self.E, heavy, described)
 
     def _unshrunk(self, which: Pass) -> Config:
         kept = tuned.entries()

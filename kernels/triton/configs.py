@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from attnfuse.kernels.device import Target, lanes
+
 Pass = Literal["forward", "backward", "decode"]
 
-#: Shared memory that one block may have, in bytes, by compute capability.
-SHARED = {
+#: Shared memory (LDS) that one block may have, in bytes, by target.
+SHARED: dict[Target, int] = {
     70: 96 << 10,
     75: 64 << 10,
     80: 163 << 10,
@@ -17,7 +19,20 @@ SHARED = {
     90: 227 << 10,
     100: 227 << 10,
     120: 99 << 10,
+    "gfx942": 64 << 10,
+    "gfx950": 160 << 10,
+    "gfx1100": 64 << 10,
+    "gfx1201": 64 << 10,
 }
+#: What other architectures of AMD are taken for, by how their names begin: those with the same matrix instructions.
+_ALIKE = {"gfx90a": "gfx942", "gfx94": "gfx942", "gfx95": "gfx950", "gfx11": "gfx1100", "gfx120": "gfx1201"}
+
+
+def known(target: Target) -> Target:
+    """The target whose tables hold for this one; 0 where nobody knows more than that it is a GPU."""
+    if isinstance(target, str):
+        return next((alike for beginning, alike in _ALIKE.items() if target.startswith(beginning)), 0)
+    return target
 
 
 @dataclass(frozen=True)
@@ -26,7 +41,8 @@ class Config:
 
     descriptors: loops read by tensor descriptors where the tensors can have them; adds: backward goes through the tiles once,
     and adds the gradients of queries up by such a descriptor, where order may not matter; specialised: some warps of a loop
-    load and others compute, which no device gets without having measured it.
+    load and others compute, which no device gets without having measured it. side: rows and columns of a matrix
+    instruction, on AMD's devices alone; 0 leaves it to the compiler.
     """
 
     BM: int
@@ -36,6 +52,7 @@ class Config:
     descriptors: bool = False
     specialised: bool = False
     adds: bool = False
+    side: int = 0
 
     def smaller(self) -> Config | None:
         """What needs less shared memory and fewer registers; None if there is nothing."""
@@ -57,7 +74,10 @@ class Config:
 
     def arguments(self) -> dict[str, int]:
         """What every kernel with a loop takes of it. num_stages: of loops that do not say themselves how many they have."""
-        return {"BM": self.BM, "BN": self.BN, "STAGES": self.stages, "num_warps": self.warps, "num_stages": self.stages}
+        # no other backend knows the name
+        hints = {"matrix_instr_nonkdim": self.side} if self.side else {}
+        tile = {"BM": self.BM, "BN": self.BN, "STAGES": self.stages}
+        return {**tile, "num_warps": self.warps, "num_stages": self.stages, **hints}
 
 
 def padded(width: int) -> int:
@@ -68,7 +88,7 @@ def padded(width: int) -> int:
     return found
 
 
-_Table = dict[tuple[Pass, int], dict[int, Config]]
+_Table = dict[tuple[Pass, int], dict[Target, Config]]
 
 # Below 10.0 Triton lays 16 rows of a tile on each warp: with more warps than that, two of them compute the same rows.
 #: By pass and head size up to which it holds: by compute capability, 0 for any other device. 16 bits:
@@ -161,6 +181,83 @@ _SINGLE: _Table = {
     ("backward", 128): {0: Config(16, 32, 8, 1)},
     ("backward", 256): {0: Config(16, 16, 4, 1)},
 }
+_CDNA, _RDNA = ("gfx942", "gfx950"), ("gfx1100", "gfx1201")
+# Those of AMD. Of the tiles that need no scratch the ones with fewest instructions a score (benchmarks/amdgcn.py), and of those
+# within 15 % of that what leaves registers for two waves of a SIMD. 32 rows on each warp of CDNA are what its widest instruction
+# has. On RDNA nothing of head size 128 and 256 fits backward: there an access to scratch counts five times.
+#: 16 bits:
+_AMD_HALF: _Table = {
+    ("forward", 64): {
+        "gfx942": Config(128, 64, 4, 2),
+        "gfx950": Config(128, 128, 4, 2),
+        "gfx1100": Config(128, 16, 4, 2),
+        "gfx1201": Config(128, 32, 4, 2),
+    },
+    ("forward", 128): {
+        "gfx942": Config(128, 32, 4, 2),
+        "gfx950": Config(128, 64, 4, 1),
+        "gfx1100": Config(128, 16, 8, 1),
+        "gfx1201": Config(64, 32, 4, 1),
+    },
+    ("forward", 256): {
+        "gfx942": Config(128, 32, 4, 2),
+        "gfx950": Config(128, 64, 4, 2),
+        "gfx1100": Config(128, 16, 8, 1),
+        "gfx1201": Config(64, 16, 4, 1),
+    },
+    ("backward", 64): {
+        "gfx942": Config(128, 64, 4, 1),
+        "gfx950": Config(128, 32, 4, 1),
+        "gfx1100": Config(64, 16, 4, 1),
+        "gfx1201": Config(64, 32, 4, 1),
+    },
+    ("backward", 128): {
+        **dict.fromkeys(_CDNA, Config(128, 32, 4, 1)),
+        **dict.fromkeys(_RDNA, Config(64, 16, 4, 1)),
+    },
+    ("backward", 256): {
+        "gfx942": Config(64, 16, 4, 1, side=16),
+        "gfx950": Config(64, 32, 4, 1, side=16),
+        **dict.fromkeys(_RDNA, Config(64, 16, 8, 1)),
+    },
+}
+#: 16 bits, for specs that need more registers, where they have tiles of their own.
+_AMD_HEAVY: _Table = {
+    ("forward", 64): {
+        **dict.fromkeys(_CDNA, Config(128, 64, 4, 1)),
+        **dict.fromkeys(_RDNA, Config(128, 16, 4, 1)),
+    },
+    ("forward", 128): dict.fromkeys(_CDNA, Config(128, 32, 4, 1)),
+    ("forward", 256): {"gfx942": Config(128, 32, 4, 1), "gfx950": Config(128, 64, 4, 1)},
+    ("backward", 64): {"gfx942": Config(128, 32, 4, 1), "gfx1201": Config(64, 16, 4, 1)},
+}
+#: 32 bits: matrix instructions on CDNA; multiply-adds elsewhere, whose factors are in registers.
+_AMD_SINGLE: _Table = {
+    ("forward", 64): {
+        **dict.fromkeys(_CDNA, Config(128, 64, 4, 1)),
+        **dict.fromkeys(_RDNA, Config(32, 16, 8, 1)),
+    },
+    ("forward", 128): {
+        **dict.fromkeys(_CDNA, Config(128, 32, 4, 1)),
+        **dict.fromkeys(_RDNA, Config(16, 16, 8, 1)),
+    },
+    ("forward", 256): {
+        **dict.fromkeys(_CDNA, Config(64, 16, 4, 1, side=16)),
+        **dict.fromkeys(_RDNA, Config(16, 16, 16, 1)),
+    },
+    ("backward", 64): {
+        **dict.fromkeys(_CDNA, Config(128, 32, 4, 1)),
+        **dict.fromkeys(_RDNA, Config(16, 16, 8, 1)),
+    },
+    ("backward", 128): {
+        **dict.fromkeys(_CDNA, Config(128, 16, 4, 1)),
+        **dict.fromkeys(_RDNA, Config(16, 16, 16, 1)),
+    },
+    ("backward", 256): {
+        **dict.fromkeys(_CDNA, Config(64, 16, 4, 1, side=16)),
+        **dict.fromkeys(_RDNA, Config(16, 16, 16, 1)),
+    },
+}
 #: No tensor cores through Triton: small tiles keep the multiply-adds in registers.
 _WITHOUT: _Table = {
     ("forward", 64): {0: Config(32, 32, 8, 1)},
@@ -173,28 +270,42 @@ _WITHOUT: _Table = {
 
 
 def config(
-    capability: int, which: Pass, bits: int, D: int, E: int, heavy: bool = False, described: bool = False
+    target: Target, which: Pass, bits: int, D: int, E: int, heavy: bool = False, described: bool = False
 ) -> Config:
-    """The configuration for compute capability 80, 90, ...; 0 for any other device, which gets what fits everywhere.
+    """The configuration for compute capability 80, 90, ... or 'gfx942', ...; for any other device, 0, what fits everywhere.
 
     bits: of an element of q, k and v; D, E: the head sizes; heavy: whether the spec has operands, a sink, finite fills
     that hide, masks that are looked at tile by tile, or a packed layout; described: whether there can be tensor descriptors of
     what the loops read.
     """
-    width = max(padded(D), padded(E))
+    target, width = known(target), max(padded(D), padded(E))
     if which == "decode":
         # all time goes into reading keys and values; BM is what there may be, fewer rows get the next power of two
+        if bits == 32 and target in _RDNA:
+            return Config(16, 16, 4 if width <= 64 else 8 if width <= 128 else 16, 1)
         if bits == 32:
             return Config(16, 32, 4, 1) if width <= 128 else Config(16, 16, 4, 1)
-        return Config(64 if width <= 128 else 32, 64 if width <= 128 else 32, 4, 2 if capability >= 80 else 1)
+        wide = 64 if width <= 128 else 32
+        if target == "gfx1100" and width > 64:
+            # it has no registers for more
+            wide //= 2
+        return Config(64 if width <= 128 else 32, wide, 4, 2 if _pipelined(target) else 1)
     width = max(64, min(256, width))
     if described and bits == 16:
         for table in (_HEAVY_DESCRIBED, _DESCRIBED) if heavy else (_DESCRIBED,):
-            if capability in table.get((which, width), {}):
-                return table[which, width][capability]
-    table = _WITHOUT if capability in (70, 75) else _SINGLE if bits == 32 else _HEAVY if heavy else _HALF
+            if target in table.get((which, width), {}):
+                return table[which, width][target]
+    table = _WITHOUT if target in (70, 75) else _SINGLE if bits == 32 else _HEAVY if heavy else _HALF
+    if isinstance(target, str):
+        own = _AMD_HEAVY.get((which, width), {}) if heavy and bits == 16 else {}
+        return own.get(target) or (_AMD_SINGLE if bits == 32 else _AMD_HALF)[which, width][target]
     row = table[which, width]
-    return row.get(capability, row[0])
+    return row.get(target, row[0])
+
+
+def _pipelined(target: Target) -> bool:
+    """Whether tiles can be loaded while the one before is worked on."""
+    return isinstance(target, str) or target >= 80
 
 
 #: How many configurations tuning looks at, and how many of the first ones once more with tensor descriptors, adding up gradients
@@ -210,7 +321,7 @@ _ACCUMULATED = 224
 
 
 def candidates(
-    capability: int, which: Pass, bits: int, D: int, E: int, descriptors: bool = False, specialised: bool = False
+    target: Target, which: Pass, bits: int, D: int, E: int, descriptors: bool = False, specialised: bool = False
 ) -> list[Config]:
     """What is worth measuring on such a device: the shipped configuration first, then what is nearest to it, by addresses.
 
@@ -218,43 +329,44 @@ def candidates(
     descriptors and with specialised loops, where the device has them. descriptors, specialised: whether the inputs and the
     spec allow for these; the other arguments as of config().
     """
-    table = config(capability, which, bits, D, E, described=descriptors)
+    table = config(target, which, bits, D, E, described=descriptors)
     bare = replace(table, descriptors=False, adds=False)
-    shared = _shared(capability)
+    shared = _shared(target)
     sizes = (16, 32, 64, 128)
     rows = (table.BM,) if which == "decode" else sizes
     grid = [
-        Config(BM, BN, warps, stages)
+        replace(bare, BM=BM, BN=BN, warps=warps, stages=stages)
         for BM in rows
         for BN in (*sizes, 256)
         for warps in (2, 4, 8)
-        for stages in ((1, 2, 3, 4) if capability >= 80 or capability == 0 else (1,))
+        for stages in ((1, 2, 3, 4) if _pipelined(target) or target == 0 else (1,))
     ]
-    fitting = [c for c in grid if c != bare and _fits(c, which, bits, D, E, shared)]
+    fitting = [c for c in grid if c != bare and _fits(c, which, bits, D, E, shared, lanes(target))]
     # sorting keeps equals in their order: smaller tiles first
     found = [bare, *sorted(fitting, key=lambda c: _distance(bare, c))[: MOST - 1]]
     more: list[Config] = []
     # products of float32 read tiles into registers, and those of a descriptor spill there
-    if descriptors and capability >= 90 and bits == 16:
+    if descriptors and isinstance(target, int) and target >= 90 and bits == 16:
         more = [replace(c, descriptors=True) for c in found[:DESCRIBED]]
         # where what is added up may come in any order
         more += [replace(c, adds=True) for c in more[: ADDED if which == "backward" else 0]]
-        if specialised and (which, capability) in PROVEN:
+        if specialised and (which, target) in PROVEN:
             more += [replace(c, descriptors=True, specialised=True) for c in found if c.warps >= 4][:SPECIALISED]
     return list(dict.fromkeys([table, *found, *more]))
 
 
-def _shared(capability: int) -> int:
+def _shared(target: Target) -> int:
     """Bytes of shared memory a block may have; what most devices have where nobody knows."""
-    return SHARED.get(capability, 64 << 10 if capability == 0 else max(SHARED.values()))
+    target = known(target)
+    return SHARED.get(target, 64 << 10 if target == 0 else max(SHARED.values()))
 
 
-def _fits(c: Config, which: Pass, bits: int, D: int, E: int, shared: int) -> bool:
+def _fits(c: Config, which: Pass, bits: int, D: int, E: int, shared: int, lanes: int) -> bool:
     """Whether the least that a configuration can need is there."""
     d, e = padded(D), padded(E)
     # the second kernel of backward has as many keys as the first has queries
     sums = c.BM * (d + e) if which == "backward" else c.BM * e
-    spread = (sums + c.BM * c.BN) // (32 * c.warps)
+    spread = (sums + c.BM * c.BN) // (lanes * c.warps)
     return ahead(c, bits, D, E) <= shared and spread <= _ACCUMULATED
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from attnfuse.kernels.device import Device
+from attnfuse.kernels.device import Device, Target, lanes
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.layout import allocate
 from attnfuse.kernels.triton import gradients, launch
@@ -22,8 +22,22 @@ from attnfuse.kernels.triton.call import Call
 from attnfuse.kernels.triton.configs import Config, Pass
 from attnfuse.spec import Attention
 
-#: The instruction that multiplies float16 and bfloat16 tiles.
-MATRIX = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+#: The instruction that multiplies float16 and bfloat16 tiles, as its name begins.
+MATRIX: dict[Target, str] = {
+    80: "mma.sync",
+    86: "mma.sync",
+    89: "mma.sync",
+    90: "wgmma.mma_async",
+    100: "tcgen05.mma",
+    120: "mma.sync",
+    "gfx942": "v_mfma",
+    "gfx950": "v_mfma",
+    "gfx1100": "v_wmma",
+    "gfx1201": "v_wmma",
+}
+#: What Triton takes for AMD's devices besides, by the name that it has in a launch.
+HINTS = ("matrix_instr_nonkdim",)
+_SMALL = [["tt.pointer_range", 32]]
 _TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -38,9 +52,10 @@ _TYPES = {
 @dataclass(frozen=True)
 class Compiled:
     """One kernel as compiled. BM, BN, warps, stages: as in Config, 0 where it has none; shared, spilled: bytes; registers: of a
-    thread; products: names of matrix instructions; bulk: whether tiles are copied by tensor descriptors; reduces: whether they
-    are added to memory by them; partitioned: whether warps share out the work of a loop; columns: of tensor memory, where a
-    device has it (512); cubin: the machine code."""
+    thread, AMD's accumulators among them; products: names of matrix instructions, AMD's without the dtype of factors; bulk: whether
+    tiles are copied by tensor descriptors; reduces: whether they are added to memory by them; partitioned: whether warps share
+    out the work of a loop; columns: of tensor memory, where a device has it (512); cubin: the machine code; assembly: its text,
+    where Triton writes it, which is on AMD's devices."""
 
     kernel: str
     BM: int
@@ -56,18 +71,24 @@ class Compiled:
     reduces: bool = False
     columns: int = 0
     cubin: bytes = field(default=b"", repr=False, compare=False)
+    assembly: str = field(default="", repr=False, compare=False)
+
+    def multiplies(self, target: Target) -> bool:
+        """Whether it has the target's matrix instruction."""
+        return any(name.startswith(MATRIX[target]) for name in self.products)
 
 
 def compiled(
     spec: Attention,
     inputs: Inputs,
-    capability: int,
+    target: Target,
     backward: bool = True,
     needs: Sequence[bool] = (),
     fixed: Mapping[Pass, Config] = MappingProxyType({}),
     how: Callable[..., Compiled] | None = None,
 ) -> list[Compiled]:
-    """The kernels that these tensors would run on an NVIDIA GPU of this compute capability (10 * major + minor).
+    """The kernels that these tensors would run on an NVIDIA GPU of this compute capability (10 * major + minor), or an AMD GPU of
+    this architecture ('gfx942').
 
     needs: of which of (q, k, v, *operands) gradients are made; all floating ones if empty. fixed: by pass, in place of the
     shipped configuration. how: in place of compile_kernel. Raises what Triton raises where it cannot compile, OSError without its
@@ -77,9 +98,9 @@ def compiled(
     made = how or compile_kernel
 
     def record(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
-        found.append(made(kernel, arguments, capability))
+        found.append(made(kernel, arguments, target))
 
-    device = Device("cuda", capability)
+    device = Device.declared(target)
     if spec.dropout and inputs.seed is None:
         inputs = inputs._replace(seed=torch.zeros(1, dtype=torch.int64))
     out, stats = allocate(spec, inputs)
@@ -94,18 +115,26 @@ def compiled(
     return found
 
 
-def compile_kernel(kernel: Any, arguments: dict[str, Any], capability: int) -> Compiled:
+def compile_kernel(kernel: Any, arguments: dict[str, Any], target: Target) -> Compiled:
     """A kernel with the arguments of a launch, num_warps and STAGES among them."""
     import triton
     from triton.backends.compiler import GPUTarget
 
+    amd = isinstance(target, str)
     options = {"num_warps": arguments.get("num_warps", 4), "num_stages": arguments.get("STAGES", 2)}
-    signature, constants, attributes = specialisation(kernel, arguments)
+    options |= {name: arguments[name] for name in HINTS if name in arguments}
+    signature, constants, attributes = specialisation(kernel, arguments, small=amd)
     source = _source(kernel)(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    made = triton.compile(source, target=GPUTarget("hip" if amd else "cuda", target, lanes(target)), options=options)
+    tiles = (arguments.get("BM", 0), arguments.get("BN", 0), options["num_warps"], arguments.get("STAGES", 0))
+    if amd:
+        text = made.asm["amdgcn"]
+        products = re.findall(r"\b(v_(?:mfma|wmma)_f32_\d+x\d+x\d+)", text)
+        costs = (_metadata(text, "vgpr_count"), _metadata(text, "private_segment_fixed_size"), made.metadata.shared)
+        names = tuple(sorted(set(products)))
+        return Compiled(kernel.fn.__name__, *tiles, *costs, names, cubin=made.asm["hsaco"], assembly=text)
     registers, spilled = _usage(made.asm["cubin"])
     products = re.findall(r"(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", made.asm["ptx"])
-    tiles = (arguments.get("BM", 0), arguments.get("BN", 0), options["num_warps"], arguments.get("STAGES", 0))
     words = ("cp.async.bulk.tensor", "setmaxnreg", "cp.reduce.async.bulk.tensor")
     bulk, partitioned, reduces = (word in made.asm["ptx"] for word in words)
     return Compiled(
@@ -124,6 +153,12 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], capability: int) -> C
     )
 
 
+def _metadata(text: str, name: str) -> int:
+    """A number of what the assembly says of its kernel: vgpr_count, of registers with accumulators; private_segment_fixed_size, of
+    bytes of scratch."""
+    return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])  # type: ignore[index]
+
+
 def _source(kernel: Any) -> Any:
     """What the compiler takes of a kernel in Triton, or in Gluon."""
     if kernel.is_gluon():
@@ -136,9 +171,12 @@ def _source(kernel: Any) -> Any:
 
 
 def specialisation(
-    kernel: Any, arguments: dict[str, Any]
+    kernel: Any, arguments: dict[str, Any], small: bool = False
 ) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
-    """(types, constants, what is known of the others) of a launch: a kernel is compiled once for each."""
+    """(types, constants, what is known of the others) of a launch: a kernel is compiled once for each.
+
+    small: as Triton knows it for AMD's devices, no tensor has more than 2 GiB.
+    """
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -148,16 +186,20 @@ def specialisation(
             constants[(i,)] = arguments[name]
         else:
             aligned = {} if kernel.params[i].do_not_specialize_on_alignment else attributes
-            signature[name] = _typed(arguments[name], (i,), constants, aligned)
+            signature[name] = _typed(arguments[name], (i,), constants, aligned, _SMALL if small else [])
     return signature, constants, attributes
 
 
 def _typed(
-    value: Any, at: tuple[int, ...], constants: dict[tuple[int, ...], Any], attributes: dict[tuple[int, ...], Any]
+    value: Any,
+    at: tuple[int, ...],
+    constants: dict[tuple[int, ...], Any],
+    attributes: dict[tuple[int, ...], Any],
+    of_tensors: list[Any],
 ) -> Any:
     """The type of an argument as Triton's launcher would specialise it: 1 and None are constants, multiples of 16 known."""
     if isinstance(value, (tuple, list)):
-        return tuple(_typed(x, (*at, i), constants, attributes) for i, x in enumerate(value))
+        return tuple(_typed(x, (*at, i), constants, attributes, of_tensors) for i, x in enumerate(value))
     if value is None or (isinstance(value, int) and value == 1):
         constants[at] = value
         return "constexpr"
@@ -168,7 +210,7 @@ def _typed(
         return f"tensordesc<{_TYPES[value.base.dtype][1:]}{list(value.block_shape)}{laid_out}>"
     if isinstance(value, torch.Tensor):
         # allocations of a device are aligned
-        attributes[at] = [["tt.divisibility", 16]]
+        attributes[at] = [["tt.divisibility", 16], *of_tensors]
         return _TYPES[value.dtype]
     if isinstance(value, float):
         return "fp32"

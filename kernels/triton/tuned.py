@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ _NUMBERS = {
 }
 #: Of a configuration too; entries from before there were any have none.
 _FLAGS = ("descriptors", "specialised", "adds")
+#: Of a matrix instruction of AMD's devices, likewise.
+_SIDES = frozenset({0, 16, 32})
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,11 @@ class Entry:
         flags = [given.get(name, False) for name in _FLAGS]
         if not all(type(flag) is bool for flag in flags):
             raise ValueError(f"{' and '.join(_FLAGS)} must be true or false, got {flags}")
+        side = given.get("side", 0)
+        if type(side) is not int or side not in _SIDES:
+            raise ValueError(f"side must be one of {sorted(_SIDES)}, got {side!r}")
         times = [records.milliseconds(given.get(name)) for name in ("ms", "table_ms")]
-        return Entry(Config(*(given[name] for name in _NUMBERS), *flags), *times)
+        return Entry(replace(Config(*(given[name] for name in _NUMBERS), *flags), side=side), *times)
 
 
 _table = records.Table("tuned", Entry.of, "the shipped configurations are used")

@@ -210,7 +210,7 @@ def _best(measured: _Measured, timer: Timer, step: Step) -> Result:
     call, which = measured.call, measured.which
     table = _baseline(measured)
     variants = (call.describable(which), not call.traits.checked)
-    every = candidates(call.device.capability, which, call.q.element_size() * 8, call.D, call.E, *variants)
+    every = candidates(call.device.target, which, call.q.element_size() * 8, call.D, call.E, *variants)
     rest = [c for c in every if c != table]
     shipped = replace(call, fixed=table)
     times = {table: _timed(measured, shipped, timer)}

@@ -233,6 +233,48 @@ def test_decoding_is_compiled_again_where_its_own_tiles_are_others(monkeypatch: 
     assert before != kernels.digest(case)
 
 
+def of_amd(target: str = "gfx942", spec: str = "causal", **changed: Any) -> dict[str, Any]:
+    loop = {"kinds": {"matrix": 64, "float": 448}, "masked": 1024}
+    made = kernel("forward", **{"BN": 128, "stages": 1, "products": ["v_mfma_f32_32x32x8"], "loop": loop, **changed})
+    case = {"capability": target, "dtype": "float16", "D": 64, "spec": spec, "old": False, "failed": ""}
+    return {**case, "kernels": [made, kernel("prepare", products=[])]}
+
+
+def test_amds_targets_have_a_table_of_their_own() -> None:
+    rows = [row(), of_amd(), of_amd("gfx1100", registers=256, spilled=16, products=["v_wmma_f32_16x16x16"])]
+    content = {"environment": {"date": "2026-01-01", "commit": "abc"}, "triton": "3.0", "rows": rows}
+    text = kernel_tables.amd(content)
+    # 8192 scores, of 256 and of 128 lanes
+    cells = "gfx942 | causal | float16 | 64 | forward | 64x128, 4 warps, 1 stage | 100 | 2 |  | 16.0 | 32.0 | v_mfma_f32_32x32x8"
+    assert f"| {cells} |" in text and "| 256 | 2 | 16 | 8.0 | 16.0 | v_wmma_f32_16x16x16 |" in text
+    assert "- forward, float16, D 64: causal 16 (gfx1100)" in text and "Every kernel uses" in text
+    # nor are they in the other one
+    assert kernel_tables.configurations(content) == said(row()) and "gfx" not in said(row())
+    assert kernel_tables.amd({**content, "rows": [row()]}) == "Not compiled."
+
+
+def test_a_kernel_of_amd_without_matrix_instructions_is_named() -> None:
+    text = kernel_tables.amd({"rows": [of_amd("gfx1201", products=[])]})
+    assert "- forward, float16, D 64: causal none (gfx1201)" in text
+
+
+def test_amds_targets_have_few_cases_and_the_others_those_that_they_had() -> None:
+    both = kernels.cases((90, "gfx950"), kernels.SPECS, kernels.SIZES)
+    assert [c for c in both if not c.amd] == kernels.cases((90,), kernels.SPECS, kernels.SIZES)
+    found = {(c.dtype, c.spec) for c in both if c.amd}
+    assert found == {(dtype, spec) for dtype, specs in kernels.AMD_SPECS.items() for spec in specs}
+    assert all(c.counted and c.capability == "gfx950" for c in both if c.amd)
+    assert not kernels.variants(("gfx950",), kernels.SPECS, kernels.SIZES)
+    assert len(both) == len(set(both))
+
+
+@needs_triton
+def test_what_is_compiled_for_amd_is_counted() -> None:
+    (made,) = kernels.compiled(kernels.Case("gfx950", "float16", 64, "plain"), backward=False)["kernels"]
+    assert made["loop"]["kinds"]["matrix"] > 0 and "assembly" not in made and "cubin" not in made
+    assert made["products"] == ("v_mfma_f32_32x32x16",)
+
+
 def test_every_target_and_spec_is_among_the_cases_once() -> None:
     every = kernels.cases((*kernels.TARGETS, *kernels.WITHOUT), kernels.SPECS, kernels.SIZES)
     assert len(every) == len(set(every))

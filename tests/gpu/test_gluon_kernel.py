@@ -14,6 +14,7 @@ from gluon_cases import CAUSAL, right
 from kernel_cases import qkv
 
 from attnfuse.kernels import gluon, triton
+from attnfuse.kernels.device import Device
 from attnfuse.kernels.gluon import launch
 from attnfuse.kernels.inputs import Inputs
 
@@ -23,11 +24,12 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(autouse=True)
 def on_device(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        if (major, minor) not in ((9, 0), (10, 0)):
+        # of which an AMD GPU has none
+        capability = Device.of(device).capability
+        if capability not in (90, 100):
             pytest.skip("the kernels are for compute capabilities 9.0 and 10.0")
-        if gluon.missing(10 * major + minor):
-            pytest.skip(gluon.missing(10 * major + minor))
+        if gluon.missing(capability):
+            pytest.skip(gluon.missing(capability))
     with device:
         yield
 

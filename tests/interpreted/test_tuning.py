@@ -102,7 +102,7 @@ def test_what_wins_is_kept_and_used_by_the_next_launch(directory, launched, cloc
         (which, Entry(FAST, 1.0, 4.0), TABLE, 2) for which in ("forward", "backward")
     ]
     assert not any(r.skipped or r.wrong for r in found)
-    flags = {"descriptors": False, "specialised": False, "adds": False}
+    flags = {"descriptors": False, "specialised": False, "adds": False, "side": 0}
     assert kept(directory) == {
         r.key: {"BM": 16, "BN": 16, "warps": 4, "stages": 1, **flags, "ms": 1.0, "table_ms": 4.0} for r in found
     }
@@ -480,7 +480,7 @@ def test_a_file_that_cannot_be_used_is_ignored_with_a_warning(text, directory):
             {"ms": float("nan")},
             {"table_ms": 10**400},
         ),
-        *({"descriptors": 1}, {"specialised": None}, {"adds": "true"}),
+        *({"descriptors": 1}, {"specialised": None}, {"adds": "true"}, {"side": 8}, {"side": "16"}),
     ],
 )
 def test_a_damaged_entry_is_left_out_and_the_others_stay(damage, directory):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from kernel_cases import GATES, INF, STEPS, WEIGHTS, make_spec, qkv, randn
 
 from attnfuse import reasons
 from attnfuse.expr import causal
-from attnfuse.kernels import choose, kernel_named, successor, volta
+from attnfuse.kernels import choose, compared, kernel_named, successor, volta
 from attnfuse.kernels.device import Device
 from attnfuse.reasons import Cause
 from attnfuse.spec import Attention, Bias, ReplaceFill, Scale
@@ -41,6 +43,17 @@ def test_other_vendors_gpus_of_type_cuda_get_triton_too() -> None:
 def with_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were an NVRTC that knows every device."""
     monkeypatch.setattr(volta.nvrtc, "available", lambda capability: None)
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950", "gfx1100", "gfx1201"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gpus_of_amd_get_triton_and_no_kernel_made_for_others(arch: str, dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    device = Device("cuda", arch=arch)
+    assert [k.name for k in compared(spec_of(dtype), device)] == ["triton"]
+    assert choose(spec_of(dtype), device, trains=True).kernel == kernel_named("triton")
+    for name in ("gluon", "flash4", "varlen"):
+        assert choose(spec_of(dtype), device, name).kernel is None
 
 
 @pytest.mark.parametrize("capability", [70, 75])
@@ -135,10 +148,20 @@ def test_every_spec_is_taken_or_refused_by_the_kernel_of_an_npu() -> None:
     assert all(answers[s] for s in ("softcap", "tanh", "clamp", "weights zeroed", "gate band")), answers
 
 
-@pytest.mark.parametrize(("kind", "hip"), [("cuda", "6.4"), ("xpu", None)])
-def test_other_vendors_gpus_have_a_name_and_no_capability(kind, hip, monkeypatch) -> None:
-    module = torch.get_device_module(kind)
-    monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(module, "is_available", lambda: True)
-    monkeypatch.setattr(module, "get_device_name", lambda device: f"the {device.type} in slot {device.index}")
-    assert Device.of(torch.device(kind, 3)) == Device(kind, 0, f"the {kind} in slot 3")
+def test_gpus_of_intel_have_a_name_and_no_capability(monkeypatch) -> None:
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    monkeypatch.setattr(torch.xpu, "get_device_name", lambda device: f"the {device.type} in slot {device.index}")
+    assert Device.of(torch.device("xpu", 3)) == Device("xpu", 0, "the xpu in slot 3")
+
+
+@pytest.mark.parametrize("told", ["gfx942:sramecc+:xnack-", "gfx942"])
+def test_gpus_of_amd_have_an_architecture_without_its_features(told, monkeypatch) -> None:
+    index = {"gfx942": 4}.get(told, 5)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    # what ROCm says of major and minor is no compute capability
+    properties = SimpleNamespace(gcnArchName=told, name="MI300X", multi_processor_count=304, major=9, minor=4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    found = Device.of(torch.device("cuda", index))
+    assert found == Device("cuda", 0, "MI300X", 304, "gfx942")
+    assert (str(found), found.target) == ("cuda gfx942", "gfx942")

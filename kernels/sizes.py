@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from attnfuse.expr import Algebra
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.inputs import Bounds, Inputs
 from attnfuse.kernels.layout import spread
+from attnfuse.kernels.program.traits import indices
 from attnfuse.spec import Attention
 
 #: No dim may be longer: key and query indices are 32-bit numbers in the kernels.
@@ -53,6 +55,10 @@ class Sizes:
         """make(*given, **how)."""
         return make(*given, **how)
 
+    def allocated(self, x: torch.Tensor) -> torch.Tensor:
+        """x, which is new and has no contents yet."""
+        return x
+
     def refuse(self) -> None:
         """Nothing of this call holds for others like it."""
 
@@ -60,7 +66,16 @@ class Sizes:
         """A new tensor, of zeros or without contents."""
         if zero:
             return self.computed(torch.zeros, size=shape, dtype=dtype, device=self.q.device)
-        return torch.empty(shape, dtype=dtype, device=self.q.device)
+        return self.allocated(torch.empty(shape, dtype=dtype, device=self.q.device))
+
+    def is_inside(self) -> bool:
+        """Whether what is read at indices of its own exists for all queries and keys that there are, as their numbers tell."""
+        algebra = Algebra(self.Q, self.K)
+        for operand, d, own in indices(self.spec):
+            low, high = algebra.bounds(own)
+            if low < 0 or high >= self.operands[operand].shape[d - 2]:
+                return False
+        return True
 
     @property
     def waves(self) -> int:

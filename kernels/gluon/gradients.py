@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from attnfuse.kernels.gluon import launch
+from attnfuse.kernels.gradients import summed
 from attnfuse.kernels.triton import codegen, descriptors
 from attnfuse.kernels.triton import gradients as shared
 from attnfuse.kernels.triton.call import Call
@@ -75,11 +76,11 @@ def backward(
     ):
         matrices[name.upper()], matrices[f"{name}b"] = launch.described(x, rows, columns)
     tiles = -(-call.K // BN)
-    elements, dk, dv, arguments = shared.of_keys(call, tiles, -(-call.Q // BM))
+    keys, arguments = shared.of_keys(call, tiles, -(-call.Q // BM))
     common = shared.common(call, dout)
     call.launch(
         hopper_gradients.backward_columns,
-        tiles * elements,
+        tiles * keys.elements,
         {
             **matrices,
             **prepared,
@@ -97,8 +98,8 @@ def backward(
             "num_warps": 4,
         },
     )
-    made = (shared.scaled(call, dq), dk, dv)
+    made = (shared.scaled(call, dq), keys.dk, keys.dv)
     grads: list[torch.Tensor | None] = [
-        shared.summed(call, x, g) if need else None for x, g, need in zip((call.q, call.k, call.v), made, needs)
+        summed(call, x, g) if need else None for x, g, need in zip((call.q, call.k, call.v), made, needs)
     ]
     return [*grads, *[None] * len(call.operands)]

@@ -16,6 +16,7 @@ from attnfuse import reasons
 from attnfuse.kernels import sink
 from attnfuse.kernels.capability import FLOATS, LAYOUTS, NUMBERS, STEPS, WEIGHT_STEPS, Capability, filled_weights
 from attnfuse.kernels.device import Device, tf32_allowed
+from attnfuse.kernels.gradients import check
 from attnfuse.kernels.inputs import Bounds, Inputs
 from attnfuse.kernels.layout import allocate, check_bounds
 from attnfuse.kernels.pages import check_pages, no_pages
@@ -165,5 +166,5 @@ def _backward(
         return zeros
     call = Call(spec, inputs, Device.of(inputs.q.device), run, recorder=recorder)
     # not in what is tried again with other tiles
-    gradients.check(call, needs)
+    check(call, needs)
     return launch.fitting(call, "backward", lambda: gradients.backward(call, dout, out, stats, needs, dlse))

@@ -10,27 +10,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from attnfuse.expr import Algebra
 from attnfuse.kernels import dropout
-from attnfuse.kernels.device import Device, tf32_allowed
-from attnfuse.kernels.inputs import Bounds, Inputs
-from attnfuse.kernels.layout import spread
+from attnfuse.kernels.device import tf32_allowed
+from attnfuse.kernels.sizes import Sizes
 from attnfuse.kernels.triton import descriptors, plans, tuned
 from attnfuse.kernels.triton.configs import Config, Pass, config, padded
-from attnfuse.spec import Attention, Ramp
+from attnfuse.spec import Ramp
 
 #: What the kernels have for Attention.hidden.
 HIDDEN = {"nan": 0, "zero": 1, "nan_to_zero": 2}
-#: No dim may be longer: key and query indices are 32-bit numbers in the kernels.
-_LONGEST = 2**29
 #: How often the tiles of a spec were halved because a device had no shared memory or registers for them.
 _shrunk: dict[tuple[object, ...], int] = {}
 #: Rows that are decoded: more of them fill a query tile anyway.
 _FEW = 64
 #: The compute capability from which on tanh is an instruction.
 _TANH = 75
-#: Taken for the number of processors of a device that does not tell.
-_PROCESSORS = 8
 
 
 def interpreted() -> bool:
@@ -47,17 +41,13 @@ class Decoding(NamedTuple):
 
 
 @dataclass
-class Call:
+class Call(Sizes):
     """What the launches of one call have in common.
 
-    device: whose configurations are taken; launch(kernel, programs, arguments): what runs a kernel; fixed: a configuration
-    in place of every other, such as one that is being measured; recorder: notes what is done for a plan. Raises ValueError for
-    dims that are too long, and without a seed for dropout.
+    launch(kernel, programs, arguments): what runs a kernel; fixed: a configuration in place of every other, such as one that is
+    being measured; recorder: notes what is done for a plan. Raises as Sizes does.
     """
 
-    spec: Attention
-    inputs: Inputs
-    device: Device
     launch: Callable[[Any, int, dict[str, Any]], Any]
     fixed: Config | None = None
     recorder: plans.Recorder = plans.PLAIN
@@ -65,41 +55,22 @@ class Call:
     def __post_init__(self) -> None:
         from attnfuse.kernels.triton import codegen, generated
 
+        super().__post_init__()
         self.traits = codegen.traits(self.spec)
-        self.q, self.k, self.v, operands, self.seed, bounds, self.pages = self.inputs
-        # bools as bytes, which every backend loads alike
-        self.operands = [self.recorder.computed(_bytes, o) if o.dtype == torch.bool else o for o in operands]
-        # the kernels step over whole rows of bounds
-        self.bounds = Bounds(
-            *(None if b is None else self.recorder.computed(torch.Tensor.contiguous, b) for b in bounds)
-        )
-        self.batch = spread(self.spec, self.inputs)
-        self.elements = math.prod(self.batch)
-        self.packed_q, self.packed_k = self.spec.packed_queries, self.spec.packed_keys
-        self.sequences = self.batch[0] if self.packed_q or self.packed_k else 1
-        #: batch elements of one sequence
-        self.heads = self.elements // self.sequences
-        self.Q, self.K, self.D, self.E = self.q.shape[-2], self.inputs.keys, self.q.shape[-1], self.v.shape[-1]
-        if max(self.Q, self.K, self.elements, *(n for o in self.operands for n in o.shape)) > _LONGEST:
-            raise ValueError(f"no dim may be longer than {_LONGEST}")
         #: whether there are so many queries or keys that their numbers cannot be computed in float32
         self.far = max(self.Q, self.K) >= codegen.NEARBY and any(isinstance(s, Ramp) for s in self.spec.steps)
         approximate = self._has_tanh() and codegen.approximable(self.spec)
-        self.functions: Any = generated.functions(self.spec, approximate, self.far, self._is_inside())
-        if self.spec.dropout and self.seed is None:
-            raise ValueError("a spec with dropout needs a seed")
+        self.functions: Any = generated.functions(self.spec, approximate, self.far, self.is_inside())
         self.precision = "tf32" if tf32_allowed() and self._has_tf32() else "ieee"
 
-    def _is_inside(self) -> bool:
-        """Whether what is read at indices of its own exists for all queries and keys that there are, as their numbers tell."""
-        from attnfuse.kernels.triton import codegen
+    def computed(self, make: Callable[..., torch.Tensor], *given: torch.Tensor, **how: Any) -> torch.Tensor:
+        return self.recorder.computed(make, *given, **how)
 
-        algebra = Algebra(self.Q, self.K)
-        for operand, d, own in codegen.indices(self.spec):
-            low, high = algebra.bounds(own)
-            if low < 0 or high >= self.operands[operand].shape[d - 2]:
-                return False
-        return True
+    def allocated(self, x: torch.Tensor) -> torch.Tensor:
+        return self.recorder.allocated(x)
+
+    def refuse(self) -> None:
+        self.recorder.refuse()
 
     def _has_tanh(self) -> bool:
         """Whether kernels run on a device that has an instruction for tanh."""
@@ -142,7 +113,7 @@ class Call:
 
     def key(self, which: Pass) -> str | None:
         """What a measurement of these inputs is kept under; None on a device without a name."""
-        rows = self._group() * self.Q if which == "decode" else self.Q
+        rows = self.group() * self.Q if which == "decode" else self.Q
         precision = self.precision if self.spec.qk_dtype == "float32" else ""
         return tuned.key(self.spec, self.device, which, precision, (self.D, self.E), (rows, self.K, self.elements))
 
@@ -150,7 +121,7 @@ class Call:
         """How to split the keys of few queries; None where the forward kernel does better."""
         if self.packed_q:
             return None
-        group = self._group()
+        group = self.group()
         rows = group * self.Q
         if rows > _FEW:
             return None
@@ -160,21 +131,6 @@ class Call:
         # two waves, of parts that are no shorter than two tiles
         parts = min(-(-self.waves // programs), -(-self.K // (2 * made.BN)))
         return Decoding(made, group, max(parts, 1)) if parts > 1 or group > 1 else None
-
-    @property
-    def waves(self) -> int:
-        """How many programs keep the device busy."""
-        return 2 * (self.device.processors or _PROCESSORS)
-
-    def _group(self) -> int:
-        """How many batch elements next to each other have the same keys, values and masks."""
-        masks = [self.operands[load.operand] for load in self.spec.loads]
-        group = 1
-        for d in reversed(range(1 if self.packed_k else 0, len(self.batch))):
-            if any(shape[d] != 1 for shape in (*self.inputs.shapes[1:3], *(x.shape for x in masks))):
-                break
-            group *= self.batch[d]
-        return group
 
     def _tile_key(self, which: Pass, found: Config) -> tuple[object, ...]:
         return (self.device, which, self.spec.text, self.D, self.E, found)
@@ -196,10 +152,6 @@ class Call:
         while made.descriptors and self.shrink(which):
             made = self.config(which)
         return True
-
-    def strides(self, x: torch.Tensor) -> tuple[int, ...]:
-        """Of the batch dims, 0 where x is broadcast."""
-        return tuple(0 if n == 1 else s for n, s in zip(x.shape[: len(self.batch)], x.stride()))
 
     def blocks(self, cache: torch.Tensor) -> tuple[Any, ...]:
         """What the kernels need to know of a cache besides the steps of a row and a column: the step of a block, rows of a block,
@@ -237,33 +189,6 @@ class Call:
             "Qn": self.Q,
             "Kn": self.K,
         }
-
-    @property
-    def lines(self) -> int:
-        """Rows of the result, over all batch elements."""
-        return self.Q * (self.heads if self.packed_q else self.elements)
-
-    def query_tiles(self, size: int) -> int:
-        """How many tiles of queries one element has, or at most all sequences together where they are packed."""
-        return self.Q // size + self.sequences if self.packed_q else -(-self.Q // size)
-
-    def query_programs(self, size: int) -> int:
-        return self.query_tiles(size) * (self.heads if self.packed_q else self.elements)
-
-    def deal(self, bounds: torch.Tensor | None, rows: int, size: int) -> torch.Tensor:
-        """As dealt() in template.py takes it: tiles of the longest sequences first, so that no long one is left for the end.
-
-        Nothing is read by the host.
-        """
-        if bounds is None:
-            return self.q
-        return self.recorder.computed(_dealt, bounds, rows=rows, size=size)
-
-    def scratch(self, *shape: int, dtype: torch.dtype = torch.float32, zero: bool = False) -> torch.Tensor:
-        """A new tensor, of zeros or without contents."""
-        if zero:
-            return self.recorder.computed(torch.zeros, size=shape, dtype=dtype, device=self.q.device)
-        return self.recorder.allocated(torch.empty(shape, dtype=dtype, device=self.q.device))
 
     def scores(self) -> dict[str, Any]:
         """What kernels of the forward pass take to compute scores and weights."""
@@ -324,18 +249,6 @@ class Call:
         """Whether loops are specialised: not those that pass over tiles, whose products Triton does not always find, nor those that
         read through a block table."""
         return made.specialised and not self.traits.checked and self.pages is None
-
-
-def _bytes(x: torch.Tensor) -> torch.Tensor:
-    return x.view(torch.uint8)
-
-
-def _dealt(bounds: torch.Tensor, rows: int, size: int) -> torch.Tensor:
-    ends = bounds.clamp(0, rows)
-    tiles, order = (
-        ((ends[1] - ends[0]).clamp(min=0) + (size - 1)).div(size, rounding_mode="floor").sort(descending=True)
-    )
-    return torch.stack([tiles.cumsum(0), order]).to(torch.int32)
 
 
 def _describable(packed: bool, *tensors: torch.Tensor) -> bool:

@@ -117,6 +117,35 @@ def test_launches_read_no_value_and_take_no_tensor_of_the_host(
                     assert tensor.device == META, (kernel, argument)
 
 
+@pytest.mark.parametrize("capability", [70, 75])
+@pytest.mark.parametrize("name", [x for x in CASES if x != "a shared bias"])
+def test_launches_in_cuda_do_neither(name: str, capability: int) -> None:
+    from attnfuse.kernels import volta
+    from attnfuse.kernels.volta.call import Launch
+
+    launches: list[Launch] = []
+    spec, q, k, v, operands, bounds = CASES[name]()
+    q, k, v, *operands = (x.to(META) for x in (q, k, v, *operands))
+    bounds = Bounds(*(None if b is None else b.to(META) for b in bounds))
+    seed = torch.zeros(1, dtype=torch.int64, device=META) if spec.dropout else None
+    inputs = Inputs(q, k, v, operands, seed, bounds)
+    needs = [x.is_floating_point() for x in inputs.tensors]
+    device = Device("cuda", capability, "a GPU", 80)
+    out, stats = volta.forward(spec, inputs, device, launches.append)
+    grads = volta.backward(spec, inputs, torch.empty_like(out), out, stats, needs, None, device, launches.append)
+    assert [None if g is None else (g.shape, g.dtype, g.device) for g in grads] == [
+        (x.shape, x.dtype, META) if need else None for x, need in zip(inputs.tensors, needs, strict=True)
+    ]
+    launched = {launch.kernel.removeprefix("attention_") for launch in launches}
+    assert launched == {
+        *(("part", "combined") if name == "few queries" else ("forward",)),
+        *("rows", "along_queries", "along_keys"),
+    }
+    for launch in launches:
+        assert isinstance(launch.blocks, int) and launch.blocks > 0
+        assert all(tensor.device == META for tensor, _ in launch.tensors), launch.kernel
+
+
 # --- graphs -----------------------------------------------------------------------------------------------------------
 
 

@@ -38,8 +38,6 @@ if TYPE_CHECKING or __name__ == "__main__":
     import typer
 
 TARGETS = (80, 86, 89, 90, 100, 120)
-#: Without matrix instructions in Triton; these compile for a look at registers alone, no kernel is chosen there.
-WITHOUT = (70, 75)
 AMD = ("gfx942", "gfx950", "gfx1100", "gfx1201")
 #: The specs of these, and the head sizes beyond 128 that are compiled.
 AMD_SPECS = {
@@ -349,11 +347,7 @@ def _of_nvidia(capabilities: Iterable[int], dtypes: Iterable[str], sizes: Iterab
     found = [c for c in found if c.D in _SIZES_OF.get(c.spec, SIZES)]
     found = [c for c in found if c.dtype != "bfloat16" or c.spec == "causal" or c.counted]
     found = [c for c in found if not c.spec.endswith("tma") or c.capability >= 90]
-    found = [c for c in found if not c.gluon or c.capability in _WITH_GLUON]
-    # where there is no matrix instruction, a sample
-    return [
-        c for c in found if c.capability not in WITHOUT or (c.dtype == "float16" and c.D < 256 and c.spec in _SAMPLE)
-    ]
+    return [c for c in found if not c.gluon or c.capability in _WITH_GLUON]
 
 
 def variants(capabilities: Iterable[Target], dtypes: Iterable[str], sizes: Iterable[int]) -> list[Case]:
@@ -413,7 +407,7 @@ def moved(capability: int, name: str, D: int) -> list[Row]:
 
 
 def main(
-    targets: Annotated[str, typer.Option(help="such as 80,gfx942")] = _joined((*TARGETS, *WITHOUT, *AMD)),
+    targets: Annotated[str, typer.Option(help="such as 80,gfx942")] = _joined((*TARGETS, *AMD)),
     dtypes: Annotated[str, typer.Option()] = _joined(SPECS),
     sizes: Annotated[str, typer.Option(help="head sizes")] = _joined(SIZES),
     jobs: Annotated[int, typer.Option(help="processes at a time")] = 1,
@@ -428,7 +422,7 @@ def main(
     widths = [int(x) for x in results.listed(sizes)]
     named = results.listed(dtypes)
     wanted = [*cases(capabilities, named, widths), *variants(capabilities, named, widths)]
-    every = [*cases((*TARGETS, *WITHOUT, *AMD), SPECS, SIZES), *variants(_VARIED, SPECS, SIZES)]
+    every = [*cases((*TARGETS, *AMD), SPECS, SIZES), *variants(_VARIED, SPECS, SIZES)]
     digests = {c: digest(c) for c in every}
     todo = [c for c in wanted if fresh or c not in rows or rows[c]["source"] != digests[c]] if missing else []
     content: Row = {"environment": results.environment(threads=1), "triton": metadata.version("triton")}

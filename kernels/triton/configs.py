@@ -11,8 +11,6 @@ Pass = Literal["forward", "backward", "decode"]
 
 #: Shared memory (LDS) that one block may have, in bytes, by target.
 SHARED: dict[Target, int] = {
-    70: 96 << 10,
-    75: 64 << 10,
     80: 163 << 10,
     86: 99 << 10,
     89: 99 << 10,
@@ -258,15 +256,6 @@ _AMD_SINGLE: _Table = {
         **dict.fromkeys(_RDNA, Config(16, 16, 16, 1)),
     },
 }
-#: No tensor cores through Triton: small tiles keep the multiply-adds in registers.
-_WITHOUT: _Table = {
-    ("forward", 64): {0: Config(32, 32, 8, 1)},
-    ("forward", 128): {0: Config(32, 16, 8, 1)},
-    ("forward", 256): {0: Config(16, 16, 8, 1)},
-    ("backward", 64): {0: Config(32, 32, 8, 1)},
-    ("backward", 128): {0: Config(16, 16, 8, 1)},
-    ("backward", 256): {0: Config(16, 16, 8, 1)},
-}
 
 
 def config(
@@ -295,7 +284,7 @@ def config(
         for table in (_HEAVY_DESCRIBED, _DESCRIBED) if heavy else (_DESCRIBED,):
             if target in table.get((which, width), {}):
                 return table[which, width][target]
-    table = _WITHOUT if target in (70, 75) else _SINGLE if bits == 32 else _HEAVY if heavy else _HALF
+    table = _SINGLE if bits == 32 else _HEAVY if heavy else _HALF
     if isinstance(target, str):
         own = _AMD_HEAVY.get((which, width), {}) if heavy and bits == 16 else {}
         return own.get(target) or (_AMD_SINGLE if bits == 32 else _AMD_HALF)[which, width][target]

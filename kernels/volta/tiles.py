@@ -119,7 +119,9 @@ def backward(capability: int, D: int, E: int) -> Backward:
         DB, EB = _up(D, 32), _up(E, 32)
         if max(DB, EB) <= 64:
             return Backward(DB, EB, 2, 2, 32, 64 if capability < 75 else 32)
-        # eight warps share the columns of sums
+        if capability < 75:
+            return Backward(DB, EB, 2, 2, 16, 32)
+        # eight warps share the columns of sums: four would ask shared memory for less, but have no registers for them
         return Backward(_up(D, 64), _up(E, 64), 2, 4, 32, 32)
     found = Backward(_up(D, 64), _up(E, 64), 1, 4, 32, 32)
     if found.shared(True) > SHARED[capability]:

@@ -43,8 +43,10 @@ Run = Callable[[Launch], None]
 
 
 @functools.lru_cache(maxsize=512)
-def _forward_text(spec: Attention, capability: int, sizes: tuple[int, int], made: tiles.Forward, pieces: bool) -> str:
-    return sources.forward(spec, capability, sizes, made, pieces)
+def _forward_text(
+    spec: Attention, capability: int, sizes: tuple[int, int], made: tiles.Forward, pieces: bool, parts: bool
+) -> str:
+    return sources.forward(spec, capability, sizes, made, pieces, parts)
 
 
 @functools.lru_cache(maxsize=512)
@@ -76,13 +78,13 @@ def forward(sizes: Sizes, out: torch.Tensor, stats: torch.Tensor, run: Run) -> N
     if sizes.packed_q or rows > _FEW or (parts <= 1 and group == 1):
         made = tiles.forward(capability, *widths, sizes.Q, heavy)
         problem.addresses(deal=_deal(sizes, sizes.bounds.q, sizes.Q, made.rows))
-        text = _forward_text(sizes.spec, capability, widths, made, pieces)
+        text = _forward_text(sizes.spec, capability, widths, made, pieces, False)
         run(_launch(problem, text, "forward", sizes.query_programs(made.rows), made.threads, made.shared))
         return
     parts = max(parts, 1)
     problem.numbers(group=group, parts=parts)
     problem.addresses(writes=True, partial=sizes.scratch(blocks * parts * made.kept * made.threads))
-    text = _forward_text(sizes.spec, capability, widths, made, pieces)
+    text = _forward_text(sizes.spec, capability, widths, made, pieces, True)
     run(_launch(problem, text, "part", blocks * parts, made.threads, made.shared))
     run(_launch(problem, text, "combined", blocks, made.threads, made.shared))
 

@@ -27,14 +27,21 @@ def for_device(text: str) -> str:
     return f"{_file('device.cuh')}\n{text}"
 
 
-def forward(spec: Attention, capability: int, sizes: tuple[int, int], made: tiles.Forward, pieces: bool) -> str:
-    """The text with the kernels `attention_forward`, `attention_part` and `attention_combined`.
+def forward(
+    spec: Attention,
+    capability: int,
+    sizes: tuple[int, int],
+    made: tiles.Forward,
+    pieces: bool,
+    parts: bool = False,
+) -> str:
+    """The text with the kernel `attention_forward`, or with parts those of decoding, `attention_part` and `attention_combined`.
 
     sizes: D and E; capability: 70 or 75; pieces: whether all matrices are `problem.in_pieces`.
     """
+    modes = {"part": "PART", "combined": "COMBINED"} if parts else {"forward": "WHOLE"}
     kernels = [_file("forward.cuh")]
-    for name, mode in (("forward", "WHOLE"), ("part", "PART"), ("combined", "COMBINED")):
-        kernels.append(_kernel(name, "THREADS", f"Forward<{mode}>(p).run();"))
+    kernels += [_kernel(name, "THREADS", f"Forward<{mode}>(p).run();") for name, mode in modes.items()]
     return _text(spec, capability, sizes, pieces, made.constants, kernels)
 
 

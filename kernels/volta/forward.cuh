@@ -214,7 +214,7 @@ template <Mode MODE> struct Forward {
         return tile.k0;
     }
 
-    // From `clipped` bounds: [lo, hi) inside of [0, Kn), from the beginning of a tile on.
+    // Makes [lo, hi) lie inside of [0, n), and begin where a tile does.
     METHOD static void clip(int& lo, int& hi, int n) {
         hi = smaller(hi, n);
         if (lo >= hi) hi = 0;

@@ -34,15 +34,16 @@ def forward(
     made: tiles.Forward,
     pieces: bool,
     parts: bool = False,
+    inside: bool = False,
 ) -> str:
     """The text with the kernel `attention_forward`, or with parts those of decoding, `attention_part` and `attention_combined`.
 
-    sizes: D and E; capability: 70 or 75; pieces: whether all matrices are `problem.in_pieces`.
+    sizes: D and E; capability: 70 or 75; pieces: whether all matrices are `problem.in_pieces`; inside: as of codegen.source.
     """
     modes = {"part": "PART", "combined": "COMBINED"} if parts else {"forward": "WHOLE"}
     kernels = [_file("forward.cuh")]
     kernels += [_kernel(name, "THREADS", f"Forward<{mode}>(p).run();") for name, mode in modes.items()]
-    return _text(spec, capability, sizes, pieces, made.constants, kernels)
+    return _text(spec, capability, sizes, pieces, inside, made.constants, kernels)
 
 
 def backward(
@@ -53,6 +54,7 @@ def backward(
     pieces: bool,
     by_queries: int,
     by_keys: int,
+    inside: bool = False,
 ) -> str:
     """The text with the kernels `attention_rows`, `attention_along_queries` and `attention_along_keys`.
 
@@ -62,7 +64,7 @@ def backward(
     kernels = [_file("backward.cuh"), _kernel("rows", "THREADS_B", "rows_of_block(p);")]
     for name, keys in (("queries", "false"), ("keys", "true")):
         kernels.append(_kernel(f"along_{name}", "THREADS_B", f"Backward<{keys}>(p).run();"))
-    return _text(spec, capability, sizes, pieces, {**made.constants, **given}, kernels)
+    return _text(spec, capability, sizes, pieces, inside, {**made.constants, **given}, kernels)
 
 
 def _kernel(name: str, threads: str, body: str) -> str:
@@ -74,6 +76,7 @@ def _text(
     capability: int,
     sizes: tuple[int, int],
     pieces: bool,
+    inside: bool,
     constants: dict[str, int],
     kernels: list[str],
 ) -> str:
@@ -108,6 +111,6 @@ def _text(
     lines += [codegen.constants(spec)]
     doubt = "-infinity()" if found.doubt == -math.inf else f"{found.doubt!r}f"
     lines += [f"#define DOUBT ({doubt})"]
-    written = f'#line 1 "spec.cuh"\n{codegen.source(spec)}'
+    written = f'#line 1 "spec.cuh"\n{codegen.source(spec, inside=inside)}'
     lines += [_file("problem.cuh"), written, _file("fragments.cuh"), *kernels]
     return "\n".join(lines)

@@ -39,7 +39,7 @@ def ramped(kernel, q, k, v, slopes, ramp, *, before=(HALF,), after=(), **fields)
 def test_numbers(kernel, name):
     number = {**PLACES, **OTHERS}[name]
     scale = 2.0**-20 if name == "far" else 0.1
-    ramped(kernel, *qkv(2, 2, 40, 70, 8), [randn(1, 2, 1, 1, scale=scale)], Ramp(0, number, 0.5))
+    ramped(kernel, *qkv(2, 2, 40, 70, 8), [randn(1, 2, 1, 1, dtype=torch.float32, scale=scale)], Ramp(0, number, 0.5))
 
 
 @pytest.mark.parametrize("name", PLACES)

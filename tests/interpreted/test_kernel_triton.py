@@ -10,6 +10,7 @@ import pytest
 import torch
 from kernel_cases import INF, make_spec, qkv, randn
 from sink_cases import *  # noqa: F403
+from tile_cases import *  # noqa: F403
 from triton.runtime import interpreter
 
 from attnfuse.expr import Algebra, causal

@@ -239,7 +239,7 @@ def hold(drawn: Drawn, capability: int, seed: int, chosen: list[bool]) -> None:
     out, stats, dout, dlse, grads = run(Emulated(capability, seed=seed), drawn, needs)
     given = (inputs.tensors, inputs.seed)
     oracle, oracle_grads = kernel_cases.evaluate(spec, *given, torch.float64, dout, inputs.bounds, dlse)
-    eager, eager_grads = kernel_cases.evaluate_eager((oracle, oracle_grads), spec, *given, dout, inputs.bounds, dlse)
+    eager, eager_grads, _ = kernel_cases.evaluate_eager((oracle, oracle_grads), spec, *given, dout, inputs.bounds, dlse)
     E = inputs.v.shape[-1]
     rounded_close(out, oracle[..., :E], eager[..., :E], "out")
     if spec.lse:

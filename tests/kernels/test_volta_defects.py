@@ -17,7 +17,7 @@ import torch
 from emulated_volta import Emulated
 from kernel_cases import INF, bounds_of, check, make_spec, qkv, randn
 
-from attnfuse.expr import Algebra, causal, dense, window
+from attnfuse.expr import causal, dense, documents
 from attnfuse.kernels.inputs import Bounds, Inputs
 from attnfuse.spec import Bias, ReplaceFill, Scale, Sink
 from attnfuse.testing.emulated import EmulationError
@@ -70,8 +70,20 @@ def tile_ends(kernel, backward):
 
 
 @case
-def near(kernel, backward):
-    check(kernel, *qkv(1, 1, 70, 200, 16), steps=(HALF, ReplaceFill(window(150), -INF)), backward=backward)
+def far_before(kernel, backward):
+    """No query sees a key."""
+    steps = (HALF, ReplaceFill(causal(-200), -INF))
+    check(kernel, *qkv(1, 1, 70, 90, 16), steps=steps, hidden="zero", backward=backward)
+
+
+@case
+def last_row_alone(kernel, backward):
+    """The last query and the last keys are of a document of their own."""
+    of_queries, of_keys = torch.arange(70) >= 69, torch.arange(129) >= 128
+    operands = [of_queries.long().view(1, 1, 70, 1), of_keys.long().view(1, 1, 1, 129)]
+    check(
+        kernel, *qkv(1, 1, 70, 129, 16), operands, steps=(HALF, ReplaceFill(documents(0, 1), -INF)), backward=backward
+    )
 
 
 @case
@@ -92,8 +104,12 @@ def hidden_rows(kernel, backward):
 def second_look(kernel, backward):
     """Rows of finite fills alone see all keys, the skipped ones too: the first rows, or the last ones."""
     check(kernel, *qkv(1, 1, 70, 200, 16), steps=(HALF, ReplaceFill(causal(-20), -1e9)), backward=backward)
-    after = Algebra().not_(causal(-100))
-    check(kernel, *qkv(1, 1, 200, 200, 16), steps=(HALF, ReplaceFill(after, -1e9)), backward=backward)
+    # queries of a document that no key is of
+    of_queries, of_keys = torch.arange(200) >= 140, torch.zeros(1, 1, 1, 100, dtype=torch.int64)
+    operands = [of_queries.long().view(1, 1, 200, 1) * 5, of_keys]
+    check(
+        kernel, *qkv(1, 1, 200, 100, 16), operands, steps=(HALF, ReplaceFill(documents(0, 1), -1e9)), backward=backward
+    )
 
 
 @case
@@ -113,16 +129,17 @@ def log_sum_exps(kernel, backward):
 
 @case
 def decoding(kernel, backward):
-    q, k, v = randn(2, 1, 4, 2, 16), randn(2, 1, 1, 700, 16), randn(2, 1, 1, 700, 16)
-    k *= torch.linspace(0.1, 4.0, 700).to(k.dtype)[:, None]
-    bias = randn(1, 1, 4, 1, 700)
+    q, k, v = randn(2, 1, 4, 5, 16), randn(2, 1, 1, 650, 16), randn(2, 1, 1, 650, 16)
+    k *= torch.linspace(0.1, 4.0, 650).to(k.dtype)[:, None]
+    bias = randn(1, 1, 4, 1, 650)
     check(kernel, q, k, v, [bias], steps=(HALF, Bias(0)), backward=backward)
 
 
 @case
 def grouped(kernel, backward):
-    q, k, v = randn(2, 2, 3, 40, 16), randn(2, 2, 1, 70, 16), randn(2, 2, 1, 70, 16)
-    bias = randn(1, 1, 3, 1, 70)
+    """Elements that share keys are not next to each other."""
+    q, k, v = randn(2, 3, 2, 40, 16), randn(2, 1, 2, 70, 16), randn(2, 1, 2, 70, 16)
+    bias = randn(1, 3, 1, 1, 70)
     check(kernel, q, k, v, [bias], steps=(HALF, Bias(0)), backward=backward)
 
 
@@ -380,17 +397,18 @@ DEFECTS = (
     ),
     forward("keys of the tile before are used", "if (after.k0 < hi) keys.store(k_tile, zero);", "", "plain"),
     forward(
-        "keys are on their way and not there",
-        "if (b == KEY_BLOCKS / 4 * 2 && after.k0 < hi) keys.load(p.k, k_base, after.k0, Kn, D, zero);",
-        "if (b == KEY_BLOCKS - 2 && after.k0 < hi) keys.store(k_tile, zero);\n                "
-        "if (b == KEY_BLOCKS - 2 && after.k0 < hi) keys.load(p.k, k_base, after.k0, Kn, D, zero);",
-        "plain",
-    ),
-    forward(
         "whether a row is in doubt is read before it is known",
         f"store_shared(slots + thread_index() / 32, any ? 1u : 0u);\n    {SYNC}",
         "store_shared(slots + thread_index() / 32, any ? 1u : 0u);\n",
         "second_look",
+    ),
+    forward(
+        "keys of the next tile are written while some read",
+        f"values.store(v_tile, zero);\n            {SYNC}",
+        "values.store(v_tile, zero);\n            Tile soon = next(tile.k0 + KEYS, hi, range, whole, shared);\n            "
+        "Pieces<KEYS, DP, THREADS> early;\n            early.load(p.k, k_base, soon.k0, Kn, D, zero);\n            "
+        f"if (soon.k0 < hi) early.store(k_tile, zero);\n            {SYNC}",
+        "plain",
     ),
     # -- forward: numbers
     forward(
@@ -458,7 +476,12 @@ DEFECTS = (
     forward(
         "a tile with one hidden key is full", "k0 + KEYS <= range.last;", "k0 + KEYS <= range.last + 1;", "tile_ends"
     ),
-    forward("tiles begin before the first key", "lo = larger(lo, 0);", "", "near"),
+    forward(
+        "a range without keys ends before 0",
+        "if (lo >= hi) hi = 0;\n        lo = smaller(lo, hi) / KEYS * KEYS;\n        lo = larger(lo, 0);",
+        "lo = smaller(lo, hi) / KEYS * KEYS;",
+        "far_before",
+    ),
     forward(
         "keys begin within a tile",
         "lo = smaller(lo, hi) / KEYS * KEYS;",
@@ -630,19 +653,13 @@ DEFECTS = (
         "the last own row has no others",
         "KEYS_OWN ? Kn : Qn) - 1, n = KEYS_OWN",
         "KEYS_OWN ? Kn : Qn) - 2, n = KEYS_OWN",
-        "tile_ends",
+        "last_row_alone",
     ),
     backward(
         "a tile with one hidden row is full",
         "at >= range.first && at + OTHER <= range.last;",
         "at >= range.first - 1 && at + OTHER <= range.last + 1;",
         "tile_ends",
-    ),
-    backward(
-        "tiles begin before the first row",
-        "lo = larger(smaller(lo, hi) / OTHER * OTHER, 0);",
-        "lo = smaller(lo, hi) / OTHER * OTHER;",
-        "near",
     ),
     backward(
         "rows in doubt are not marked",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import kernel_cases
 import torch
@@ -43,6 +44,10 @@ class Drawn:
     spec: Attention
     inputs: Inputs
     trains: bool
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What Hypothesis prints."""
+        printer.text(repr(self))
 
     def __repr__(self) -> str:
         q, k, v, *operands = ((tuple(x.shape), x.stride()) for x in self.inputs.tensors)
@@ -164,7 +169,7 @@ def attentions(draw, widths: tuple[int, ...] = WIDTHS, lengths: tuple[int, ...] 
     D, E = one_of(*widths), one_of(*widths)
     heads, group = one_of(1, 2), one_of(1, 1, 2, 3)
     B = one_of(1, 2)
-    queries, keys = one_of(*lengths), one_of(*lengths)
+    queries, keys = one_of(*lengths), one_of(*lengths, 400)
     packed_q, packed_k = layout in ("packed", "packed_queries"), layout in ("packed", "packed_keys")
     bounds, gap = Bounds(), 0
     rows, columns = queries, keys

@@ -171,7 +171,7 @@ def attentions(draw, widths: tuple[int, ...] = WIDTHS, lengths: tuple[int, ...] 
     B = one_of(1, 2)
     queries, keys = one_of(*lengths), one_of(*lengths, 400)
     packed_q, packed_k = layout in ("packed", "packed_queries"), layout in ("packed", "packed_keys")
-    bounds, gap = Bounds(), 0
+    bounds = Bounds()
     rows, columns = queries, keys
     if layout != "dense":
         B = draw(st.integers(1, 4))
@@ -213,7 +213,8 @@ def attentions(draw, widths: tuple[int, ...] = WIDTHS, lengths: tuple[int, ...] 
             Sink(operand=made.operand(randn(1, heads, one_of(1, group), 1, 1))) if one_of(True, False) else Sink(0.5)
         )
         # kernels say the sink's of rows of no sequence, of which nothing is said
-        fields["lse"] = fields["lse"] and gap == 0
+        nobodys = bounds.q is not None and rows > int((bounds.q[1] - bounds.q[0]).sum())
+        fields["lse"] = fields["lse"] and not nobodys
     if all(not isinstance(step, (ReplaceFill, AddFill)) for step in steps) and one_of(False, False, True):
         fields["softmax"] = "unshifted"
     if one_of(False, True):

@@ -110,6 +110,7 @@ def backward(
     keys = Keys(sizes, count, -(-sizes.Q // made.queries))
     halves = [x for x in (*targets, out, dout, dq, keys.dk, keys.dv) if x.dtype == torch.float16]
     text = _backward_text(sizes.spec, capability, widths, made, in_pieces(*halves), sums.by_rows, sums.by_columns)
+    stats = sizes.computed(torch.Tensor.contiguous, stats)
     problem = _problem(sizes)
     problem.matrices(o=out, g=dout)
     problem.gradients(sums.targets)

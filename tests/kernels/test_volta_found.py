@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from emulated_volta import Emulated
-from kernel_cases import make_spec, randn
+from kernel_cases import make_spec, qkv, randn
 from packed_cases import LENGTHS, LONGEST, attention
 
 from attnfuse.kernels import volta
@@ -46,3 +46,23 @@ def test_operands_shorter_than_a_packed_sequence_get_gradients_where_they_are_re
             want = torch.cat([head, tail.sum(dim, keepdim=True)], dim)
     # each part was rounded to float16
     assert (grad - want).abs().max() <= 4e-3 * want.abs().max() + 1e-4
+
+
+def test_an_operand_without_elements_is_refused_where_it_would_be_read() -> None:
+    q, k, v, bounds = attention(dtype=torch.float16)
+    table = randn(1, 2, 1, 0, dtype=torch.float16)
+    spec = make_spec(q, k, v, [table], [("1", "B1", "1", "K")], layout="packed", steps=(Bias(0),))
+    with pytest.raises(ValueError, match="an operand has no elements"):
+        Emulated(75).forward(spec, Inputs(q, k, v, [table], bounds=bounds))
+
+
+def test_statistics_of_any_strides() -> None:
+    q, k, v = qkv(1, 2, 20, 30, 16, dtype=torch.float16)
+    spec, inputs, kernel = make_spec(q, k, v), Inputs(q, k, v), Emulated(75)
+    out, stats = kernel.forward(spec, inputs)
+    found = [
+        kernel.backward(spec, inputs, out.flip(-1), out, given, [True] * 3)
+        for given in (stats, stats.movedim(0, -1).contiguous().movedim(-1, 0), torch.stack([stats, -stats], -1)[..., 0])
+    ]
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))

@@ -41,12 +41,17 @@ template <bool KEYS_OWN, int GIVEN> struct Sums {
         return (float*)p.gradient[i] + offset(element, p.sizes, p.gradient_batch[i]);
     }
 
+    // Nobody has seen how long packed sequences are: an operand that is shorter is read at its last element again.
+    METHOD int within(int index, int i, int which) const {
+        return PACKED_Q || PACKED_K ? smaller(index, p.n[i][which] - 1) : index;
+    }
+
     template <int I> METHOD void give(int slot, int column, int q, int k, float x) {
         if (along<I>()) {
             // what lies outside of the matrix gives 0
             own[I][slot] += x;
         } else if (q < Qn && k < Kn) {
-            i64 row = OPERAND_ROWS[I] ? q : 0, col = OPERAND_COLUMNS[I] ? k : 0;
+            i64 row = OPERAND_ROWS[I] ? within(q, I, 0) : 0, col = OPERAND_COLUMNS[I] ? within(k, I, 1) : 0;
             add_global(at(I) + row * p.gradient_st[I][0] + col * p.gradient_st[I][1], x);
         }
     }
@@ -74,7 +79,8 @@ template <bool KEYS_OWN, int GIVEN> struct Sums {
                 float total = 0.0f;
                 UNROLL
                 for (int j = 0; j < SIDES_B; ++j) total += float_of_bits(load_shared(room + j * OWN_ROWS + r));
-                if (rows && own0 + r < own_n) add_global(at(i) + (i64)(own0 + r) * p.gradient_st[i][KEYS_OWN ? 1 : 0], total);
+                if (rows && own0 + r < own_n)
+                    add_global(at(i) + within(own0 + r, i, KEYS_OWN ? 1 : 0) * p.gradient_st[i][KEYS_OWN ? 1 : 0], total);
                 whole += total;
             }
             // an address for each tile of queries, where sums are kept apart for their order: elsewhere the stride is 0

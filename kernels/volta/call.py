@@ -121,6 +121,7 @@ def backward(
     text = _backward_text(
         sizes.spec, capability, widths, made, in_pieces(*halves), sums.by_rows, sums.by_columns, sizes.is_inside()
     )
+    stats = sizes.computed(torch.Tensor.contiguous, stats)
     problem = _problem(sizes)
     problem.matrices(o=out, g=dout)
     problem.gradients(sums.targets)

@@ -143,7 +143,7 @@ def test_a_variant_is_compiled_with_its_configurations(monkeypatch: pytest.Monke
 
 
 def test_variants_are_cases_where_a_device_has_descriptors() -> None:
-    found = kernels.variants((*kernels.TARGETS, *kernels.WITHOUT), kernels.SPECS, kernels.SIZES)
+    found = kernels.variants(kernels.TARGETS, kernels.SPECS, kernels.SIZES)
     assert len(found) == len(set(found))
     assert {c.capability for c in found if c.variant == "descriptors"} == {90, 100, 120}
     assert {c.capability for c in found if c.variant == "specialised"} == {100}
@@ -276,7 +276,7 @@ def test_what_is_compiled_for_amd_is_counted() -> None:
 
 
 def test_every_target_and_spec_is_among_the_cases_once() -> None:
-    every = kernels.cases((*kernels.TARGETS, *kernels.WITHOUT), kernels.SPECS, kernels.SIZES)
+    every = kernels.cases(kernels.TARGETS, kernels.SPECS, kernels.SIZES)
     assert len(every) == len(set(every))
     for capability in kernels.TARGETS:
         found = {(c.dtype, c.spec) for c in every if c.capability == capability and c.D == 128}

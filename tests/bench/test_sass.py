@@ -299,12 +299,14 @@ def compare(case: kernels.Case, backward: bool = True) -> None:
 
 
 def test_every_counted_case_is_in_the_file() -> None:
-    wanted = [c for c in kernels.cases(kernels.COUNTED, ["bfloat16"], kernels.SIZES) if c.counted]
+    counted = (*kernels.COUNTED, *kernels.AMD)
+    wanted = [c for c in kernels.cases(counted, kernels.SPECS, kernels.SIZES) if c.counted]
     assert set(KEPT) == set(wanted) and len(KEPT) == len(wanted)
     for row in SHIPPED["rows"]:
         if kernels.Case.of(row).counted:
             looping = [x for x in row["kernels"] if x["kernel"] in cycles.PRODUCTS]
-            assert looping and all(x["loop"] for x in looping), row
+            # float32 has no matrix instruction on some of AMD's devices, by which loops are known
+            assert looping and all(x["loop"] or not x["products"] for x in looping), row
 
 
 @pytest.mark.parametrize("capability", [90, 100])

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from interpreted import test_decode, test_packed, test_paged
-from interpreted.test_decode import launched
+from interpreted.test_decode import decoded, launched
 from interpreted.test_packed import kernel
 
-__all__ = ["kernel", "launched"]
+__all__ = ["decoded", "kernel", "launched"]
 
 pytestmark = pytest.mark.gpu
 

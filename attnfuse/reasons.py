@@ -722,6 +722,12 @@ KERNEL_OPERAND_DTYPE = Cause(
     "Convert the mask or bias to a dtype that the kernel takes.",
     KERNELS,
 )
+KERNEL_OPERANDS = Cause(
+    "kernel-operands",
+    "{count} masks, biases and other tensors (takes {taken})",
+    "Add up the biases, or combine the masks, before the attention.",
+    KERNELS,
+)
 KERNEL_STEP = Cause(
     "kernel-step",
     "{what} {kind} (takes {taken})",

@@ -20,6 +20,7 @@ from attnfuse.kernels.pages import no_pages
 from attnfuse.kernels.sizes import Sizes
 from attnfuse.kernels.volta import call, driver, nvrtc, sources
 from attnfuse.kernels.volta.call import Run
+from attnfuse.kernels.volta.problem import most_operands
 from attnfuse.reasons import Reason
 from attnfuse.spec import Attention
 
@@ -30,6 +31,9 @@ def _limits(spec: Attention) -> Iterable[Reason]:
     yield from filled_weights(spec)
     if len({spec.qk_dtype, spec.v_dtype, spec.out_dtype}) > 1:
         yield reasons.KERNEL_SEVERAL_DTYPES()
+    most = most_operands(len(spec.batch))
+    if max(len(spec.operands), 1) > most:
+        yield reasons.KERNEL_OPERANDS(count=len(spec.operands), taken=most)
 
 
 def _missing_on(spec: Attention, device: Device) -> Iterable[Reason]:

@@ -59,6 +59,12 @@ def _struct(rank: int, operands: int) -> tuple[type[ctypes.Structure], type[ctyp
     return Problem, Matrix
 
 
+def most_operands(batch: int) -> int:
+    """How many operands a launch takes with so many batch dims."""
+    one, two = (ctypes.sizeof(_struct(max(batch, 1), n)[0]) for n in (1, 2))
+    return 1 + (MOST - one) // (two - one)
+
+
 _NUMBERS = ("Qn", "Kn", "sequences", "heads", "outer_heads", "members", "group", "parts")
 
 

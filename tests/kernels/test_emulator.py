@@ -582,6 +582,11 @@ WRONG = {
         "load_global(p.x);",
         "out of bounds: 4 bytes at a null pointer",
     ),
+    "before_null": (
+        "load_global(reinterpret_cast<const int*>(~static_cast<u64>(3))); //!",
+        "load_global(p.x);",
+        r"out of bounds: 4 bytes at byte -?\d+ of buffer \d+",
+    ),
     "between_the_rows": (
         "load_global(p.z + t / 4 * 8 + t % 4 + (t == 37)); load_global(p.z + t / 4 * 8 + 4); //!",
         "load_global(p.z + t / 4 * 8 + t % 4);",

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+from dataclasses import replace
+
 import pytest
 import torch
 from emulated_volta import Emulated
 from kernel_cases import make_spec, qkv, randn
 from packed_cases import LENGTHS, LONGEST, attention
 
+from attnfuse import reasons
 from attnfuse.kernels import volta
+from attnfuse.kernels.device import Device
 from attnfuse.kernels.inputs import Inputs
+from attnfuse.kernels.sizes import Sizes
+from attnfuse.kernels.volta import problem
 from attnfuse.spec import Bias, Scale
 
 
@@ -66,3 +73,20 @@ def test_statistics_of_any_strides() -> None:
     ]
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("batch", [(), (1, 2), (2, 1, 3, 1, 2, 1)])
+def test_more_operands_than_a_launch_takes_are_refused_when_a_kernel_is_chosen(batch: tuple[int, ...]) -> None:
+    q, k, v = (randn(*batch, 3, 8, dtype=torch.float16) for _ in range(3))
+    for more in (0, 1):
+        biases = [randn(*batch, 1, 3, dtype=torch.float16)] * (problem.most_operands(len(batch)) + more)
+        spec = make_spec(q, k, v, biases, steps=tuple(Bias(i) for i in range(len(biases))))
+        spec = replace(spec, sizes=(*spec.sizes[:-2], 8, 8))
+        found = list(volta.CAPABILITY.reasons(spec, Device("cuda", 70)))
+        assert [x.cause for x in found] == [reasons.KERNEL_OPERANDS] * more
+        sizes = Sizes(spec, Inputs(q, k, v, biases), Device("cuda", 70))
+        if more:
+            with pytest.raises(ValueError, match="too many"):
+                problem.Problem(sizes)
+        else:
+            assert ctypes.sizeof(problem.Problem(sizes).struct) <= problem.MOST

@@ -74,7 +74,9 @@ u64 check_shared(bool write, const void* p, int bytes, int thread, bool whole_wa
 
 Registered& find_buffer(u64 address, int bytes, int line, const char* file) {
   auto holds = [&](const Registered& buffer) {
-    return address >= buffer.given.address && address + bytes <= buffer.given.address + buffer.given.bytes;
+    // no sum of addresses, which the last ones there are would wrap
+    u64 begin = address - buffer.given.address, size = bytes;
+    return address >= buffer.given.address && size <= buffer.given.bytes && begin <= buffer.given.bytes - size;
   };
   if (last_buffer < buffers.size() && holds(buffers[last_buffer])) return buffers[last_buffer];
   // they are in the order of their addresses

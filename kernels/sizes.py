@@ -24,7 +24,8 @@ _PROCESSORS = 8
 
 @dataclass
 class Sizes:
-    """The tensors and the sizes of one call. Raises ValueError for dims that are too long, and without a seed for dropout.
+    """The tensors and the sizes of one call, of which there is a query and a key. Raises ValueError for dims that are too long,
+    without a seed for dropout, and where an operand has no elements, of which something would be read.
 
     device: whose configurations are taken.
     """
@@ -50,6 +51,8 @@ class Sizes:
             raise ValueError(f"no dim may be longer than {LONGEST}")
         if self.spec.dropout and self.seed is None:
             raise ValueError("a spec with dropout needs a seed")
+        if any(o.numel() == 0 for o in self.operands):
+            raise ValueError("an operand has no elements")
 
     def computed(self, make: Callable[..., torch.Tensor], *given: torch.Tensor, **how: Any) -> torch.Tensor:
         """make(*given, **how)."""

@@ -66,6 +66,8 @@ def prepare(
     from attnfuse.kernels.triton import template
 
     spec, traits = call.spec, call.traits
+    if not stats.is_contiguous():
+        stats = call.computed(torch.Tensor.contiguous, stats)
     # the sink's gradient reads the rows of no sequence too
     work = call.scratch(3, call.lines, zero=call.packed_q and spec.sink is not None)
     of_lse = None if dlse is None else call.recorder.computed(spread_lines, dlse, shape=stats.shape[1:])

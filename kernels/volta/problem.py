@@ -71,8 +71,7 @@ _NUMBERS = ("Qn", "Kn", "sequences", "heads", "outer_heads", "members", "group",
 class Problem:
     """The struct of one launch. `tensors` holds what it has addresses of, and whether kernels write there.
 
-    Raises ValueError where the operands are too many for a kernel's arguments, and where one has no elements: there is a query
-    and a key, for which something would be read.
+    Raises ValueError where the operands are too many for a kernel's arguments.
     """
 
     def __init__(self, sizes: Sizes) -> None:
@@ -82,8 +81,6 @@ class Problem:
         made, self._matrix = _struct(self.rank, max(len(sizes.operands), 1))
         if ctypes.sizeof(made) > MOST:
             raise ValueError(f"{len(sizes.operands)} operands of rank {self.rank + 2} are too many for one kernel")
-        if any(o.numel() == 0 for o in sizes.operands):
-            raise ValueError("an operand has no elements")
         self.struct: Any = made()
         self._set("sizes", sizes.batch)
         # a struct of no batch dims has one of size 1

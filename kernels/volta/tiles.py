@@ -17,16 +17,11 @@ _WARPS = 4
 _PIECES = 8
 
 
-@dataclass(frozen=True)
-class Forward:
-    """DP, EP: the head sizes with what fills them up; row_warps of 32 queries, sides: warps that share the columns of sums of the
-    same queries; keys of a tile."""
+class _Block:
+    """Warps of a block: row_warps times 32 rows, sides of them with the same ones."""
 
-    DP: int
-    EP: int
     row_warps: int
     sides: int
-    keys: int
 
     @property
     def rows(self) -> int:
@@ -35,6 +30,18 @@ class Forward:
     @property
     def threads(self) -> int:
         return 32 * self.row_warps * self.sides
+
+
+@dataclass(frozen=True)
+class Forward(_Block):
+    """DP, EP: the head sizes with what fills them up; row_warps of 32 queries, sides: warps that share the columns of sums of the
+    same queries; keys of a tile."""
+
+    DP: int
+    EP: int
+    row_warps: int
+    sides: int
+    keys: int
 
     @property
     def shared(self) -> int:
@@ -58,7 +65,7 @@ class Forward:
 
 
 @dataclass(frozen=True)
-class Backward:
+class Backward(_Block):
     """As Forward; queries, keys: rows of a tile of the side that is gone through."""
 
     DB: int
@@ -67,14 +74,6 @@ class Backward:
     sides: int
     queries: int
     keys: int
-
-    @property
-    def rows(self) -> int:
-        return _WARP_ROWS * self.row_warps
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.row_warps * self.sides
 
     def shared(self, keys: bool) -> int:
         """Bytes, of the kernel along keys or of that along queries."""

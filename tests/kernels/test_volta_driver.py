@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import signal
 import struct
 import subprocess
 import threading
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import held
 import pytest
 import torch
 
@@ -300,34 +300,16 @@ def test_threads_that_meet_at_the_first_use_load_once_and_have_no_context_of_the
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
 def test_a_forked_process_loads_anew_and_launches_nothing_of_its_parent(stub: Stub) -> None:
     kernel = driver.function(CUBIN, "forward", FIRST)
-    held, done = threading.Event(), threading.Event()
 
-    def hold() -> None:
-        with driver._lock:
-            held.set()
-            done.wait(30)
+    def act() -> None:
+        stub.calls()
+        with pytest.raises(RuntimeError, match="forward was loaded before this process was forked"):
+            driver.launch(kernel, 6, 128, 0, PROBLEM)
+        assert stub.calls() == []
+        driver.launch(driver.function(CUBIN, "forward", FIRST), 6, 128, 0, PROBLEM)
+        assert "cuModuleLoadDataEx" in stub.names()
 
-    # another thread holds the lock where the process is forked
-    thread = threading.Thread(target=hold)
-    thread.start()
-    assert held.wait(30)
-    child = os.fork()
-    if child == 0:
-        status = 1
-        signal.alarm(20)
-        try:
-            stub.calls()
-            with pytest.raises(RuntimeError, match="forward was loaded before this process was forked"):
-                driver.launch(kernel, 6, 128, 0, PROBLEM)
-            assert stub.calls() == []
-            driver.launch(driver.function(CUBIN, "forward", FIRST), 6, 128, 0, PROBLEM)
-            assert "cuModuleLoadDataEx" in stub.names()
-            status = 0
-        finally:
-            os._exit(status)
-    done.set()
-    thread.join(30)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    held.forked(driver._lock, act)
     stub.calls()
     driver.launch(kernel, 6, 128, 0, PROBLEM)
     assert launched(f"{kernel.handle:x}", FIRST) in stub.calls()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
-import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import held
 import pytest
 
 from attnfuse import reasons
@@ -291,28 +291,11 @@ def test_threads_that_need_the_same_compile_it_once(install: Install, compiled) 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
 def test_a_process_that_is_forked_while_a_thread_compiles_compiles_too(install: Install) -> None:
     install("12.6.85")
-    held, done = threading.Event(), threading.Event()
 
-    def hold() -> None:
-        with nvrtc._lock:
-            held.set()
-            done.wait(30)
+    def act() -> None:
+        assert nvrtc.compile(SOURCE, 70)
 
-    thread = threading.Thread(target=hold)
-    thread.start()
-    assert held.wait(30)
-    child = os.fork()
-    if child == 0:
-        signal.alarm(20)
-        status = 1
-        try:
-            assert nvrtc.compile(SOURCE, 70)
-            status = 0
-        finally:
-            os._exit(status)
-    done.set()
-    thread.join(30)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    held.forked(nvrtc._lock, act)
 
 
 def test_a_sealed_file_gives_back_its_bytes_or_nothing(tmp_path: Path) -> None:

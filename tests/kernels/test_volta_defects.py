@@ -16,6 +16,7 @@ import pytest
 import torch
 from emulated_volta import Emulated
 from kernel_cases import INF, bounds_of, check, make_spec, qkv, randn
+from repository import ROOT
 
 from attnfuse.expr import causal, dense, documents
 from attnfuse.kernels.inputs import Bounds, Inputs
@@ -706,8 +707,8 @@ DEFECTS = (
     ),
     backward(
         "the gradient of an element belongs to the next key",
-        "col = OPERAND_COLUMNS[I] ? k : 0;",
-        "col = OPERAND_COLUMNS[I] ? k ^ 1 : 0;",
+        "col = OPERAND_COLUMNS[I] ? within(k, I, 1) : 0;",
+        "col = OPERAND_COLUMNS[I] ? within(k ^ 1, I, 1) : 0;",
         "bias_of_all",
     ),
 )
@@ -752,6 +753,15 @@ def test_a_defect_is_caught(defect, capability):
 @pytest.mark.parametrize("name", CASES)
 def test_without_a_defect_the_cases_pass(name, capability):
     CASES[name](Emulated(capability), True)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_defects_stand_for_is_in_the_text(backward):
+    folder = ROOT / "kernels" / "volta"
+    names = ("problem.cuh", "fragments.cuh", "backward.cuh" if backward else "forward.cuh")
+    text = "".join((folder / name).read_text() for name in names)
+    found = {defect.name: text.count(defect.old) for defect in DEFECTS if defect.backward == backward}
+    assert found == {defect.name: defect.times for defect in DEFECTS if defect.backward == backward}
 
 
 def test_names_are_of_one_defect_and_samples_are_there():

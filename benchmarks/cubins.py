@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 
-from attnfuse.kernels.triton import targets
 from benchmarks import sass
 
 _ELF = b"\x7fELF"
@@ -57,7 +54,7 @@ def machine_code(cubin: bytes) -> dict[str, Figures]:
     code = {name: tuple(sass.parse(part)) for name, part in zip(parts[::2], parts[1::2])}
     return {
         name: Figures(int(registers), max(int(stack), int(local)), int(shared), code[name])
-        for name, registers, stack, shared, local in _USAGE.findall(_usage(cubin))
+        for name, registers, stack, shared, local in _USAGE.findall(sass.dumped(cubin, "--dump-resource-usage"))
     }
 
 
@@ -66,11 +63,3 @@ def _for_turing(cubin: bytes) -> bytes:
     marked = bytearray(cubin)
     marked[_CHIP] = marked[_PTX_CHIP] = 75
     return bytes(marked)
-
-
-def _usage(cubin: bytes) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [targets.cuobjdump(), "--dump-resource-usage", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -231,11 +231,16 @@ def main_loops(code: Iterable[Instruction]) -> list[Loop]:
 
 
 def disassemble(cubin: bytes) -> str:
-    """Raises FileNotFoundError without the tools that Triton's wheel has."""
+    """As dumped."""
+    return dumped(cubin, "-sass")
+
+
+def dumped(cubin: bytes, option: str) -> str:
+    """What cuobjdump says of it. Raises FileNotFoundError without the tools that Triton's wheel has."""
     from attnfuse.kernels.triton import targets
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [targets.cuobjdump(), "-sass", file.name]
+        command = [targets.cuobjdump(), option, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout

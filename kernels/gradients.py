@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from attnfuse.kernels import sink
+from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.program.traits import by_columns
 from attnfuse.kernels.sizes import Sizes
 from attnfuse.spec import Attention
@@ -28,6 +29,20 @@ def check(sizes: Sizes, needs: Sequence[bool]) -> None:
             _not_deterministic(sizes, "the gradient of a table that is read at computed indices")
         if need and ordered and sizes.spec.packed and o.shape[-2:] == (1, 1):
             _not_deterministic(sizes, "the gradient of a number that packed sequences share")
+
+
+def of_nothing(
+    spec: Attention,
+    inputs: Inputs,
+    stats: torch.Tensor,
+    needs: Sequence[bool],
+    dlse: torch.Tensor | None,
+) -> list[torch.Tensor | None]:
+    """The gradients where there is no result or no key: 0, but for that of a sink. Arguments as of a kernel's backward."""
+    zeros = [torch.zeros_like(x) if need else None for x, need in zip(inputs.tensors, needs, strict=True)]
+    delta = torch.zeros_like(stats[0]) if dlse is None else -dlse.float()
+    sink.add_gradient(spec, inputs.operands, zeros, *sink.inverse_sums(spec, stats), delta)
+    return zeros
 
 
 def cast(sizes: Sizes, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -48,17 +48,13 @@ class Emulated:
 
     def run(self, launch: Launch) -> None:
         kernels = _built(self.change(launch.text), self.device.capability)
-        buffers: dict[int, tuple] = {}
-        for x, writes in launch.tensors:
-            known = buffers.get(x.data_ptr())
-            buffers[x.data_ptr()] = (x, writes or (known is not None and known[1]))
         counts = kernels.run(
             launch.kernel,
             blocks=launch.blocks,
             threads=launch.threads,
             shared_bytes=launch.shared,
             argument=launch.argument,
-            buffers=list(buffers.values()),
+            buffers=launch.tensors,
             seed=self.seed,
         )
         assert not counts.conflicts(), counts.conflicts()

@@ -16,7 +16,7 @@ from attnfuse import reasons
 from attnfuse.kernels import sink
 from attnfuse.kernels.capability import FLOATS, LAYOUTS, NUMBERS, STEPS, WEIGHT_STEPS, Capability, filled_weights
 from attnfuse.kernels.device import Device, tf32_allowed
-from attnfuse.kernels.gradients import check
+from attnfuse.kernels.gradients import check, of_nothing
 from attnfuse.kernels.inputs import Bounds, Inputs
 from attnfuse.kernels.layout import allocate, check_bounds
 from attnfuse.kernels.pages import check_pages, no_pages
@@ -160,10 +160,7 @@ def _backward(
     check_bounds(spec, inputs.bounds)
     if out.numel() == 0 or inputs.k.shape[-2] == 0 or (spec.packed and inputs.bounds.sequences == 0):
         recorder.refuse()
-        zeros = [torch.zeros_like(x) if need else None for x, need in zip(inputs.tensors, needs, strict=True)]
-        delta = torch.zeros_like(stats[0]) if dlse is None else -dlse.float()
-        sink.add_gradient(spec, inputs.operands, zeros, *sink.inverse_sums(spec, stats), delta)
-        return zeros
+        return of_nothing(spec, inputs, stats, needs, dlse)
     call = Call(spec, inputs, Device.of(inputs.q.device), run, recorder=recorder)
     # not in what is tried again with other tiles
     check(call, needs)

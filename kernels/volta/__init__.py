@@ -111,10 +111,7 @@ def backward(
     no_pages(spec)
     check_bounds(spec, inputs.bounds)
     if out.numel() == 0 or inputs.k.shape[-2] == 0 or (spec.packed and inputs.bounds.sequences == 0):
-        zeros = [torch.zeros_like(x) if need else None for x, need in zip(inputs.tensors, needs, strict=True)]
-        delta = torch.zeros_like(stats[0]) if dlse is None else -dlse.float()
-        sink.add_gradient(spec, inputs.operands, zeros, *sink.inverse_sums(spec, stats), delta)
-        return zeros
+        return gradients.of_nothing(spec, inputs, stats, needs, dlse)
     sizes = Sizes(spec, inputs, device or Device.of(inputs.q.device))
     gradients.check(sizes, needs)
     return call.backward(sizes, dout, out, stats, needs, dlse, run or _run)

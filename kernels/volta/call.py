@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +13,6 @@ from attnfuse.kernels.gradients import Keys, Sums
 from attnfuse.kernels.sizes import Sizes
 from attnfuse.kernels.volta import sources, tiles
 from attnfuse.kernels.volta.problem import Problem, in_pieces
-from attnfuse.spec import Attention
 
 #: Queries for which there is one mark, whether one of them may see hidden keys.
 _MARKED = 64
@@ -42,33 +40,6 @@ class Launch:
 Run = Callable[[Launch], None]
 
 
-@functools.lru_cache(maxsize=512)
-def _forward_text(
-    spec: Attention,
-    capability: int,
-    sizes: tuple[int, int],
-    made: tiles.Forward,
-    pieces: bool,
-    parts: bool,
-    inside: bool,
-) -> str:
-    return sources.forward(spec, capability, sizes, made, pieces, parts, inside)
-
-
-@functools.lru_cache(maxsize=512)
-def _backward_text(
-    spec: Attention,
-    capability: int,
-    sizes: tuple[int, int],
-    made: tiles.Backward,
-    pieces: bool,
-    by_queries: int,
-    by_keys: int,
-    inside: bool,
-) -> str:
-    return sources.backward(spec, capability, sizes, made, pieces, by_queries, by_keys, inside)
-
-
 def forward(sizes: Sizes, out: torch.Tensor, stats: torch.Tensor, run: Run) -> None:
     """Fill out and stats, as layout.allocate makes them. There is a query and a key."""
     capability, widths = sizes.device.capability, (sizes.D, sizes.E)
@@ -85,13 +56,13 @@ def forward(sizes: Sizes, out: torch.Tensor, stats: torch.Tensor, run: Run) -> N
     if sizes.packed_q or rows > _FEW or (parts <= 1 and group == 1):
         made = tiles.forward(capability, *widths, sizes.Q, heavy)
         problem.addresses(deal=_deal(sizes, sizes.bounds.q, sizes.Q, made.rows))
-        text = _forward_text(sizes.spec, capability, widths, made, pieces, False, sizes.is_inside())
+        text = sources.forward(sizes.spec, capability, widths, made, pieces, False, sizes.is_inside())
         run(_launch(problem, text, "forward", sizes.query_programs(made.rows), made.threads, made.shared))
         return
     parts = max(parts, 1)
     problem.numbers(group=group, parts=parts)
     problem.addresses(writes=True, partial=sizes.scratch(blocks * parts * made.kept * made.threads))
-    text = _forward_text(sizes.spec, capability, widths, made, pieces, True, sizes.is_inside())
+    text = sources.forward(sizes.spec, capability, widths, made, pieces, True, sizes.is_inside())
     run(_launch(problem, text, "part", blocks * parts, made.threads, made.shared))
     run(_launch(problem, text, "combined", blocks, made.threads, made.shared))
 
@@ -118,7 +89,7 @@ def backward(
     count = sizes.K // made.rows + sizes.sequences if sizes.packed_k else -(-sizes.K // made.rows)
     keys = Keys(sizes, count, -(-sizes.Q // made.queries))
     halves = [x for x in (*targets, out, dout, dq, keys.dk, keys.dv) if x.dtype == torch.float16]
-    text = _backward_text(
+    text = sources.backward(
         sizes.spec, capability, widths, made, in_pieces(*halves), sums.by_rows, sums.by_columns, sizes.is_inside()
     )
     stats = sizes.computed(torch.Tensor.contiguous, stats)

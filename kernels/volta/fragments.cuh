@@ -42,9 +42,6 @@ DEVICE int row_of(int slot) { return (lane() >> 2) + 8 * slot; }
 DEVICE int column_of(int block, int i) { return block * 8 + 2 * (lane() & 3) + (i & 1); }
 // The same of multiply_columns.
 DEVICE int sum_column_of(int block, int i) { return column_of(block, i); }
-// The column's number among those that a thread has of a block, and how many these are.
-constexpr int OWN_COLUMNS = 2;
-DEVICE constexpr int own_column_of(int i) { return i & 1; }
 // Lanes with the same rows, by differences of their numbers.
 DEVICE float greatest_of_row(float x) {
     x = greatest(x, shuffle_xor(x, 1));
@@ -159,8 +156,6 @@ DEVICE int column_of(int block, int i) { return block * 8 + (i & 4) + (lane() & 
 DEVICE int sum_column_of(int block, int i) {
     return (block >> 1) * 16 + 2 * (i & 4) + (block & 1) * 4 + (lane() & 2) + (i & 1);
 }
-constexpr int OWN_COLUMNS = 4;
-DEVICE constexpr int own_column_of(int i) { return (i & 1) + ((i & 4) >> 1); }
 DEVICE float greatest_of_row(float x) { return greatest(x, shuffle_xor(x, 2)); }
 DEVICE float sum_of_row(float x) { return x + shuffle_xor(x, 2); }
 DEVICE bool any_of_row(bool x) {

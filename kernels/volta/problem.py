@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from attnfuse.kernels import dropout
+from attnfuse.kernels.gradients import steps
 from attnfuse.kernels.sizes import Sizes
 
 #: Matrices in their order.
@@ -77,15 +78,12 @@ class Problem:
     def __init__(self, sizes: Sizes) -> None:
         self.sizes = sizes
         self.tensors: list[tuple[torch.Tensor, bool]] = []
-        self.rank = max(len(sizes.batch), 1)
-        made, self._matrix = _struct(self.rank, max(len(sizes.operands), 1))
+        rank = max(len(sizes.batch), 1)
+        made, self._matrix = _struct(rank, max(len(sizes.operands), 1))
         if ctypes.sizeof(made) > MOST:
-            raise ValueError(f"{len(sizes.operands)} operands of rank {self.rank + 2} are too many for one kernel")
+            raise ValueError(f"{len(sizes.operands)} operands of rank {rank + 2} are too many for one kernel")
         self.struct: Any = made()
-        self._set("sizes", sizes.batch)
-        # a struct of no batch dims has one of size 1
-        if not sizes.batch:
-            self.struct.sizes[0] = 1
+        self.dims(sizes=sizes.batch)
         for i, o in enumerate(sizes.operands):
             self.struct.operand[i] = self._address(o)
             self._set_row("operand_batch", i, sizes.strides(o))
@@ -105,11 +103,6 @@ class Problem:
     def _address(self, x: torch.Tensor, writes: bool = False) -> int:
         self.tensors.append((x, writes))
         return x.data_ptr()
-
-    def _set(self, name: str, values: Sequence[int]) -> None:
-        where = getattr(self.struct, name)
-        for d, value in enumerate(values):
-            where[d] = value
 
     def _set_row(self, name: str, row: int, values: Sequence[int]) -> None:
         where = getattr(self.struct, name)[row]
@@ -137,11 +130,11 @@ class Problem:
             setattr(self.struct, name, value)
 
     def dims(self, **named: Sequence[int]) -> None:
-        """One number for each batch dim."""
+        """One number for each batch dim; where there is none, the struct has one of size 1."""
         for name, values in named.items():
-            self._set(name, values)
-            if not values:
-                getattr(self.struct, name)[0] = 1
+            where = getattr(self.struct, name)
+            for d, value in enumerate(values or (1,)):
+                where[d] = value
 
     def gradients(self, targets: Sequence[torch.Tensor | None]) -> None:
         """Where gradients of operands are added up, float32."""
@@ -150,8 +143,7 @@ class Problem:
                 continue
             self.struct.gradient[i] = self._address(x, True)
             self._set_row("gradient_batch", i, self.sizes.strides(x))
-            steps = (0 if n == 1 else s for n, s in zip(x.shape[-2:], x.stride()[-2:]))
-            self._set_row("gradient_st", i, tuple(steps))
+            self._set_row("gradient_st", i, steps(x))
 
 
 def _wide(bounds: torch.Tensor | None) -> torch.Tensor | None:

@@ -27,6 +27,7 @@ def for_device(text: str) -> str:
     return f"{_file('device.cuh')}\n{text}"
 
 
+@functools.lru_cache(maxsize=512)
 def forward(
     spec: Attention,
     capability: int,
@@ -46,6 +47,7 @@ def forward(
     return _text(spec, capability, sizes, pieces, inside, made.constants, kernels)
 
 
+@functools.lru_cache(maxsize=512)
 def backward(
     spec: Attention,
     capability: int,

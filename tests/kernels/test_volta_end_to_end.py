@@ -39,14 +39,12 @@ def launched(gpu: Emulated) -> set[str]:
 
 
 #: Decoders with fewer heads of keys, an encoder with padding, biases by distance with gradients, and caps of scores.
-MODELS = ["llama", "bert", "t5", "gemma2"]
+MODELS = [("llama", 70), ("llama", 75), ("bert", 75), ("t5", 75), ("gemma2", 75)]
 
 
 @pytest.mark.models
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "gpu"), MODELS, indirect=["gpu"])
 def test_a_model_in_float16_runs_on_them_forward_and_backward(name: str, gpu: Emulated) -> None:
-    if gpu.device.capability == 70 and name != "llama":
-        pytest.skip("the other three by the instruction of 7.5")
     model, inputs = build(name)
     found = attnfuse.verify(model.half(), options=OPTIONS, **inputs)
     found.raise_if_failed()

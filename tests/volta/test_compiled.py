@@ -7,17 +7,27 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from primitive_kernels import PRIMITIVES
 from small_kernels import CROWDED, PRODUCT
 
 from attnfuse.kernels.cache import BuildError
 from attnfuse.kernels.triton import targets
-from attnfuse.kernels.volta import nvrtc
+from attnfuse.kernels.volta import nvrtc, sources
 from benchmarks.cubins import machine_code
 
 
 def test_the_compiler_is_the_one_that_was_fetched() -> None:
     found = nvrtc._compiler(70)
     assert isinstance(found, nvrtc.Compiler) and found.build.startswith("12.") and found.build.count(".") == 2
+
+
+@pytest.mark.parametrize("capability", [70, 75])
+def test_the_device_has_what_the_emulator_has(capability: int) -> None:
+    text = nvrtc.ptx(sources.for_device(PRIMITIVES), capability)
+    wanted = ["mma.sync.aligned.m8n8k4.row.col", "ld.shared.v4", "st.shared.v2", "ld.global.nc.v4", "red.relaxed.gpu"]
+    if capability >= 75:
+        wanted += ["mma.sync.aligned.m16n8k8", "ldmatrix.sync.aligned.m8n8.x4.trans", "tanh.approx"]
+    assert [name for name in wanted if name not in text] == []
 
 
 @pytest.mark.parametrize("capability", [70, 75])

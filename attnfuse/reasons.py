@@ -740,6 +740,12 @@ KERNEL_DROPOUT = Cause(
     "Leave out the option kernel: cpu and triton have dropout. Or call model.eval().",
     KERNELS,
 )
+KERNEL_DROPOUT_NUMBERS = Cause(
+    "kernel-dropout-numbers",
+    "dropout in a part of an attention, whose queries and keys have numbers of their own",
+    "Leave out the option kernel: cpu and triton take the numbers. Or call model.eval().",
+    KERNELS,
+)
 KERNEL_BATCH_DIMS = Cause(
     "kernel-batch-dims", "{count} batch dims (takes {taken})", "Flatten batch dims before the attention.", KERNELS
 )

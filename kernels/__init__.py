@@ -131,10 +131,10 @@ def kernel_named(name: str) -> Kernel:
     raise ValueError(f"there is no kernel {name!r}; the kernels are {', '.join(k.name for k in KERNELS)}")
 
 
-def candidates(spec: Attention, device: torch.device | Device) -> list[Kernel]:
-    """The kernels that can run `spec` on `device`, the one that is taken for the fastest first."""
+def candidates(spec: Attention, device: torch.device | Device, numbered: bool = False) -> list[Kernel]:
+    """The kernels that can run `spec` on `device`, the one that is taken for the fastest first. numbered: as in Capability."""
     device = Device.of(device)
-    return [k for k in _ordered(device) if not k.capability.reasons(spec, device)]
+    return [k for k in _ordered(device) if not k.capability.reasons(spec, device, numbered=numbered)]
 
 
 def compared(spec: Attention, device: torch.device | Device, bounds: Bounds = DENSE) -> list[Kernel]:
@@ -157,16 +157,22 @@ def _ordered(device: Device) -> list[Kernel]:
     return [*PLAIN_FIRST.get(device.capability, ()), *(k for k in KERNELS if not k.on_request)]
 
 
-def choose(spec: Attention, device: torch.device | Device, forced: str | None = None, trains: bool = False) -> Choice:
+def choose(
+    spec: Attention,
+    device: torch.device | Device,
+    forced: str | None = None,
+    trains: bool = False,
+    numbered: bool = False,
+) -> Choice:
     """The kernel for `spec` on `device`: the first that can run it, or `forced` by name if that can.
 
-    trains: gradients are needed.
+    trains: gradients are needed. numbered: as in Capability.reasons.
     """
     device = Device.of(device)
     tried: Sequence[Kernel] = [kernel_named(forced)] if forced else _ordered(device)
     against = []
     for kernel in tried:
-        found = kernel.capability.reasons(spec, device, trains)
+        found = kernel.capability.reasons(spec, device, trains, numbered)
         if not found:
             return Choice(kernel)
         if forced or not kernel.on_request:
@@ -174,9 +180,9 @@ def choose(spec: Attention, device: torch.device | Device, forced: str | None = 
     return Choice(None, tuple(against))
 
 
-def successor(name: str, spec: Attention, device: torch.device) -> Kernel:
-    """What runs in place of a kernel that failed: the next one that can, at last the reference."""
-    after = [k for k in candidates(spec, device) if k.name != name]
-    names = [k.name for k in candidates(spec, device)]
+def successor(name: str, spec: Attention, device: torch.device, numbered: bool = False) -> Kernel:
+    """What runs in place of a kernel that failed: the next one that can, at last the reference. numbered: as in Capability."""
+    names = [k.name for k in candidates(spec, device, numbered)]
+    after = [k for k in candidates(spec, device, numbered) if k.name != name]
     rest = after[names.index(name) :] if name in names else after
     return rest[0] if rest else REFERENCE

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from attnfuse.kernels import dropout
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.layout import check_bounds, check_sequences
 from attnfuse.kernels.pages import check_pages
@@ -21,7 +22,7 @@ def check_arguments(spec: Attention, inputs: Inputs) -> None:
 
     Values are not looked at.
     """
-    q, k, v, operands, seed, bounds, _ = inputs
+    q, k, v, operands, seed, bounds, *_ = inputs
     if len(operands) != len(spec.operands):
         raise ValueError(f"attnfuse: {len(operands)} operands for a spec with {len(spec.operands)}")
     named = [("q", q, spec.qk_dtype), ("k", k, spec.qk_dtype), ("v", v, spec.v_dtype)]
@@ -42,6 +43,7 @@ def check_arguments(spec: Attention, inputs: Inputs) -> None:
     check_bounds(spec, bounds)
     check_sequences(spec, inputs)
     _check_seed(spec, seed, q.device)
+    dropout.numbers_of(spec, inputs)
 
 
 def check_results(

@@ -32,6 +32,7 @@ class Capability:
     max_batch_rank  batch dims
     head_dims       largest D and E; 0 for any
     least, most     compute capabilities of NVIDIA GPUs, as 10 * major + minor; 0 for any
+    numbered        dropout is drawn by the numbers of queries and keys that are given (Inputs.numbers)
     own_dropout     which weights are dropped is the kernel's own affair: no other kernel drops the same ones for a seed
     also            what else speaks against a spec
     here            what else speaks against it on a device
@@ -51,12 +52,16 @@ class Capability:
     least: int = 0
     most: int = 0
     own_dropout: bool = False
+    numbered: bool = False
     also: Callable[[Attention], Iterable[Reason]] = lambda spec: ()
     here: Callable[[Attention, Device], Iterable[Reason]] = lambda spec, device: ()
     available: Callable[[], Reason | None] = lambda: None
 
-    def reasons(self, spec: Attention, device: torch.device | Device, trains: bool = False) -> tuple[Reason, ...]:
-        """Why the kernel cannot run `spec` on `device`; empty if it can. trains: gradients are needed."""
+    def reasons(
+        self, spec: Attention, device: torch.device | Device, trains: bool = False, numbered: bool = False
+    ) -> tuple[Reason, ...]:
+        """Why the kernel cannot run `spec` on `device`; empty if it can. trains: gradients are needed. numbered: queries and keys
+        are some of a longer attention's, and dropout must be drawn by the numbers they have in it."""
         device = Device.of(device)
         found = self._of_device(device)
         # head sizes of a device that is none of the kernel's say nothing
@@ -74,6 +79,8 @@ class Capability:
             found.append(reasons.KERNEL_NO_GRADIENT())
         if spec.dropout and not self.dropout:
             found.append(reasons.KERNEL_DROPOUT())
+        elif spec.dropout and numbered and not self.numbered:
+            found.append(reasons.KERNEL_DROPOUT_NUMBERS())
         if len(spec.batch) > self.max_batch_rank:
             found.append(reasons.KERNEL_BATCH_DIMS(count=len(spec.batch), taken=self.max_batch_rank))
         for what, size in (("D", spec.D), ("E", spec.E)):

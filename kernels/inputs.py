@@ -62,6 +62,9 @@ class Inputs(NamedTuple):
     seed      of dropout, int64 of one element; None without
     bounds    of the sequences, in a packed layout
     pages     the block table of a paged layout, in which k is [*batch, blocks, block, D] and v [*batch, blocks, block, E]
+    numbers   what dropout takes queries and keys for that are some of a longer attention's, of a dense layout: int64 [2, 5], of
+              queries and of keys (base, stride, half, jump, total). Number i is base + stride * i, and jump more from i = half on;
+              total is how many there are of all. None: they are counted from 0 on. Unused without dropout.
 
     Each batch dim is 1 or full. Packed rows of all sequences lie one after the other, in a tensor whose first dim is 1.
     """
@@ -73,6 +76,7 @@ class Inputs(NamedTuple):
     seed: torch.Tensor | None = None
     bounds: Bounds = DENSE
     pages: Pages | None = None
+    numbers: torch.Tensor | None = None
 
     @property
     def keys(self) -> int:

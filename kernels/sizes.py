@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from attnfuse.expr import Algebra
+from attnfuse.kernels import dropout
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.inputs import Bounds, Inputs
 from attnfuse.kernels.layout import spread
@@ -35,7 +36,7 @@ class Sizes:
     device: Device
 
     def __post_init__(self) -> None:
-        self.q, self.k, self.v, operands, self.seed, bounds, self.pages = self.inputs
+        self.q, self.k, self.v, operands, self.seed, bounds, self.pages, _ = self.inputs
         # bools as bytes, which every backend loads alike
         self.operands = [self.computed(_bytes, o) if o.dtype == torch.bool else o for o in operands]
         # the kernels step over whole rows of bounds
@@ -51,6 +52,7 @@ class Sizes:
             raise ValueError(f"no dim may be longer than {LONGEST}")
         if self.spec.dropout and self.seed is None:
             raise ValueError("a spec with dropout needs a seed")
+        self.numbers = dropout.numbers_of(self.spec, self.inputs)
         if any(o.numel() == 0 for o in self.operands):
             raise ValueError("an operand has no elements")
 

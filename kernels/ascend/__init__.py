@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from attnfuse import reasons
-from attnfuse.kernels import sink
+from attnfuse.kernels import dropout, sink
 from attnfuse.kernels.ascend.call import Call
 from attnfuse.kernels.ascend.chips import INFERENCE, TRAINING, unfit
 from attnfuse.kernels.ascend.reading import Reading, read
@@ -86,6 +86,7 @@ def forward(spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor
 
 def _forward(spec: Attention, inputs: Inputs, inference: bool) -> tuple[torch.Tensor, torch.Tensor]:
     check_bounds(spec, inputs.bounds)
+    dropout.refuse_numbers(spec, inputs, "ascend")
     out, stats = allocate(spec, inputs)
     empty = out.numel() == 0 or inputs.keys == 0
     call = None if empty else Call.of(spec, inputs, inference)
@@ -110,6 +111,7 @@ def backward(
     out and stats are what forward returned for the same inputs; there is no dlse. Raises as forward does.
     """
     check_bounds(spec, inputs.bounds)
+    dropout.refuse_numbers(spec, inputs, "ascend")
     if out.numel() == 0 or inputs.keys == 0:
         return [torch.zeros_like(x) if need else None for x, need in zip(inputs.tensors, needs, strict=True)]
     call = Call.of(spec, inputs, reverse=True)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from attnfuse import reasons
-from attnfuse.kernels import sink
+from attnfuse.kernels import dropout, sink
 from attnfuse.kernels.cache import BuildError
 from attnfuse.kernels.capability import FLOATS, LAYOUTS, NUMBERS, STEPS, WEIGHT_STEPS, Capability, filled_weights
 from attnfuse.kernels.cpu.build import available, load, warm_up
@@ -47,6 +47,7 @@ CAPABILITY = Capability(
     STEPS,
     WEIGHT_STEPS,
     layouts=LAYOUTS | {"paged"},
+    numbered=True,
     also=_limits,
     available=_missing,
 )
@@ -61,7 +62,7 @@ def forward(spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor
     """
     library = load()
     plan = plan_of(spec)
-    q, k, v, operands, seed, _, pages = inputs
+    q, k, v, operands, seed, _, pages, _ = inputs
     tensors = inputs.tensors
     _on_cpu(*tensors)
     unhidden = plan.unhidden(operands)
@@ -72,6 +73,7 @@ def forward(spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor
         key += (o.shape, o.stride(), o.dtype)
     at = _Packed.of(spec, inputs)
     key += at.key
+    numbers = _numbers(spec, inputs)
     table = None
     if pages is not None:
         # the kernel goes through it row by row
@@ -90,6 +92,7 @@ def forward(spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor
     pointers = words.pointers.pack(
         torch.get_num_threads(),
         _seed(spec, seed),
+        0 if numbers is None else numbers.data_ptr(),
         stats.data_ptr(),
         *at.pointers,
         q.data_ptr(),
@@ -141,6 +144,7 @@ def backward(
         key += (x.shape, x.stride(), x.dtype)
     at = _Packed.of(spec, inputs)
     key += at.key
+    numbers = _numbers(spec, inputs)
     made = plan.backward.get(key)
     if made is None:
         tile = library.attnfuse_key_tile()
@@ -155,6 +159,7 @@ def backward(
     pointers = made.pointers.pack(
         threads,
         _seed(spec, seed),
+        0 if numbers is None else numbers.data_ptr(),
         stats.data_ptr(),
         *at.pointers,
         q.data_ptr(),
@@ -274,6 +279,15 @@ def _with_sink(
             spec, operands, grads, *sink.inverse_sums(spec, stats), delta if dlse is None else delta - dlse
         )
     return grads
+
+
+def _numbers(spec: Attention, inputs: Inputs) -> torch.Tensor | None:
+    """Inputs.numbers as the kernel reads them; the caller holds them until it has."""
+    numbers = dropout.numbers_of(spec, inputs)
+    if numbers is None:
+        return None
+    _on_cpu(numbers)
+    return numbers.contiguous()
 
 
 def _seed(spec: Attention, seed: torch.Tensor | None) -> int:

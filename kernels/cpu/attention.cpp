@@ -29,6 +29,12 @@ void read_head(Problem& p, Reader& pointers, Packing& packing) {
   p.threads = pointers.next();
   const char* seed = pointers.pointer();
   p.seed = seed ? load<uint64_t>(seed) : 0;
+  const i64* numbers = reinterpret_cast<const i64*>(pointers.pointer());
+  p.numbered = numbers != nullptr;
+  if (numbers) {
+    std::memcpy(&p.query_numbers, numbers, sizeof(Numbers));
+    std::memcpy(&p.key_numbers, numbers + 5, sizeof(Numbers));
+  }
   p.stats = reinterpret_cast<float*>(pointers.pointer());
   packing.q = reinterpret_cast<const i64*>(pointers.pointer());
   packing.k = reinterpret_cast<const i64*>(pointers.pointer());

@@ -249,7 +249,7 @@ class Plan:
             tuple(stride),
             (2, *lines),
             math.prod(batch) * Q == 0,
-            struct.Struct(f"={10 + len(operands)}q"),
+            struct.Struct(f"={11 + len(operands)}q"),
         )
         return _keep(self.forward, key, made)
 
@@ -302,7 +302,7 @@ class Plan:
         if classes < threads and work > 1_000_000 and not self.spec.packed:
             chunks = max(1, min(-(-threads // max(classes, 1)), -(-K // key_tile)))
         empty = math.prod(batch) * Q * K * v.shape[-1] == 0
-        made = Reverse(tuple(targets), batch, chunks, empty, struct.Struct(f"={14 + 2 * len(operands)}q"))
+        made = Reverse(tuple(targets), batch, chunks, empty, struct.Struct(f"={15 + 2 * len(operands)}q"))
         return _keep(self.backward, key, made)
 
     def sizes(self, batch: Sequence[int], Q: int, K: int, D: int, E: int, chunks: int) -> list[int]:

@@ -153,6 +153,14 @@ struct Grad : Ref {
   i64 chunk = 0;  // elements between the partial sums of two chunks of keys
 };
 
+// What dropout takes the queries, or the keys, of a call for (Inputs.numbers): any words, of which sums wrap.
+struct Numbers {
+  uint64_t base, stride;
+  i64 half;
+  uint64_t jump, total;
+  uint64_t of(i64 i) const { return base + stride * static_cast<uint64_t>(i) + (i >= half ? jump : 0); }
+};
+
 struct Problem {
   const Plan* plan;
   i64 threads, Q, K, D, E, Dp, Ep, elements;
@@ -161,6 +169,8 @@ struct Problem {
   const i64* batch;
   bool dropout;
   uint64_t seed;
+  bool numbered;  // else dropout counts from 0 on
+  Numbers query_numbers, key_numbers;
   float* stats;
   const float* dlse = nullptr;  // [lines] or null
   Ref q, out, dout;

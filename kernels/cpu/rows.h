@@ -384,9 +384,22 @@ struct Rows {
     return x ^ (x >> 16);
   }
 
+  // The low words of the numbers of the keys from k on.
+  vu numbered(i64 k) const {
+    const Numbers& x = p.key_numbers;
+    const uint64_t first = x.base + x.stride * static_cast<uint64_t>(k);
+    const vu all = splatu(static_cast<uint32_t>(first)) + splatu(static_cast<uint32_t>(x.stride)) * iota();
+    // lanes before `half`
+    const i64 left = x.half <= k ? 0 : x.half < k + VL ? x.half - k : VL;
+    const vu beyond = bits<vu>(iota() >= splatu(static_cast<uint32_t>(left)));
+    return all + (beyond & splatu(static_cast<uint32_t>(x.jump)));
+  }
+
   // kept[lo, hi): 0 or 1 / (1 - p), by the hash of kernels/dropout.py; w is multiplied by it where given.
   void drop(float* w, i64 query, i64 lo, i64 hi) {
-    const uint64_t row = static_cast<uint64_t>(p.line(element, query));
+    const uint64_t row = p.numbered
+                             ? static_cast<uint64_t>(element) * p.query_numbers.total + p.query_numbers.of(query)
+                             : static_cast<uint64_t>(p.line(element, query));
     uint32_t a = mix1(static_cast<uint32_t>(row >> 32) ^ 0x9E3779B9u);
     a = mix1(static_cast<uint32_t>(row) + a);
     a = mix1(static_cast<uint32_t>(p.seed >> 32) + a);
@@ -395,7 +408,7 @@ struct Rows {
     const vu threshold = splatu(static_cast<uint32_t>(p.plan->threshold));
     const vf scale = splat(static_cast<float>(p.plan->keep_scale));
     for (i64 j = lo / VL * VL; j < hi; j += VL) {
-      const vu key = splatu(static_cast<uint32_t>(k0 + j)) + iota();
+      const vu key = p.numbered ? numbered(k0 + j) : splatu(static_cast<uint32_t>(k0 + j)) + iota();
       const vu u = mix(mix(key ^ va) + vb);
       const vf f = bits<vf>(bits<vu>(u >= threshold) & bits<vu>(scale));
       store(kept + j, f);

@@ -75,7 +75,9 @@ def parts(spec: Attention, inputs: Inputs) -> Iterator[Part]:
     if not spec.packed:
         yield Part(inputs)
         return
-    q, k, v, operands, seed, bounds, _ = inputs
+    # which it has none of
+    dropout.numbers_of(spec, inputs)
+    q, k, v, operands, seed, bounds, *_ = inputs
     rest = torch.broadcast_shapes(*(x.shape[1:-2] for x in inputs.tensors))
     heads, total = math.prod(rest), q.shape[-2]
     q_ends, k_ends = (None if b is None else b.T.tolist() for b in bounds.clipped((total, k.shape[-2])))
@@ -184,9 +186,15 @@ def weigh(spec: Attention, p: torch.Tensor, inputs: Inputs, rows: torch.Tensor |
         return p
     if inputs.seed is None:
         raise ValueError("a spec with dropout needs a seed")
-    if rows is None:
+    keys = torch.arange(p.shape[-1], device=p.device)
+    numbers = dropout.numbers_of(spec, inputs)
+    if numbers is not None:
+        elements = torch.arange(math.prod(p.shape[:-2]), device=p.device).reshape(*p.shape[:-2], 1)
+        rows = elements * numbers[0, 4] + dropout.tokens(numbers[0], p.shape[-2])
+        keys = dropout.tokens(numbers[1], p.shape[-1])
+    elif rows is None:
         rows = torch.arange(math.prod(p.shape[:-1]), device=p.device).reshape(p.shape[:-1])
-    kept = dropout.keep(inputs.seed, rows, p.shape[-1], spec.dropout)
+    kept = dropout.keep(inputs.seed, rows, keys, spec.dropout)
     # dropout of 1 multiplies by 0 / 0 nowhere: torch gives zeros
     return p * kept * (1.0 / (1.0 - spec.dropout) if spec.dropout < 1.0 else 0.0)
 

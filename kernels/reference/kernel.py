@@ -23,6 +23,7 @@ CAPABILITY = Capability(
     STEPS | {"ramp"},
     WEIGHT_STEPS,
     layouts=LAYOUTS | {"paged"},
+    numbered=True,
 )
 
 #: How far the weights of all keys of a row may be from 1 in sum.

@@ -52,6 +52,7 @@ CAPABILITY = Capability(
     STEPS | {"ramp"},
     WEIGHT_STEPS,
     layouts=LAYOUTS | {"paged"},
+    numbered=True,
     head_dims=256,
     # below, Triton has no tensor cores and Inductor's own kernels are faster
     least=80,
@@ -67,8 +68,8 @@ def forward(spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor
     ValueError for dims that are too long or other bounds, and what Triton raises where it cannot compile or launch. A number in a
     block table that no block has is read as one that is there: only the device knows it.
     """
-    q, k, v, operands, seed, bounds, pages = inputs
-    given = [q, k, v, *operands, seed, *bounds]
+    q, k, v, operands, seed, bounds, pages, numbers = inputs
+    given = [q, k, v, *operands, seed, *bounds, numbers]
     run = launch.run
     if pages is not None:
         # what a block table brings along is in no plan
@@ -87,8 +88,8 @@ def forward(spec: Attention, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _inputs(given: plans.Tensors) -> Inputs:
-    q, k, v, *operands, seed, q_bounds, k_bounds = given
-    return Inputs(q, k, v, operands, seed, Bounds(q_bounds, k_bounds))  # type: ignore[arg-type]
+    q, k, v, *operands, seed, q_bounds, k_bounds, numbers = given
+    return Inputs(q, k, v, operands, seed, Bounds(q_bounds, k_bounds), None, numbers)  # type: ignore[arg-type]
 
 
 def _forward(spec: Attention, inputs: Inputs, recorder: plans.Recorder, run: plans.Run) -> list[torch.Tensor]:
@@ -134,8 +135,8 @@ def backward(
     run, except for tables (RuntimeError, or a warning with warn_only). Raises as forward does, and ValueError for a paged layout.
     """
     no_pages(spec)
-    q, k, v, operands, seed, bounds, _ = inputs
-    given = [q, k, v, *operands, seed, *bounds, dout, out, stats, dlse]
+    q, k, v, operands, seed, bounds, _, numbers = inputs
+    given = [q, k, v, *operands, seed, *bounds, numbers, dout, out, stats, dlse]
     run = launch.run
     found = plans.perform(
         ("backward", spec.text, tf32_allowed(), torch.are_deterministic_algorithms_enabled(), (*needs,)),

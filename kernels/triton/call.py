@@ -165,7 +165,7 @@ class Call(Sizes):
         """Arguments that every kernel takes."""
         spec = self.spec
         return {
-            "seed": self.seed if self.seed is not None else self.q,
+            "seed": self._seeds(),
             "threshold": dropout.threshold(spec.dropout),
             "keep_scale": 1.0 / (1.0 - spec.dropout) if spec.dropout < 1.0 else 0.0,
             "sizes": self.batch,
@@ -175,6 +175,11 @@ class Call(Sizes):
             "n": tuple(tuple(o.shape[-2:]) for o in self.operands),
             **self.rows(),
         }
+
+    def _seeds(self) -> Any:
+        """What the kernels draw dropout by: the seed, with the numbers of queries and keys where they have some of their own."""
+        seed = self.seed if self.seed is not None else self.q
+        return seed if self.numbers is None else (seed, self.computed(torch.Tensor.contiguous, self.numbers))
 
     def rows(self) -> dict[str, Any]:
         """Where the rows of batch elements are."""

@@ -132,9 +132,23 @@ def mixed(x):
 
 
 @triton.jit
-def kept(seed, row, key, threshold):
-    """Which weights dropout keeps. row int64 [BM, 1], key int32 [1, BN]."""
-    word = tl.load(seed)
+def token(numbers, i):
+    """The numbers of queries, or of keys, that dropout takes them for (Inputs.numbers): int64, of any i."""
+    i = i.to(tl.int64)
+    moved = tl.where(i >= tl.load(numbers + 2), tl.load(numbers + 3), 0)
+    return tl.load(numbers) + tl.load(numbers + 1) * i + moved
+
+
+@triton.jit
+def kept(seed, row, query, key, threshold, Qn):
+    """Which weights dropout keeps. row int64 [BM, 1]; query, key int32 [BM, 1] and [1, BN]. seed: int64, alone, or with the numbers
+    of queries and keys."""
+    if isinstance(seed, tl.tensor):
+        word = tl.load(seed)
+    else:
+        word = tl.load(seed[0])
+        row = (row - query) // Qn * tl.load(seed[1] + 4) + token(seed[1], query)
+        key = token(seed[1] + 5, key)
     a = mixed((row >> 32).to(tl.uint32) ^ 0x9E3779B9)
     a = mixed(row.to(tl.uint32) + a)
     a = mixed((word >> 32).to(tl.uint32) + a)
@@ -219,7 +233,7 @@ def visit(
         l = l * fade + tl.sum(p, 1)
         p = WEIGH(p, q, k, at, st, n, Qn, Kn)
         if DROPOUT:
-            p = tl.where(kept(seed, line, k, threshold), p * keep_scale, 0.0)
+            p = tl.where(kept(seed, line, q, k, threshold, Qn), p * keep_scale, 0.0)
         vt = tile_at(V, k0, keys, vs, Kn, E, EP, BN)
         acc = tl.dot(p.to(vt.dtype), vt, acc * fade[:, None], input_precision=PRECISION)
         m = top
@@ -676,7 +690,7 @@ def weights_of(
     w = WEIGH(p, q, k, at, st, n, Qn, Kn)
     stays = live
     if DROPOUT:
-        stays = kept(seed, line, k, threshold)
+        stays = kept(seed, line, q, k, threshold, Qn)
         w = tl.where(stays, w * keep_scale, 0.0)
     return p, w, (saved, live, stays)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from attnfuse import reasons
-from attnfuse.kernels import gradients, sink
+from attnfuse.kernels import dropout, gradients, sink
 from attnfuse.kernels.capability import LAYOUTS, NUMBERS, STEPS, WEIGHT_STEPS, Capability, filled_weights
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.inputs import Inputs
@@ -76,6 +76,7 @@ def forward(
     BuildError where a kernel does not compile, and driver.DriverError where it is not launched.
     """
     no_pages(spec)
+    dropout.refuse_numbers(spec, inputs, "volta")
     check_bounds(spec, inputs.bounds)
     if spec.lse and inputs.v.shape[-1] == 0:
         raise ValueError("a log-sum-exp of values without features")
@@ -109,6 +110,7 @@ def backward(
     run, except for tables (RuntimeError, or a warning with warn_only). Raises as forward does.
     """
     no_pages(spec)
+    dropout.refuse_numbers(spec, inputs, "volta")
     check_bounds(spec, inputs.bounds)
     if out.numel() == 0 or inputs.k.shape[-2] == 0 or (spec.packed and inputs.bounds.sequences == 0):
         return gradients.of_nothing(spec, inputs, stats, needs, dlse)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_cases import INF, make_spec, qkv, randn
+from numbered_cases import *  # noqa: F403
 from sink_cases import *  # noqa: F403
 from tile_cases import *  # noqa: F403
 from triton.runtime import interpreter

@@ -9,6 +9,7 @@ import kernel_cases
 import pytest
 import torch
 from kernel_cases import FLOAT_MIN, GATES, INF, STEPS, WEIGHTS, assert_close, evaluate, make_spec, qkv, randn
+from numbered_cases import *  # noqa: F403
 from sink_cases import *  # noqa: F403
 
 from attnfuse import expr
@@ -405,7 +406,7 @@ def test_dropout_draws_the_reference_mask(p, Q):
     # uniform weights and an identity for v: out is the mask itself
     q, v = torch.zeros(2, 2, Q, 8), torch.eye(259).expand(2, 2, 259, 259)
     out, _ = cpu.forward(make_spec(q, k, v, dropout=p), Inputs(q, k, v, seed=seed))
-    kept = dropout.keep(seed, torch.arange(4 * Q).reshape(2, 2, Q), 259, p)
+    kept = dropout.keep(seed, torch.arange(4 * Q).reshape(2, 2, Q), torch.arange(259), p)
     assert torch.equal(out > 0, kept & (p < 1.0))
 
 

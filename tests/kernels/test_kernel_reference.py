@@ -9,6 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from kernel_cases import GATES, WEIGHTS, bounds_of, check, evaluate, make_spec, qkv, randn
+from numbered_cases import *  # noqa: F403
 from sink_cases import *  # noqa: F403
 
 from attnfuse import ops

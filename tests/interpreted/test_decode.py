@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import numbered_cases
 import pytest
 import torch
 from decode_cases import *  # noqa: F403
 from decode_cases import grouped
 from kernel_cases import INF, check, make_spec, qkv, randn
+from numbered_cases import SEED
 
 from attnfuse.expr import Algebra, dense
-from attnfuse.kernels import triton
+from attnfuse.kernels import dropout, triton
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.triton import launch
@@ -42,6 +44,14 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(launch, "run", run)
     return found
+
+
+def test_dropout_by_given_numbers(launched):
+    q, k, v = torch.zeros(2, 2, 8, 16), torch.zeros(2, 1, 36, 16), numbered_cases.v_of(36)
+    whole = dropout.keep(SEED, torch.arange(64).reshape(2, 2, 16), torch.arange(72), 0.4)
+    for rows, keys, numbers in numbered_cases.pieces("zigzag", 2, 16, 72):
+        out, _ = triton.forward(make_spec(q, k, v, dropout=0.4), Inputs(q, k, v, seed=SEED, numbers=numbers))
+        assert launched[-2][0] == "decode" and torch.equal(out > 0, whole[..., rows, :][..., keys])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -162,17 +162,18 @@ def choose(
     device: torch.device | Device,
     forced: str | None = None,
     trains: bool = False,
+    partial: bool = False,
     numbered: bool = False,
 ) -> Choice:
     """The kernel for `spec` on `device`: the first that can run it, or `forced` by name if that can.
 
-    trains: gradients are needed. numbered: as in Capability.reasons.
+    trains: gradients are needed; partial: of parts of the keys, as `Capability.partial` says; numbered: as in Capability.reasons.
     """
     device = Device.of(device)
     tried: Sequence[Kernel] = [kernel_named(forced)] if forced else _ordered(device)
     against = []
     for kernel in tried:
-        found = kernel.capability.reasons(spec, device, trains, numbered)
+        found = kernel.capability.reasons(spec, device, trains, partial, numbered)
         if not found:
             return Choice(kernel)
         if forced or not kernel.on_request:
@@ -180,9 +181,13 @@ def choose(
     return Choice(None, tuple(against))
 
 
-def successor(name: str, spec: Attention, device: torch.device, numbered: bool = False) -> Kernel:
-    """What runs in place of a kernel that failed: the next one that can, at last the reference. numbered: as in Capability."""
-    names = [k.name for k in candidates(spec, device, numbered)]
-    after = [k for k in candidates(spec, device, numbered) if k.name != name]
+def successor(
+    name: str, spec: Attention, device: torch.device, partial: bool = False, numbered: bool = False
+) -> Kernel:
+    """What runs in place of a kernel that failed: the next one that can, at last the reference. partial, numbered: as in
+    `choose`."""
+    able = [k for k in candidates(spec, device, numbered) if k.capability.partial or not partial]
+    after = [k for k in able if k.name != name]
+    names = [k.name for k in able]
     rest = after[names.index(name) :] if name in names else after
     return rest[0] if rest else REFERENCE

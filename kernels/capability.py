@@ -34,6 +34,8 @@ class Capability:
     least, most     compute capabilities of NVIDIA GPUs, as 10 * major + minor; 0 for any
     numbered        dropout is drawn by the numbers of queries and keys that are given (Inputs.numbers)
     own_dropout     which weights are dropped is the kernel's own affair: no other kernel drops the same ones for a seed
+    partial         it has backward_part: gradients of a part of the keys by the statistics of whole rows, which add up over the
+                    parts; and it gives float32 results of narrower inputs
     also            what else speaks against a spec
     here            what else speaks against it on a device
     available       None if the kernel can run here, else why not (a compiler is missing, say)
@@ -53,15 +55,22 @@ class Capability:
     most: int = 0
     own_dropout: bool = False
     numbered: bool = False
+    partial: bool = False
     also: Callable[[Attention], Iterable[Reason]] = lambda spec: ()
     here: Callable[[Attention, Device], Iterable[Reason]] = lambda spec, device: ()
     available: Callable[[], Reason | None] = lambda: None
 
     def reasons(
-        self, spec: Attention, device: torch.device | Device, trains: bool = False, numbered: bool = False
+        self,
+        spec: Attention,
+        device: torch.device | Device,
+        trains: bool = False,
+        partial: bool = False,
+        numbered: bool = False,
     ) -> tuple[Reason, ...]:
-        """Why the kernel cannot run `spec` on `device`; empty if it can. trains: gradients are needed. numbered: queries and keys
-        are some of a longer attention's, and dropout must be drawn by the numbers they have in it."""
+        """Why the kernel cannot run `spec` on `device`; empty if it can. trains: gradients are needed; partial: of a part of the
+        keys; numbered: queries and keys are some of a longer attention's, and dropout must be drawn by the numbers they have in
+        it."""
         device = Device.of(device)
         found = self._of_device(device)
         # head sizes of a device that is none of the kernel's say nothing
@@ -77,6 +86,8 @@ class Capability:
         found += _unknown("weight step", spec.weight_steps, self.weight_steps)
         if trains and not self.backward:
             found.append(reasons.KERNEL_NO_GRADIENT())
+        if partial and not self.partial:
+            found.append(reasons.KERNEL_NOT_PARTIAL())
         if spec.dropout and not self.dropout:
             found.append(reasons.KERNEL_DROPOUT())
         elif spec.dropout and numbered and not self.numbered:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import importlib
 import inspect
@@ -456,6 +457,42 @@ def process_group(name: str) -> Any:
         return known._resolve_process_group(name)
     except (AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(f"attnfuse: there is no process group {name!r}: {error}") from error
+
+
+def global_ranks(group: Any) -> list[int]:
+    """The ranks of the world that are in a process group, by their numbers in it."""
+    import torch.distributed as dist
+
+    return list(dist.get_process_group_ranks(group))
+
+
+def store_of(group: Any) -> tuple[Any, datetime.timedelta]:
+    """The store by which the processes of a group found each other, and how long its collectives may take."""
+    import torch.distributed as dist
+
+    c10d: Any = dist.distributed_c10d
+    try:
+        backend = group._get_backend(torch.device("cpu"))
+    except RuntimeError:
+        backend = group._get_backend(torch.device(c10d._get_pg_default_device(group)))
+    options = getattr(backend, "options", None)
+    timeout = getattr(options, "_timeout", None) or dist.default_pg_timeout
+    return c10d._get_default_store(), timeout
+
+
+def all_reduce(x: torch.Tensor, how: str, group: str) -> torch.Tensor:
+    """A new tensor: the 'sum' or 'max' of the ranks' x in the process group of that name. In graphs a collective of its own."""
+    ops: Any = torch.ops._c10d_functional
+    found: torch.Tensor = ops.wait_tensor(ops.all_reduce(x, how, group))
+    return found
+
+
+def all_gather(x: torch.Tensor, group: str) -> torch.Tensor:
+    """[ranks * n, ...]: the ranks' x [n, ...] one after the other. In graphs a collective of its own."""
+    ops: Any = torch.ops._c10d_functional
+    size = process_group(group).size()
+    found: torch.Tensor = ops.wait_tensor(ops.all_gather_into_tensor(x, size, group))
+    return found
 
 
 def npu_group(name: str) -> tuple[str, int]:

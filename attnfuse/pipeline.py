@@ -31,6 +31,7 @@ from attnfuse.passes.read.fully_masked import fully_masked
 from attnfuse.passes.read.paged import paged
 from attnfuse.passes.read.peel import read
 from attnfuse.passes.read.unseen import unseen
+from attnfuse.passes.sharding.shard import Sharding, shard
 from attnfuse.passes.site import Refusal, Site
 from attnfuse.reasons import Reason
 from attnfuse.report.report import Report, SiteReport, told
@@ -98,6 +99,7 @@ class State:
     fused: tuple[Site, ...] = ()
     gone: frozenset[fx.Node] = frozenset()
     emitter: Emitter | None = None
+    sharding: Sharding | None = None
 
     @property
     def reports(self) -> tuple[SiteReport, ...]:
@@ -207,7 +209,7 @@ def _unpadded(state: State) -> State:
         return state
     emitter = Emitter(view, state.settings.strict)
     state = replace(state, emitter=emitter)
-    if state.settings.nan_policy == "eager":
+    if state.settings.nan_policy == "eager" or state.settings.sequence_parallel is not None:
         return state
     failures = state.failures
     try:
@@ -249,7 +251,7 @@ def _unpadded(state: State) -> State:
 def _paged(state: State) -> State:
     """Keys and values that the graph gathers from a cache are read through the block table, where a kernel can."""
     view = state.view
-    if view is None:
+    if view is None or state.settings.sequence_parallel is not None:
         return state
 
     def read_through(site: Site) -> Site:
@@ -271,6 +273,34 @@ def _paged(state: State) -> State:
 def _gathering(site: Site, why: Reason) -> Site:
     """The site, with a note of why a gather stays."""
     return replace(site, notes=(*site.notes, reasons.GATHER_STAYS(why=why)))
+
+
+def _sharded(state: State) -> State:
+    """Under the option `sequence_parallel`: what can be computed on a rank's own tokens is, attentions by algorithms over ranks."""
+    chosen, view = state.settings.sequence_parallel, state.view
+    if chosen is None:
+        return state
+    if view is None or state.nested:
+        why = state.problem if view is None and state.problem is not None else reasons.SHARDED_NESTED()
+        return replace(state, sharding=Sharding.left_whole(chosen, why))
+    emitter = Emitter(view, state.settings.strict)
+    sites = [x for x in state.found if isinstance(x, Site)]
+    sharding = shard(emitter, sites, state.settings, chosen)
+    state = replace(state, emitter=emitter, sharding=sharding)
+    if sharding.plan is None:
+        return state
+    done = {each.site: each for each in sharding.plan.sites.values()}
+    reports = []
+    for site, each in done.items():
+        report = _report(site, emitter)(status="fused", reason=None, kernel=sharding.calls[site.final].kernel)
+        reports.append(replace(report, notes=(*report.notes, sharding.said(each))))
+    return replace(
+        state,
+        found=tuple(x for x in state.found if x not in done),
+        settled=(*state.settled, *reports),
+        fused=(*state.fused, *done),
+        gone=state.gone | sharding.inside,
+    )
 
 
 def _emitted(state: State) -> State:
@@ -315,6 +345,7 @@ STAGES: tuple[tuple[str, Callable[[State], State]], ...] = (
     ("unseen", _unseen),
     ("unpad", _unpadded),
     ("page", _paged),
+    ("shard", _sharded),
     ("emit", _emitted),
     ("tune", _tuned),
 )
@@ -327,6 +358,7 @@ class Work:
     report: Report
     fused: tuple[Site, ...] = ()
     spoiled: bool = False
+    sharding: Sharding | None = None
 
 
 def rewrite(gm: fx.GraphModule, settings: Settings) -> Work:
@@ -367,7 +399,7 @@ def rewrite(gm: fx.GraphModule, settings: Settings) -> Work:
         report = Report((*state.reports, *left), before, before, name, tuple(notes), seconds)
         return Work(undone(report, reason), spoiled=True)
     after = readable(gm) if any(r.status == "fused" for r in state.reports) else before
-    return Work(Report(state.reports, before, after, name, tuple(notes), seconds), state.fused)
+    return Work(Report(state.reports, before, after, name, tuple(notes), seconds), state.fused, sharding=state.sharding)
 
 
 def undone(report: Report, reason: Reason) -> Report:

@@ -84,6 +84,7 @@ GRAPHS = "Whole graphs"
 MASKS = "Notes: masks and biases that stay tensors"
 PADDING = "Notes: padding that stays"
 GATHERS = "Notes: gathers that stay"
+SHARDED = "Sequence parallelism"
 
 #: The groups in the order of docs/refusals.md, with what is said of each.
 GROUPS: Mapping[str, str] = types.MappingProxyType(
@@ -101,6 +102,8 @@ GROUPS: Mapping[str, str] = types.MappingProxyType(
         "'a mask stays a tensor: ...', with one of these.",
         PADDING: "Attentions are fused all the same, on padded rows. The notes of a site say 'padding stays: ...', with one of "
         "these; see [padding.md](padding.md).",
+        SHARDED: "Under the option `sequence_parallel`. What is left whole is computed on every rank, as without the option; see "
+        "[distributed.md](distributed.md).",
         GATHERS: "Attentions are fused all the same, on keys and values that the graph gathers from a cache. The notes of a site "
         "say 'a gather stays: ...', with one of these; see [paged.md](paged.md).",
     }
@@ -1318,6 +1321,43 @@ GATHER_WRITTEN = Cause(
 )
 
 # -- notes: padding that stays
+
+SHARDED_NOT = Cause(
+    "sharded-not", "the graph is left whole on every rank: {why}", "See what it says after the colon.", SHARDED
+)
+NOTHING_TO_SHARD = Cause(
+    "nothing-to-shard",
+    "no attention has queries that come, token by token, from an input or another tensor of whole sequences",
+    "Nothing to do for a graph without self-attention; else look at the ops between the input and the attention.",
+    SHARDED,
+)
+SHARDED_SPEC = Cause("sharded-spec", "it is not computed over ranks: {why}", "See what it says after the colon.", SHARDED)
+SHARDED_NESTED = Cause(
+    "sharded-nested", "the graph has nested tensors", "Pass padded or packed tensors with a mask.", SHARDED
+)
+SHARDED_WRITTEN = Cause(
+    "sharded-written",
+    "{op} of sharded tokens is written to in place",
+    "Use the op that is not in place; for a cache that is written to, run the prompt without sequence_parallel's graph.",
+    SHARDED,
+)
+SHARDED_RANDOM = Cause(
+    "sharded-random",
+    "{op} ({at}) draws random numbers that need not be equal on all ranks",
+    "Draw them before the call, alike on all ranks, and pass them in. Dropout is drawn alike as it is.",
+    SHARDED,
+)
+SHARDED_REGION = Cause(
+    "sharded-region",
+    "a region that may run more than once, or not at all, holds token dims",
+    "Leave out nested_compile_region and torch.cond, or compile without sequence_parallel.",
+    SHARDED,
+)
+SHARDED_LOG_SUM_EXP = Cause(
+    "sharded-log-sum-exp", "the log-sum-exp of the scores is used", "Nothing to do: it is computed whole.", SHARDED
+)
+SHARDED_ANEW = Cause("sharded-anew", "the tensor is cut into tokens here", "Nothing to do.", SHARDED)
+SHARDED_KEPT = Cause("sharded-kept", "{op} of whole tensors is still needed by what is left", _FAULT, SHARDED)
 
 PADDING_STAYS = Cause("padding-stays", "padding stays: {why}", "See what it says after the colon.", PADDING)
 PADDING_FUEL = Cause("padding-fuel", "too little fuel", "Raise the option fuel, or leave it out.", PADDING)

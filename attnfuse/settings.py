@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from attnfuse import _compat
+from attnfuse.distributed.options import Dealt, dealt
 from attnfuse.kernels import KERNELS
 
 KERNEL_VARIABLE = "ATTNFUSE_KERNEL"
@@ -26,6 +27,7 @@ class Settings:
     nan_policy   'skip': keys that are provably hidden contribute nothing, NaN or not; 'eager': nothing is skipped
     fuel         stop after this many rewrites in each graph, to bisect; also $ATTNFUSE_FUEL
     verify       compare this many first calls of each compiled graph with the same graph run eagerly
+    sequence_parallel    deal the tokens of the model over ranks: a mesh, a process group, or attnfuse.SequenceParallel
     tune         measure configurations of kernels that can be tuned, once for each kind of input, and keep the fastest; also
                  mode="max-autotune" and "max-autotune-no-cudagraphs"
     """
@@ -37,6 +39,7 @@ class Settings:
     fuel: int | None = None
     verify: int = 0
     tune: bool = False
+    sequence_parallel: Dealt | None = None
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {"inner": ("inductor", "aot_eager", "eager"), "nan_policy": ("skip", "eager")}
@@ -71,6 +74,11 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> tuple[Settings
     if own.get("fuel") is None and os.environ.get(FUEL_VARIABLE):
         own["fuel"] = _whole_number(FUEL_VARIABLE)
     patches = _compat.inductor_mode_options(mode) if mode else {}
+    if own.get("sequence_parallel") is not None:
+        try:
+            own["sequence_parallel"] = dealt(own["sequence_parallel"])
+        except ValueError as error:
+            raise ValueError(f"option 'sequence_parallel': {error}") from None
     own.setdefault("tune", mode in _TUNING_MODES)
     return Settings(**own), {**patches, **rest}
 

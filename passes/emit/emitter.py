@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 from collections.abc import Iterator, Sequence, Set
 from typing import Any
@@ -187,22 +188,31 @@ class Emitter(Edits):
 
     def finish(self, inside: Set[fx.Node]) -> None:
         """Erase the view nodes that the ops took over, and what nothing needs any more."""
-        owned: dict[tuple[Scope, fx.Node], list[fx.Node]] = {}
-        for made, origin in self.view.origin.items():
-            owned.setdefault((origin.scope, origin.node), []).append(made)
         for scope in reversed(self.view.scopes):
-            for node in reversed(list(scope.module.graph.nodes)):
-                claims = [u for u in node.users if is_assertion(u)]
-                if len(claims) < len(node.users) or node.op in ("placeholder", "output"):
-                    continue
-                parts = owned.get((scope, node), [])
-                unneeded = all(n in inside or is_pure(n) or writes_own_memory(self.view, n) for n in parts)
-                if node in scope.values and unneeded and _may_go(node, parts):
-                    for done in (*claims, node):
-                        scope.module.graph.erase_node(done)
+            self.clean(scope, inside)
             if scope in self.touched:
                 scope.module.graph.lint()
                 scope.module.recompile()
+
+    def clean(self, scope: Scope, inside: Set[fx.Node]) -> None:
+        """Erase what nothing needs in one graph; those of the regions that it runs come first."""
+        for node in reversed(list(scope.module.graph.nodes)):
+            claims = [u for u in node.users if is_assertion(u)]
+            if len(claims) < len(node.users) or node.op in ("placeholder", "output"):
+                continue
+            parts = self._owned.get((scope, node), [])
+            unneeded = all(n in inside or is_pure(n) or writes_own_memory(self.view, n) for n in parts)
+            if node in scope.values and unneeded and _may_go(node, parts):
+                for done in (*claims, node):
+                    scope.module.graph.erase_node(done)
+
+    @functools.cached_property
+    def _owned(self) -> dict[tuple[Scope, fx.Node], list[fx.Node]]:
+        """What each Dynamo node made in the view."""
+        owned: dict[tuple[Scope, fx.Node], list[fx.Node]] = {}
+        for made, origin in self.view.origin.items():
+            owned.setdefault((origin.scope, origin.node), []).append(made)
+        return owned
 
 
 def _may_go(node: fx.Node, made: list[fx.Node]) -> bool:

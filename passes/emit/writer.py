@@ -278,7 +278,7 @@ class NodeWriter:
             length: Any = 1
             for atom in leaf.labels[at]:
                 length = length * atom.size
-            if not known_equal(length, shape_of(leaf.node)[at]):
+            if not known_equal(length, known(node).shape[at]):
                 node = self.call(torch.narrow, (node, at, start, self.size(length)))
         if leaf.depth:
             node = self.call(operator.pow, (self.method("size", node, -1), -0.5))
@@ -386,7 +386,7 @@ class NodeWriter:
             out = self.method("permute", out, *order)
         if any(len(dim) != 1 for dim in labels):
             out = self.method("reshape", out, *self.shape(tuple(like.shape)))
-        return self._laid_out(self.checked(out, "the result of the attention", like.shape, like.dtype), like)
+        return self.laid_out(self.checked(out, "the result of the attention", like.shape, like.dtype), like)
 
     def spread(self, out: fx.Node, dims: Labels, but: Dim = ()) -> fx.Node:
         """A result of the op, whose dims are `dims`, at full size where q, k and v were all expanded, `but` for some atoms."""
@@ -398,7 +398,7 @@ class NodeWriter:
             return out
         return self.method("expand", out, *(self.size(dim[0].size) if s else -1 for s, dim in zip(short, dims)))
 
-    def _laid_out(self, out: fx.Node, eager: torch.Tensor) -> fx.Node:
+    def laid_out(self, out: fx.Node, eager: torch.Tensor) -> fx.Node:
         """`out` with the strides of the eager result, since a later view may count on them."""
         made = known(out)
         if all(known_equal(a, b) for a, b in zip(made.stride(), eager.stride())):

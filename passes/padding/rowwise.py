@@ -66,6 +66,10 @@ class Gathered:
     number: float | int | None = None
 
 
+#: How an op on padded tensors is carried: the labels of its result, or of each of several. Raises Mixed.
+Rule = Callable[["Carried", fx.Node], "Labels | list[Labels]"]
+
+
 @dataclass(eq=False)
 class Carried:
     """labels: of padded tensors, or of each of several results. gathered: arguments by (node, position in args)."""
@@ -99,9 +103,7 @@ class Carried:
         if source is not None:
             self.labels[node] = self.parts[source[0]][source[1]]
             return
-        name = name_of(node)
-        rule = _RULES.get(name) or (_pointwise if name in POINTWISE else _moved)
-        found = rule(self, node)
+        found = self.rule(name_of(node))(self, node)
         if isinstance(found, list):
             self.parts[node] = found
             each = found
@@ -112,19 +114,50 @@ class Carried:
             self.rows_of(labels)
             for a in self.rows_in(labels):
                 if a in self.axes.parts:
-                    raise Mixed(reasons.PADDING_SPLIT(op=name))
+                    raise Mixed(reasons.PADDING_SPLIT(op=name_of(node)))
+
+    def rule(self, name: str) -> Rule:
+        """How an op, by its name, is carried."""
+        return _RULES.get(name) or (pointwise if name in POINTWISE else _moved)
 
     def first(self, node: fx.Node) -> Labels:
         """The labels of the one padded argument, the first."""
-        if any(n in self.labels for n in node.all_input_nodes if n is not node.args[0]) or not self._is_own(
+        if any(n in self.labels for n in node.all_input_nodes if n is not node.args[0]) or not self.is_own(
             node.args[0]
         ):
             raise Mixed(reasons.PADDING_ARGUMENTS(op=name_of(node)))
         return self.labels[source_of(node)]
 
-    def _is_own(self, x: Any) -> bool:
+    def is_own(self, x: Any) -> bool:
         """Whether it is a padded tensor."""
         return isinstance(x, fx.Node) and x in self.labels
+
+    def align(self, node: fx.Node, position: int, out: Labels) -> None:
+        """An argument that is no padded tensor: broadcast over the rows, or gathered for each. out: labels of the result."""
+        x = cast(fx.Node, node.args[position])
+        own = shape_of(x)
+        dims: list[Dim] = []
+        for size, dim in zip(own, out[len(out) - len(own) :]):
+            found = tuple(a for a in self.axes.atoms(dim) if a in self.rows_in([dim]))
+            if not found or is_one(size):
+                dims.append(())
+                continue
+            whole: Any = 1
+            for a in self.axes.atoms(dim):
+                whole = whole * a.size
+            if len(found) != len(self.axes.atoms(dim)) or not known_equal(whole, size):
+                _fail(reasons.PADDING_SOME_ROWS(op=name_of(node)))
+            dims.append(found)
+        if not any(dims):
+            return
+        rows = self.rows_of(out)
+        if (rows.place, rows.sequence) in dims:
+            _fail(reasons.PADDING_BY_POSITION(op=name_of(node)))
+        mine = [self.axes.atoms(d) for d in out[len(out) - len(own) :]]
+        place = next((d for d, atoms in enumerate(mine) if atoms == (rows.place,)), None)
+        if place is None and (rows.sequence,) in dims:
+            _fail(reasons.PADDING_PER_SEQUENCE(op=name_of(node)))
+        self.gathered[node, position] = Gathered(rows, tuple(dims), place)
 
     def features(self, labels: Labels, dims: Sequence[int], name: str) -> list[int]:
         """Dims that run over no rows, counted from the front."""
@@ -143,14 +176,14 @@ def _fail(reason: Reason) -> NoReturn:
     raise Mixed(reason)
 
 
-def _pointwise(c: Carried, node: fx.Node) -> Labels:
+def pointwise(c: Carried, node: fx.Node) -> Labels:
     """Arguments are broadcast; those without padding are read at the row of each token."""
     shape = shape_of(node)
     if len(node.kwargs) and any(isinstance(v, fx.Node) and is_tensor(v) for v in node.kwargs.values()):
         _fail(reasons.PADDING_KEYWORD(op=name_of(node)))
     out: list[Dim] = [()] * len(shape)
     for x in node.args:
-        if not isinstance(x, fx.Node) or not c._is_own(x):
+        if not isinstance(x, fx.Node) or not c.is_own(x):
             continue
         labels = c.labels[x]
         lead = len(shape) - len(labels)
@@ -158,50 +191,22 @@ def _pointwise(c: Carried, node: fx.Node) -> Labels:
             have = out[lead + at]
             if not have:
                 out[lead + at] = dim
-            elif (c.rows_in([dim]) or c.rows_in([have])) and dim and not _same(c, have, dim):
+            elif (c.rows_in([dim]) or c.rows_in([have])) and dim and not same_rows(c, have, dim):
                 _fail(reasons.PADDING_OTHER_PLACES(op=name_of(node)))
     for position, x in enumerate(node.args):
-        if is_tensor(x) and not c._is_own(x):
-            _align(c, node, position, tuple(out))
+        if is_tensor(x) and not c.is_own(x):
+            c.align(node, position, tuple(out))
     # others may have made a dim of 1 longer
     return tuple(dim or c.axes.fresh(size) for dim, size in zip(out, shape))
 
 
-def _same(c: Carried, a: Dim, b: Dim) -> bool:
+def same_rows(c: Carried, a: Dim, b: Dim) -> bool:
     """Whether two dims run over the same rows in the same order."""
     x, y = c.axes.atoms(a), c.axes.atoms(b)
     own = c.rows_in([a, b])
     return len(x) == len(y) and all(
         i is j if i in own or j in own else known_equal(i.size, j.size) for i, j in zip(x, y)
     )
-
-
-def _align(c: Carried, node: fx.Node, position: int, out: Labels) -> None:
-    """An argument that is no padded tensor: broadcast over the rows, or gathered for each."""
-    x = cast(fx.Node, node.args[position])
-    own = shape_of(x)
-    dims: list[Dim] = []
-    for size, dim in zip(own, out[len(out) - len(own) :]):
-        found = tuple(a for a in c.axes.atoms(dim) if a in c.rows_in([dim]))
-        if not found or is_one(size):
-            dims.append(())
-            continue
-        whole: Any = 1
-        for a in c.axes.atoms(dim):
-            whole = whole * a.size
-        if len(found) != len(c.axes.atoms(dim)) or not known_equal(whole, size):
-            _fail(reasons.PADDING_SOME_ROWS(op=name_of(node)))
-        dims.append(found)
-    if not any(dims):
-        return
-    rows = c.rows_of(out)
-    if (rows.place, rows.sequence) in dims:
-        _fail(reasons.PADDING_BY_POSITION(op=name_of(node)))
-    mine = [c.axes.atoms(d) for d in out[len(out) - len(own) :]]
-    place = next((d for d, atoms in enumerate(mine) if atoms == (rows.place,)), None)
-    if place is None and (rows.sequence,) in dims:
-        _fail(reasons.PADDING_PER_SEQUENCE(op=name_of(node)))
-    c.gathered[node, position] = Gathered(rows, tuple(dims), place)
 
 
 def _moved(c: Carried, node: fx.Node) -> Labels | list[Labels]:
@@ -224,7 +229,7 @@ def _through(c: Carried, node: fx.Node, found: DimMap) -> Labels:
 def _cast(c: Carried, node: fx.Node) -> Labels:
     # the other argument may be a tensor that only gives the dtype
     """A cast, on the same device."""
-    if not c._is_own(source_of(node)) or value_of(node).device != value_of(source_of(node)).device:
+    if not c.is_own(source_of(node)) or value_of(node).device != value_of(source_of(node)).device:
         _fail(reasons.PADDING_CAST())
     return c.labels[source_of(node)]
 
@@ -249,7 +254,7 @@ def _matmul(c: Carried, node: fx.Node) -> Labels:
 def _addmm(c: Carried, node: fx.Node) -> Labels:
     """Rows [R, C] times one matrix, and a bias for each feature."""
     bias, rows = cast("tuple[fx.Node, fx.Node]", node.args[:2])
-    if c._is_own(bias) or not c._is_own(rows) or c._is_own(node.args[2]) or len(shape_of(bias)) != 1:
+    if c.is_own(bias) or not c.is_own(rows) or c.is_own(node.args[2]) or len(shape_of(bias)) != 1:
         _fail(reasons.PADDING_ARGUMENTS(op="addmm"))
     labels = c.labels[rows]
     c.features(labels, [-1], "addmm")
@@ -287,13 +292,13 @@ def _reduced(c: Carried, node: fx.Node) -> Labels:
 def _cat(c: Carried, node: fx.Node) -> Labels:
     """Padded tensors of the same rows, one after the other along features."""
     parts = arguments(node)["tensors"]
-    if not all(map(c._is_own, parts)):
+    if not all(map(c.is_own, parts)):
         _fail(reasons.PADDING_JOINED())
     first, *rest = (c.labels[x] for x in parts)
     (at,) = c.features(first, [arguments(node).get("dim", 0)], "cat")
     for other in rest:
         if len(other) != len(first) or not all(
-            _same(c, a, b) for d, (a, b) in enumerate(zip(first, other)) if d != at and c.rows_in([a, b])
+            same_rows(c, a, b) for d, (a, b) in enumerate(zip(first, other)) if d != at and c.rows_in([a, b])
         ):
             _fail(reasons.PADDING_JOINED_PLACES())
     return (*first[:at], c.axes.fresh(shape_of(node)[at]), *first[at + 1 :])
@@ -302,11 +307,11 @@ def _cat(c: Carried, node: fx.Node) -> Labels:
 def _stack(c: Carried, node: fx.Node) -> Labels:
     """Padded tensors of the same rows, along a new dim."""
     parts = arguments(node)["tensors"]
-    if not all(map(c._is_own, parts)):
+    if not all(map(c.is_own, parts)):
         _fail(reasons.PADDING_JOINED())
     first, *rest = (c.labels[x] for x in parts)
     if any(
-        len(x) != len(first) or not all(_same(c, a, b) for a, b in zip(first, x) if c.rows_in([a, b])) for x in rest
+        len(x) != len(first) or not all(same_rows(c, a, b) for a, b in zip(first, x) if c.rows_in([a, b])) for x in rest
     ):
         _fail(reasons.PADDING_JOINED_PLACES())
     return insert(first, arguments(node)["dim"] % (len(first) + 1), c.axes.fresh(len(parts)))
@@ -315,7 +320,7 @@ def _stack(c: Carried, node: fx.Node) -> Labels:
 def _embedding(c: Carried, node: fx.Node) -> Labels:
     """A row of the table for each padded index."""
     args = arguments(node)
-    if c._is_own(args["weight"]) or args.get("scale_grad_by_freq") or args.get("sparse"):
+    if c.is_own(args["weight"]) or args.get("scale_grad_by_freq") or args.get("sparse"):
         _fail(reasons.PADDING_EMBEDDING())
     return (*c.labels[args["indices"]], c.axes.fresh(shape_of(node)[-1]))
 
@@ -327,7 +332,7 @@ def _glu(c: Carried, node: fx.Node) -> Labels:
     return (*labels[:at], c.axes.fresh(shape_of(node)[at]), *labels[at + 1 :])
 
 
-_RULES: dict[str, Callable[[Carried, fx.Node], Labels | list[Labels]]] = {
+_RULES: dict[str, Rule] = {
     "to": _cast,
     "linear": _linear,
     **dict.fromkeys(("matmul", "mm"), _matmul),

@@ -1,0 +1,1 @@
+"""One graph over several devices: each computes its own rows of the token dims."""

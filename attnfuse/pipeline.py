@@ -396,10 +396,12 @@ def rewrite(gm: fx.GraphModule, settings: Settings) -> Work:
         log.debug("while rewriting", exc_info=True)
         # those that the stage was at, too
         left = (replace(_refusal(x), **told(reason)) for x in state.found)
-        report = Report((*state.reports, *left), before, before, name, tuple(notes), seconds)
+        report = Report((*state.reports, *left), before, before, name, tuple(notes), seconds=seconds)
         return Work(undone(report, reason), spoiled=True)
     after = readable(gm) if any(r.status == "fused" for r in state.reports) else before
-    return Work(Report(state.reports, before, after, name, tuple(notes), seconds), state.fused, sharding=state.sharding)
+    lines = () if state.sharding is None else state.sharding.lines
+    report = Report(state.reports, before, after, name, tuple(notes), lines, seconds)
+    return Work(report, state.fused, sharding=state.sharding)
 
 
 def undone(report: Report, reason: Reason) -> Report:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from attnfuse import _compat
+from attnfuse.distributed import ops
 from attnfuse.distributed.layouts import Layout, rows_of_rank
 
 
@@ -191,3 +192,5 @@ def agreed(x: torch.Tensor, groups: Sequence[str]) -> torch.Tensor:
 def inside(numbers: torch.Tensor, length: int, dim: int, rank: int) -> torch.Tensor:
     """Which of the rows with these numbers [n] are tokens and no padding: bool, of `rank` dims, 1 but for `dim`."""
     return (numbers < length).view([-1 if d == dim else 1 for d in range(rank)])
+
+assert ops.__doc__, "importing it registers the op that says which tokens a rank has"

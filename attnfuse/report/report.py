@@ -99,6 +99,7 @@ class Report:
 
     before, after   the graph as readable code
     warnings        what the user should know and that belongs to no single site
+    sharding        under the option sequence_parallel: how tokens are dealt, and what is gathered, a line each
     seconds         time spent per stage
     """
 
@@ -107,6 +108,7 @@ class Report:
     after: str
     name: str
     warnings: tuple[str, ...] = ()
+    sharding: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -145,6 +147,7 @@ class Report:
                 "refused": self.refused,
                 "sites": [site.to_dict() for site in self.sites],
                 "warnings": list(self.warnings),
+                "sharding": list(self.sharding),
                 "seconds": dict(self.seconds),
                 "before": self.before,
                 "after": self.after,
@@ -158,7 +161,8 @@ class Report:
 
         # Text, not str: what a graph holds (names, dtypes with brackets) must not be taken for markup
         advice = {name: what for site in self.sites for name, what in site.advice.items()}
-        lines = [*(f"{name}: {what}" for name, what in advice.items()), *(f"warning: {w}" for w in self.warnings)]
+        lines = [*self.sharding, *(f"{name}: {what}" for name, what in advice.items())]
+        lines += [f"warning: {w}" for w in self.warnings]
         caption = "\n".join(lines)
         table = Table(title=Text(self.summary), caption=Text(caption) if caption else None, caption_justify="left")
         table.add_column("site", justify="right", no_wrap=True)
@@ -174,7 +178,8 @@ class Report:
 
     def __str__(self) -> str:
         if not self.sites:
-            return "\n".join([f"{self.summary} (no attention found)", *(f"warning: {w}" for w in self.warnings)])
+            said = (*self.sharding, *(f"warning: {w}" for w in self.warnings))
+            return "\n".join([f"{self.summary} (no attention found)", *said])
         return as_text(self)
 
     def _repr_html_(self) -> str:
@@ -216,6 +221,7 @@ def merge(parts: Sequence[Report], name: str) -> Report:
         name=name,
         # the same warning from several graphs is one warning
         warnings=tuple(dict.fromkeys(w for part in parts for w in part.warnings)),
+        sharding=tuple(line for part in parts for line in part.sharding),
         seconds=seconds,
     )
 

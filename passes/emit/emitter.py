@@ -202,7 +202,10 @@ class Emitter(Edits):
                 continue
             parts = self._owned.get((scope, node), [])
             unneeded = all(n in inside or is_pure(n) or writes_own_memory(self.view, n) for n in parts)
-            if node in scope.values and unneeded and _may_go(node, parts):
+            value = scope.values.get(node)
+            # one that gave a tensor as it is, such as a cast to the dtype it has, switches no mode either
+            given = isinstance(value, fx.Node) and value in inside
+            if node in scope.values and unneeded and (given or _may_go(node, parts)):
                 for done in (*claims, node):
                     scope.module.graph.erase_node(done)
 

@@ -67,8 +67,18 @@ class Plan:
 
     @property
     def gathered(self) -> list[fx.Node]:
-        """The values that are gathered, seeds aside, which are there whole."""
-        return [n for n in self.whole if n not in self.seeds]
+        """The values that are gathered, without seeds, which are there whole, and copies of others."""
+        return [n for n in self.whole if n not in self.seeds and self.same(n) is None]
+
+    def same(self, node: fx.Node) -> fx.Node | None:
+        """The sharded value that another one has the elements of, in the same places; None if there is none.
+
+        A trace knows a tensor by the last op that gave it, Dynamo by the first.
+        """
+        if node.op != "call_function" or not node.args or not views.is_identity(node):
+            return None
+        source = node.args[0]
+        return source if isinstance(source, fx.Node) and source in self.carried.labels else None
 
 
 def find(
@@ -321,7 +331,8 @@ class _Finder:
                     roots.append((node, False))
             elif plan.is_sharded(node) and node not in plan.seeds:
                 plan.whole.add(node)
-                roots.append((node, True))
+                same = plan.same(node)
+                roots.append((node, True) if same is None else (same, False))
             elif node in plan.carried.sums:
                 roots += self._read_by_rows(plan, node)
             elif node in plan.seeds and node.op == "placeholder":

@@ -130,6 +130,7 @@ def shard(emitter: Emitter, sites: Sequence[Site], settings: Settings, dealt: De
         sharder.write()
     except EmitError as error:
         return Sharding.left_whole(dealt, error.reason)
+    sharder.finish()
     used = {final: calls[final] for final in plan.sites}
     return Sharding(
         dealt,
@@ -164,7 +165,14 @@ def _count(view: View, plan: Plan) -> int:
 def _gathers(view: View, plan: Plan) -> tuple[Gather, ...]:
     found = []
     for node in sorted(plan.gathered, key=view.order.__getitem__):
-        users = [u for u in node.users if u in plan.needed and not plan.is_sharded(u) and u not in plan.carried.sums]
+        # what a copy of it is used for, too
+        users, stack = [], [node]
+        while stack:
+            for user in stack.pop().users:
+                if user in plan.whole and plan.same(user) is not None:
+                    stack.append(user)
+                elif user in plan.needed and not plan.is_sharded(user) and user not in plan.carried.sums:
+                    users.append(user)
         why = [_why(view, plan, u) for u in users]
         size = value_of(node).element_size()
         for n in shape_of(node):

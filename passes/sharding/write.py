@@ -98,7 +98,6 @@ class Sharder:
                 self.emitter.replaced, self.emitter.touched = kept
                 raise
         self.emitter.touched.update(self.view.scopes)
-        self._finish()
 
     @property
     def inside(self) -> set[fx.Node]:
@@ -311,13 +310,15 @@ class Sharder:
         with main.module.graph.inserting_before(output):
             output.args = (pytree.tree_map_only(fx.Node, new, output.args[0]),)
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Erase what nothing needs any more. Raises EmitError, and leaves graphs that must not be used, where whole tensors are
+        still computed that were meant to be rows."""
         inside = self.inside
         for scope in reversed(self.view.scopes):
             self.emitter.clean(scope, inside)
             if scope.call is not None and not is_choice(scope.call):
                 _without_unused(scope)
-            for node in scope.module.graph.nodes:
+            for node in reversed(scope.module.graph.nodes):
                 value = scope.values.get(node)
                 if node.op == "placeholder" or not isinstance(value, fx.Node) or value in self.plan.seeds:
                     continue
@@ -337,6 +338,9 @@ class Sharder:
         if node in self.plan.seeds:
             return NodeWriter.node_for(writer, node)
         key = (writer.scope, node)
+        same = self.plan.same(node)
+        if key not in self.emitter.replaced and same is not None:
+            self.emitter.replaced[key] = writer.laid_out(writer.node_for(same), value_of(node))
         if key not in self.emitter.replaced:
             given = self.rows(writer, node)
             labels = self.carried.axes.resolve(self.carried.labels[node])

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from attnfuse import _compat, checking, nested, ops, reasons, settings
+from attnfuse.distributed import agreement
 from attnfuse.graphs import copied
 from attnfuse.kernels.ascend import chips
 from attnfuse.kernels.device import Device
@@ -51,17 +52,41 @@ def backend(
 
 
 def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Settings, patches: dict[str, Any]) -> Compiled:
-    original, work = _rewritten(gm, chosen)
+    dealt = chosen.sequence_parallel
+    try:
+        original, work = _rewritten(gm, chosen)
+    except Exception as error:
+        if dealt is not None and not _compat.is_restart(error):
+            # the others must not wait for this rank
+            agreement.fallback(dealt.groups, _GRAPH, "", said(error))
+        raise
     report = work.report
+    if dealt is not None and (work.sharding is not None or work.spoiled):
+        problem = report.warnings[-1] if work.spoiled else None
+        why = agreement.fallback(dealt.groups, _GRAPH, _digest(work), problem)
+        if why is not None:
+            return _compiled_whole(original, example_inputs, chosen, patches, why)
+    failure: Exception | None = None
     try:
         compiled, said_of_inner = _inner(original if work.spoiled else gm, example_inputs, chosen, patches)
         report = replace(report, warnings=(*report.warnings, *said_of_inner))
         if report.fused:
             compiled = _in_forward_mode(_checked(compiled, original, chosen, report), original, chosen)
     except Exception as error:
-        if chosen.strict or not report.fused or _compat.is_restart(error):
+        if _compat.is_restart(error):
             raise
-        reason = reasons.NOT_COMPILED(error=said(error))
+        failure = error
+    if dealt is not None and work.is_sharded:
+        why = agreement.fallback(dealt.groups, "compiled", "", None if failure is None else said(failure))
+        if failure is not None and chosen.strict:
+            raise failure
+        if why is not None:
+            return _compiled_whole(original, example_inputs, chosen, patches, why)
+        compiled = agreement.alike(compiled, dealt.groups)
+    elif failure is not None:
+        if chosen.strict or not report.fused:
+            raise failure
+        reason = reasons.NOT_COMPILED(error=said(failure))
         warn(str(reason))
         compiled, _ = _inner(original, example_inputs, chosen, patches)
         report = undone(report, reason)
@@ -72,6 +97,28 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Setting
             raise
         warn(f"the report of a graph could not be kept: {said(error)}")
     return compiled
+
+
+#: What ranks agree on when they compile.
+_GRAPH = "graph"
+
+
+def _digest(work: Work) -> str:
+    """Of the graph as it is written and of the plan."""
+    sharding = work.sharding
+    words = "" if sharding is None else repr((sharding.dealt, sharding.words))
+    return hashlib.sha256(f"{work.report.after} {words}".encode()).hexdigest()[:16]
+
+
+def _compiled_whole(
+    original: fx.GraphModule, example_inputs: Sequence[Any], chosen: Settings, patches: dict[str, Any], why: str
+) -> Compiled:
+    """A graph that one rank could not shard: no rank does."""
+    note = str(reasons.SHARDED_NOT(why=why))
+    if chosen.strict:
+        raise RuntimeError(note)
+    warn(note)
+    return _compiled(original, example_inputs, replace(chosen, sequence_parallel=None), patches)
 
 
 def _rewritten(gm: fx.GraphModule, chosen: Settings) -> tuple[fx.GraphModule, Work]:

@@ -283,8 +283,11 @@ def _sharded(state: State) -> State:
     if view is None or state.nested:
         why = state.problem if view is None and state.problem is not None else reasons.SHARDED_NESTED()
         return replace(state, sharding=Sharding.left_whole(chosen, why))
-    emitter = Emitter(view, state.settings.strict)
     sites = [x for x in state.found if isinstance(x, Site)]
+    if not sites:
+        # ranks may compile other things that hold no attention by themselves
+        return state
+    emitter = Emitter(view, state.settings.strict)
     sharding = shard(emitter, sites, state.settings, chosen)
     state = replace(state, emitter=emitter, sharding=sharding)
     if sharding.plan is None:
@@ -359,6 +362,11 @@ class Work:
     fused: tuple[Site, ...] = ()
     spoiled: bool = False
     sharding: Sharding | None = None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the graph has collectives, which all ranks must call."""
+        return self.sharding is not None and self.sharding.plan is not None and not self.spoiled
 
 
 def rewrite(gm: fx.GraphModule, settings: Settings) -> Work:

@@ -6,11 +6,17 @@ that ranks which compile other graphs, or more of them, are told so in place of 
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
+
+import torch
 
 from attnfuse import _compat
+from attnfuse.distributed.options import dealt
 
 #: How many agreements there were, by what they are of.
 _counts: dict[tuple[tuple[str, ...], str], int] = {}
@@ -68,3 +74,65 @@ def agree(groups: Sequence[str], what: str, mine: str) -> None:
     if len(set(said)) > 1:
         each = "; ".join(f"rank {i}: {x}" for i, x in enumerate(said))
         raise Disagreement(f"attnfuse: ranks differ in {what}: {each}")
+
+
+def assert_same(batch: Any, mesh: Any) -> None:
+    """Raises Disagreement where ranks of the mesh (or group, or its name) do not hold the same batch, naming the first tensor
+    that differs. batch: tensors and numbers in lists, tuples and dicts; each tensor is read once.
+
+    Under sequence_parallel every rank gets the whole batch: a DistributedSampler, or shuffling by a seed of the rank's own, gives
+    each another one.
+    """
+    leaves, tree = _compat.pytree.tree_flatten(batch)
+    said = [str(tree)]
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            x = leaf.detach().contiguous().cpu()
+            digest = hashlib.sha256(x.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+            said.append(f"{x.dtype} {list(x.shape)} {digest}")
+        else:
+            said.append(repr(leaf))
+    every = [json.loads(text) for text in all_said(dealt(mesh).groups, "batch", json.dumps(said))]
+    for i, parts in enumerate(zip(*every, strict=False)):
+        if len(set(parts)) > 1:
+            what = f"leaf {i - 1}" if i else "structure"
+            raise Disagreement(f"attnfuse: ranks hold different batches, in {what}: {'; '.join(parts)}")
+
+
+def fallback(groups: Sequence[str], what: str, digest: str, problem: str | None) -> str | None:
+    """Why all ranks are to leave a graph whole: one of them must. None where none must.
+
+    digest: of what this rank has made of the graph; problem: why it has made nothing, or None. Raises Disagreement where ranks have
+    made different things.
+    """
+    said = [json.loads(text) for text in all_said(groups, what, json.dumps([digest, problem]))]
+    problems = [(rank, found) for rank, (_, found) in enumerate(said) if found is not None]
+    if problems:
+        rank, found = problems[0]
+        return f"rank {rank}: {found}"
+    if len({made for made, _ in said}) > 1:
+        each = ", ".join(f"rank {rank} {made}" for rank, (made, _) in enumerate(said))
+        raise Disagreement(
+            f"attnfuse: ranks compiled different graphs ({what}; {each}): under sequence_parallel every rank needs the same model, "
+            "settings and inputs of the same shapes"
+        )
+    return None
+
+
+def alike(compiled: Callable[..., Any], groups: Sequence[str]) -> Callable[..., Any]:
+    """A compiled graph of all ranks, which compares the shapes and dtypes of its inputs over ranks where they are new to it.
+
+    Its collectives would else wait for ever, or take the wrong elements.
+    """
+    known: set[Any] = set()
+
+    @functools.wraps(compiled)
+    def called(*args: Any) -> Any:
+        kind = tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in args)
+        if kind not in known:
+            said = [f"{x.dtype} {list(x.shape)}" if isinstance(x, torch.Tensor) else repr(x) for x in args]
+            agree(groups, "inputs", hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16])
+            known.add(kind)
+        return compiled(*args)
+
+    return called

@@ -95,9 +95,6 @@ def find(
     plan = finder.best()
     if plan is None:
         return finder.problem or reasons.NOTHING_TO_SHARD()
-    for node in plan.carried.labels:
-        if view.writes.to(node):
-            return reasons.SHARDED_WRITTEN(op=name_of(node) or node.name)
     random = _random(view, plan)
     return plan if random is None else random
 
@@ -177,8 +174,10 @@ class _Finder:
             del alone[seed]
             if plan is None or len(tried.sites) > len(plan.sites):
                 seeds, plan = [*seeds, seed], tried
+        plan = self._deeper(seeds, plan)
         if plan is None:
             return None
+        seeds = list(plan.seeds.items())
         # others that spare the ranks work and are not gathered again
         for seed in candidates[:_TRIES]:
             if seed[0] in [n for n, _ in seeds] or plan.is_sharded(seed[0]):
@@ -187,6 +186,37 @@ class _Finder:
             more = len(tried.rows) > len(plan.rows) and len(tried.gathered) <= len(plan.gathered)
             if more and len(tried.sites) >= len(plan.sites):
                 seeds, plan = [*seeds, seed], tried
+        return plan
+
+    def _deeper(self, seeds: list[Seed], plan: Plan | None) -> Plan | None:
+        """Seeds for attentions that none reaches: of what their queries are made of, the earliest that does."""
+        for site in self.sites.values():
+            if plan is not None and site.final in plan.sites:
+                continue
+            above: set[fx.Node] = set()
+            stack = [site.q.node]
+            while stack:
+                node = stack.pop()
+                if node not in above:
+                    above.add(node)
+                    stack += node.all_input_nodes
+            length = site.q_dim[0].size if site.q_dim else 1
+            tries = 0
+            for node in sorted(above, key=self.view.order.__getitem__):
+                if tries == _TRIES or node in self.inside or not is_tensor(node):
+                    continue
+                if (node.op == "placeholder" and self._is_parameter(node)) or (plan is not None and plan.is_sharded(node)):
+                    continue
+                for dim, size in enumerate(shape_of(node)):
+                    if is_one(size) or not known_equal(size, length) or (node, dim) in seeds:
+                        continue
+                    tries += 1
+                    tried = self._plan([*seeds, (node, dim)])
+                    if site.final in tried.sites and (plan is None or len(tried.sites) > len(plan.sites)):
+                        seeds, plan = [*seeds, (node, dim)], tried
+                        break
+                if plan is not None and site.final in plan.sites:
+                    break
         return plan
 
     def _candidates(self) -> list[Seed]:
@@ -235,6 +265,9 @@ class _Finder:
         plan = Plan(carried, at)
         for node in self.view.graph.nodes:
             if node not in self.view.live:
+                continue
+            if (node in at or carried.takes(node)) and self.view.writes.to(node):
+                plan.mixed[node] = reasons.SHARDED_WRITTEN(op=name_of(node) or node.name)
                 continue
             if node in at:
                 if carried.takes(node):

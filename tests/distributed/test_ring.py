@@ -71,11 +71,11 @@ def test_b1_b2_one_devices_results_and_gradients(ranks):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_b1_b2_all_of_them(ranks):
-    heads = ((2, 1), (2, 2), (1, 4))
+    heads = ((2, 1), (1, 4))
     for dtype, kernel, close in ((torch.float64, "reference", 1e-10), (torch.float32, "cpu", 1e-5)):
         for fill in (-math.inf, LOWEST):
             given = functools.partial(cases, fill=fill)
-            check(run(given, ranks, MASKS, LAYOUTS, ALGORITHMS, (64, 29, 130), heads, dtype, kernel), close)
+            check(run(given, ranks, MASKS, LAYOUTS, ALGORITHMS, (29, 130), heads, dtype, kernel), close)
 
 
 def test_b5_double_ring():

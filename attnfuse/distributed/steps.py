@@ -51,7 +51,7 @@ def check(spec: Attention) -> None:
 
 
 def step_spec(spec: Attention, layout: str, ranks: int, algorithm: str) -> Attention:
-    """The spec that the kernel is given: what to choose one for. With `part_of(...)` for algorithms that merge."""
+    """The spec that the kernel is given: what to choose one for; a `partial` one unless the algorithm is one of WHOLE_KEYS."""
     kind: Kind = "rows" if algorithm in WHOLE_KEYS else "part"
     return step(spec.text, layout, ranks, kind).spec
 
@@ -160,12 +160,19 @@ def _cut(spec: Attention, sides: tuple[bool, bool]) -> tuple[tuple[bool, bool], 
 
 
 @functools.lru_cache(maxsize=256)
-def empty(text: str, layout: str, ranks: int, queries: int, keys: int) -> tuple[tuple[bool, ...], ...]:
+def empty(
+    text: str, layout: str, ranks: int, queries: int, keys: int, backward: bool = False
+) -> tuple[tuple[bool, ...], ...]:
     """[rank of the queries][rank of the keys]: whether no query sees a key there, and nothing of them is left, whatever the
-    tensors hold. Those who have no rows see nothing either."""
+    tensors hold. Those who have no rows see nothing either.
+
+    backward: of gradients, which a row that is hidden whole makes NaN at every key, where it is NaN itself.
+    """
     spec = Attention.parse(text)
     held = [[layouts.pieces(layout, rank, ranks, length) for rank in range(ranks)] for length in (queries, keys)]
     masks = _hiding(spec, queries == keys)
+    if backward and spec.hidden == "nan" and spec.sink is None and not _sees_itself(spec, queries == keys):
+        masks = []
 
     def hidden(q: tuple[int, int, int], k: tuple[int, int, int]) -> bool:
         algebra = Algebra(q[1], k[1])
@@ -186,19 +193,26 @@ def _hiding(spec: Attention, square: bool) -> list[Expr]:
     if found.doubt == -float("inf"):
         return [s.keep for s in fills]
     # a finite fill counts where all keys of a row have it: not where the row surely sees its own token
-    algebra = Algebra(spec.Q, spec.K)
     others = any(isinstance(s, (Bias, Ramp)) for s in spec.steps)
-    every = [s for s in spec.steps if isinstance(s, (ReplaceFill, AddFill))]
-    if not square or others or any(s.value > HIDDEN_BELOW for s in every):
+    if others or any(s.value > HIDDEN_BELOW for s in spec.steps if isinstance(s, (ReplaceFill, AddFill))):
         return []
-    own = all(expr.substitute(s.keep, {K: Q}, algebra) == TRUE for s in every)
-    return [s.keep for s in fills] if own else []
+    return [s.keep for s in fills] if _sees_itself(spec, square) else []
+
+
+def _sees_itself(spec: Attention, square: bool) -> bool:
+    """Whether no mask hides a row's own token from it. Tables and ramps are taken to be finite."""
+    if any(isinstance(s, Bias) and s.row is None and s.col is None for s in spec.steps):
+        return False
+    algebra = Algebra(spec.Q, spec.K)
+    fills = [s.keep for s in spec.steps if isinstance(s, (ReplaceFill, AddFill))]
+    return square and all(expr.substitute(keep, {K: Q}, algebra) == TRUE for keep in fills)
 
 
 class Call:
     """One attention over all ranks, as this rank takes part in it.
 
-    run(which, spec, inputs, *given): a kernel's; operands: whole; rank: this one of `ranks`.
+    run(which, spec, inputs, *given): a kernel's; partial: whether it is one with backward_part; operands: whole; rank: this one
+    of `ranks`.
     """
 
     def __init__(
@@ -209,8 +223,9 @@ class Call:
         lengths: tuple[int, int],
         operands: Sequence[torch.Tensor],
         run: Callable[..., Any],
+        partial: bool,
     ) -> None:
-        self.spec, self.layout, self.operands, self.run = spec, layout, operands, run
+        self.spec, self.layout, self.operands, self.run, self.partial = spec, layout, operands, run, partial
         self.rank, self.ranks = place
         self.queries, self.keys = lengths
         self.rows = [layouts.real(layout, r, self.ranks, self.queries) for r in range(self.ranks)]
@@ -219,12 +234,9 @@ class Call:
     def step(self, kind: Kind) -> StepSpec:
         return step(self.spec.text, self.layout, self.ranks, kind)
 
-    @functools.cached_property
-    def _empty(self) -> tuple[tuple[bool, ...], ...]:
-        return empty(self.spec.text, self.layout, self.ranks, self.queries, self.keys)
-
-    def is_empty(self, q_rank: int, k_rank: int) -> bool:
-        return self._empty[q_rank][k_rank]
+    def is_empty(self, q_rank: int, k_rank: int, backward: bool = False) -> bool:
+        found = empty(self.spec.text, self.layout, self.ranks, self.queries, self.keys, backward)
+        return found[q_rank][k_rank]
 
     def take(self, x: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
         """What `rank` has of a dim of whole length, without padding; x itself where that has size 1."""

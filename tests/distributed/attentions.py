@@ -225,8 +225,9 @@ def summed(x: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def worst(found: Results, expected: Results) -> float:
-    """The largest difference of results and gradients, each in its largest number; infinite where one is NaN alone."""
+def worst(found: Results, expected: Results, least: float = 1e-3) -> float:
+    """The largest difference of results and gradients, each by its largest number, but by `least` where that is smaller (a
+    gradient that cancels); infinite where one is NaN alone."""
     pairs = [(found.out, expected.out), (found.lse, expected.lse), *zip(found.grads, expected.grads)]
     most = 0.0
     for a, b in pairs:
@@ -241,14 +242,16 @@ def worst(found: Results, expected: Results) -> float:
         size = max(float(b[b.isfinite()].abs().amax()) if b.isfinite().any() else 0.0, 1e-30)
         difference = torch.where(same, 0.0, a - b).abs()
         if difference.numel():
-            most = max(most, float(difference.amax()) / max(size, 1e-3))
+            most = max(most, float(difference.amax()) / max(size, least))
     return most
 
 
 def as_in_float64(whole: Whole) -> Whole:
     """The same in float64."""
     tensors = {
-        name: None if x is None else x.double() for name, x in vars(whole).items() if name in ("q", "k", "v", "dout", "dlse")
+        name: None if x is None else x.double()
+        for name, x in vars(whole).items()
+        if name in ("q", "k", "v", "dout", "dlse")
     }
     operands = [x.double() if x.is_floating_point() else x for x in whole.operands]
     return dataclasses.replace(whole, **tensors, operands=operands, spec=in_float64(whole.spec))

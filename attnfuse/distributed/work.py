@@ -1,0 +1,162 @@
+"""Which tiles of scores a step computes, by rank and layout, as far as a spec's masks say it without looking at any tensor.
+
+A tile is `tile` rows of a rank's queries by `tile` rows of a rank's keys. It is counted unless the masks that hide keys for good
+are false on all of it: decided by the bounds of the expression over the tokens of the tile, so that documents, lengths and other
+masks that are read from tensors count as if they hid nothing. What a kernel computes is at most what is counted here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from attnfuse import expr
+from attnfuse.distributed.layouts import pieces
+from attnfuse.expr import Algebra, Const, Expr
+from attnfuse.kernels.fills import hiding
+from attnfuse.kernels.mask_ranges import band_of
+from attnfuse.spec import AddFill, Attention, ReplaceFill
+
+#: Rows of a tile, where ranks hold few: about what kernels take.
+TILE = 128
+#: Tiles in a row of all ranks, at most: with more tokens they are larger.
+_TILES = 2048
+#: Blocks of tokens over which one mask is bounded, at most. What is undecided then counts as computed.
+_BOUNDED = 2000
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tiles by the rank of the queries and the rank of the keys; `size` rows make one."""
+
+    tiles: tuple[tuple[int, ...], ...]
+    size: int
+
+    @property
+    def total(self) -> int:
+        return sum(map(sum, self.tiles))
+
+    @property
+    def of_ranks(self) -> tuple[int, ...]:
+        """What each rank computes for its queries."""
+        return tuple(map(sum, self.tiles))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a ring. tiles: by rank; waits: the most of them, which all ranks wait for."""
+
+    tiles: tuple[int, ...]
+
+    @property
+    def waits(self) -> int:
+        return max(self.tiles)
+
+
+def masks_of(spec: Attention) -> tuple[Expr, ...]:
+    """What a key must satisfy to be seen: the masks of the steps that hide for good, taken apart where all of them must hold."""
+    found: list[Expr] = []
+    for i in sorted(hiding(spec).steps):
+        step = spec.steps[i]
+        if isinstance(step, (ReplaceFill, AddFill)):
+            keep = step.keep
+            found += keep.args if isinstance(keep, expr.Apply) and keep.op == "and" else (keep,)
+    return tuple(dict.fromkeys(found))
+
+
+def tile_of(ranks: int, length: int) -> int:
+    """Rows of a tile for so many tokens: TILE or a multiple, so that there are not too many to count."""
+    return TILE * max(1, -(-length // (_TILES * TILE)))
+
+
+@functools.lru_cache(maxsize=256)
+def work_of(masks: tuple[Expr, ...], layout: str, ranks: int, queries: int, keys: int, tile: int | None = None) -> Work:
+    """The tiles that each rank computes of each other's keys. queries, keys: of all ranks together."""
+    tile = tile or tile_of(ranks, max(queries, keys))
+    of_q, q = _blocks(layout, ranks, queries, tile)
+    of_k, k = _blocks(layout, ranks, keys, tile)
+    seen = torch.ones(len(q), len(k), dtype=torch.bool)
+    for mask in masks:
+        seen &= _seen(mask, q, k)
+    counted = torch.zeros(ranks, ranks, dtype=torch.int64)
+    rows = torch.zeros(ranks, len(k), dtype=torch.int64).index_add_(0, of_q, seen.long())
+    counted.index_add_(1, of_k, rows)
+    return Work(tuple(map(tuple, counted.tolist())), tile)
+
+
+def steps_of(
+    work: Work, holder: Callable[[int, int], int], queries_travel: bool = False, all_steps: bool = False
+) -> tuple[Step, ...]:
+    """The steps of a ring. holder(rank, step): whose tensors a rank holds then. queries_travel: keys stay where they are, as in
+    Burst's backward. Empty steps at the end are left out, unless all_steps: nothing is sent for them."""
+    ranks = len(work.tiles)
+    found = []
+    for step in range(ranks):
+        pairs = [(r, holder(r, step)) for r in range(ranks)]
+        found.append(Step(tuple(work.tiles[h][r] if queries_travel else work.tiles[r][h] for r, h in pairs)))
+    while not all_steps and len(found) > 1 and not found[-1].waits:
+        found.pop()
+    return tuple(found)
+
+
+def _blocks(layout: str, ranks: int, length: int, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rank of each tile, and its first and last token [tiles, 2], in order of the first token."""
+    found = []
+    for rank in range(ranks):
+        for first, count, stride in pieces(layout, rank, ranks, length):
+            for i in range(0, count, tile):
+                found.append((first + i * stride, first + (min(i + tile, count) - 1) * stride, rank))
+    ordered = torch.tensor(sorted(found), dtype=torch.int64).reshape(-1, 3)
+    return ordered[:, 2], ordered[:, :2]
+
+
+def _seen(mask: Expr, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Whether the mask may hold somewhere in the tile of each block of queries [m, 2] and of keys [n, 2]."""
+    band = band_of((mask,))
+    if band is None:
+        return _bounded(mask, q, k)
+    seen = torch.ones(len(q), len(k), dtype=torch.bool)
+    if band.ahead is not None:
+        seen &= k[None, :, 0] <= q[:, None, 1] + band.ahead
+    if band.back is not None:
+        seen &= k[None, :, 1] >= q[:, None, 0] - band.back
+    return seen
+
+
+def _bounded(mask: Expr, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """The same of any expression: large blocks first, which are halved while they are undecided."""
+    seen = torch.ones(len(q), len(k), dtype=torch.bool)
+    if all(isinstance(x, expr.Load) for x in mask.parts) and mask.parts:
+        # numbers of tensors: their bounds decide nothing
+        return seen
+    waiting, left = deque([(0, len(q), 0, len(k))]), _BOUNDED
+    while waiting and left:
+        left -= 1
+        a, b, c, d = waiting.popleft()
+        if a == b or c == d:
+            continue
+        known = _over(mask, _hull(q[a:b]), _hull(k[c:d]))
+        if known == expr.FALSE:
+            seen[a:b, c:d] = False
+        elif known != expr.TRUE and (b - a > 1 or d - c > 1):
+            rows, columns = (((x, (x + y) // 2), ((x + y) // 2, y)) for x, y in ((a, b), (c, d)))
+            waiting += [(*row, *column) for row in rows for column in columns]
+    return seen
+
+
+def _hull(blocks: torch.Tensor) -> tuple[int, int]:
+    return int(blocks[:, 0].min()), int(blocks[:, 1].max())
+
+
+def _over(mask: Expr, q: tuple[int, int], k: tuple[int, int]) -> Expr:
+    """The mask in normal form for the queries and keys from the first to the second number, counted from there."""
+    algebra = Algebra(q[1] - q[0] + 1, k[1] - k[0] + 1)
+    indices: dict[Expr, Expr] = {
+        expr.Q: algebra.add(expr.Q, Const(q[0])),
+        expr.K: algebra.add(expr.K, Const(k[0])),
+    }
+    return expr.substitute(mask, indices, algebra)

@@ -447,6 +447,17 @@ def aot_eager(gm: fx.GraphModule, example_inputs: Sequence[Any], lowered: Lowere
     return made(gm, list(example_inputs))  # type: ignore[no-any-return]
 
 
+def process_group(name: str) -> Any:
+    """The process group of that name. ValueError where there is none in this process."""
+    import torch.distributed as dist
+
+    known: Any = getattr(dist, "distributed_c10d", None)
+    try:
+        return known._resolve_process_group(name)
+    except (AttributeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"attnfuse: there is no process group {name!r}: {error}") from error
+
+
 def npu_group(name: str) -> tuple[str, int]:
     """(what an NPU calls the process group of that name, how many devices it has). KeyError where there is none on NPUs."""
     import torch.distributed as dist
@@ -613,12 +624,18 @@ def save_for_backward(node: fx.Node) -> None:
     node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
+def own_attentions() -> list[Any]:
+    """attnfuse's ops that stand for an attention; that over several ranks where its module is imported."""
+    names = ("attention", "sequence_attention")
+    return [getattr(torch.ops.attnfuse, name).default for name in names if hasattr(torch.ops.attnfuse, name)]
+
+
 def save_attention_too(gm: fx.GraphModule, before: fx.GraphModule) -> None:
     """Let selective checkpoints that save ATen's attention ops save attnfuse's, in the bodies of regions that held SDPA.
 
     before: the same module before attention was rewritten. A region that has no such context stays as it is.
     """
-    attention = torch.ops.attnfuse.attention.default
+    ours = own_attentions()
     earlier = dict(before.named_modules())
     for name, body in gm.named_modules():
         if not isinstance(body, fx.GraphModule) or "_checkpoint_context_fn" not in body.meta:
@@ -627,7 +644,7 @@ def save_attention_too(gm: fx.GraphModule, before: fx.GraphModule) -> None:
         held = isinstance(twin, fx.GraphModule) and any(
             n.target is SCALED_DOT_PRODUCT_ATTENTION for n in twin.graph.nodes
         )
-        if held and any(n.target is attention for n in body.graph.nodes):
+        if held and any(n.target in ours for n in body.graph.nodes):
             body.meta["_checkpoint_context_fn"] = functools.partial(_contexts, body.meta["_checkpoint_context_fn"])
 
 
@@ -646,7 +663,7 @@ def _attention_policy(original: Callable[..., Any], context: Any, op: Any, *args
     found = original(context, op, *args, **kwargs)
     # True is an older spelling of the first
     saves = (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE, True)
-    if op is not torch.ops.attnfuse.attention.default or found in saves:
+    if op not in own_attentions() or found in saves:
         return found
     ops = [pair[0] for pair in map(aten_attention, _ATEN_ATTENTIONS) if pair is not None]
     others = (original(context, other, *args, **kwargs) for other in ops)

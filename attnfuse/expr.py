@@ -673,6 +673,8 @@ def load(e: Load, operands: Sequence[torch.Tensor], q: torch.Tensor, k: torch.Te
     # an index of its own may be anything: taken once per row and column, in the operand's batch dims
     row = evaluate(e.row, operands, q, k) if e.row is not None else (q if x.shape[-2] > 1 else torch.zeros_like(q))
     col = evaluate(e.col, operands, q, k) if e.col is not None else (k if x.shape[-1] > 1 else torch.zeros_like(k))
+    # one number for all, whatever batch dims it has
+    row, col = (i.reshape(i.shape[-2:]) if i.numel() == i.shape[-2:].numel() and i.dim() > 2 else i for i in (row, col))
     row, col = torch.broadcast_tensors(row, col)
     if row.dim() > 2:
         raise NotExpressible(reasons.MASK_INDEX_OF_BATCH())

@@ -77,9 +77,9 @@ def forget() -> None:
     _dropped.clear()
 
 
-def _run(which: str, kernel: str, strict: bool, spec: Attention, inputs: Inputs, *given: Any) -> Any:
-    """A kernel's forward or backward of the inputs and what else is `given`; where it fails, that of the next one that can,
-    at last the reference's.
+def run(which: str, kernel: str, strict: bool, spec: Attention, inputs: Inputs, *given: Any) -> Any:
+    """A kernel's forward, backward or backward_part of the inputs and what else is `given`; where it fails, that of the next one
+    that can, at last the reference's.
 
     There is one warning for each kernel. A failure is remembered once another kernel has run in its place: a call that none
     can run says nothing against any of them. Nor does a ValueError, which is of the tensors of this call, and running out of
@@ -87,7 +87,7 @@ def _run(which: str, kernel: str, strict: bool, spec: Attention, inputs: Inputs,
     q, k, v and the operands; else the error is raised, as eager would raise it. In strict mode every error is. So are errors of
     kernels with dropout of their own, where forward and backward would be of two kernels then: a ValueError is of both.
     """
-    device = inputs.q.device
+    device, partial = inputs.q.device, which == "backward_part"
     broken: list[tuple[str, Exception]] = []
     kernel = kernel_named(kernel).name
     while True:
@@ -98,9 +98,9 @@ def _run(which: str, kernel: str, strict: bool, spec: Attention, inputs: Inputs,
             except Exception as error:
                 if strict or kernel == REFERENCE.name:
                     raise
-                if _is_out_of_memory(error) and _takes_more(successor(kernel, spec, device), inputs):
+                if _is_out_of_memory(error) and _takes_more(successor(kernel, spec, device, partial), inputs):
                     raise
-                alone = which == "backward" or _is_out_of_memory(error) or (kernel, spec.text, device.type) in _dropped
+                alone = which != "forward" or _is_out_of_memory(error) or (kernel, spec.text, device.type) in _dropped
                 if own_dropout and alone and not isinstance(error, ValueError):
                     raise
                 # its frames hold what the kernel had allocated
@@ -112,7 +112,7 @@ def _run(which: str, kernel: str, strict: bool, spec: Attention, inputs: Inputs,
                 for name, failure in broken:
                     _note(name, spec, device, kernel, failure)
                 return result
-        kernel = successor(kernel, spec, device).name
+        kernel = successor(kernel, spec, device, partial).name
 
 
 def _no_tangents(tensors: Sequence[torch.Tensor]) -> None:
@@ -195,7 +195,7 @@ def _forward(
     _check_once(parsed, inputs)
     for observe in observers:
         observe(parsed, q, k, inputs.operands)
-    return _run("forward", kernel, strict, parsed, inputs)  # type: ignore[no-any-return]
+    return run("forward", kernel, strict, parsed, inputs)  # type: ignore[no-any-return]
 
 
 def _backward(
@@ -219,7 +219,7 @@ def _backward(
     _no_tangents((dout, *inputs.tensors))
     _check_once(parsed, inputs)
     check_results(out, stats, dout, dlse, needs, len(inputs.tensors))
-    grads = _run("backward", kernel, strict, parsed, inputs, dout, out, stats, needs, dlse)
+    grads = run("backward", kernel, strict, parsed, inputs, dout, out, stats, needs, dlse)
     return [g for g in grads if g is not None]
 
 

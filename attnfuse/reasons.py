@@ -923,6 +923,12 @@ KERNEL_NO_GRADIENT = Cause(
     "Call it under torch.no_grad(), or train on another device.",
     KERNELS,
 )
+KERNEL_NOT_PARTIAL = Cause(
+    "kernel-not-partial",
+    "gradients of a part of the keys by the statistics of whole rows",
+    'Compile with options={"kernel": "cpu"} or "triton", or without sequence parallelism.',
+    KERNELS,
+)
 KERNEL_NAN_TO_ZERO = Cause(
     "kernel-nan-to-zero",
     "weights that are NaN turned into 0",

@@ -157,16 +157,22 @@ def _ordered(device: Device) -> list[Kernel]:
     return [*PLAIN_FIRST.get(device.capability, ()), *(k for k in KERNELS if not k.on_request)]
 
 
-def choose(spec: Attention, device: torch.device | Device, forced: str | None = None, trains: bool = False) -> Choice:
+def choose(
+    spec: Attention,
+    device: torch.device | Device,
+    forced: str | None = None,
+    trains: bool = False,
+    partial: bool = False,
+) -> Choice:
     """The kernel for `spec` on `device`: the first that can run it, or `forced` by name if that can.
 
-    trains: gradients are needed.
+    trains: gradients are needed; partial: of parts of the keys, as `Capability.partial` says.
     """
     device = Device.of(device)
     tried: Sequence[Kernel] = [kernel_named(forced)] if forced else _ordered(device)
     against = []
     for kernel in tried:
-        found = kernel.capability.reasons(spec, device, trains)
+        found = kernel.capability.reasons(spec, device, trains, partial)
         if not found:
             return Choice(kernel)
         if forced or not kernel.on_request:
@@ -174,9 +180,10 @@ def choose(spec: Attention, device: torch.device | Device, forced: str | None = 
     return Choice(None, tuple(against))
 
 
-def successor(name: str, spec: Attention, device: torch.device) -> Kernel:
-    """What runs in place of a kernel that failed: the next one that can, at last the reference."""
-    after = [k for k in candidates(spec, device) if k.name != name]
-    names = [k.name for k in candidates(spec, device)]
+def successor(name: str, spec: Attention, device: torch.device, partial: bool = False) -> Kernel:
+    """What runs in place of a kernel that failed: the next one that can, at last the reference. partial: as in `choose`."""
+    able = [k for k in candidates(spec, device) if k.capability.partial or not partial]
+    after = [k for k in able if k.name != name]
+    names = [k.name for k in able]
     rest = after[names.index(name) :] if name in names else after
     return rest[0] if rest else REFERENCE

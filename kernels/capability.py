@@ -33,6 +33,8 @@ class Capability:
     head_dims       largest D and E; 0 for any
     least, most     compute capabilities of NVIDIA GPUs, as 10 * major + minor; 0 for any
     own_dropout     which weights are dropped is the kernel's own affair: no other kernel drops the same ones for a seed
+    partial         it has backward_part: gradients of a part of the keys by the statistics of whole rows, which add up over the
+                    parts; and it gives float32 results of narrower inputs
     also            what else speaks against a spec
     here            what else speaks against it on a device
     available       None if the kernel can run here, else why not (a compiler is missing, say)
@@ -51,12 +53,16 @@ class Capability:
     least: int = 0
     most: int = 0
     own_dropout: bool = False
+    partial: bool = False
     also: Callable[[Attention], Iterable[Reason]] = lambda spec: ()
     here: Callable[[Attention, Device], Iterable[Reason]] = lambda spec, device: ()
     available: Callable[[], Reason | None] = lambda: None
 
-    def reasons(self, spec: Attention, device: torch.device | Device, trains: bool = False) -> tuple[Reason, ...]:
-        """Why the kernel cannot run `spec` on `device`; empty if it can. trains: gradients are needed."""
+    def reasons(
+        self, spec: Attention, device: torch.device | Device, trains: bool = False, partial: bool = False
+    ) -> tuple[Reason, ...]:
+        """Why the kernel cannot run `spec` on `device`; empty if it can. trains: gradients are needed; partial: of a part of the
+        keys."""
         device = Device.of(device)
         found = self._of_device(device)
         # head sizes of a device that is none of the kernel's say nothing
@@ -72,6 +78,8 @@ class Capability:
         found += _unknown("weight step", spec.weight_steps, self.weight_steps)
         if trains and not self.backward:
             found.append(reasons.KERNEL_NO_GRADIENT())
+        if partial and not self.partial:
+            found.append(reasons.KERNEL_NOT_PARTIAL())
         if spec.dropout and not self.dropout:
             found.append(reasons.KERNEL_DROPOUT())
         if len(spec.batch) > self.max_batch_rank:

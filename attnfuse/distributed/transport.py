@@ -1,0 +1,135 @@
+"""What travels between ranks: a hop to the next one while a kernel runs, and collectives; with errors that say where they were.
+
+Ranks of one group are a ring. Ranks of two groups (outer, inner) are numbered outer * size of inner + inner: rings of the inner
+groups, which hand over to each other through the outer ones, as nodes do whose links are slower than those inside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from attnfuse._compat import process_group
+
+Ring = Literal["inner", "outer"]
+Shape = tuple[Sequence[int], torch.dtype]
+
+
+class Pending:
+    """Tensors on their way. wait() gives those that are received, in the shapes that were asked for."""
+
+    def __init__(self, hops: Hops, work: Sequence[Any], held: Sequence[torch.Tensor], where: str) -> None:
+        self._hops, self._work, self._where = hops, work, where
+        # those that are sent must live as long as they are
+        self._sent: Sequence[torch.Tensor] = ()
+        self._received = held
+
+    def sending(self, tensors: Sequence[torch.Tensor]) -> Pending:
+        self._sent = tensors
+        return self
+
+    def wait(self) -> Sequence[torch.Tensor]:
+        """Raises RuntimeError, naming this rank, its peers, the site and the step, where a transfer fails or takes too long."""
+        with self._hops.said(self._where):
+            for work in self._work:
+                work.wait()
+        self._work = self._sent = ()
+        return self._received
+
+
+class Hops:
+    """The ranks that one attention is over. groups: names of one or two process groups; site: for errors.
+
+    sent: bytes and messages that this rank has sent, by ('bytes' or 'messages', ring, what).
+    """
+
+    def __init__(self, groups: Sequence[str], site: str, device: torch.device) -> None:
+        if len(groups) not in (1, 2):
+            raise ValueError(f"attnfuse: one or two groups of ranks are needed; got {len(groups)}")
+        found = [process_group(name) for name in groups]
+        self.groups: dict[Ring, Any] = {"inner": found[-1]}
+        self.nodes, self.node = 1, 0
+        if len(found) == 2:
+            self.groups["outer"] = found[0]
+            self.nodes, self.node = found[0].size(), found[0].rank()
+        self.local, self.place = found[-1].size(), found[-1].rank()
+        self.ranks: int = self.nodes * self.local
+        self.rank = self.at(self.node, self.place)
+        self.site, self.device = site, device
+        self.sent: Counter[tuple[str, str, str]] = Counter()
+
+    def at(self, node: int, place: int) -> int:
+        """The rank at a place of a node, both counted around."""
+        return int((node % self.nodes) * self.local + place % self.local)
+
+    @contextlib.contextmanager
+    def said(self, where: str) -> Iterator[None]:
+        """In here errors of transfers say where they were."""
+        try:
+            yield
+        except RuntimeError as error:
+            place = f"rank {self.rank} of {self.ranks}, at {self.site or 'an attention'}, {where}"
+            raise RuntimeError(f"attnfuse: {place}: {error}") from error
+
+    def start(
+        self, ring: Ring, what: str, step: int, tensors: Sequence[torch.Tensor], awaited: Sequence[Shape]
+    ) -> Pending:
+        """Send tensors one hop on in a ring, and receive what is awaited from the rank before.
+
+        Either may be nothing, which the ranks before and after know too; of what has no elements nothing is sent.
+        """
+        group = self.groups[ring]
+        own, size = (self.place, self.local) if ring == "inner" else (self.node, self.nodes)
+        ahead, behind = (own + 1) % size, (own - 1) % size
+        received = [torch.empty(tuple(shape), dtype=dtype, device=self.device) for shape, dtype in awaited]
+        sent = [x.contiguous() for x in tensors if x.numel()]
+        # a peer is a rank of the world unless it is said to be one of the group
+        ops = [dist.P2POp(dist.isend, x, group=group, group_peer=ahead) for x in sent]
+        ops += [dist.P2POp(dist.irecv, x, group=group, group_peer=behind) for x in received if x.numel()]
+        names = [self.at(self.node, n) if ring == "inner" else self.at(n, self.place) for n in (ahead, behind)]
+        said = [f"sending to rank {names[0]}"] if sent else []
+        said += [f"receiving from rank {names[1]}"] if received else []
+        where = f"step {step} of {what}, {' and '.join(said)}"
+        if sent:
+            self.sent["bytes", ring, what] += sum(x.nbytes for x in sent)
+            self.sent["messages", ring, what] += 1
+        work: Sequence[Any] = ()
+        if ops:
+            with self.said(where):
+                work = dist.batch_isend_irecv(ops)
+        return Pending(self, work, received, where).sending(sent)
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """[ranks, *x.shape]: the x of every rank."""
+        found = x.contiguous()[None]
+        for ring, group in reversed(self._rings()):
+            whole = found.new_empty((group.size() * found.shape[0], *found.shape[1:]))
+            self.sent["bytes", ring, "gather"] += (group.size() - 1) * found.nbytes
+            self._collective(dist.all_gather_into_tensor, whole, found, group)
+            found = whole
+        return found
+
+    def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of their x [ranks, ...] at this rank's number."""
+        found = x.contiguous()
+        for ring, group in self._rings():
+            own = found.new_empty((found.shape[0] // group.size(), *found.shape[1:]))
+            self.sent["bytes", ring, "reduce_scatter"] += (group.size() - 1) * own.nbytes
+            self._collective(dist.reduce_scatter_tensor, own, found, group)
+            found = own
+        return found[0]
+
+    def _rings(self) -> list[tuple[Ring, Any]]:
+        """The groups of more than this rank, the outer one first."""
+        rings: tuple[Ring, ...] = ("outer", "inner")
+        found = [(ring, self.groups[ring]) for ring in rings if ring in self.groups]
+        return [(ring, group) for ring, group in found if group.size() > 1]
+
+    def _collective(self, run: Callable[..., Any], target: torch.Tensor, source: torch.Tensor, group: Any) -> None:
+        with self.said(f"in {run.__name__} of the {group.size()} ranks of {group.group_name!r}"):
+            run(target, source, group=group)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 from attnfuse import reasons
 from attnfuse.distributed import traffic, work
+from attnfuse.distributed.heads import parts_of
 from attnfuse.distributed.layouts import LAYOUTS
 from attnfuse.distributed.links import REACHED, Links, links_of
 from attnfuse.distributed.traffic import Sent, Sizes
@@ -136,7 +137,7 @@ def choose(
     """
     links = links or links_of(device_type)
     mesh = _mesh(ranks, heads, algorithm, layout)
-    copies = _copies(spec, sizes, mesh.parts)
+    copies = _copies(spec, mesh.parts)
     layouts = [layout] if layout != "auto" else [x for x in _CHOSEN if x == "contiguous" or mesh.rings > 1]
     options = {x: _best(spec, sizes, mesh, copies, x, algorithm, partial, links) for x in layouts}
     chosen = _least({name: (options[name][0].seconds, options[name][0].waits) for name in layouts})
@@ -218,40 +219,15 @@ def _mesh(ranks: tuple[int, ...], heads: int, algorithm: str, layout: str) -> _M
     return _Mesh(1, total // heads, heads)
 
 
-def division(batch: Sequence[int | None], shared: Sequence[bool], parts: int) -> tuple[int, ...] | None:
-    """How many pieces each batch dim is cut into so that there are `parts`, or None. shared: dims in which k and v have size 1.
-
-    A head of k and v that several parts need is sent to each, so that dims that are not shared are cut first; of those, the last.
-    Dims of unknown size stay whole.
-    """
-    found: list[tuple[int, ...]] = []
-
-    def go(dim: int, left: int, cuts: tuple[int, ...]) -> None:
-        if dim < 0:
-            if left == 1:
-                found.append(cuts)
-            return
-        size = batch[dim]
-        for n in range(1, left + 1):
-            if left % n == 0 and (n == 1 or (size is not None and size > 0 and size % n == 0)):
-                go(dim - 1, left // n, (n, *cuts))
-
-    go(len(batch) - 1, parts, ())
-    if not found:
-        return None
-    return max(found, key=lambda cuts: (math.prod(n for n, s in zip(cuts, shared) if not s), cuts[::-1]))
-
-
-def _copies(spec: Attention, sizes: Sizes, parts: int) -> int:
+def _copies(spec: Attention, ranks: int) -> int:
     """Ranks that need the same head of k and v. Raises ReasonError where heads cannot be dealt."""
-    if parts == 1:
+    if ranks == 1:
         return 1
-    shared = [name in spec.broadcast[1] for name in spec.batch]
-    cuts = division(spec.sizes[: len(spec.batch)], shared, parts)
-    if cuts is None:
+    parts = parts_of(spec, ranks)
+    if parts is None:
         dims = ", ".join(f"{name} {'symbolic' if n is None else n}" for name, n in zip(spec.batch, spec.sizes))
-        raise ReasonError(reasons.HEADS_NOT_SHARED_OUT(ranks=parts, dims=dims or "none"))
-    return math.prod(n for n, s in zip(cuts, shared) if s)
+        raise ReasonError(reasons.HEADS_NOT_SHARED_OUT(ranks=ranks, dims=dims or "none"))
+    return math.prod(n for n, name in zip(parts.cuts, spec.batch) if name in spec.broadcast[1])
 
 
 def _best(

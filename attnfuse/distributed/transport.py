@@ -124,6 +124,17 @@ class Hops:
             found = own
         return found[0]
 
+    def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
+        """[ranks of the inner group, ...]: what each of them has in its x at this rank's number."""
+        if self.local == 1:
+            return x
+        x = x.contiguous()
+        found = torch.empty_like(x)
+        self.sent["bytes", "inner", "all_to_all"] += (self.local - 1) * (x.nbytes // self.local)
+        self.sent["messages", "inner", "all_to_all"] += 1
+        self._collective(dist.all_to_all_single, found, x, self.groups["inner"])
+        return found
+
     def _rings(self) -> list[tuple[Ring, Any]]:
         """The groups of more than this rank, the outer one first."""
         rings: tuple[Ring, ...] = ("outer", "inner")

@@ -1,28 +1,30 @@
-"""What one rank sends for one attention, in bytes: the formulas. Tests compare them with bytes counted on gloo, which they equal.
+"""What a rank sends for one attention, in bytes: the formulas. Tests compare them with bytes counted on gloo, which they equal.
 
 n_q, n_k: rows that a rank holds; Hq, Hkv: heads of all batch elements; s: bytes of an input, o of a result, a of a sum and of a
-statistic (4; 8 for float64). P ranks, h hops of P - 1 at most.
+statistic (4; 8 for float64); P ranks.
 
     gather        forward  (P-1) n_k Hkv (D+E) s      backward  (P-1) n_k Hkv (D+E) (s+a)
-    ring          forward      h n_k Hkv (D+E) s      backward      h n_k Hkv (D+E) (s+a)
-    burst         forward      as ring                backward      h n_q Hq (D s + E o + D a + t a)
+    ring          forward  (P-1) n_k Hkv (D+E) s      backward  (P-1) n_k Hkv (D+E) (s+a)
+    burst         forward  as ring                    backward  (P-1) n_q Hq (D s + E o + D a + t a)
 
-t = 2 (delta and log-sum-exp), or 3 (delta, maximum and sum) where a finite fill swallows the logarithm of the sum. Burst is Sun et
-al. 2024 (arXiv:2403.09347), the ring Liu et al. 2023 (arXiv:2310.01889). A double ring sends as much, of which what goes between
-nodes is said apart: nodes - 1 sends of keys and values, nodes of gradients.
+t = 2 (delta and log-sum-exp), or 3 (delta, maximum and sum) where the logarithm of a sum may be lost in the maximum. The ring is of
+Liu et al. 2023 (arXiv:2310.01889), Burst of Sun et al. 2024 (arXiv:2403.09347). A double ring of (nodes, local) sends as much, of
+it nodes - 1 of P - 1 between nodes. Rings send real rows alone, and a bundle only as far as there is somebody left who computes
+something of it, its gradient only from where something was computed (`circuit`).
 
 ulysses, U ranks, each of which gets 1/U of the query heads and c/U of the key heads (c > 1 where it needs one that others need
-too); to a rank goes 1/U of a row, so that (U-1)/U of it is sent:
+too); of what a rank holds, (U-1)/U goes to others:
 
     forward   (U-1)/U (n_q Hq (D s + E o + 2 a) + c n_k Hkv (D+E) s)
     backward  (U-1)/U (n_q Hq (2 D s + 2 E o + 2 a) + 2 c n_k Hkv (D+E) s)
 
-and a more for each row where the log-sum-exp has a gradient. Source: Jacobs et al. 2023 (arXiv:2309.14509). ulysses_ring: the
-same within, and a ring of all rows of U ranks, with 1/U of the heads, between.
+and a more for each row of backward where the log-sum-exp has a gradient (Jacobs et al. 2023, arXiv:2309.14509). ulysses_ring: the
+same in the inner group, and a ring of the outer one, in which a rank holds the rows of U ranks and 1/U of the heads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -87,56 +89,61 @@ class Sent(NamedTuple):
         return Sent(self.within + other.within, self.between + other.between)
 
 
-class Hops(NamedTuple):
-    """Sends of what travels, and of gradients that follow it, within a node and between nodes."""
+class Moves(NamedTuple):
+    """Rows that a rank sends on: what goes around, and its gradients, within a node and between nodes."""
 
-    within: int
-    between: int
-    back_within: int
-    back_between: int
+    within: int = 0
+    between: int = 0
+    back_within: int = 0
+    back_between: int = 0
+
+    def sent(self, ahead: int, back: int = 0) -> Sent:
+        """In bytes, of so many for a row of what goes around, and of its gradient."""
+        return Sent(
+            self.within * ahead + self.back_within * back,
+            self.between * ahead + self.back_between * back,
+        )
 
 
-def hops_of(nodes: int, local: int, last: int) -> Hops:
-    """The sends of a ring up to step `last` (P - 1 for all). (nodes, local): a double ring; (1, P): a plain one.
+def circuit(wanted: Callable[[int, int], bool], rows: Sequence[int], nodes: int, local: int) -> list[Moves]:
+    """What each rank sends in a double ring of (nodes, local); (1, P) is a plain one.
 
-    What travels reaches step s by one send, between nodes where s is a multiple of `local`. Gradients go on from each step but the
-    first, and from the last one home.
+    wanted(of, at): whether rank `at` computes something of what rank `of` holds; rows: of each rank. A bundle goes from node to
+    node by the same place of each, and in each node around, as far as it is wanted. Gradients are summed around each node,
+    from the place after the bundle's own on, and node by node on the way home.
     """
-    far = [s for s in range(1, last + 1) if s % local == 0] if nodes > 1 else []
-    back = 0
-    if nodes > 1 and last:
-        back = sum(1 for s in range(1, last) if s % local == local - 1)
-        # home from the last step: in another node unless that step was still in this one
-        back += 1 if last >= local or nodes * local - 1 == last else 0
-    return Hops(last - len(far), len(far), last - back, back)
+    found = [[0, 0, 0, 0] for _ in rows]
+    for of, count in enumerate(rows):
+        home, own = divmod(of, local)
+        there = [[(home + o) % nodes * local + (own + i) % local for i in range(local)] for o in range(nodes)]
+        want = [[wanted(of, at) for at in node] for node in there]
+        for o in range(nodes):
+            for i in range(local):
+                found[there[o][i]][0] += count * any(want[o][i + 1 :])
+                found[there[o][i]][2] += count * any(want[o][1 : i + 1])
+            found[there[o][0]][1] += count * any(map(any, want[o + 1 :]))
+            found[there[o][0]][3] += count * any(map(any, want[1 : o + 1]))
+    return [Moves(*x) for x in found]
 
 
-def ring_forward(sizes: Sizes, rows: int, hops: Hops) -> Sent:
-    """rows: keys that a rank holds."""
-    one = rows * sizes.kv_rows * (sizes.D + sizes.E) * sizes.itemsize
-    return Sent(one * hops.within, one * hops.between)
+def key_row(sizes: Sizes) -> tuple[int, int]:
+    """Bytes of a row of keys and values of all heads, and of its gradients."""
+    count = sizes.kv_rows * (sizes.D + sizes.E)
+    return count * sizes.itemsize, count * sizes.sums
 
 
-def ring_backward(sizes: Sizes, rows: int, hops: Hops) -> Sent:
-    """K,V circulate, their gradients follow. rows: keys that a rank holds."""
-    grads = rows * sizes.kv_rows * (sizes.D + sizes.E) * sizes.sums
-    return ring_forward(sizes, rows, hops) + Sent(grads * hops.back_within, grads * hops.back_between)
-
-
-def burst_backward(sizes: Sizes, rows: int, hops: Hops, apart: bool = False) -> Sent:
-    """q, dout, delta and the statistics circulate, the gradient of q follows. rows: queries that a rank holds; apart: maximum and
-    sum are sent for the log-sum-exp."""
-    count = rows * sizes.q_rows
-    one = count * (sizes.D * sizes.itemsize + sizes.E * sizes.out + (3 if apart else 2) * sizes.sums)
-    back = count * sizes.D * sizes.sums
-    return Sent(one * hops.within + back * hops.back_within, one * hops.between + back * hops.back_between)
+def query_row(sizes: Sizes, apart: bool) -> tuple[int, int]:
+    """Bytes of what Burst sends for a query of all heads, and of its gradient. apart: maximum and sum for the log-sum-exp."""
+    one = sizes.D * sizes.itemsize + sizes.E * sizes.out + (3 if apart else 2) * sizes.sums
+    return sizes.q_rows * one, sizes.q_rows * sizes.D * sizes.sums
 
 
 def gather(sizes: Sizes, rows: int, nodes: int, local: int) -> tuple[Sent, Sent]:
     """(forward, backward): keys and values gathered in both, their gradients scattered as sums. rows: keys that a rank holds."""
     # first among the ranks of a node, then what a node has among nodes
-    hops = Hops(local - 1, (nodes - 1) * local, local - 1, (nodes - 1) * local)
-    return ring_forward(sizes, rows, hops), ring_backward(sizes, rows, hops)
+    moves = Moves(rows * (local - 1), rows * (nodes - 1) * local, rows * (local - 1), rows * (nodes - 1) * local)
+    ahead, back = key_row(sizes)
+    return moves.sent(ahead), moves.sent(ahead, back)
 
 
 def exchange(sizes: Sizes, rows: tuple[int, int], parts: int, copies: int = 1, lse: bool = False) -> tuple[int, int]:

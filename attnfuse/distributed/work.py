@@ -8,6 +8,7 @@ masks that are read from tensors count as if they hid nothing. What a kernel com
 from __future__ import annotations
 
 import functools
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ import torch
 from attnfuse import expr
 from attnfuse.distributed.layouts import pieces
 from attnfuse.expr import Algebra, Const, Expr
-from attnfuse.kernels.fills import hiding
+from attnfuse.kernels.fills import HIDDEN_BELOW, hiding
 from attnfuse.kernels.mask_ranges import band_of
-from attnfuse.spec import AddFill, Attention, ReplaceFill
+from attnfuse.spec import AddFill, Attention, Bias, Ramp, ReplaceFill
 
 #: Rows of a tile, where ranks hold few: about what kernels take.
 TILE = 128
@@ -57,28 +58,49 @@ class Step:
         return max(self.tiles)
 
 
-def masks_of(spec: Attention) -> tuple[Expr, ...]:
-    """What a key must satisfy to be seen: the masks of the steps that hide for good, taken apart where all of them must hold."""
+def masks_of(spec: Attention, square: bool) -> tuple[Expr, ...]:
+    """What a key must satisfy to be seen: masks outside of which nothing of a score is left, whatever the tensors hold.
+
+    square: query and key of one number are one token. A finite fill counts where no row has it on all of its keys: where a row
+    surely sees its own token, that is, and nothing is added that could be as small.
+    """
+    hides = hiding(spec)
+    every = [s for s in spec.steps if isinstance(s, (ReplaceFill, AddFill))]
+    fills = [spec.steps[i] for i in sorted(hides.steps)]
+    keeps = [s.keep for s in fills if isinstance(s, (ReplaceFill, AddFill))]
+    if hides.doubt > -math.inf:
+        algebra = Algebra(spec.Q, spec.K)
+        others = any(isinstance(s, (Bias, Ramp)) for s in spec.steps)
+        if not square or others or any(s.value > HIDDEN_BELOW for s in every):
+            return ()
+        if not all(expr.substitute(s.keep, {expr.K: expr.Q}, algebra) == expr.TRUE for s in every):
+            return ()
     found: list[Expr] = []
-    for i in sorted(hiding(spec).steps):
-        step = spec.steps[i]
-        if isinstance(step, (ReplaceFill, AddFill)):
-            keep = step.keep
-            found += keep.args if isinstance(keep, expr.Apply) and keep.op == "and" else (keep,)
+    for keep in keeps:
+        found += keep.args if isinstance(keep, expr.Apply) and keep.op == "and" else (keep,)
     return tuple(dict.fromkeys(found))
 
 
-def tile_of(ranks: int, length: int) -> int:
+def tile_of(length: int) -> int:
     """Rows of a tile for so many tokens: TILE or a multiple, so that there are not too many to count."""
     return TILE * max(1, -(-length // (_TILES * TILE)))
 
 
 @functools.lru_cache(maxsize=256)
-def work_of(masks: tuple[Expr, ...], layout: str, ranks: int, queries: int, keys: int, tile: int | None = None) -> Work:
-    """The tiles that each rank computes of each other's keys. queries, keys: of all ranks together."""
-    tile = tile or tile_of(ranks, max(queries, keys))
-    of_q, q = _blocks(layout, ranks, queries, tile)
-    of_k, k = _blocks(layout, ranks, keys, tile)
+def work_of(
+    masks: tuple[Expr, ...],
+    layout: str,
+    ranks: int,
+    lengths: tuple[int, int],
+    held: tuple[int, int] | None = None,
+    tile: int | None = None,
+) -> Work:
+    """The tiles that each rank computes of each other's keys. lengths: queries and keys of all ranks together; held: rows that a
+    rank holds of both, where they are not layouts.rows_of_rank."""
+    tile = tile or tile_of(max(lengths))
+    n = held or (None, None)
+    of_q, q = _blocks(layout, ranks, lengths[0], tile, n[0])
+    of_k, k = _blocks(layout, ranks, lengths[1], tile, n[1])
     seen = torch.ones(len(q), len(k), dtype=torch.bool)
     for mask in masks:
         seen &= _seen(mask, q, k)
@@ -88,26 +110,24 @@ def work_of(masks: tuple[Expr, ...], layout: str, ranks: int, queries: int, keys
     return Work(tuple(map(tuple, counted.tolist())), tile)
 
 
-def steps_of(
-    work: Work, holder: Callable[[int, int], int], queries_travel: bool = False, all_steps: bool = False
-) -> tuple[Step, ...]:
+def steps_of(work: Work, holder: Callable[[int, int], int], queries_travel: bool = False) -> tuple[Step, ...]:
     """The steps of a ring. holder(rank, step): whose tensors a rank holds then. queries_travel: keys stay where they are, as in
-    Burst's backward. Empty steps at the end are left out, unless all_steps: nothing is sent for them."""
+    Burst's backward. Empty steps at the end are left out."""
     ranks = len(work.tiles)
     found = []
     for step in range(ranks):
         pairs = [(r, holder(r, step)) for r in range(ranks)]
         found.append(Step(tuple(work.tiles[h][r] if queries_travel else work.tiles[r][h] for r, h in pairs)))
-    while not all_steps and len(found) > 1 and not found[-1].waits:
+    while len(found) > 1 and not found[-1].waits:
         found.pop()
     return tuple(found)
 
 
-def _blocks(layout: str, ranks: int, length: int, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _blocks(layout: str, ranks: int, length: int, tile: int, n: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The rank of each tile, and its first and last token [tiles, 2], in order of the first token."""
     found = []
     for rank in range(ranks):
-        for first, count, stride in pieces(layout, rank, ranks, length):
+        for first, count, stride in pieces(layout, rank, ranks, length, n):
             for i in range(0, count, tile):
                 found.append((first + i * stride, first + (min(i + tile, count) - 1) * stride, rank))
     ordered = torch.tensor(sorted(found), dtype=torch.int64).reshape(-1, 3)

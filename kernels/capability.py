@@ -34,7 +34,7 @@ class Capability:
     least, most     compute capabilities of NVIDIA GPUs, as 10 * major + minor; 0 for any
     own_dropout     which weights are dropped is the kernel's own affair: no other kernel drops the same ones for a seed
     partial         it has backward_part: gradients of a part of the keys by the statistics of whole rows, which add up over the
-                    parts; and it gives float32 results of narrower inputs
+                    parts; and it gives float32 results of narrower inputs. Gradients are float32 too, but Triton's
     also            what else speaks against a spec
     here            what else speaks against it on a device
     available       None if the kernel can run here, else why not (a compiler is missing, say)

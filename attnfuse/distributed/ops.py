@@ -26,7 +26,7 @@ import torch
 
 from attnfuse import ops
 from attnfuse._compat import has_tangent, process_group
-from attnfuse.distributed import gather, layouts, local, steps, ulysses
+from attnfuse.distributed import gather, layouts, local, ring, steps, ulysses
 from attnfuse.distributed.steps import Call
 from attnfuse.distributed.transport import Hops
 from attnfuse.kernels.arguments import check_arguments, check_results
@@ -66,7 +66,14 @@ class _Local:
 
 
 #: How attention is computed over ranks, by name.
-ALGORITHMS: dict[str, Any] = {"gather": gather, "local": _Local, "ulysses": ulysses}
+ALGORITHMS: dict[str, Any] = {
+    "gather": gather,
+    "local": _Local,
+    "ring": ring.RING,
+    "burst": ring.BURST,
+    "ulysses": ulysses,
+    "ulysses_ring": ulysses,
+}
 #: Called with the Hops of each forward or backward that has run here, and what it was.
 observers: list[Callable[[str, Hops], None]] = []
 #: Kinds of arguments that fit their spec.

@@ -8,6 +8,7 @@ Milakov and Gimelshein 2018, arXiv:1805.02867 (online softmax).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from attnfuse.kernels.pages import no_pages, out_of_range
 from attnfuse.reasons import Reason
 from attnfuse.spec import Attention
 
-__all__ = ["CAPABILITY", "BuildError", "available", "backward", "forward", "warm_up"]
+__all__ = ["CAPABILITY", "BuildError", "available", "backward", "backward_part", "forward", "warm_up"]
 
 #: What the library returns where the table has a number that no block of k, or of v, has.
 _CACHES = (-2, -3)
@@ -47,6 +48,7 @@ CAPABILITY = Capability(
     STEPS,
     WEIGHT_STEPS,
     layouts=LAYOUTS | {"paged"},
+    partial=True,
     also=_limits,
     available=_missing,
 )
@@ -176,6 +178,24 @@ def backward(
                 total = total.sum(0).sum_to_size(x.shape)
             sums[i] = torch.empty_like(x).copy_(total)
     return _with_sink(spec, operands, sums, dout, out, stats, dlse)
+
+
+def backward_part(
+    spec: Attention,
+    inputs: Inputs,
+    dout: torch.Tensor,
+    delta: torch.Tensor,
+    stats: torch.Tensor,
+    needs: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """As backward where the keys are some of those that the rows have seen, by the rows' sum(out * dout), less the gradient of the
+    log-sum-exp, in delta [*batch, Q]: gradients add up over the parts. Those of q, k and v are float32 for narrower inputs too."""
+    # all is computed in float32 anyway; a gradient is stored in its input's dtype
+    q, k, v, *operands = inputs.tensors
+    inputs = inputs.with_tensors([q.float(), k.float(), v.float(), *operands])
+    spec = replace(spec, qk_dtype="float32", v_dtype="float32", out_dtype="float32", lse=True)
+    dout = dout.float()
+    return backward(spec, inputs, dout, dout.new_zeros(()).expand(dout.shape), stats, needs, -delta)
 
 
 def _check_results(plan: Plan, dout: torch.Tensor, out: torch.Tensor, stats: torch.Tensor) -> None:

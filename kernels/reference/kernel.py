@@ -23,6 +23,7 @@ CAPABILITY = Capability(
     STEPS | {"ramp"},
     WEIGHT_STEPS,
     layouts=LAYOUTS | {"paged"},
+    partial=True,
 )
 
 #: How far the weights of all keys of a row may be from 1 in sum.
@@ -57,8 +58,36 @@ def backward(
     dlse [*batch, Q]: the gradient of the log-sum-exp, where that was used. A paged layout has no gradients (ValueError).
     """
     no_pages(spec)
+    delta = (dout.to(precision(spec)) * out.to(precision(spec))).sum(-1)
+    return _backward(spec, inputs, dout, delta, stats, needs, dlse, False)
+
+
+def backward_part(
+    spec: Attention,
+    inputs: Inputs,
+    dout: torch.Tensor,
+    delta: torch.Tensor,
+    stats: torch.Tensor,
+    needs: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """As backward where the keys are some of those that the rows have seen, by the rows' sum(out * dout), less the gradient of the
+    log-sum-exp, in delta [*batch, Q]: gradients add up over the parts. They are float32 (float64) for narrower inputs too."""
+    no_pages(spec)
+    return _backward(spec, inputs, dout, delta.to(precision(spec)).clone(), stats, needs, None, True)
+
+
+def _backward(
+    spec: Attention,
+    inputs: Inputs,
+    dout: torch.Tensor,
+    delta: torch.Tensor,
+    stats: torch.Tensor,
+    needs: Sequence[bool],
+    dlse: torch.Tensor | None,
+    part: bool,
+) -> list[torch.Tensor | None]:
+    """Of a part of the keys, or of what may be all; delta is written over."""
     compute = precision(spec)
-    delta = (dout.to(compute) * out.to(compute)).sum(-1)
     shift, inverse = sink.inverse_sums(spec, stats.to(compute))
     # another thread has a stream of its own, which does not wait for this one's, and which no CUDA graph records
     stream = torch.cuda.current_stream(inputs.q.device) if inputs.q.is_cuda else None
@@ -67,7 +96,7 @@ def backward(
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
             leaves = [x.detach().requires_grad_() if need else x.detach() for x, need in zip(inputs.tensors, needs)]
             rows = (shift, inverse, delta, None if dlse is None else dlse.to(compute).expand(delta.shape))
-            return _gradients(spec, inputs.with_tensors(leaves), dout.to(compute), rows, compute)
+            return _gradients(spec, inputs.with_tensors(leaves), dout.to(compute), rows, compute, part)
 
     # inside of an op autograd is off for its thread, whatever enable_grad says
     with ThreadPoolExecutor(1) as aside:
@@ -75,7 +104,9 @@ def backward(
     result: list[torch.Tensor | None] = []
     for x, need in zip(inputs.tensors, needs):
         grad = next(found) if need else None
-        result.append(None if not need else torch.zeros_like(x) if grad is None else torch.empty_like(x).copy_(grad))
+        dtype = torch.promote_types(x.dtype, torch.float32) if part and need else x.dtype
+        empty = torch.zeros_like(x, dtype=dtype) if need else x
+        result.append(None if not need else empty if grad is None else empty.copy_(grad))
     sink.add_gradient(spec, inputs.operands, result, shift, inverse, delta if dlse is None else delta - dlse)
     return result
 
@@ -86,9 +117,10 @@ def _gradients(
     dout: torch.Tensor,
     rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
     compute: torch.dtype,
+    part_only: bool,
 ) -> list[torch.Tensor | None]:
     """Gradients of those leaves that require them, without that of a sink. rows: shift, inverse, delta (in place replaced by the
-    keys' own sum where they are all there), and the gradient of the log-sum-exp, all [*batch, Q]."""
+    keys' own sum where they are all there, unless part_only), and the gradient of the log-sum-exp, all [*batch, Q]."""
     filled = any(isinstance(s, ReplaceFill) and s.value != 0.0 for s in spec.weight_steps)
     shift, inverse, delta, dlse = rows
     scores, weights, results, given = [], [], [], []
@@ -110,9 +142,10 @@ def _gradients(
     pairs = []
     for part, s, p, dp in zip(held, scores, weights, found):
         dp = torch.zeros_like(p) if dp is None else dp
-        # with all keys at hand their own sum serves, in which a row of a single key cancels exactly
-        whole = filled | ((p.detach().sum(-1) - 1.0).abs() <= _WHOLE)
-        part.of(delta, -1).copy_(torch.where(whole, (p.detach() * dp).sum(-1), part.of(delta, -1)))
+        if not part_only:
+            # with all keys at hand their own sum serves, in which a row of a single key cancels exactly
+            whole = filled | ((p.detach().sum(-1) - 1.0).abs() <= _WHOLE)
+            part.of(delta, -1).copy_(torch.where(whole, (p.detach() * dp).sum(-1), part.of(delta, -1)))
         less = part.of(delta if dlse is None else delta - dlse, -1).unsqueeze(-1)
         if s.requires_grad:
             pairs.append((s, p.detach() * (dp - less)))

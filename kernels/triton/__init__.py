@@ -25,7 +25,7 @@ from attnfuse.kernels.triton.call import Call, interpreted
 from attnfuse.reasons import Reason
 from attnfuse.spec import Attention
 
-__all__ = ["CAPABILITY", "available", "backward", "forward", "interpreted"]
+__all__ = ["CAPABILITY", "available", "backward", "backward_part", "forward", "interpreted"]
 
 
 #: What may be left out once kernels are compiled, as nobody has put anything in its place.
@@ -55,6 +55,7 @@ CAPABILITY = Capability(
     head_dims=256,
     # below, Triton has no tensor cores and Inductor's own kernels are faster
     least=80,
+    partial=True,
     also=filled_weights,
     available=_missing,
 )
@@ -145,6 +146,20 @@ def backward(
         lambda given, recorder, run: _backward(spec, _inputs(given[:-4]), given[-4:], needs, recorder, run),
     )
     return [*found]
+
+
+def backward_part(
+    spec: Attention,
+    inputs: Inputs,
+    dout: torch.Tensor,
+    delta: torch.Tensor,
+    stats: torch.Tensor,
+    needs: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """As backward where the keys are some of those that the rows have seen, by the rows' sum(out * dout), less the gradient of the
+    log-sum-exp, in delta [*batch, Q]: gradients add up over the parts. Each has its input's dtype, so that what adds them up in
+    float32 adds up numbers that were rounded once."""
+    return backward(spec, inputs, dout, dout.new_zeros(()).expand(dout.shape), stats, needs, -delta)
 
 
 def _backward(

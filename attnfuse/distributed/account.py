@@ -138,7 +138,8 @@ class Attended:
         ring = _Ring(mesh, done, [self._real(sizes.queries), self._real(sizes.keys)], self.links)
         per_tile, key, query = self._per_tile(done), traffic.key_row(sizes), traffic.query_row(sizes, self.apart)
         forward, steps, seconds = ring.sent(False, key[0], 0, per_tile)
-        backward, back_steps, back_seconds = (Sent(0),) * mesh.rings, (), 0.0
+        backward, back_seconds = (Sent(0),) * mesh.rings, 0.0
+        back_steps: tuple[Step, ...] = ()
         if sizes.trains:
             ways = {"ring": [False], "burst": [True], "ulysses_ring": [False, True]}[algorithm]
             found = [ring.sent(way, *(query if way else key), BACKWARD * per_tile) for way in ways]
@@ -195,7 +196,7 @@ class _Ring:
     def sent(
         self, queries: bool, ahead: int, back: int, per_tile: float
     ) -> tuple[tuple[Sent, ...], tuple[Step, ...], float]:
-        """(what each rank sends, the steps, seconds) where a row of queries, or of keys, is so many bytes and its gradient so many."""
+        """(what each rank sends, the steps, seconds). ahead, back: bytes of a row of queries, or of keys, and of its gradient."""
         nodes, local, tiles = self.mesh.nodes, self.mesh.local, self.work.tiles
         wanted: Callable[[int, int], bool] = (
             (lambda of, at: tiles[of][at] > 0) if queries else (lambda of, at: tiles[at][of] > 0)

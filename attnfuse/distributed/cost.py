@@ -17,7 +17,7 @@ from attnfuse.distributed.account import Account, Attended, Mesh
 from attnfuse.distributed.heads import parts_of
 from attnfuse.distributed.layouts import LAYOUTS
 from attnfuse.distributed.links import Links, links_of
-from attnfuse.distributed.merging import is_one_number
+from attnfuse.distributed.merging import sends_apart
 from attnfuse.distributed.traffic import Sizes
 from attnfuse.distributed.work import Step
 from attnfuse.reasons import ReasonError
@@ -112,7 +112,7 @@ def choose(
     the defaults of the device type. Raises ReasonError where heads cannot be dealt so, ValueError for what is none of the names.
     """
     mesh = _mesh(ranks, heads, algorithm, layout)
-    copies, apart = _copies(spec, mesh.parts), not is_one_number(spec)
+    copies, apart = _copies(spec, mesh.parts), sends_apart(spec)
     names = _names(algorithm, mesh, partial)
     layouts = [layout] if layout != "auto" else _CHOSEN[: 1 + (mesh.rings > 1)]
     found: dict[str, list[Account]] = {}

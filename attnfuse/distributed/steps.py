@@ -15,9 +15,8 @@ from typing import Any, Literal
 import torch
 
 from attnfuse import expr
-from attnfuse.distributed import layouts
-from attnfuse.expr import FALSE, TRUE, Algebra, Const, Expr, K, Load, Q
-from attnfuse.kernels.fills import HIDDEN_BELOW, hiding
+from attnfuse.distributed import layouts, work
+from attnfuse.expr import Algebra, Expr, K, Load, Q
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.layout import precision
 from attnfuse.spec import AddFill, Attention, Bias, Operand, Ramp, ReplaceFill, Step, dtype_name
@@ -160,45 +159,21 @@ def _cut(spec: Attention, sides: tuple[bool, bool]) -> tuple[tuple[bool, bool], 
 
 
 @functools.lru_cache(maxsize=256)
-def empty(text: str, layout: str, ranks: int, queries: int, keys: int) -> tuple[tuple[bool, ...], ...]:
+def empty(
+    text: str, layout: str, ranks: int, lengths: tuple[int, int], held: tuple[int, int]
+) -> tuple[tuple[bool, ...], ...]:
     """[rank of the queries][rank of the keys]: whether no query sees a key there, and nothing of them is left, whatever the
-    tensors hold. Those who have no rows see nothing either."""
-    spec = Attention.parse(text)
-    held = [[layouts.pieces(layout, rank, ranks, length) for rank in range(ranks)] for length in (queries, keys)]
-    masks = _hiding(spec, queries == keys)
-
-    def hidden(q: tuple[int, int, int], k: tuple[int, int, int]) -> bool:
-        algebra = Algebra(q[1], k[1])
-        values: dict[Expr, Expr] = {
-            index: algebra.add(Const(first), index, stride) for index, (first, _, stride) in ((Q, q), (K, k))
-        }
-        return any(expr.substitute(mask, values, algebra) == FALSE for mask in masks)
-
-    return tuple(
-        tuple(all(hidden(a, b) for a in held[0][i] for b in held[1][j]) for j in range(ranks)) for i in range(ranks)
-    )
-
-
-def _hiding(spec: Attention, square: bool) -> list[Expr]:
-    """Masks outside of which nothing of a score is left. square: query and key of one number are one token."""
-    found = hiding(spec)
-    fills = [s for i, s in enumerate(spec.steps) if i in found.steps and isinstance(s, (ReplaceFill, AddFill))]
-    if found.doubt == -float("inf"):
-        return [s.keep for s in fills]
-    # a finite fill counts where all keys of a row have it: not where the row surely sees its own token
-    algebra = Algebra(spec.Q, spec.K)
-    others = any(isinstance(s, (Bias, Ramp)) for s in spec.steps)
-    every = [s for s in spec.steps if isinstance(s, (ReplaceFill, AddFill))]
-    if not square or others or any(s.value > HIDDEN_BELOW for s in every):
-        return []
-    own = all(expr.substitute(s.keep, {K: Q}, algebra) == TRUE for s in every)
-    return [s.keep for s in fills] if own else []
+    tensors hold. Those who have no rows see nothing either. lengths, held: of queries and keys."""
+    masks = work.masks_of(Attention.parse(text), lengths[0] == lengths[1])
+    found = work.work_of(masks, layout, ranks, lengths, held)
+    return tuple(tuple(not tiles for tiles in row) for row in found.tiles)
 
 
 class Call:
     """One attention over all ranks, as this rank takes part in it.
 
-    run(which, spec, inputs, *given): a kernel's; operands: whole; rank: this one of `ranks`.
+    run(which, spec, inputs, *given): a kernel's; operands: whole; rank: this one of `ranks`; held: queries and keys that each
+    rank has rows for, as many as layouts.rows_of_rank says where it is not given.
     """
 
     def __init__(
@@ -209,19 +184,24 @@ class Call:
         lengths: tuple[int, int],
         operands: Sequence[torch.Tensor],
         run: Callable[..., Any],
+        held: tuple[int, int] | None = None,
     ) -> None:
         self.spec, self.layout, self.operands, self.run = spec, layout, operands, run
         self.rank, self.ranks = place
         self.queries, self.keys = lengths
-        self.rows = [layouts.real(layout, r, self.ranks, self.queries) for r in range(self.ranks)]
-        self.columns = [layouts.real(layout, r, self.ranks, self.keys) for r in range(self.ranks)]
+        n, m = (layouts.rows_of_rank(layout, self.ranks, length) for length in lengths)
+        self.held: tuple[int, int] = held or (n, m)
+        self.rows, self.columns = (
+            [layouts.real(layout, r, self.ranks, length, n) for r in range(self.ranks)]
+            for length, n in zip(lengths, self.held)
+        )
 
     def step(self, kind: Kind) -> StepSpec:
         return step(self.spec.text, self.layout, self.ranks, kind)
 
     @functools.cached_property
     def _empty(self) -> tuple[tuple[bool, ...], ...]:
-        return empty(self.spec.text, self.layout, self.ranks, self.queries, self.keys)
+        return empty(self.spec.text, self.layout, self.ranks, (self.queries, self.keys), self.held)
 
     def is_empty(self, q_rank: int, k_rank: int) -> bool:
         return self._empty[q_rank][k_rank]
@@ -234,7 +214,7 @@ class Call:
         if x.shape[dim] != length:
             raise ValueError(f"attnfuse: dim {dim} of an operand {list(x.shape)} must be 1 or {length}")
         parts = []
-        for first, count, stride in layouts.pieces(self.layout, rank, self.ranks, length):
+        for first, count, stride in layouts.pieces(self.layout, rank, self.ranks, length, self.held[dim + 2]):
             index = [slice(None)] * x.dim()
             index[dim] = slice(first, first + (count - 1) * stride + 1, stride)
             parts.append(x[tuple(index)])
@@ -253,9 +233,7 @@ class Call:
     def inputs(self, kind: Kind, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_rank: int, k_rank: int) -> Inputs:
         """Those of the step of two ranks' rows."""
         operands = self.own(self.operands, kind, q_rank, k_rank)
-        sides = zip(self.step(kind).numbers, (q_rank, k_rank), (self.queries, self.keys))
-        for count, rank, length in sides:
-            n = layouts.rows_of_rank(self.layout, self.ranks, length)
+        for count, rank, n in zip(self.step(kind).numbers, (q_rank, k_rank), self.held):
             base, _, half, jump = layouts.numbers(self.layout, rank, self.ranks, n)
             shape = (1,) * q.dim()
             operands += [torch.full(shape, x, dtype=torch.int32, device=q.device) for x in (base, half, jump)[:count]]
@@ -286,7 +264,7 @@ class Call:
             if rank is None or total.shape[dim] == 1:
                 index.append([slice(None)])
                 continue
-            held = layouts.pieces(self.layout, rank, self.ranks, length)
+            held = layouts.pieces(self.layout, rank, self.ranks, length, self.held[dim + 2])
             index.append([slice(first, first + (n - 1) * by + 1, by) for first, n, by in held])
         row = 0
         for rows in index[0]:

@@ -7,6 +7,7 @@ groups, which hand over to each other through the outer ones, as nodes do whose 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -62,6 +63,19 @@ class Hops:
         self.rank = self.at(self.node, self.place)
         self.site, self.device = site, device
         self.sent: Counter[tuple[str, str, str]] = Counter()
+        # what rings and ranks are called
+        self._ring_names: dict[Ring, str] = {"inner": "inner", "outer": "outer"}
+        self._numbers = list(range(self.ranks))
+
+    def of_outer(self) -> Hops:
+        """The ranks of the outer group alone; what is sent there is counted here too."""
+        found = copy.copy(self)
+        found.groups = {"inner": self.groups["outer"]}
+        found.nodes, found.node, found.local, found.place = 1, 0, self.nodes, self.node
+        found.ranks, found.rank = self.nodes, self.node
+        found._ring_names = {"inner": "outer"}
+        found._numbers = [self._numbers[self.at(node, self.place)] for node in range(self.nodes)]
+        return found
 
     def at(self, node: int, place: int) -> int:
         """The rank at a place of a node, both counted around."""
@@ -73,7 +87,7 @@ class Hops:
         try:
             yield
         except RuntimeError as error:
-            place = f"rank {self.rank} of {self.ranks}, at {self.site or 'an attention'}, {where}"
+            place = f"rank {self._numbers[self.rank]}, at {self.site or 'an attention'}, {where}"
             raise RuntimeError(f"attnfuse: {place}: {error}") from error
 
     def start(
@@ -91,13 +105,14 @@ class Hops:
         # a peer is a rank of the world unless it is said to be one of the group
         ops = [dist.P2POp(dist.isend, x, group=group, group_peer=ahead) for x in sent]
         ops += [dist.P2POp(dist.irecv, x, group=group, group_peer=behind) for x in received if x.numel()]
-        names = [self.at(self.node, n) if ring == "inner" else self.at(n, self.place) for n in (ahead, behind)]
+        ranks = [self.at(self.node, n) if ring == "inner" else self.at(n, self.place) for n in (ahead, behind)]
+        names = [self._numbers[rank] for rank in ranks]
         said = [f"sending to rank {names[0]}"] if sent else []
         said += [f"receiving from rank {names[1]}"] if received else []
         where = f"step {step} of {what}, {' and '.join(said)}"
         if sent:
-            self.sent["bytes", ring, what] += sum(x.nbytes for x in sent)
-            self.sent["messages", ring, what] += 1
+            self.sent["bytes", self._ring_names[ring], what] += sum(x.nbytes for x in sent)
+            self.sent["messages", self._ring_names[ring], what] += 1
         work: Sequence[Any] = ()
         if ops:
             with self.said(where):

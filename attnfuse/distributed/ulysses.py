@@ -1,20 +1,27 @@
 """Heads instead of tokens: all-to-all gives a rank all rows of some heads, and another one takes the results back.
 
 Jacobs et al. 2023 (arXiv:2309.14509). With one group every rank sees all tokens of its heads, in their order, so that the kernel's
-call is that of one device with fewer heads: right for every spec and every kernel.
+call is that of one device with fewer heads: right for every spec and every kernel. With two, (outer, inner), heads are shared out
+in the inner group, and the rows that its ranks hold together go around a ring of the outer one; backward is that of Burst where
+it sends less.
 
 Backward exchanges q, k and v again: what is saved are the rank's own rows, as with other algorithms.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from attnfuse.distributed import layouts, local
 from attnfuse.distributed.heads import Parts, parts_of
+from attnfuse.distributed.merging import sends_apart
+from attnfuse.distributed.ring import BURST, RING
 from attnfuse.distributed.steps import Call, padded
+from attnfuse.distributed.traffic import Sizes, circuit, key_row, query_row
 from attnfuse.distributed.transport import Hops
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.layout import batch_shape
@@ -27,7 +34,10 @@ def forward(
     """out [*batch, n, E] and stats [2, *batch, n] of this rank's q, k and v."""
     heads = _Heads(call, hops, q, k, v)
     q, k, v = heads.there([(q, 0), (k, 1), (v, 1)])
-    out, stats = call.run("forward", heads.spec, Inputs(q, k, v, heads.operands))
+    if heads.ring is None:
+        out, stats = call.run("forward", heads.spec, Inputs(q, k, v, heads.operands))
+    else:
+        out, stats = RING.forward(heads.ring, heads.outer, q, k, v)
     # padding has a log-sum-exp of 0
     stats = local.padded_statistics(stats, heads.sides[0].rows)
     out, stats = heads.back([(out, 0, heads.batch), (stats.movedim(0, -1), 0, heads.batch)])
@@ -52,9 +62,13 @@ def backward(
     if dlse is not None:
         rows.append((dlse.to(stats.dtype).expand(stats.shape[1:])[..., None], 0))
     q_, k_, v_, dout, out, stats, *more = heads.there(rows)
-    inputs = Inputs(q_, k_, v_, heads.operands)
-    given = dout, out, stats.movedim(-1, 0).contiguous(), needs, more[0][..., 0] if more else None
-    dq, dk, dv, *others = call.run("backward", heads.spec, inputs, *given)
+    stats, dlse = stats.movedim(-1, 0).contiguous(), more[0][..., 0] if more else None
+    if heads.ring is None:
+        inputs = Inputs(q_, k_, v_, heads.operands)
+        dq, dk, dv, *others = call.run("backward", heads.spec, inputs, dout, out, stats, needs, dlse)
+    else:
+        around = BURST if _burst_sends_less(heads.ring, q_, k_, dout) else RING
+        dq, dk, dv, *others = around.backward(heads.ring, heads.outer, dout, dlse, q_, k_, v_, out, stats, needs)
     made = [(grad, side, x) for grad, side, x in ((dq, 0, q), (dk, 1, k), (dv, 1, v)) if grad is not None]
     sent = iter(heads.back([(grad, side, x.shape[:-2]) for grad, side, x in made]))
     own = [None if grad is None else next(sent) for grad in (dq, dk, dv)]
@@ -68,6 +82,18 @@ def parts_for(spec: Attention, ranks: int) -> Parts:
         dims = ", ".join(f"{name} {size}" for name, size in zip(spec.batch, spec.sizes))
         raise ValueError(f"attnfuse: heads of an attention with {dims} cannot be dealt to {ranks} ranks")
     return parts
+
+
+def _burst_sends_less(call: Call, q: torch.Tensor, k: torch.Tensor, dout: torch.Tensor) -> bool:
+    """Than a ring of keys and values, in backward: by the bytes of the rank that sends most, as plans have it."""
+    heads = math.prod(q.shape[:-2]), math.prod(k.shape[:-2])
+    sizes = Sizes(
+        1, heads[0], call.queries, call.keys, q.shape[-1], dout.shape[-1], q.itemsize, True, heads[1], dout.itemsize
+    )
+    keys = circuit(lambda of, at: not call.is_empty(at, of), call.columns, 1, call.ranks)
+    queries = circuit(lambda of, at: not call.is_empty(of, at), call.rows, 1, call.ranks)
+    by_queries = max(moves.sent(*query_row(sizes, sends_apart(call.spec))).total for moves in queries)
+    return by_queries < max(moves.sent(*key_row(sizes)).total for moves in keys)
 
 
 class _Side:
@@ -102,6 +128,24 @@ class _Heads:
         self.operands = [x[self.parts.index(hops.place, x)] for x in call.operands]
         lengths = (q.shape[-2], call.queries), (k.shape[-2], call.keys)
         self.sides = [_Side(call, hops, n, length, q.device) for n, length in lengths]
+        self.ring: Call | None = None
+        if hops.nodes > 1:
+            self.outer = hops.of_outer()
+            self.ring = self._around(call)
+
+    def _around(self, call: Call) -> Call:
+        """The attention of this part of the heads over the ranks of the outer group."""
+        if call.layout == "striped":
+            raise ValueError(
+                "attnfuse: ranks that share out heads hold no stripe together; take another layout than striped"
+            )
+        held = self.sides[0].rows, self.sides[1].rows
+        # rows are not those that a layout gives so many ranks, where the length does not divide
+        whole = [n * self.hops.nodes == length for n, length in zip(held, (call.queries, call.keys))]
+        sizes = [n if is_whole else None for n, is_whole in zip(self.spec.sizes[-4:-2], whole)]
+        spec = replace(self.spec, sizes=(*self.spec.sizes[:-4], *sizes, *self.spec.sizes[-2:]))
+        place, lengths = (self.hops.node, self.hops.nodes), (call.queries, call.keys)
+        return Call(spec, call.layout, place, lengths, self.operands, call.run, held)
 
     def there(self, tensors: Sequence[tuple[torch.Tensor, int]]) -> list[torch.Tensor]:
         """[*part of batch, rows, D] of each (tensor [*batch, n, D], side): the rows of all ranks, in the order of tokens."""

@@ -6,7 +6,7 @@ transfer that runs meanwhile, whichever is more; products run at links.REACHED o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from attnfuse.distributed import layouts, traffic, work
@@ -21,11 +21,13 @@ BACKWARD = 2.5
 
 @dataclass(frozen=True)
 class Mesh:
-    """nodes, local: of the ring. parts: ranks that share out the heads, of which there are nodes * local groups."""
+    """nodes, local: of the ring. parts: ranks that share out the heads, of which there are nodes * local groups; apart: which are
+    in different nodes."""
 
     nodes: int
     local: int
     parts: int = 1
+    apart: bool = False
 
     @property
     def rings(self) -> int:
@@ -112,16 +114,21 @@ class Attended:
             backward = Sent(0)
         done = self.work()
         busiest = max(done.of_ranks) * self._per_tile(done)
-        steps: tuple[Step, ...] = (Step(done.of_ranks),)
-        seconds = self._sending(forward) + busiest, (self._sending(backward) + BACKWARD * busiest) * self.sizes.trains
+        links = slowest(self.mesh.nodes, self.mesh.local * self.mesh.parts, self.links)
+        steps = [
+            Step(done.of_ranks, times * busiest, seconds_to_send(sent, links))
+            for sent, times in ((forward, 1.0), (backward, BACKWARD))
+        ]
+        trains = self.sizes.trains
         return Account(
             algorithm,
             self.layout,
             (forward,) * self.mesh.ranks,
             (backward,) * self.mesh.ranks,
-            steps,
-            steps * self.sizes.trains,
-            seconds,
+            (steps[0],),
+            (steps[1],) * trains,
+            # one after the other: nothing is computed before all has come
+            (steps[0].compute + steps[0].transfer, (steps[1].compute + steps[1].transfer) * trains),
             done.size,
         )
 
@@ -151,7 +158,9 @@ class Attended:
                 tuple(Sent(within.total, x.total) for x in sent for _ in range(mesh.parts))
                 for within, sent in zip(inside, (forward, backward))
             )
-            seconds, back_seconds = seconds + self._sending(inside[0]), back_seconds + self._sending(inside[1])
+            links = slowest(1, mesh.parts, self.links)
+            seconds += seconds_to_send(Sent(inside[0].total), links)
+            back_seconds += seconds_to_send(Sent(inside[1].total), links)
         times = seconds, back_seconds
         return Account(algorithm, self.layout, forward, backward, steps, back_steps, times, done.size)
 
@@ -161,20 +170,15 @@ class Attended:
         real = [layouts.real(self.layout, rank, ranks, length) for rank in range(ranks)]
         return [sum(real[i : i + parts]) for i in range(0, ranks, parts)]
 
-    def _sending(self, sent: Sent) -> float:
-        """Seconds to send so much at once."""
-        links = self._links_within()
-        return sum(
-            bytes_ / speed + latency
-            for bytes_, speed, latency in (
-                (sent.within, links.within, links.latency),
-                (sent.between, links.between, links.far_latency),
-            )
-            if bytes_
-        )
 
-    def _links_within(self) -> Links:
-        return slowest(self.mesh.nodes, self.mesh.local * self.mesh.parts, self.links)
+def seconds_to_send(sent: Sent, links: Links) -> float:
+    """So much at once."""
+    found = 0.0
+    if sent.within:
+        found += sent.within / links.within + links.latency
+    if sent.between:
+        found += sent.between / links.between + links.far_latency
+    return found
 
 
 def slowest(nodes: int, local: int, links: Links) -> Links:
@@ -204,11 +208,8 @@ class _Ring:
         moves = traffic.circuit(wanted, self.rows[not queries], nodes, local)
         steps = work.steps_of(self.work, self._holder, queries)
         row = max(self.rows[not queries])
-        return (
-            tuple(m.sent(ahead, back) for m in moves),
-            steps,
-            self._seconds(steps, per_tile, row, ahead + back, moves),
-        )
+        timed, seconds = self._timed(steps, per_tile, (row * ahead, row * back), moves)
+        return tuple(m.sent(ahead, back) for m in moves), timed, seconds
 
     def _holder(self, rank: int, step: int) -> int:
         """Whose tensors a rank holds at a step."""
@@ -216,15 +217,30 @@ class _Ring:
         far, near = divmod(step, self.mesh.local)
         return (node - far) % self.mesh.nodes * self.mesh.local + (place - near) % self.mesh.local
 
-    def _seconds(self, steps: tuple[Step, ...], per_tile: float, rows: int, row: int, moves: list[Moves]) -> float:
-        """Steps within a node last as long as their most loaded rank or a transfer in it, and all of them as long as one between
-        nodes at least."""
+    def _timed(
+        self, steps: Sequence[Step], per_tile: float, bundle: tuple[int, int], moves: list[Moves]
+    ) -> tuple[tuple[Step, ...], float]:
+        """The steps with their times, and the sum: each lasts as long as its most loaded rank or its transfer, and those in a node
+        together as long as a transfer between nodes. Gradients go on all the way home after the last step. bundle: bytes of what
+        goes around, and of its gradients, at most."""
         links = slowest(self.mesh.nodes, self.mesh.ranks, self.links)
-        near = (rows * row / links.within + links.latency) * any(m.within for m in moves)
-        far = (rows * row / links.between + links.far_latency) * any(m.between for m in moves)
+        speed, latency = (links.between, links.far_latency) if self.mesh.apart else (links.within, links.latency)
+        near = (sum(bundle) / speed + latency) * any(m.within for m in moves)
+        far = (sum(bundle) / links.between + links.far_latency) * any(m.between for m in moves)
+        found: list[Step] = []
         total, local = 0.0, self.mesh.local
         for first in range(0, len(steps), local):
             node = steps[first : first + local]
-            there = sum(max(step.waits * per_tile, near * (i + 1 < len(node))) for i, step in enumerate(node))
-            total += max(there, far * (first + local < len(steps)))
-        return total
+            last, there = len(node) - 1, 0.0
+            for i, step in enumerate(node):
+                timed = replace(step, compute=step.waits * per_tile, transfer=near * (i < last))
+                if i == last:
+                    timed = replace(timed, far=far * (first + local < len(steps)))
+                there += max(timed.compute, timed.transfer)
+                found.append(timed)
+            total += max(there, found[-1].far)
+        if any(m.back_within for m in moves):
+            total += -len(steps) % local * (bundle[1] / speed + latency)
+        if any(m.back_between for m in moves):
+            total += (self.mesh.nodes - -(-len(steps) // local)) * (bundle[1] / links.between + links.far_latency)
+        return tuple(found), total

@@ -8,7 +8,8 @@ striped layouts are never chosen, only asked for.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from attnfuse import reasons
@@ -112,15 +113,12 @@ def choose(
     the defaults of the device type. Raises ReasonError where heads cannot be dealt so, ValueError for what is none of the names.
     """
     mesh = _mesh(ranks, heads, algorithm, layout)
-    copies, apart = _copies(spec, mesh.parts), sends_apart(spec)
-    names = _names(algorithm, mesh, partial)
-    layouts = [layout] if layout != "auto" else _CHOSEN[: 1 + (mesh.rings > 1)]
-    found: dict[str, list[Account]] = {}
-    for name in layouts:
-        attended = Attended(spec, sizes, mesh, name, links or links_of(device_type), copies, apart)
-        # the first of those that send as much
-        found[name] = sorted(map(attended.account, names), key=lambda account: account.total)
-    chosen = _least({name: (sum(of[0].seconds), of[0].waits) for name, of in found.items()})
+    names = dict.fromkeys([*([layout] if layout != "auto" else []), *_CHOSEN[: 1 + (mesh.rings > 1)]])
+    made = _accounts(spec, sizes, mesh, links or links_of(device_type), _names(algorithm, mesh, partial))
+    found = {name: made(name) for name in names}
+    chosen = layout
+    if layout == "auto":
+        chosen = _least({name: (sum(of[0].seconds), of[0].waits) for name, of in found.items()})
     best, *others = found[chosen]
     forward, backward = best.most
     reason = _reason(best, others, [of[0] for of in found.values()], mesh)
@@ -138,15 +136,27 @@ def choose_layout(
     links: Links | None = None,
 ) -> str:
     """The layout of a whole graph: that of the least time for all of its attentions together."""
-    found = {}
-    for layout in _CHOSEN:
-        decisions = [
-            choose(spec, sizes, ranks, device_type, layout, algorithm, heads, partial=partial, links=links)
-            for spec, sizes in attentions
-        ]
-        accounts = [decision.account for decision in decisions]
-        found[layout] = (sum(sum(a.seconds) for a in accounts), sum(a.waits for a in accounts))
-    return _least(found)
+    mesh = _mesh(ranks, heads, algorithm, "auto")
+    costs = dict.fromkeys(_CHOSEN, (0.0, 0))
+    for (spec, sizes), count in Counter(attentions).items():
+        made = _accounts(spec, sizes, mesh, links or links_of(device_type), _names(algorithm, mesh, partial))
+        for layout, (time, waits) in costs.items():
+            best = made(layout)[0]
+            costs[layout] = time + count * sum(best.seconds), waits + count * best.waits
+    return _least(costs)
+
+
+def _accounts(
+    spec: Attention, sizes: Sizes, mesh: Mesh, links: Links, names: Sequence[str]
+) -> Callable[[str], list[Account]]:
+    """Of a layout: by each algorithm, that which sends least first, and of those the first."""
+    copies, apart = _copies(spec, mesh.parts), sends_apart(spec)
+
+    def made(layout: str) -> list[Account]:
+        attended = Attended(spec, sizes, mesh, layout, links, copies, apart)
+        return sorted(map(attended.account, names), key=lambda account: account.total)
+
+    return made
 
 
 def _least(costs: dict[str, tuple[float, int]]) -> str:
@@ -182,7 +192,7 @@ def _mesh(ranks: tuple[int, ...], heads: int, algorithm: str, layout: str) -> Me
         raise ValueError(f"attnfuse: 'ulysses' shares out heads among all {total} ranks; got heads={heads}")
     if layout == "striped" and heads != total:
         raise ValueError("attnfuse: ranks that share out heads hold no stripe together: layout 'striped' needs heads=1")
-    return Mesh(1, total // heads, heads)
+    return Mesh(1, total // heads, heads, apart=len(ranks) == 2)
 
 
 def _copies(spec: Attention, ranks: int) -> int:

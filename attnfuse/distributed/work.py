@@ -49,9 +49,16 @@ class Work:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a ring. tiles: by rank; waits: the most of them, which all ranks wait for."""
+    """One step of a ring. tiles: by rank; waits: the most of them, which all ranks wait for.
+
+    By the model of account.py, in seconds: compute of the most loaded rank, transfer that runs meanwhile, and far, the transfer
+    between nodes that all steps in a node run beside, said at the last of them.
+    """
 
     tiles: tuple[int, ...]
+    compute: float = 0.0
+    transfer: float = 0.0
+    far: float = 0.0
 
     @property
     def waits(self) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from attnfuse.distributed import layouts, traffic, work
 from attnfuse.distributed.links import REACHED, Links
-from attnfuse.distributed.traffic import Moves, Sent, Sizes
+from attnfuse.distributed.traffic import Circuit, Sent, Sizes
 from attnfuse.distributed.work import Step, Work
 from attnfuse.spec import Attention
 
@@ -205,11 +205,13 @@ class _Ring:
         wanted: Callable[[int, int], bool] = (
             (lambda of, at: tiles[of][at] > 0) if queries else (lambda of, at: tiles[at][of] > 0)
         )
-        moves = traffic.circuit(wanted, self.rows[not queries], nodes, local)
+        rows = self.rows[not queries]
+        circuit = traffic.circuit(wanted, rows, nodes, local)
         steps = work.steps_of(self.work, self._holder, queries)
-        row = max(self.rows[not queries])
-        timed, seconds = self._timed(steps, per_tile, (row * ahead, row * back), moves)
-        return tuple(m.sent(ahead, back) for m in moves), timed, seconds
+        timed, seconds = self._timed(steps, per_tile, (max(rows) * ahead, max(rows) * back), circuit)
+        while len(timed) > 1 and not timed[-1].waits:
+            timed.pop()
+        return tuple(moves.sent(ahead, back) for moves in circuit.moves), tuple(timed), seconds
 
     def _holder(self, rank: int, step: int) -> int:
         """Whose tensors a rank holds at a step."""
@@ -218,29 +220,24 @@ class _Ring:
         return (node - far) % self.mesh.nodes * self.mesh.local + (place - near) % self.mesh.local
 
     def _timed(
-        self, steps: Sequence[Step], per_tile: float, bundle: tuple[int, int], moves: list[Moves]
-    ) -> tuple[tuple[Step, ...], float]:
-        """The steps with their times, and the sum: each lasts as long as its most loaded rank or its transfer, and those in a node
-        together as long as a transfer between nodes. Gradients go on all the way home after the last step. bundle: bytes of what
-        goes around, and of its gradients, at most."""
+        self, steps: Sequence[Step], per_tile: float, bundle: tuple[int, int], circuit: Circuit
+    ) -> tuple[list[Step], float]:
+        """The steps with their times, and the sum: each lasts as long as its most loaded rank or its transfers, and those in a node
+        together as long as a transfer between nodes. bundle: bytes of what goes around, and of its gradients, at most."""
         links = slowest(self.mesh.nodes, self.mesh.ranks, self.links)
         speed, latency = (links.between, links.far_latency) if self.mesh.apart else (links.within, links.latency)
-        near = (sum(bundle) / speed + latency) * any(m.within for m in moves)
-        far = (sum(bundle) / links.between + links.far_latency) * any(m.between for m in moves)
         found: list[Step] = []
         total, local = 0.0, self.mesh.local
-        for first in range(0, len(steps), local):
-            node = steps[first : first + local]
-            last, there = len(node) - 1, 0.0
-            for i, step in enumerate(node):
-                timed = replace(step, compute=step.waits * per_tile, transfer=near * (i < last))
-                if i == last:
-                    timed = replace(timed, far=far * (first + local < len(steps)))
-                there += max(timed.compute, timed.transfer)
-                found.append(timed)
+        for o in range(self.mesh.nodes):
+            there = 0.0
+            for n in range(o * local, (o + 1) * local):
+                sent = bundle[0] * (n in circuit.steps) + bundle[1] * (n in circuit.back)
+                step = replace(
+                    steps[n], compute=steps[n].waits * per_tile, transfer=(sent / speed + latency) * bool(sent)
+                )
+                there += max(step.compute, step.transfer)
+                found.append(step)
+            sent = bundle[0] * (o in circuit.far) + bundle[1] * (o in circuit.far_back)
+            found[-1] = replace(found[-1], far=(sent / links.between + links.far_latency) * bool(sent))
             total += max(there, found[-1].far)
-        if any(m.back_within for m in moves):
-            total += -len(steps) % local * (bundle[1] / speed + latency)
-        if any(m.back_between for m in moves):
-            total += (self.mesh.nodes - -(-len(steps) // local)) * (bundle[1] / links.between + links.far_latency)
-        return tuple(found), total
+        return found, total

@@ -37,7 +37,7 @@ class Decision:
     heads                          ranks that share out the heads (Ulysses)
     reason                         for the report
     bytes_forward, bytes_backward  of the rank that sends most
-    steps                          of forward: tiles by rank
+    steps                          of forward, without empty ones at the end: tiles by rank
     account                        all that is known of it
     """
 

@@ -105,25 +105,48 @@ class Moves(NamedTuple):
         )
 
 
-def circuit(wanted: Callable[[int, int], bool], rows: Sequence[int], nodes: int, local: int) -> list[Moves]:
-    """What each rank sends in a double ring of (nodes, local); (1, P) is a plain one.
+class Circuit(NamedTuple):
+    """moves: of each rank. Steps after which somebody sends on what goes around, and gradients of it: `steps` and `back` within a
+    node, `far` and `far_back` between nodes, by the node's number on the way."""
+
+    moves: list[Moves]
+    steps: frozenset[int]
+    back: frozenset[int]
+    far: frozenset[int]
+    far_back: frozenset[int]
+
+
+def circuit(wanted: Callable[[int, int], bool], rows: Sequence[int], nodes: int, local: int) -> Circuit:
+    """What is sent in a double ring of (nodes, local); (1, P) is a plain one.
 
     wanted(of, at): whether rank `at` computes something of what rank `of` holds; rows: of each rank. A bundle goes from node to
     node by the same place of each, and in each node around, as far as it is wanted. Gradients are summed around each node,
     from the place after the bundle's own on, and node by node on the way home.
     """
     found = [[0, 0, 0, 0] for _ in rows]
+    ways: tuple[set[int], set[int], set[int], set[int]] = set(), set(), set(), set()
+
+    def sent(kind: int, rank: int, step: int, count: int) -> None:
+        found[rank][kind] += count
+        ways[kind].add(step)
+
     for of, count in enumerate(rows):
         home, own = divmod(of, local)
         there = [[(home + o) % nodes * local + (own + i) % local for i in range(local)] for o in range(nodes)]
         want = [[wanted(of, at) for at in node] for node in there]
-        for o in range(nodes):
-            for i in range(local):
-                found[there[o][i]][0] += count * any(want[o][i + 1 :])
-                found[there[o][i]][2] += count * any(want[o][1 : i + 1])
-            found[there[o][0]][1] += count * any(map(any, want[o + 1 :]))
-            found[there[o][0]][3] += count * any(map(any, want[1 : o + 1]))
-    return [Moves(*x) for x in found]
+        for o in range(nodes if count else 0):
+            first = next((i for i in range(1, local) if want[o][i]), local)
+            last = next((i for i in range(local - 1, 0, -1) if want[o][i]), 0)
+            for i in range(last):
+                sent(0, there[o][i], o * local + i, count)
+            for i in range(first, local):
+                sent(2, there[o][i], o * local + i, count)
+            if any(map(any, want[o + 1 :])):
+                sent(1, there[o][0], o, count)
+            if any(map(any, want[1 : o + 1])):
+                sent(3, there[o][0], o, count)
+    near, far, back, far_back = map(frozenset, ways)
+    return Circuit([Moves(*x) for x in found], near, back, far, far_back)
 
 
 def key_row(sizes: Sizes) -> tuple[int, int]:

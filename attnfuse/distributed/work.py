@@ -117,17 +117,14 @@ def work_of(
     return Work(tuple(map(tuple, counted.tolist())), tile)
 
 
-def steps_of(work: Work, holder: Callable[[int, int], int], queries_travel: bool = False) -> tuple[Step, ...]:
-    """The steps of a ring. holder(rank, step): whose tensors a rank holds then. queries_travel: keys stay where they are, as in
-    Burst's backward. Empty steps at the end are left out."""
-    ranks = len(work.tiles)
+def steps_of(work: Work, holder: Callable[[int, int], int], queries_travel: bool = False) -> list[Step]:
+    """The steps of a ring, one for each rank. holder(rank, step): whose tensors a rank holds then. queries_travel: keys stay where
+    they are, as in Burst's backward."""
     found = []
-    for step in range(ranks):
-        pairs = [(r, holder(r, step)) for r in range(ranks)]
+    for step in range(len(work.tiles)):
+        pairs = [(r, holder(r, step)) for r in range(len(work.tiles))]
         found.append(Step(tuple(work.tiles[h][r] if queries_travel else work.tiles[r][h] for r, h in pairs)))
-    while len(found) > 1 and not found[-1].waits:
-        found.pop()
-    return tuple(found)
+    return found
 
 
 def _blocks(layout: str, ranks: int, length: int, tile: int, n: int | None) -> tuple[torch.Tensor, torch.Tensor]:

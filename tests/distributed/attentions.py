@@ -243,3 +243,12 @@ def worst(found: Results, expected: Results) -> float:
         if difference.numel():
             most = max(most, float(difference.amax()) / max(size, 1e-3))
     return most
+
+
+def as_in_float64(whole: Whole) -> Whole:
+    """The same in float64."""
+    tensors = {
+        name: None if x is None else x.double() for name, x in vars(whole).items() if name in ("q", "k", "v", "dout", "dlse")
+    }
+    operands = [x.double() if x.is_floating_point() else x for x in whole.operands]
+    return dataclasses.replace(whole, **tensors, operands=operands, spec=in_float64(whole.spec))

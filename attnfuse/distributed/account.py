@@ -92,10 +92,10 @@ class Attended:
         """Queries and keys that a rank holds, padding included."""
         return traffic.rows_of(self.layout, self.mesh.ranks, self.sizes)
 
-    def work(self) -> Work:
-        """Tiles by rank of the ring."""
+    def work(self, backward: bool = False) -> Work:
+        """Tiles by rank of the ring; backward: those that are surely empty in backward, too, are 0."""
         held = self.rows[0] * self.mesh.parts, self.rows[1] * self.mesh.parts
-        masks = work.masks_of(self.spec, self.sizes.queries == self.sizes.keys)
+        masks = work.masks_of(self.spec, self.sizes.queries == self.sizes.keys, backward)
         return work.work_of(masks, self.layout, self.mesh.rings, (self.sizes.queries, self.sizes.keys), held)
 
     def _per_tile(self, done: Work) -> float:
@@ -142,14 +142,15 @@ class Attended:
         if mesh.parts > 1:
             sizes = traffic.inner_sizes(sizes, mesh.parts, self.copies)
         done = self.work()
-        ring = _Ring(mesh, done, [self._real(sizes.queries), self._real(sizes.keys)], self.links)
+        rows = [self._real(sizes.queries), self._real(sizes.keys)]
+        ring, back = (_Ring(mesh, self.work(backward), rows, self.links) for backward in (False, True))
         per_tile, key, query = self._per_tile(done), traffic.key_row(sizes), traffic.query_row(sizes, self.apart)
         forward, steps, seconds = ring.sent(False, key[0], 0, per_tile)
         backward, back_seconds = (Sent(0),) * mesh.rings, 0.0
         back_steps: tuple[Step, ...] = ()
         if sizes.trains:
             ways = {"ring": [False], "burst": [True], "ulysses_ring": [False, True]}[algorithm]
-            found = [ring.sent(way, *(query if way else key), BACKWARD * per_tile) for way in ways]
+            found = [back.sent(way, *(query if way else key), BACKWARD * per_tile) for way in ways]
             backward, back_steps, back_seconds = min(found, key=lambda x: max(sent.total for sent in x[0]))
         if mesh.parts > 1:
             inside = self._exchanged() if sizes.trains else (self._exchanged()[0], Sent(0))

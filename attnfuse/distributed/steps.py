@@ -160,11 +160,11 @@ def _cut(spec: Attention, sides: tuple[bool, bool]) -> tuple[tuple[bool, bool], 
 
 @functools.lru_cache(maxsize=256)
 def empty(
-    text: str, layout: str, ranks: int, lengths: tuple[int, int], held: tuple[int, int]
+    text: str, layout: str, ranks: int, lengths: tuple[int, int], held: tuple[int, int], backward: bool = False
 ) -> tuple[tuple[bool, ...], ...]:
     """[rank of the queries][rank of the keys]: whether no query sees a key there, and nothing of them is left, whatever the
-    tensors hold. Those who have no rows see nothing either. lengths, held: of queries and keys."""
-    masks = work.masks_of(Attention.parse(text), lengths[0] == lengths[1])
+    tensors hold. Those who have no rows see nothing either. lengths, held: of queries and keys; backward: see work.masks_of."""
+    masks = work.masks_of(Attention.parse(text), lengths[0] == lengths[1], backward)
     found = work.work_of(masks, layout, ranks, lengths, held)
     return tuple(tuple(not tiles for tiles in row) for row in found.tiles)
 

@@ -65,27 +65,36 @@ class Step:
         return max(self.tiles)
 
 
-def masks_of(spec: Attention, square: bool) -> tuple[Expr, ...]:
+def masks_of(spec: Attention, square: bool, backward: bool = False) -> tuple[Expr, ...]:
     """What a key must satisfy to be seen: masks outside of which nothing of a score is left, whatever the tensors hold.
 
     square: query and key of one number are one token. A finite fill counts where no row has it on all of its keys: where a row
-    surely sees its own token, that is, and nothing is added that could be as small.
+    surely sees its own token, that is, and nothing is added that could be as small. backward: of gradients, which a row that is
+    hidden whole makes NaN at every key, where it is NaN itself.
     """
     hides = hiding(spec)
-    every = [s for s in spec.steps if isinstance(s, (ReplaceFill, AddFill))]
     fills = [spec.steps[i] for i in sorted(hides.steps)]
-    keeps = [s.keep for s in fills if isinstance(s, (ReplaceFill, AddFill))]
     if hides.doubt > -math.inf:
-        algebra = Algebra(spec.Q, spec.K)
         others = any(isinstance(s, (Bias, Ramp)) for s in spec.steps)
-        if not square or others or any(s.value > HIDDEN_BELOW for s in every):
+        if others or any(s.value > HIDDEN_BELOW for s in spec.steps if isinstance(s, (ReplaceFill, AddFill))):
             return ()
-        if not all(expr.substitute(s.keep, {expr.K: expr.Q}, algebra) == expr.TRUE for s in every):
+        if not _sees_itself(spec, square):
             return ()
+    if backward and spec.hidden == "nan" and spec.sink is None and not _sees_itself(spec, square):
+        return ()
     found: list[Expr] = []
-    for keep in keeps:
+    for keep in (s.keep for s in fills if isinstance(s, (ReplaceFill, AddFill))):
         found += keep.args if isinstance(keep, expr.Apply) and keep.op == "and" else (keep,)
     return tuple(dict.fromkeys(found))
+
+
+def _sees_itself(spec: Attention, square: bool) -> bool:
+    """Whether no mask hides a row's own token from it. Tables and ramps are taken to be finite."""
+    if any(isinstance(s, Bias) and s.row is None and s.col is None for s in spec.steps):
+        return False
+    algebra = Algebra(spec.Q, spec.K)
+    keeps = [s.keep for s in spec.steps if isinstance(s, (ReplaceFill, AddFill))]
+    return square and all(expr.substitute(keep, {expr.K: expr.Q}, algebra) == expr.TRUE for keep in keeps)
 
 
 def tile_of(length: int) -> int:

@@ -248,7 +248,9 @@ def worst(found: Results, expected: Results) -> float:
 def as_in_float64(whole: Whole) -> Whole:
     """The same in float64."""
     tensors = {
-        name: None if x is None else x.double() for name, x in vars(whole).items() if name in ("q", "k", "v", "dout", "dlse")
+        name: None if x is None else x.double()
+        for name, x in vars(whole).items()
+        if name in ("q", "k", "v", "dout", "dlse")
     }
     operands = [x.double() if x.is_floating_point() else x for x in whole.operands]
     return dataclasses.replace(whole, **tensors, operands=operands, spec=in_float64(whole.spec))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from attnfuse.distributed.steps import Call, padded
+from attnfuse.kernels.layout import precision
 from attnfuse.spec import Attention, dtype_of
 
 
@@ -28,14 +29,25 @@ def backward(
     out: torch.Tensor,
     stats: torch.Tensor,
     needs: Sequence[bool],
+    summed: bool = False,
 ) -> list[torch.Tensor | None]:
-    """Gradients of q and, as far as this rank's queries make them, of k, v and the operands, whole; None without a need."""
+    """Gradients of q and, as far as this rank's queries make them, of k, v and the operands, whole; None without a need.
+
+    summed: they are added to those of other ranks, so that they are float32 where the kernel has them.
+    """
     n, rows = q.shape[-2], call.rows[call.rank]
     inputs = call.inputs("rows", q[..., :rows, :], k, v, call.rank, 0)
     numbers = [False] * sum(call.step("rows").numbers)
-    given = dout[..., :rows, :], out[..., :rows, :], stats[..., :rows], [*needs, *numbers]
-    dlse = None if dlse is None else dlse.expand(stats.shape[1:])[..., :rows]
-    dq, dk, dv, *others = call.run("backward", call.step("rows").spec, inputs, *given, dlse)
+    step, wanted = call.step("rows").spec, [*needs, *numbers]
+    dout, out, stats = dout[..., :rows, :], out[..., :rows, :], stats[..., :rows]
+    dlse = None if dlse is None else dlse.expand(*stats.shape[1:-1], n)[..., :rows]
+    if summed and call.partial and q.dtype.itemsize < 4:
+        compute = precision(step)
+        delta = (dout.to(compute) * out.to(compute)).sum(-1)
+        delta = delta if dlse is None else delta - dlse
+        dq, dk, dv, *others = call.run("backward_part", step, inputs, dout, delta, stats, wanted)
+    else:
+        dq, dk, dv, *others = call.run("backward", step, inputs, dout, out, stats, wanted, dlse)
     sums: list[torch.Tensor | None] = [None] * len(call.operands)
     call.add_to_whole(sums, others[: len(call.operands)], "rows", call.rank, 0)
     return [None if dq is None else padded(dq, -2, n), dk, dv, *sums]

@@ -29,6 +29,7 @@ from attnfuse._compat import has_tangent, process_group
 from attnfuse.distributed import gather, layouts, local, ring, steps, ulysses
 from attnfuse.distributed.steps import Call
 from attnfuse.distributed.transport import Hops
+from attnfuse.kernels import kernel_named
 from attnfuse.kernels.arguments import check_arguments, check_results
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.layout import allocate
@@ -94,11 +95,14 @@ def _begun(
     parsed = Attention.parse(spec)
     hops = Hops(groups, site, inputs.q.device)
     _check(parsed, inputs, lengths, layout, algorithm, hops.ranks)
+    partial = kernel_named(kernel).capability.partial
+    if not partial and algorithm not in steps.WHOLE_KEYS:
+        raise ValueError(f"attnfuse: kernel {kernel!r} has no gradients of a part of the keys, which {algorithm} needs")
 
     def run(which: str, step: Attention, inputs: Inputs, *given: Any) -> Any:
         return ops.run(which, kernel, strict, step, inputs, *given)
 
-    return Call(parsed, layout, (hops.rank, hops.ranks), lengths, inputs.operands, run), hops
+    return Call(parsed, layout, (hops.rank, hops.ranks), lengths, inputs.operands, run, partial), hops
 
 
 def _check(
@@ -141,7 +145,7 @@ def _check(
         _fitting.add(kind)
 
 
-def _forward(
+def forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -157,6 +161,7 @@ def _forward(
     groups: Sequence[str],
     site: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """What sequence_attention does."""
     inputs = Inputs(q, k, v, operands or (), seed)
     call, hops = _begun(inputs, (queries, keys), spec, kernel, strict, layout, algorithm, groups, site)
     found: tuple[torch.Tensor, torch.Tensor] = ALGORITHMS[algorithm].forward(call, hops, q, k, v)
@@ -165,7 +170,7 @@ def _forward(
     return found
 
 
-def _backward(
+def backward(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
     q: torch.Tensor,
@@ -186,6 +191,7 @@ def _backward(
     site: str,
     needs: Sequence[bool],
 ) -> list[torch.Tensor]:
+    """What sequence_attention_backward does."""
     inputs = Inputs(q, k, v, operands, seed)
     call, hops = _begun(inputs, (queries, keys), spec, kernel, strict, layout, algorithm, groups, site)
     check_results(out, stats, dout, dlse, needs, len(inputs.tensors))
@@ -203,8 +209,8 @@ def _backward(
     return found
 
 
-_LIBRARY.impl("sequence_attention", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("sequence_attention_backward", _backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("sequence_attention", forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("sequence_attention_backward", backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("attnfuse::sequence_attention", lib=_LIBRARY)

@@ -253,7 +253,7 @@ class _Ring:
             dq = grads[0] if dq is None or grads[0] is None else dq.add_(grads[0])
             return [g for g in grads[1:] if g is not None]
 
-        circuit = Circuit(hops, "keys", lambda of, at: not call.is_empty(at, of), _shapes_of_keys(call, k, v))
+        circuit = Circuit(hops, "keys", lambda of, at: not call.is_empty(at, of, True), _shapes_of_keys(call, k, v))
         wide = precision(call.spec)
         which = [x for x, need in zip((k, v), needs[1:3]) if need]
 
@@ -293,7 +293,7 @@ class _Ring:
                 ((*numbers.shape[:-1], n), numbers.dtype),
             ]
 
-        circuit = Circuit(hops, "burst", lambda of, at: not call.is_empty(of, at), bundle)
+        circuit = Circuit(hops, "burst", lambda of, at: not call.is_empty(of, at, True), bundle)
         q = queries[0]
 
         def shapes(rank: int) -> list[Shape]:

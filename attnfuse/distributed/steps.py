@@ -50,7 +50,7 @@ def check(spec: Attention) -> None:
 
 
 def step_spec(spec: Attention, layout: str, ranks: int, algorithm: str) -> Attention:
-    """The spec that the kernel is given: what to choose one for. With `part_of(...)` for algorithms that merge."""
+    """The spec that the kernel is given: what to choose one for; a `partial` one unless the algorithm is one of WHOLE_KEYS."""
     kind: Kind = "rows" if algorithm in WHOLE_KEYS else "part"
     return step(spec.text, layout, ranks, kind).spec
 
@@ -172,8 +172,8 @@ def empty(
 class Call:
     """One attention over all ranks, as this rank takes part in it.
 
-    run(which, spec, inputs, *given): a kernel's; operands: whole; rank: this one of `ranks`; held: queries and keys that each
-    rank has rows for, as many as layouts.rows_of_rank says where it is not given.
+    run(which, spec, inputs, *given): a kernel's; partial: whether it is one with backward_part; operands: whole; rank: this one
+    of `ranks`; held: queries and keys that each rank has rows for, where they are not layouts.rows_of_rank.
     """
 
     def __init__(
@@ -184,9 +184,10 @@ class Call:
         lengths: tuple[int, int],
         operands: Sequence[torch.Tensor],
         run: Callable[..., Any],
+        partial: bool,
         held: tuple[int, int] | None = None,
     ) -> None:
-        self.spec, self.layout, self.operands, self.run = spec, layout, operands, run
+        self.spec, self.layout, self.operands, self.run, self.partial = spec, layout, operands, run, partial
         self.rank, self.ranks = place
         self.queries, self.keys = lengths
         n, m = (layouts.rows_of_rank(layout, self.ranks, length) for length in lengths)
@@ -199,12 +200,9 @@ class Call:
     def step(self, kind: Kind) -> StepSpec:
         return step(self.spec.text, self.layout, self.ranks, kind)
 
-    @functools.cached_property
-    def _empty(self) -> tuple[tuple[bool, ...], ...]:
-        return empty(self.spec.text, self.layout, self.ranks, (self.queries, self.keys), self.held)
-
-    def is_empty(self, q_rank: int, k_rank: int) -> bool:
-        return self._empty[q_rank][k_rank]
+    def is_empty(self, q_rank: int, k_rank: int, backward: bool = False) -> bool:
+        found = empty(self.spec.text, self.layout, self.ranks, (self.queries, self.keys), self.held, backward)
+        return found[q_rank][k_rank]
 
     def take(self, x: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
         """What `rank` has of a dim of whole length, without padding; x itself where that has size 1."""

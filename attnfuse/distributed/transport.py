@@ -22,24 +22,23 @@ Shape = tuple[Sequence[int], torch.dtype]
 
 
 class Pending:
-    """Tensors on their way. wait() gives those that are received, in the shapes that were asked for."""
+    """Tensors on their way. wait() gives those that are received, in the shapes that were asked for.
 
-    def __init__(self, hops: Hops, work: Sequence[Any], held: Sequence[torch.Tensor], where: str) -> None:
-        self._hops, self._work, self._where = hops, work, where
-        # those that are sent must live as long as they are
-        self._sent: Sequence[torch.Tensor] = ()
-        self._received = held
+    works: what waits for each transfer, with what it is.
+    """
 
-    def sending(self, tensors: Sequence[torch.Tensor]) -> Pending:
-        self._sent = tensors
-        return self
+    def __init__(
+        self, hops: Hops, works: Sequence[tuple[Any, str]], sent: Sequence[torch.Tensor], received: list[torch.Tensor]
+    ) -> None:
+        # those that are sent must live as long as they are on their way
+        self._hops, self._works, self._sent, self._received = hops, works, sent, received
 
     def wait(self) -> Sequence[torch.Tensor]:
-        """Raises RuntimeError, naming this rank, its peers, the site and the step, where a transfer fails or takes too long."""
-        with self._hops.said(self._where):
-            for work in self._work:
+        """Raises RuntimeError, naming this rank, its peer, the site and the step, where a transfer fails or takes too long."""
+        for work, where in self._works:
+            with self._hops.said(where):
                 work.wait()
-        self._work = self._sent = ()
+        self._works = self._sent = ()
         return self._received
 
 
@@ -106,18 +105,21 @@ class Hops:
         ops = [dist.P2POp(dist.isend, x, group=group, group_peer=ahead) for x in sent]
         ops += [dist.P2POp(dist.irecv, x, group=group, group_peer=behind) for x in received if x.numel()]
         ranks = [self.at(self.node, n) if ring == "inner" else self.at(n, self.place) for n in (ahead, behind)]
-        names = [self._numbers[rank] for rank in ranks]
-        said = [f"sending to rank {names[0]}"] if sent else []
-        said += [f"receiving from rank {names[1]}"] if received else []
-        where = f"step {step} of {what}, {' and '.join(said)}"
+        peers = [self._numbers[rank] for rank in ranks]
+        said = [f"sending to rank {peers[0]}"] * len(sent)
+        said += [f"receiving from rank {peers[1]}"] * (len(ops) - len(sent))
         if sent:
             self.sent["bytes", self._ring_names[ring], what] += sum(x.nbytes for x in sent)
             self.sent["messages", self._ring_names[ring], what] += 1
-        work: Sequence[Any] = ()
-        if ops:
-            with self.said(where):
-                work = dist.batch_isend_irecv(ops)
-        return Pending(self, work, received, where).sending(sent)
+        if not ops:
+            return Pending(self, (), (), received)
+        step_of = f"step {step} of {what}, "
+        both = step_of + " and ".join(dict.fromkeys(said))
+        with self.said(both):
+            works = dist.batch_isend_irecv(ops)
+        # some backends have one for all
+        where = [step_of + x for x in said] if len(works) == len(ops) else [both] * len(works)
+        return Pending(self, list(zip(works, where)), sent, received)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """[ranks, *x.shape]: the x of every rank."""

@@ -145,7 +145,7 @@ class _Heads:
         sizes = [n if is_whole else None for n, is_whole in zip(self.spec.sizes[-4:-2], whole)]
         spec = replace(self.spec, sizes=(*self.spec.sizes[:-4], *sizes, *self.spec.sizes[-2:]))
         place, lengths = (self.hops.node, self.hops.nodes), (call.queries, call.keys)
-        return Call(spec, call.layout, place, lengths, self.operands, call.run, held)
+        return Call(spec, call.layout, place, lengths, self.operands, call.run, call.partial, held)
 
     def there(self, tensors: Sequence[tuple[torch.Tensor, int]]) -> list[torch.Tensor]:
         """[*part of batch, rows, D] of each (tensor [*batch, n, D], side): the rows of all ranks, in the order of tokens."""

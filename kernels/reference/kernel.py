@@ -94,7 +94,10 @@ def _backward(
 
     def differentiate() -> list[torch.Tensor | None]:
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
-            leaves = [x.detach().requires_grad_() if need else x.detach() for x, need in zip(inputs.tensors, needs)]
+            leaves = [x.detach() for x in inputs.tensors]
+            if part:
+                leaves = [x.to(torch.promote_types(x.dtype, torch.float32)) if n else x for x, n in zip(leaves, needs)]
+            leaves = [x.requires_grad_() if need else x for x, need in zip(leaves, needs)]
             rows = (shift, inverse, delta, None if dlse is None else dlse.to(compute).expand(delta.shape))
             return _gradients(spec, inputs.with_tensors(leaves), dout.to(compute), rows, compute, part)
 

@@ -7,13 +7,17 @@ import io
 
 import pytest
 import torch
-from attentions import Whole, as_in_float64, filled, oracle, over_ranks, worst
+import torch.distributed as dist
+from attentions import Results, Whole, as_in_float64, filled, oracle, over_ranks, worst
 from drawn_attentions import attentions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import run
 
+from attnfuse import ops
+from attnfuse.distributed import steps
 from attnfuse.distributed.layouts import LAYOUTS
+from attnfuse.kernels import choose
 
 ALGORITHMS = ("ring", "burst", "gather", "local")
 #: Short ones, some of them shorter than there are ranks.
@@ -74,3 +78,42 @@ def test_drawn_attentions(drawn, ranks, layout):
 def test_many_drawn_attentions(drawn, ranks, layout):
     for found in run(one_case, ranks, *drawn, layout, ALGORITHMS, "reference"):
         assert {name: error for name, error in found.items() if not error < 1e-8} == {}
+
+
+def on_cpu(written, layout, algorithms):
+    """(the error of whole tensors on the CPU kernel, those of parts), or None where it does not take the spec."""
+    whole = read(written)
+    found = []
+    for algorithm in ("gather", *algorithms):
+        spec = steps.step_spec(whole.spec, layout, dist.get_world_size(), algorithm)
+        if choose(spec, torch.device("cpu"), "cpu", True, algorithm != "gather").kernel is None:
+            return None
+    expected = oracle(whole)
+    for algorithm in algorithms:
+        found.append(worst(over_ranks(whole, layout, algorithm, kernel="cpu"), expected))
+    q, k, v, *operands = (
+        x.clone().requires_grad_(x.is_floating_point()) for x in (whole.q, whole.k, whole.v, *whole.operands)
+    )
+    call = (q, k, v, operands, None, None, None, whole.spec.argument, "cpu", True)
+    out, stats = torch.ops.attnfuse.attention(*call)
+    given, results = [whole.dout], [out]
+    if whole.dlse is not None:
+        given.append(whole.dlse.float())
+        results.append(ops.log_sum_exp(stats))
+    leaves = [q, k, v, *(x for x in operands if x.requires_grad)]
+    grads = iter(torch.autograd.grad(results, leaves, given))
+    made = [next(grads), next(grads), next(grads), *(next(grads) if x.requires_grad else None for x in operands)]
+    alone = worst(Results(out.detach(), ops.log_sum_exp(stats.detach()), made), expected)
+    return alone, found
+
+
+@pytest.mark.slow
+@given(wholes().filter(lambda x: x[1]), st.sampled_from((2, 4, 3)), st.sampled_from(LAYOUTS))
+@settings(max_examples=150)
+def test_drawn_attentions_on_the_cpu_kernel(drawn, ranks, layout):
+    """As near to float64 as that kernel is with the whole tensors."""
+    for found in run(on_cpu, ranks, drawn[0], layout, ("ring", "burst", "gather")):
+        if found is None:
+            continue
+        alone, errors = found
+        assert max(errors) <= max(8.0 * alone, 3e-5), (alone, errors)

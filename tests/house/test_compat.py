@@ -14,6 +14,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 import attnfuse
+import attnfuse.distributed.ops
 from attnfuse import _compat, ops
 
 
@@ -476,10 +477,11 @@ def test_atens_attention_of_packed_rows_has_windows(monkeypatch):
     assert _compat.aten_varlen_attention() is None
 
 
+@pytest.mark.parametrize("name", ["attention", "sequence_attention"])
 @pytest.mark.parametrize("said", [True, CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE])
-def test_a_policy_that_saves_atens_attention_saves_attnfuses(said):
-    assert ops.__doc__, "registers the op"
-    ours, theirs = torch.ops.attnfuse.attention.default, _compat.aten_attention("flash_cpu")[0]
+def test_a_policy_that_saves_atens_attention_saves_attnfuses(said, name):
+    assert ops.__doc__ and attnfuse.distributed.ops.__doc__, "registers the ops"
+    ours, theirs = getattr(torch.ops.attnfuse, name).default, _compat.aten_attention("flash_cpu")[0]
 
     def policy(context, op, *args, **kwargs):
         return said if op is theirs else CheckpointPolicy.MUST_RECOMPUTE
@@ -531,6 +533,19 @@ def test_the_dtypes_of_gradients_are_known_in_backward():
 def test_inductor_has_code_for_a_device_that_it_or_an_extension_knows():
     assert _compat.inductor_has("cpu") and _compat.inductor_has("cuda")
     assert not _compat.inductor_has("npu")
+
+
+def test_a_process_group_is_found_by_its_name():
+    import torch.distributed as dist
+
+    with pytest.raises(ValueError, match="no process group"):
+        _compat.process_group("nobody's")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        found = _compat.process_group(dist.group.WORLD.group_name)
+        assert (found.size(), found.rank()) == (1, 0)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_process_group_that_is_not_there_has_no_name_on_npus():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_cases import INF, make_spec, qkv, randn
+from partial_cases import parts_and_whole
 from sink_cases import *  # noqa: F403
 from tile_cases import *  # noqa: F403
 from triton.runtime import interpreter
@@ -117,3 +118,12 @@ def test_weights_filled_with_a_number_are_refused():
     q, k, v = qkv(1, 1, 8, 8, 8)
     with pytest.raises(ValueError, match="on weights"):
         codegen.source(make_spec(q, k, v, weight_steps=(ReplaceFill(causal(), 0.25),)))
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("keep", [None, causal()])
+def test_gradients_of_parts_of_the_keys_add_up(dtype, close, keep):
+    """Those of narrower inputs are rounded to the inputs' dtype, once in each part."""
+    for at, (found, wanted) in enumerate(zip(*parts_and_whole(triton, dtype, keep), strict=True)):
+        assert found.dtype == (dtype if at < 3 else torch.float32)
+        assert (found - wanted).abs().max() < close * max(1.0, wanted.abs().max())

@@ -71,7 +71,8 @@ class Account:
 
 @dataclass(frozen=True)
 class Attended:
-    """One attention on a mesh. copies: ranks that need the same key head; apart: see traffic.query_row."""
+    """One attention on a mesh. copies: ranks that need the same key head; apart: see traffic.query_row; partial: whether the kernel
+    gives sums."""
 
     spec: Attention
     sizes: Sizes
@@ -80,6 +81,7 @@ class Attended:
     links: Links
     copies: int = 1
     apart: bool = False
+    partial: bool = True
 
     def account(self, algorithm: str) -> Account:
         """By an algorithm of traffic.ALGORITHMS."""
@@ -133,7 +135,9 @@ class Attended:
         )
 
     def _exchanged(self) -> tuple[Sent, Sent]:
-        forward, backward = traffic.exchange(self.sizes, self.rows, self.mesh.parts, self.copies, self.spec.lse)
+        forward, backward = traffic.exchange(
+            self.sizes, self.rows, self.mesh.parts, self.copies, self.spec.lse, self.partial
+        )
         return Sent(forward), Sent(backward)
 
     def _around(self, algorithm: str) -> Account:

@@ -114,7 +114,7 @@ def choose(
     """
     mesh = _mesh(ranks, heads, algorithm, layout)
     names = dict.fromkeys([*([layout] if layout != "auto" else []), *_CHOSEN[: 1 + (mesh.rings > 1)]])
-    made = _accounts(spec, sizes, mesh, links or links_of(device_type), _names(algorithm, mesh, partial))
+    made = _accounts(spec, sizes, mesh, links or links_of(device_type), _names(algorithm, mesh, partial), partial)
     found = {name: made(name) for name in names}
     chosen = layout
     if layout == "auto":
@@ -139,7 +139,7 @@ def choose_layout(
     mesh = _mesh(ranks, heads, algorithm, "auto")
     costs = dict.fromkeys(_CHOSEN, (0.0, 0))
     for (spec, sizes), count in Counter(attentions).items():
-        made = _accounts(spec, sizes, mesh, links or links_of(device_type), _names(algorithm, mesh, partial))
+        made = _accounts(spec, sizes, mesh, links or links_of(device_type), _names(algorithm, mesh, partial), partial)
         for layout, (time, waits) in costs.items():
             best = made(layout)[0]
             costs[layout] = time + count * sum(best.seconds), waits + count * best.waits
@@ -147,13 +147,13 @@ def choose_layout(
 
 
 def _accounts(
-    spec: Attention, sizes: Sizes, mesh: Mesh, links: Links, names: Sequence[str]
+    spec: Attention, sizes: Sizes, mesh: Mesh, links: Links, names: Sequence[str], partial: bool
 ) -> Callable[[str], list[Account]]:
     """Of a layout: by each algorithm, that which sends least first, and of those the first."""
     copies, apart = _copies(spec, mesh.parts), sends_apart(spec)
 
     def made(layout: str) -> list[Account]:
-        attended = Attended(spec, sizes, mesh, layout, links, copies, apart)
+        attended = Attended(spec, sizes, mesh, layout, links, copies, apart, partial)
         return sorted(map(attended.account, names), key=lambda account: account.total)
 
     return made

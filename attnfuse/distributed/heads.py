@@ -61,6 +61,15 @@ def parts_of(spec: Attention, ranks: int) -> Parts | None:
     return Parts(best)
 
 
+def parts_for(spec: Attention, ranks: int) -> Parts:
+    """Raises ValueError where the attention cannot be dealt to so many ranks."""
+    parts = parts_of(spec, ranks)
+    if parts is None:
+        dims = ", ".join(f"{name} {size}" for name, size in zip(spec.batch, spec.sizes))
+        raise ValueError(f"attnfuse: heads of an attention with {dims} cannot be dealt to {ranks} ranks")
+    return parts
+
+
 def _divides(cut: int, size: int | None) -> bool:
     return cut == 1 or (size is not None and size > 0 and size % cut == 0)
 

@@ -96,7 +96,7 @@ def _begun(
     hops = Hops(groups, site, inputs.q.device)
     _check(parsed, inputs, lengths, layout, algorithm, hops.ranks)
     partial = kernel_named(kernel).capability.partial
-    if not partial and algorithm not in steps.WHOLE_KEYS:
+    if not partial and algorithm not in steps.WHOLE_KEYS | {"ulysses"}:
         raise ValueError(f"attnfuse: kernel {kernel!r} has no gradients of a part of the keys, which {algorithm} needs")
 
     def run(which: str, step: Attention, inputs: Inputs, *given: Any) -> Any:

@@ -16,6 +16,7 @@ import torch
 
 from attnfuse import expr
 from attnfuse.distributed import layouts, work
+from attnfuse.distributed.heads import parts_for
 from attnfuse.expr import Algebra, Expr, K, Load, Q
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.layout import precision
@@ -49,10 +50,23 @@ def check(spec: Attention) -> None:
         raise ValueError("attnfuse: weights that are filled with another number than 0 have no parts that add up")
 
 
-def step_spec(spec: Attention, layout: str, ranks: int, algorithm: str) -> Attention:
-    """The spec that the kernel is given: what to choose one for; a `partial` one unless the algorithm is one of WHOLE_KEYS."""
+def step_spec(spec: Attention, layout: str, ranks: int, algorithm: str, heads: int = 1) -> Attention:
+    """The spec that the kernel is given: what to choose one for; a `partial` one unless the algorithm is one of WHOLE_KEYS or
+    'ulysses'. heads: ranks that share out the heads, in 'ulysses_ring'. Raises ValueError where they cannot be."""
+    if algorithm == "ulysses":
+        return parts_for(spec, ranks).spec(spec)
+    if algorithm == "ulysses_ring":
+        return step(held_by_groups(spec, layout, ranks, heads).text, layout, ranks // heads, "part").spec
     kind: Kind = "rows" if algorithm in WHOLE_KEYS else "part"
     return step(spec.text, layout, ranks, kind).spec
+
+
+def held_by_groups(spec: Attention, layout: str, ranks: int, heads: int) -> Attention:
+    """Of a part of the heads, the spec of a ring of groups of so many ranks, which hold their rows together."""
+    part = parts_for(spec, heads).spec(spec)
+    # rows are not those that a layout gives so many groups, where the length does not divide
+    sizes = [n if _rows(layout, ranks, n) else None for n in (spec.Q, spec.K)]
+    return dataclasses.replace(part, sizes=(*part.sizes[:-4], *sizes, *part.sizes[-2:]))
 
 
 @functools.lru_cache(maxsize=256)

@@ -16,9 +16,9 @@ ulysses, U ranks, each of which gets 1/U of the query heads and c/U of the key h
 too); of what a rank holds, (U-1)/U goes to others:
 
     forward   (U-1)/U (n_q Hq (D s + E o + 2 a) + c n_k Hkv (D+E) s)
-    backward  (U-1)/U (n_q Hq (2 D s + 2 E o + 2 a) + 2 c n_k Hkv (D+E) s)
+    backward  (U-1)/U (n_q Hq (2 D s + 2 E o + 2 a) + c n_k Hkv (D+E) (s+g))
 
-and a more for each row of backward where the log-sum-exp has a gradient (Jacobs et al. 2023, arXiv:2309.14509). ulysses_ring: the
+g = s, or a where c > 1 and the kernel gives sums; and a more for each row of backward where the log-sum-exp has a gradient (Jacobs et al. 2023, arXiv:2309.14509). ulysses_ring: the
 same in the inner group, and a ring of the outer one, in which a rank holds the rows of U ranks and 1/U of the heads.
 """
 
@@ -169,15 +169,17 @@ def gather(sizes: Sizes, rows: int, nodes: int, local: int) -> tuple[Sent, Sent]
     return moves.sent(ahead), moves.sent(ahead, back)
 
 
-def exchange(sizes: Sizes, rows: tuple[int, int], parts: int, copies: int = 1, lse: bool = False) -> tuple[int, int]:
+def exchange(
+    sizes: Sizes, rows: tuple[int, int], parts: int, copies: int = 1, lse: bool = False, sums: bool = True
+) -> tuple[int, int]:
     """(forward, backward) of Ulysses' all-to-all among `parts` ranks. rows: queries and keys that a rank holds; copies: ranks that
-    need the same key head; lse: whether the log-sum-exp has a gradient."""
+    need the same key head; lse: whether the log-sum-exp has a gradient; sums: whether kernels give sums of narrower inputs."""
     q = rows[0] * sizes.q_rows * sizes.D * sizes.itemsize
     out = rows[0] * sizes.q_rows * sizes.out * sizes.E
     stats = rows[0] * sizes.q_rows * sizes.sums
-    kv = rows[1] * sizes.kv_rows * (sizes.D + sizes.E) * sizes.itemsize * copies
-    forward = q + kv + out + 2 * stats
-    backward = 2 * (q + kv) + 2 * out + (3 if lse else 2) * stats
+    key, sum_ = (rows[1] * copies * x for x in key_row(sizes))
+    forward = q + key + out + 2 * stats
+    backward = 2 * q + key + (sum_ if copies > 1 and sums else key) + 2 * out + (3 if lse else 2) * stats
     return forward * (parts - 1) // parts, backward * (parts - 1) // parts
 
 

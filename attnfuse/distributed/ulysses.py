@@ -12,20 +12,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
 from attnfuse.distributed import layouts, local
-from attnfuse.distributed.heads import Parts, parts_of
+from attnfuse.distributed.heads import parts_for
 from attnfuse.distributed.merging import sends_apart
 from attnfuse.distributed.ring import BURST, RING
-from attnfuse.distributed.steps import Call, padded
+from attnfuse.distributed.steps import Call, held_by_groups, padded
 from attnfuse.distributed.traffic import Sizes, circuit, key_row, query_row
 from attnfuse.distributed.transport import Hops
 from attnfuse.kernels.inputs import Inputs
-from attnfuse.kernels.layout import batch_shape
-from attnfuse.spec import Attention
+from attnfuse.kernels.layout import batch_shape, precision
 
 
 def forward(
@@ -35,7 +33,7 @@ def forward(
     heads = _Heads(call, hops, q, k, v)
     q, k, v = heads.there([(q, 0), (k, 1), (v, 1)])
     if heads.ring is None:
-        out, stats = call.run("forward", heads.spec, Inputs(q, k, v, heads.operands))
+        out, stats = heads.run("forward", heads.spec, Inputs(q, k, v, heads.operands))
     else:
         out, stats = RING.forward(heads.ring, heads.outer, q, k, v)
     # padding has a log-sum-exp of 0
@@ -63,25 +61,15 @@ def backward(
         rows.append((dlse.to(stats.dtype).expand(stats.shape[1:])[..., None], 0))
     q_, k_, v_, dout, out, stats, *more = heads.there(rows)
     stats, dlse = stats.movedim(-1, 0).contiguous(), more[0][..., 0] if more else None
-    if heads.ring is None:
-        inputs = Inputs(q_, k_, v_, heads.operands)
-        dq, dk, dv, *others = call.run("backward", heads.spec, inputs, dout, out, stats, needs, dlse)
-    else:
-        around = BURST if _burst_sends_less(heads.ring, q_, k_, dout) else RING
-        dq, dk, dv, *others = around.backward(heads.ring, heads.outer, dout, dlse, q_, k_, v_, out, stats, needs)
-    made = [(grad, side, x) for grad, side, x in ((dq, 0, q), (dk, 1, k), (dv, 1, v)) if grad is not None]
-    sent = iter(heads.back([(grad, side, x.shape[:-2]) for grad, side, x in made]))
+    dq, dk, dv, *others = heads.gradients(q_, k_, v_, dout, dlse, out, stats, needs)
+    made = []
+    for grad, side, x in ((dq, 0, q), (dk, 1, k), (dv, 1, v)):
+        if grad is not None:
+            # sums of what several ranks make of one head are sent as they are, all else as it will be in the end
+            made.append((grad if heads.parts.copies(x) > 1 else grad.to(x.dtype), side, x.shape[:-2]))
+    sent = iter(heads.back(made))
     own = [None if grad is None else next(sent) for grad in (dq, dk, dv)]
     return [*own, *(None if g is None else heads.in_whole(g, x) for g, x in zip(others, call.operands, strict=True))]
-
-
-def parts_for(spec: Attention, ranks: int) -> Parts:
-    """Raises ValueError where the heads cannot be dealt to so many ranks."""
-    parts = parts_of(spec, ranks)
-    if parts is None:
-        dims = ", ".join(f"{name} {size}" for name, size in zip(spec.batch, spec.sizes))
-        raise ValueError(f"attnfuse: heads of an attention with {dims} cannot be dealt to {ranks} ranks")
-    return parts
 
 
 def _burst_sends_less(call: Call, q: torch.Tensor, k: torch.Tensor, dout: torch.Tensor) -> bool:
@@ -124,6 +112,8 @@ class _Heads:
     def __init__(self, call: Call, hops: Hops, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         self.parts = parts_for(call.spec, hops.local)
         self.spec, self.hops = self.parts.spec(call.spec), hops
+        self.run, self.partial = call.run, call.partial
+        self.shared = any(self.parts.copies(x) > 1 for x in (q, k, v))
         self.batch = batch_shape([x.shape for x in (q, k, v, *call.operands)])
         self.operands = [x[self.parts.index(hops.place, x)] for x in call.operands]
         lengths = (q.shape[-2], call.queries), (k.shape[-2], call.keys)
@@ -140,12 +130,36 @@ class _Heads:
                 "attnfuse: ranks that share out heads hold no stripe together; take another layout than striped"
             )
         held = self.sides[0].rows, self.sides[1].rows
-        # rows are not those that a layout gives so many ranks, where the length does not divide
-        whole = [n * self.hops.nodes == length for n, length in zip(held, (call.queries, call.keys))]
-        sizes = [n if is_whole else None for n, is_whole in zip(self.spec.sizes[-4:-2], whole)]
-        spec = replace(self.spec, sizes=(*self.spec.sizes[:-4], *sizes, *self.spec.sizes[-2:]))
+        spec = held_by_groups(call.spec, call.layout, call.ranks, self.hops.local)
         place, lengths = (self.hops.node, self.hops.nodes), (call.queries, call.keys)
         return Call(spec, call.layout, place, lengths, self.operands, call.run, call.partial, held)
+
+    def gradients(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        dout: torch.Tensor,
+        dlse: torch.Tensor | None,
+        out: torch.Tensor,
+        stats: torch.Tensor,
+        needs: Sequence[bool],
+    ) -> list[torch.Tensor | None]:
+        """Of this part, those of q, k, v and the operands; None without a need."""
+        if self.ring is not None:
+            around = BURST if _burst_sends_less(self.ring, q, k, dout) else RING
+            return around.backward(self.ring, self.outer, dout, dlse, q, k, v, out, stats, needs)
+        inputs = Inputs(q, k, v, self.operands)
+        found: list[torch.Tensor | None]
+        if self.shared and self.partial and q.dtype.itemsize < 4:
+            # in float32, since they are added up
+            compute = precision(self.spec)
+            delta = (dout.to(compute) * out.to(compute)).sum(-1)
+            delta = delta if dlse is None else delta - dlse
+            found = self.run("backward_part", self.spec, inputs, dout, delta, stats, needs)
+        else:
+            found = self.run("backward", self.spec, inputs, dout, out, stats, needs, dlse)
+        return found
 
     def there(self, tensors: Sequence[tuple[torch.Tensor, int]]) -> list[torch.Tensor]:
         """[*part of batch, rows, D] of each (tensor [*batch, n, D], side): the rows of all ranks, in the order of tokens."""

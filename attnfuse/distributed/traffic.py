@@ -18,8 +18,9 @@ too); of what a rank holds, (U-1)/U goes to others:
     forward   (U-1)/U (n_q Hq (D s + E o + 2 a) + c n_k Hkv (D+E) s)
     backward  (U-1)/U (n_q Hq (2 D s + 2 E o + 2 a) + c n_k Hkv (D+E) (s+g))
 
-g = s, or a where c > 1 and the kernel gives sums; and a more for each row of backward where the log-sum-exp has a gradient (Jacobs et al. 2023, arXiv:2309.14509). ulysses_ring: the
-same in the inner group, and a ring of the outer one, in which a rank holds the rows of U ranks and 1/U of the heads.
+g = s, or a where c > 1 and the kernel gives sums; and a more for each row of backward where the log-sum-exp has a gradient (Jacobs
+et al. 2023, arXiv:2309.14509). ulysses_ring: the same in the inner group, and a ring of the outer one, in which a rank holds the
+rows of U ranks and 1/U of the heads.
 """
 
 from __future__ import annotations

@@ -7,9 +7,12 @@ import math
 
 import pytest
 import torch
-from attentions import attention, filled, oracle, over_ranks
+from attentions import as_in_float64, attention, filled, oracle, over_ranks, worst
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from meshes import accounted, counted, groups_of
 from processes import run
+from test_drawn import read, wholes
 
 from attnfuse.distributed.heads import parts_of
 from attnfuse.distributed.layouts import LAYOUTS
@@ -229,3 +232,36 @@ def test_every_layout_gives_the_kernel_tokens_in_their_order():
     cases = [("window", layout, 26, (4, 1), {}) for layout in LAYOUTS]
     check(cases, "ulysses", (2,))
     assert parts_of(attention("window", 26, heads=(4, 1)).spec, 2).cuts == (1, 2, 1)
+
+
+def _drawn(written, spec, trains, layout, shape):
+    whole = as_in_float64(dataclasses.replace(read(written), spec=spec))
+    expected = oracle(whole)
+    found = over_ranks(whole, layout, "ulysses" if len(shape) == 1 else "ulysses_ring", groups_of(shape))
+    if not trains:
+        found.grads = expected.grads
+    return worst(found, expected)
+
+
+def check_drawn(drawn, layout, shape):
+    """With sizes that the spec says, since heads whose number is not known stay together."""
+    written, trains = drawn
+    whole = read(written)
+    batch = torch.broadcast_shapes(*(x.shape[:-2] for x in (whole.q, whole.k, whole.v, *whole.operands)))
+    spec = dataclasses.replace(whole.spec, sizes=(*batch, *whole.spec.sizes[-4:]))
+    assume(parts_of(spec, 2) is not None)
+    for error in run(_drawn, math.prod(shape), written, spec, trains, layout, shape):
+        assert error < 1e-8
+
+
+@given(wholes(), st.sampled_from(LAYOUTS[:2]), st.sampled_from([(2,), (2, 2)]))
+@settings(max_examples=8)
+def test_drawn_attentions(drawn, layout, shape):
+    check_drawn(drawn, layout, shape)
+
+
+@pytest.mark.slow
+@given(wholes(), st.sampled_from(LAYOUTS[:2]), st.sampled_from([(2,), (2, 2)]))
+@settings(max_examples=200)
+def test_many_drawn_attentions(drawn, layout, shape):
+    check_drawn(drawn, layout, shape)

@@ -174,12 +174,28 @@ def _cut(spec: Attention, sides: tuple[bool, bool]) -> tuple[tuple[bool, bool], 
 
 @functools.lru_cache(maxsize=256)
 def empty(
-    text: str, layout: str, ranks: int, lengths: tuple[int, int], held: tuple[int, int], backward: bool = False
+    text: str,
+    layout: str,
+    ranks: int,
+    queries: int,
+    keys: int,
+    backward: bool = False,
+    held: tuple[int, int] | None = None,
 ) -> tuple[tuple[bool, ...], ...]:
     """[rank of the queries][rank of the keys]: whether no query sees a key there, and nothing of them is left, whatever the
-    tensors hold. Those who have no rows see nothing either. lengths, held: of queries and keys; backward: see work.masks_of."""
-    masks = work.masks_of(Attention.parse(text), lengths[0] == lengths[1], backward)
-    found = work.work_of(masks, layout, ranks, lengths, held)
+    tensors hold. Those who have no rows see nothing either.
+
+    backward: of gradients, which a row that is hidden whole makes NaN at every key, where it is NaN itself. held: as in Call.
+    """
+    masks = work.masks_of(Attention.parse(text), queries == keys, backward)
+    return _outside(masks, layout, ranks, queries, keys, held)
+
+
+def _outside(
+    masks: tuple[Expr, ...], layout: str, ranks: int, queries: int, keys: int, held: tuple[int, int] | None
+) -> tuple[tuple[bool, ...], ...]:
+    """[rank of the queries][rank of the keys]: whether one of the masks surely keeps nothing there, of any tile."""
+    found = work.work_of(masks, layout, ranks, (queries, keys), held)
     return tuple(tuple(not tiles for tiles in row) for row in found.tiles)
 
 
@@ -215,7 +231,7 @@ class Call:
         return step(self.spec.text, self.layout, self.ranks, kind)
 
     def is_empty(self, q_rank: int, k_rank: int, backward: bool = False) -> bool:
-        found = empty(self.spec.text, self.layout, self.ranks, (self.queries, self.keys), self.held, backward)
+        found = empty(self.spec.text, self.layout, self.ranks, self.queries, self.keys, backward, self.held)
         return found[q_rank][k_rank]
 
     def take(self, x: torch.Tensor, dim: int, rank: int) -> torch.Tensor:

@@ -64,7 +64,7 @@ class Hops:
         self.sent: Counter[tuple[str, str, str]] = Counter()
         # what rings and ranks are called
         self._ring_names: dict[Ring, str] = {"inner": "inner", "outer": "outer"}
-        self._numbers = list(range(self.ranks))
+        self._numbers, self._whole = list(range(self.ranks)), self.ranks
 
     def of_outer(self) -> Hops:
         """The ranks of the outer group alone; what is sent there is counted here too."""
@@ -86,7 +86,7 @@ class Hops:
         try:
             yield
         except RuntimeError as error:
-            place = f"rank {self._numbers[self.rank]}, at {self.site or 'an attention'}, {where}"
+            place = f"rank {self._numbers[self.rank]} of {self._whole}, at {self.site or 'an attention'}, {where}"
             raise RuntimeError(f"attnfuse: {place}: {error}") from error
 
     def start(

@@ -72,9 +72,7 @@ def masks_of(spec: Attention, square: bool, backward: bool = False) -> tuple[Exp
     surely sees its own token, that is, and nothing is added that could be as small. backward: of gradients, which a row that is
     hidden whole makes NaN at every key, where it is NaN itself.
     """
-    hides = hiding(spec)
-    fills = [spec.steps[i] for i in sorted(hides.steps)]
-    if hides.doubt > -math.inf:
+    if hiding(spec).doubt > -math.inf:
         others = any(isinstance(s, (Bias, Ramp)) for s in spec.steps)
         if others or any(s.value > HIDDEN_BELOW for s in spec.steps if isinstance(s, (ReplaceFill, AddFill))):
             return ()
@@ -82,7 +80,13 @@ def masks_of(spec: Attention, square: bool, backward: bool = False) -> tuple[Exp
             return ()
     if backward and spec.hidden == "nan" and spec.sink is None and not _sees_itself(spec, square):
         return ()
+    return fills_of(spec)
+
+
+def fills_of(spec: Attention) -> tuple[Expr, ...]:
+    """What the fills keep that hide a key from a row that sees another: taken apart where all parts must hold."""
     found: list[Expr] = []
+    fills = (spec.steps[i] for i in sorted(hiding(spec).steps))
     for keep in (s.keep for s in fills if isinstance(s, (ReplaceFill, AddFill))):
         found += keep.args if isinstance(keep, expr.Apply) and keep.op == "and" else (keep,)
     return tuple(dict.fromkeys(found))

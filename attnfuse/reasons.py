@@ -1572,6 +1572,14 @@ PADDING_AUTOCAST = Cause(
 )
 
 
+HEADS_NOT_SHARED_OUT = Cause(
+    "heads-not-shared-out",
+    "no batch dims or heads can be dealt to {ranks} ranks in equal parts ({dims})",
+    "Give `heads` a number that divides the key heads, or the query heads that share one, or leave it at 1.",
+    GRAPHS,
+)
+
+
 CATALOGUE: Mapping[str, Cause] = types.MappingProxyType(
     {value.name: value for value in list(globals().values()) if isinstance(value, Cause)}
 )

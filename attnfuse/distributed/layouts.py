@@ -72,18 +72,18 @@ def in_order(layout: str, ranks: int, n: int, device: torch.device | None = None
     return torch.empty_like(held).scatter_(0, held, torch.arange(n * ranks, device=device))
 
 
-def real(layout: str, rank: int, ranks: int, length: int) -> int:
-    """How many rows of `rank` are no padding: its first ones."""
-    n = rows_of_rank(layout, ranks, length)
+def real(layout: str, rank: int, ranks: int, length: int, held: int | None = None) -> int:
+    """How many rows of `rank` are no padding: its first ones. held: rows of each rank, where they are more than rows_of_rank."""
+    n = rows_of_rank(layout, ranks, length) if held is None else held
     base, stride, half, jump = numbers(layout, rank, ranks, n)
     before = len(range(base, min(length, base + stride * half), stride))
     after = len(range(base + stride * half + jump, min(length, base + stride * n + jump), stride))
     return before + after
 
 
-def pieces(layout: str, rank: int, ranks: int, length: int) -> list[tuple[int, int, int]]:
-    """(first token, how many, distance) of the runs that the real rows of `rank` are; without empty ones."""
-    n = rows_of_rank(layout, ranks, length)
+def pieces(layout: str, rank: int, ranks: int, length: int, held: int | None = None) -> list[tuple[int, int, int]]:
+    """(first token, how many, distance) of the runs that the real rows of `rank` are; without empty ones. held: as in `real`."""
+    n = rows_of_rank(layout, ranks, length) if held is None else held
     base, stride, half, jump = numbers(layout, rank, ranks, n)
     found = []
     for first, rows in ((base, half), (base + stride * half + jump, n - half)):

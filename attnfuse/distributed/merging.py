@@ -76,6 +76,11 @@ def is_one_number(spec: Attention) -> bool:
     return not finite and not any(isinstance(s, (Bias, Ramp)) for s in spec.steps)
 
 
+def sends_apart(spec: Attention) -> bool:
+    """Whether Burst sends the maximum and the sum of a row."""
+    return spec.softmax == "unshifted" or not is_one_number(spec)
+
+
 def as_one_number(stats: torch.Tensor) -> torch.Tensor:
     """[1, *batch, Q]: the log-sum-exp, -inf or NaN where a row has no weights or is NaN."""
     top, total = stats.unbind()

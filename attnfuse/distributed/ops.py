@@ -26,7 +26,7 @@ import torch
 
 from attnfuse import ops
 from attnfuse._compat import has_tangent, process_group
-from attnfuse.distributed import gather, layouts, local, ring, steps
+from attnfuse.distributed import gather, layouts, local, ring, steps, ulysses
 from attnfuse.distributed.steps import Call
 from attnfuse.distributed.transport import Hops
 from attnfuse.kernels import kernel_named
@@ -67,7 +67,14 @@ class _Local:
 
 
 #: How attention is computed over ranks, by name.
-ALGORITHMS: dict[str, Any] = {"gather": gather, "local": _Local, "ring": ring.RING, "burst": ring.BURST}
+ALGORITHMS: dict[str, Any] = {
+    "gather": gather,
+    "local": _Local,
+    "ring": ring.RING,
+    "burst": ring.BURST,
+    "ulysses": ulysses,
+    "ulysses_ring": ulysses,
+}
 #: Called with the Hops of each forward or backward that has run here, and what it was.
 observers: list[Callable[[str, Hops], None]] = []
 #: Kinds of arguments that fit their spec.
@@ -89,7 +96,7 @@ def _begun(
     hops = Hops(groups, site, inputs.q.device)
     _check(parsed, inputs, lengths, layout, algorithm, hops.ranks)
     partial = kernel_named(kernel).capability.partial
-    if not partial and algorithm not in steps.WHOLE_KEYS:
+    if not partial and algorithm not in steps.WHOLE_KEYS | {"ulysses"}:
         raise ValueError(f"attnfuse: kernel {kernel!r} has no gradients of a part of the keys, which {algorithm} needs")
 
     def run(which: str, step: Attention, inputs: Inputs, *given: Any) -> Any:

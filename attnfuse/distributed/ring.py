@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from attnfuse.distributed.local import padded_statistics
-from attnfuse.distributed.merging import Merged, as_one_number, for_parts, from_numbers, is_one_number
+from attnfuse.distributed.merging import Merged, as_one_number, for_parts, from_numbers, sends_apart
 from attnfuse.distributed.steps import Call, padded
 from attnfuse.distributed.transport import Hops, Pending, Shape
 from attnfuse.kernels import sink
@@ -189,10 +189,7 @@ class _Ring:
         sums: list[torch.Tensor | None] = [None] * len(call.operands)
         self._add_sink(call, stats, delta, needs, sums)
         whole = for_parts(call.spec, stats)
-        if call.spec.softmax == "unshifted" or not is_one_number(call.spec):
-            numbers = whole
-        else:
-            numbers = as_one_number(whole)
+        numbers = whole if sends_apart(call.spec) else as_one_number(whole)
         if self.burst:
             grads = self._by_queries(call, hops, (q, dout, delta, numbers), k, v, needs, sums)
         else:

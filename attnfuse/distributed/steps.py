@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 
 from attnfuse import expr
-from attnfuse.distributed import layouts
-from attnfuse.expr import FALSE, TRUE, Algebra, Const, Expr, K, Load, Q
-from attnfuse.kernels.fills import HIDDEN_BELOW, hiding
+from attnfuse.distributed import layouts, work
+from attnfuse.distributed.heads import parts_for
+from attnfuse.expr import Algebra, Expr, K, Load, Q
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.layout import precision
 from attnfuse.spec import AddFill, Attention, Bias, Operand, Ramp, ReplaceFill, Step, dtype_name
@@ -50,10 +50,23 @@ def check(spec: Attention) -> None:
         raise ValueError("attnfuse: weights that are filled with another number than 0 have no parts that add up")
 
 
-def step_spec(spec: Attention, layout: str, ranks: int, algorithm: str) -> Attention:
-    """The spec that the kernel is given: what to choose one for; a `partial` one unless the algorithm is one of WHOLE_KEYS."""
+def step_spec(spec: Attention, layout: str, ranks: int, algorithm: str, heads: int = 1) -> Attention:
+    """The spec that the kernel is given: what to choose one for; a `partial` one unless the algorithm is one of WHOLE_KEYS or
+    'ulysses'. heads: ranks that share out the heads, in 'ulysses_ring'. Raises ValueError where they cannot be."""
+    if algorithm == "ulysses":
+        return parts_for(spec, ranks).spec(spec)
+    if algorithm == "ulysses_ring":
+        return step(held_by_groups(spec, layout, ranks, heads).text, layout, ranks // heads, "part").spec
     kind: Kind = "rows" if algorithm in WHOLE_KEYS else "part"
     return step(spec.text, layout, ranks, kind).spec
+
+
+def held_by_groups(spec: Attention, layout: str, ranks: int, heads: int) -> Attention:
+    """Of a part of the heads, the spec of a ring of groups of so many ranks, which hold their rows together."""
+    part = parts_for(spec, heads).spec(spec)
+    # rows are not those that a layout gives so many groups, where the length does not divide
+    sizes = [n if _rows(layout, ranks, n) else None for n in (spec.Q, spec.K)]
+    return dataclasses.replace(part, sizes=(*part.sizes[:-4], *sizes, *part.sizes[-2:]))
 
 
 @functools.lru_cache(maxsize=256)
@@ -161,58 +174,36 @@ def _cut(spec: Attention, sides: tuple[bool, bool]) -> tuple[tuple[bool, bool], 
 
 @functools.lru_cache(maxsize=256)
 def empty(
-    text: str, layout: str, ranks: int, queries: int, keys: int, backward: bool = False
+    text: str,
+    layout: str,
+    ranks: int,
+    queries: int,
+    keys: int,
+    backward: bool = False,
+    held: tuple[int, int] | None = None,
 ) -> tuple[tuple[bool, ...], ...]:
     """[rank of the queries][rank of the keys]: whether no query sees a key there, and nothing of them is left, whatever the
     tensors hold. Those who have no rows see nothing either.
 
-    backward: of gradients, which a row that is hidden whole makes NaN at every key, where it is NaN itself.
+    backward: of gradients, which a row that is hidden whole makes NaN at every key, where it is NaN itself. held: as in Call.
     """
-    spec = Attention.parse(text)
-    held = [[layouts.pieces(layout, rank, ranks, length) for rank in range(ranks)] for length in (queries, keys)]
-    masks = _hiding(spec, queries == keys)
-    if backward and spec.hidden == "nan" and spec.sink is None and not _sees_itself(spec, queries == keys):
-        masks = []
-
-    def hidden(q: tuple[int, int, int], k: tuple[int, int, int]) -> bool:
-        algebra = Algebra(q[1], k[1])
-        values: dict[Expr, Expr] = {
-            index: algebra.add(Const(first), index, stride) for index, (first, _, stride) in ((Q, q), (K, k))
-        }
-        return any(expr.substitute(mask, values, algebra) == FALSE for mask in masks)
-
-    return tuple(
-        tuple(all(hidden(a, b) for a in held[0][i] for b in held[1][j]) for j in range(ranks)) for i in range(ranks)
-    )
+    masks = work.masks_of(Attention.parse(text), queries == keys, backward)
+    return _outside(masks, layout, ranks, queries, keys, held)
 
 
-def _hiding(spec: Attention, square: bool) -> list[Expr]:
-    """Masks outside of which nothing of a score is left. square: query and key of one number are one token."""
-    found = hiding(spec)
-    fills = [s for i, s in enumerate(spec.steps) if i in found.steps and isinstance(s, (ReplaceFill, AddFill))]
-    if found.doubt == -float("inf"):
-        return [s.keep for s in fills]
-    # a finite fill counts where all keys of a row have it: not where the row surely sees its own token
-    others = any(isinstance(s, (Bias, Ramp)) for s in spec.steps)
-    if others or any(s.value > HIDDEN_BELOW for s in spec.steps if isinstance(s, (ReplaceFill, AddFill))):
-        return []
-    return [s.keep for s in fills] if _sees_itself(spec, square) else []
-
-
-def _sees_itself(spec: Attention, square: bool) -> bool:
-    """Whether no mask hides a row's own token from it. Tables and ramps are taken to be finite."""
-    if any(isinstance(s, Bias) and s.row is None and s.col is None for s in spec.steps):
-        return False
-    algebra = Algebra(spec.Q, spec.K)
-    fills = [s.keep for s in spec.steps if isinstance(s, (ReplaceFill, AddFill))]
-    return square and all(expr.substitute(keep, {K: Q}, algebra) == TRUE for keep in fills)
+def _outside(
+    masks: tuple[Expr, ...], layout: str, ranks: int, queries: int, keys: int, held: tuple[int, int] | None
+) -> tuple[tuple[bool, ...], ...]:
+    """[rank of the queries][rank of the keys]: whether one of the masks surely keeps nothing there, of any tile."""
+    found = work.work_of(masks, layout, ranks, (queries, keys), held)
+    return tuple(tuple(not tiles for tiles in row) for row in found.tiles)
 
 
 class Call:
     """One attention over all ranks, as this rank takes part in it.
 
     run(which, spec, inputs, *given): a kernel's; partial: whether it is one with backward_part; operands: whole; rank: this one
-    of `ranks`.
+    of `ranks`; held: queries and keys that each rank has rows for, where they are not layouts.rows_of_rank.
     """
 
     def __init__(
@@ -224,18 +215,23 @@ class Call:
         operands: Sequence[torch.Tensor],
         run: Callable[..., Any],
         partial: bool,
+        held: tuple[int, int] | None = None,
     ) -> None:
         self.spec, self.layout, self.operands, self.run, self.partial = spec, layout, operands, run, partial
         self.rank, self.ranks = place
         self.queries, self.keys = lengths
-        self.rows = [layouts.real(layout, r, self.ranks, self.queries) for r in range(self.ranks)]
-        self.columns = [layouts.real(layout, r, self.ranks, self.keys) for r in range(self.ranks)]
+        n, m = (layouts.rows_of_rank(layout, self.ranks, length) for length in lengths)
+        self.held: tuple[int, int] = held or (n, m)
+        self.rows, self.columns = (
+            [layouts.real(layout, r, self.ranks, length, n) for r in range(self.ranks)]
+            for length, n in zip(lengths, self.held)
+        )
 
     def step(self, kind: Kind) -> StepSpec:
         return step(self.spec.text, self.layout, self.ranks, kind)
 
     def is_empty(self, q_rank: int, k_rank: int, backward: bool = False) -> bool:
-        found = empty(self.spec.text, self.layout, self.ranks, self.queries, self.keys, backward)
+        found = empty(self.spec.text, self.layout, self.ranks, self.queries, self.keys, backward, self.held)
         return found[q_rank][k_rank]
 
     def take(self, x: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
@@ -246,7 +242,7 @@ class Call:
         if x.shape[dim] != length:
             raise ValueError(f"attnfuse: dim {dim} of an operand {list(x.shape)} must be 1 or {length}")
         parts = []
-        for first, count, stride in layouts.pieces(self.layout, rank, self.ranks, length):
+        for first, count, stride in layouts.pieces(self.layout, rank, self.ranks, length, self.held[dim + 2]):
             index = [slice(None)] * x.dim()
             index[dim] = slice(first, first + (count - 1) * stride + 1, stride)
             parts.append(x[tuple(index)])
@@ -265,9 +261,7 @@ class Call:
     def inputs(self, kind: Kind, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_rank: int, k_rank: int) -> Inputs:
         """Those of the step of two ranks' rows."""
         operands = self.own(self.operands, kind, q_rank, k_rank)
-        sides = zip(self.step(kind).numbers, (q_rank, k_rank), (self.queries, self.keys))
-        for count, rank, length in sides:
-            n = layouts.rows_of_rank(self.layout, self.ranks, length)
+        for count, rank, n in zip(self.step(kind).numbers, (q_rank, k_rank), self.held):
             base, _, half, jump = layouts.numbers(self.layout, rank, self.ranks, n)
             shape = (1,) * q.dim()
             operands += [torch.full(shape, x, dtype=torch.int32, device=q.device) for x in (base, half, jump)[:count]]
@@ -298,7 +292,7 @@ class Call:
             if rank is None or total.shape[dim] == 1:
                 index.append([slice(None)])
                 continue
-            held = layouts.pieces(self.layout, rank, self.ranks, length)
+            held = layouts.pieces(self.layout, rank, self.ranks, length, self.held[dim + 2])
             index.append([slice(first, first + (n - 1) * by + 1, by) for first, n, by in held])
         row = 0
         for rows in index[0]:

@@ -7,6 +7,7 @@ groups, which hand over to each other through the outer ones, as nodes do whose 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -61,6 +62,19 @@ class Hops:
         self.rank = self.at(self.node, self.place)
         self.site, self.device = site, device
         self.sent: Counter[tuple[str, str, str]] = Counter()
+        # what rings and ranks are called
+        self._ring_names: dict[Ring, str] = {"inner": "inner", "outer": "outer"}
+        self._numbers, self._whole = list(range(self.ranks)), self.ranks
+
+    def of_outer(self) -> Hops:
+        """The ranks of the outer group alone; what is sent there is counted here too."""
+        found = copy.copy(self)
+        found.groups = {"inner": self.groups["outer"]}
+        found.nodes, found.node, found.local, found.place = 1, 0, self.nodes, self.node
+        found.ranks, found.rank = self.nodes, self.node
+        found._ring_names = {"inner": "outer"}
+        found._numbers = [self._numbers[self.at(node, self.place)] for node in range(self.nodes)]
+        return found
 
     def at(self, node: int, place: int) -> int:
         """The rank at a place of a node, both counted around."""
@@ -72,7 +86,7 @@ class Hops:
         try:
             yield
         except RuntimeError as error:
-            place = f"rank {self.rank} of {self.ranks}, at {self.site or 'an attention'}, {where}"
+            place = f"rank {self._numbers[self.rank]} of {self._whole}, at {self.site or 'an attention'}, {where}"
             raise RuntimeError(f"attnfuse: {place}: {error}") from error
 
     def start(
@@ -90,12 +104,13 @@ class Hops:
         # a peer is a rank of the world unless it is said to be one of the group
         ops = [dist.P2POp(dist.isend, x, group=group, group_peer=ahead) for x in sent]
         ops += [dist.P2POp(dist.irecv, x, group=group, group_peer=behind) for x in received if x.numel()]
-        peers = [self.at(self.node, n) if ring == "inner" else self.at(n, self.place) for n in (ahead, behind)]
+        ranks = [self.at(self.node, n) if ring == "inner" else self.at(n, self.place) for n in (ahead, behind)]
+        peers = [self._numbers[rank] for rank in ranks]
         said = [f"sending to rank {peers[0]}"] * len(sent)
         said += [f"receiving from rank {peers[1]}"] * (len(ops) - len(sent))
         if sent:
-            self.sent["bytes", ring, what] += sum(x.nbytes for x in sent)
-            self.sent["messages", ring, what] += 1
+            self.sent["bytes", self._ring_names[ring], what] += sum(x.nbytes for x in sent)
+            self.sent["messages", self._ring_names[ring], what] += 1
         if not ops:
             return Pending(self, (), (), received)
         step_of = f"step {step} of {what}, "
@@ -125,6 +140,17 @@ class Hops:
             self._collective(dist.reduce_scatter_tensor, own, found, group)
             found = own
         return found[0]
+
+    def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
+        """[ranks of the inner group, ...]: what each of them has in its x at this rank's number."""
+        if self.local == 1:
+            return x
+        x = x.contiguous()
+        found = torch.empty_like(x)
+        self.sent["bytes", "inner", "all_to_all"] += (self.local - 1) * (x.nbytes // self.local)
+        self.sent["messages", "inner", "all_to_all"] += 1
+        self._collective(dist.all_to_all_single, found, x, self.groups["inner"])
+        return found
 
     def _rings(self) -> list[tuple[Ring, Any]]:
         """The groups of more than this rank, the outer one first."""

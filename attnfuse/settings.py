@@ -28,6 +28,9 @@ class Settings:
     verify       compare this many first calls of each compiled graph with the same graph run eagerly
     tune         measure configurations of kernels that can be tuned, once for each kind of input, and keep the fastest; also
                  mode="max-autotune" and "max-autotune-no-cudagraphs"
+    tile_all_reduce
+                 cut products whose results are all-reduced, in tensor-parallel models, into blocks of rows, so that the all_reduce
+                 of one runs beside the next one's product: so many blocks, or True for a number chosen by sizes and link speeds
     """
 
     inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
@@ -37,6 +40,7 @@ class Settings:
     fuel: int | None = None
     verify: int = 0
     tune: bool = False
+    tile_all_reduce: bool | int = False
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {"inner": ("inductor", "aot_eager", "eager"), "nan_policy": ("skip", "eager")}
@@ -88,6 +92,8 @@ def _check(key: str, value: Any) -> None:
         near = difflib.get_close_matches(str(value), _CHOICES[key], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"option {key!r} takes {', '.join(map(repr, _CHOICES[key]))}, got {value!r}{hint}")
+    if key == "tile_all_reduce" and not (isinstance(value, bool) or (isinstance(value, int) and value >= 2)):
+        raise ValueError(f"option {key!r} takes True, False or a number of blocks from 2 up, got {value!r}")
     if key in _SWITCHES and not isinstance(value, bool):
         raise ValueError(f"option {key!r} takes True or False, got {value!r}")
     unlimited = key == "fuel" and value is None

@@ -383,29 +383,37 @@ def options_error() -> type[ValueError]:
 
 
 Lowered = Callable[[fx.GraphModule], None]
+Tiled = Callable[[fx.GraphModule, bool], None]
 
 
 def compile_fx(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config_patches: dict[str, Any], lowered: Lowered | None = None
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config_patches: dict[str, Any],
+    lowered: Lowered | None = None,
+    tiled: Tiled | None = None,
 ) -> Callable[..., Any]:
     """Inductor, as torch.compile calls it. lowered: what changes each graph without gradients that AOTAutograd has made; it
-    runs in each process, as it may write what is one process's own.
+    runs in each process, as it may write what is one process's own. tiled: what changes every such graph after that, told whether
+    it is of backward; both come before Inductor's own passes after AOTAutograd, and those of the user among them.
     """
     import torch._functorch.config as functorch
     from torch._inductor.compile_fx import compile_fx as inductor
     from torch._inductor.compile_fx import compile_fx_inner
 
     compiled: Any
-    if lowered is None:
+    if lowered is None and tiled is None:
         compiled = inductor(gm, example_inputs, config_patches=config_patches)
         return compiled  # type: ignore[no-any-return]
 
     def inner(graph: fx.GraphModule, inputs: Sequence[Any], **given: Any) -> Any:
-        if given.get("is_inference"):
+        if lowered is not None and given.get("is_inference"):
             lowered(graph)
+        if tiled is not None:
+            tiled(graph, bool(given.get("is_backward")))
         return compile_fx_inner(graph, inputs, **given)
 
-    # that cache knows the graph before `lowered` alone; Inductor's own knows the one after it
+    # that cache knows the graph before these alone; Inductor's own knows the one after them
     with functorch.patch(enable_autograd_cache=False, enable_remote_autograd_cache=False):
         compiled = inductor(gm, example_inputs, inner_compile=inner, config_patches=config_patches)
     return compiled  # type: ignore[no-any-return]
@@ -419,11 +427,13 @@ def inductor_has(device_type: str) -> bool:
     return get_scheduling_for_device(device_type) is not None
 
 
-def aot_eager(gm: fx.GraphModule, example_inputs: Sequence[Any], lowered: Lowered | None = None) -> Callable[..., Any]:
-    """AOTAutograd, with the resulting graphs run op by op. lowered: as for compile_fx."""
+def aot_eager(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], lowered: Lowered | None = None, tiled: Tiled | None = None
+) -> Callable[..., Any]:
+    """AOTAutograd, with the resulting graphs run op by op. lowered, tiled: as for compile_fx."""
     from torch._dynamo.backends.registry import lookup_backend
 
-    if lowered is None:
+    if lowered is None and tiled is None:
         return lookup_backend("aot_eager")(gm, list(example_inputs))
     from functorch.compile import (  # type: ignore[import-untyped]
         make_boxed_func,
@@ -431,16 +441,21 @@ def aot_eager(gm: fx.GraphModule, example_inputs: Sequence[Any], lowered: Lowere
     )
     from torch._dynamo.backends.common import aot_autograd
 
-    def run(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    def run(graph: fx.GraphModule, inputs: Sequence[Any], backward: bool = False) -> Any:
+        if tiled is not None:
+            tiled(graph, backward)
+            graph.recompile()
         return make_boxed_func(graph.forward)
 
     def inference(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        lowered(graph)
-        graph.recompile()
+        if lowered is not None:
+            lowered(graph)
+            graph.recompile()
         return run(graph, inputs)
 
     made = aot_autograd(
         fw_compiler=run,
+        bw_compiler=functools.partial(run, backward=True),
         inference_compiler=inference,
         partition_fn=min_cut_rematerialization_partition,
         keep_inference_input_mutations=True,

@@ -18,7 +18,7 @@ from attnfuse.distributed import agreement
 from attnfuse.graphs import copied
 from attnfuse.kernels.ascend import chips
 from attnfuse.kernels.device import Device
-from attnfuse.passes.lowered import all_reduce
+from attnfuse.passes.lowered import all_reduce, tiling
 from attnfuse.pipeline import Work, rewrite, undone
 from attnfuse.reasons import Reason
 from attnfuse.report import registry
@@ -67,9 +67,10 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Setting
         if why is not None:
             return _compiled_whole(original, example_inputs, chosen, patches, why)
     failure: Exception | None = None
+    notes = _Notes()
     try:
-        compiled, said_of_inner = _inner(original if work.spoiled else gm, example_inputs, chosen, patches)
-        report = replace(report, warnings=(*report.warnings, *said_of_inner))
+        compiled = _inner(original if work.spoiled else gm, example_inputs, chosen, patches, notes)
+        report = replace(report, warnings=(*report.warnings, *notes.lines))
         if report.fused:
             compiled = _in_forward_mode(_checked(compiled, original, chosen, report), original, chosen)
     except Exception as error:
@@ -88,10 +89,13 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Setting
             raise failure
         reason = reasons.NOT_COMPILED(error=said(failure))
         warn(str(reason))
-        compiled, _ = _inner(original, example_inputs, chosen, patches)
+        notes = _Notes()
+        compiled = _inner(original, example_inputs, chosen, patches, notes)
         report = undone(report, reason)
+        report = replace(report, warnings=(*report.warnings, *notes.lines))
     try:
         registry.record(report)
+        notes.recorded = report
     except Exception as error:
         if chosen.strict:
             raise
@@ -157,37 +161,97 @@ def _checked(compiled: Compiled, original: fx.GraphModule, chosen: Settings, rep
 _OF_INDUCTOR = frozenset({"cpu", "cuda", "xpu", "mps", "meta"})
 
 
+class _Notes:
+    """What the report is to say of how a graph was compiled: also what only the first call of backward shows."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        #: the report that was recorded with the lines so far
+        self.recorded: Report | None = None
+
+    def add(self, line: str) -> None:
+        if self.recorded is not None:
+            registry.add_warning(self.recorded, line)
+        elif line not in self.lines:
+            self.lines.append(line)
+
+
 def _inner(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Settings, patches: dict[str, Any]
-) -> tuple[Compiled, tuple[str, ...]]:
-    """The compiled graph, and what the report is to say of how it was compiled."""
+    gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Settings, patches: dict[str, Any], notes: _Notes
+) -> Compiled:
+    """The compiled graph."""
     if chosen.inner == "eager":
-        return gm.forward, ()
+        return gm.forward
     # seeds are to be kept for backward
     with _compat.some_memory():
         types = {x.device.type for x in example_inputs if isinstance(x, torch.Tensor)}
-        lowered = _lowered(example_inputs, chosen)
+        passes = _passes(example_inputs, chosen, notes)
         if chosen.inner == "aot_eager":
-            return _compat.aot_eager(gm, example_inputs, lowered), ()
+            return _compat.aot_eager(gm, example_inputs, *passes)
 
         def inductor() -> Compiled:
             patched = _compat.without_sdpa_patterns(patches, identity(chosen))
-            return _compat.compile_fx(gm, example_inputs, patched, lowered)
+            return _compat.compile_fx(gm, example_inputs, patched, *passes)
 
         others = sorted(types - _OF_INDUCTOR)
         if not others:
-            return inductor(), ()
+            return inductor()
         devices = " and ".join(others)
         if not all(map(_compat.inductor_has, others)):
-            return _compat.aot_eager(gm, example_inputs, lowered), (str(reasons.NO_INDUCTOR(devices=devices)),)
+            notes.add(str(reasons.NO_INDUCTOR(devices=devices)))
+            return _compat.aot_eager(gm, example_inputs, *passes)
         try:
-            return inductor(), ()
+            return inductor()
         except Exception as error:
             if chosen.strict or _compat.is_restart(error):
                 raise
             failed = str(reasons.INDUCTOR_FAILED(devices=devices, error=said(error)))
         warn(failed)
-        return _compat.aot_eager(gm, example_inputs, lowered), (failed,)
+        notes.add(failed)
+        return _compat.aot_eager(gm, example_inputs, *passes)
+
+
+def _passes(example_inputs: Sequence[Any], chosen: Settings, notes: _Notes) -> tuple[Any, ...]:
+    """What compilers are given to do after AOTAutograd: `lowered` and `tiled` of _compat.compile_fx."""
+    lowered = _lowered(example_inputs, chosen)
+    if not chosen.tile_all_reduce or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return (lowered,)
+    even = all(map(_is_even, example_inputs))
+    return lowered, functools.partial(_with_blocks, chosen=chosen, even=even, notes=notes)
+
+
+def _is_even(x: Any) -> bool:
+    """Whether all ranks have as much of a tensor."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(x, DTensor):
+        return True
+    parts = [1] * x.dim()
+    for dim, placement in enumerate(x.placements):
+        if placement.is_shard():
+            parts[placement.dim] *= x.device_mesh.size(dim)  # type: ignore[attr-defined]
+    return all(isinstance(size, int) and size % n == 0 for size, n in zip(x.shape, parts) if n > 1)
+
+
+def _with_blocks(gm: fx.GraphModule, backward: bool, chosen: Settings, even: bool, notes: _Notes) -> None:
+    """Products and their all-reduces in blocks of rows; a graph for which that fails is left as it was."""
+    if not tiling.reduces(gm.graph):
+        return
+    blocks = None if chosen.tile_all_reduce is True else int(chosen.tile_all_reduce)
+    before = copied(gm).graph
+    try:
+        found = tiling.tile(gm.graph, blocks, lambda name: _compat.process_group(name).size(), even)
+    except Exception as error:
+        if chosen.strict:
+            raise
+        gm.graph = before
+        log.debug("while cutting all-reduces into blocks", exc_info=True)
+        warn(str(reasons.TILING_FAILED(error=said(error))))
+        return
+    line = found.line("backward" if backward else "forward")
+    if line:
+        log.info("%s", line)
+        notes.add(line)
 
 
 def _lowered(example_inputs: Sequence[Any], chosen: Settings) -> Callable[[fx.GraphModule], None] | None:

@@ -85,6 +85,7 @@ MASKS = "Notes: masks and biases that stay tensors"
 PADDING = "Notes: padding that stays"
 GATHERS = "Notes: gathers that stay"
 SHARDED = "Sequence parallelism"
+TILING = "Notes: all-reduces that stay whole"
 
 #: The groups in the order of docs/refusals.md, with what is said of each.
 GROUPS: Mapping[str, str] = types.MappingProxyType(
@@ -106,6 +107,8 @@ GROUPS: Mapping[str, str] = types.MappingProxyType(
         "[distributed.md](distributed.md).",
         GATHERS: "Attentions are fused all the same, on keys and values that the graph gathers from a cache. The notes of a site "
         "say 'a gather stays: ...', with one of these; see [paged.md](paged.md).",
+        TILING: "Under the option `tile_all_reduce`; the warnings of a report say '1 left: ...', with one of these. See "
+        "[distributed.md](distributed.md).",
     }
 )
 
@@ -1569,6 +1572,61 @@ PADDING_AUTOCAST = Cause(
     "an autocast region begins or ends while tensors are padded",
     "Let autocast begin before tokens are padded, and end after padding is taken out.",
     PADDING,
+)
+
+TILING_FAILED = Cause(
+    "tiling-failed",
+    "the all-reduces of a graph are left as they are ({error})",
+    "Please report it with the graph; leave out the option tile_all_reduce until then.",
+    TILING,
+)
+TILING_REDUCTION = Cause(
+    "tiling-reduction",
+    "a reduction by {how}, not a sum",
+    "Nothing: products that are cut must be summed over ranks.",
+    TILING,
+)
+TILING_WAIT = Cause(
+    "tiling-wait",
+    "what is sent is read otherwise than by one wait",
+    "Wait for the result once, and use what that gives.",
+    TILING,
+)
+TILING_NO_PRODUCT = Cause(
+    "tiling-no-product",
+    "what is summed over ranks is no mm or addmm, nor a sum, a cast or a view of such",
+    "Nothing: what is computed otherwise is not cut into rows.",
+    TILING,
+)
+TILING_USERS = Cause(
+    "tiling-users",
+    "the product is read by others before it is summed over ranks",
+    "Use the sum over ranks alone.",
+    TILING,
+)
+TILING_SYMBOLIC = Cause(
+    "tiling-symbolic",
+    "the sizes of the product are not known when the graph is compiled",
+    "Compile with dynamic=False.",
+    TILING,
+)
+TILING_GROUP = Cause(
+    "tiling-group",
+    "the process group is not known here ({error})",
+    "Compile in the processes that run the graph.",
+    TILING,
+)
+TILING_UNEVEN = Cause(
+    "tiling-uneven",
+    "a DTensor is not cut evenly, so that ranks might choose different numbers of blocks",
+    "Give the number of blocks: options={'tile_all_reduce': 4}.",
+    TILING,
+)
+TILING_SMALL = Cause(
+    "tiling-small",
+    "{rows} rows of {columns} over {ranks} ranks: blocks would cost more than they save",
+    "Nothing; or give the number of blocks: options={'tile_all_reduce': 4}.",
+    TILING,
 )
 
 

@@ -30,6 +30,9 @@ class Settings:
     sequence_parallel    deal the tokens of the model over ranks: a mesh, a process group, or attnfuse.SequenceParallel
     tune         measure configurations of kernels that can be tuned, once for each kind of input, and keep the fastest; also
                  mode="max-autotune" and "max-autotune-no-cudagraphs"
+    tile_all_reduce
+                 cut products whose results are all-reduced, in tensor-parallel models, into blocks of rows, so that the all_reduce
+                 of one runs beside the next one's product: so many blocks, or True for a number chosen by sizes and link speeds
     """
 
     inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
@@ -40,6 +43,7 @@ class Settings:
     verify: int = 0
     tune: bool = False
     sequence_parallel: Dealt | None = None
+    tile_all_reduce: bool | int = False
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {"inner": ("inductor", "aot_eager", "eager"), "nan_policy": ("skip", "eager")}
@@ -96,6 +100,8 @@ def _check(key: str, value: Any) -> None:
         near = difflib.get_close_matches(str(value), _CHOICES[key], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"option {key!r} takes {', '.join(map(repr, _CHOICES[key]))}, got {value!r}{hint}")
+    if key == "tile_all_reduce" and not (isinstance(value, bool) or (isinstance(value, int) and value >= 2)):
+        raise ValueError(f"option {key!r} takes True, False or a number of blocks from 2 up, got {value!r}")
     if key in _SWITCHES and not isinstance(value, bool):
         raise ValueError(f"option {key!r} takes True or False, got {value!r}")
     unlimited = key == "fuel" and value is None

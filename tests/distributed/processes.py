@@ -27,6 +27,8 @@ from typing import Any
 #: Seconds that a function, and a collective in it, may take.
 TIMEOUT = 120.0
 _IMPORTED = ["torch", "torch.distributed", "attnfuse.distributed.ops", "attnfuse.backend"]
+# what compiling and tensor parallelism import late
+_IMPORTED += ["functorch.compile", "torch.distributed.tensor.parallel", "torch._inductor.compile_fx"]
 
 
 class RankFailed(AssertionError):

@@ -1,0 +1,124 @@
+"""What crosses between the devices of a split cache: all of it goes through `move` and `store`, which count it.
+
+    attnfuse::move(x, device) -> a copy of x there, with x's strides where x is dense
+    attnfuse::store(x, cache, start)   x [batch, heads, n, size] into rows start ... start + n - 1 of cache [batch, heads, rows, size]
+
+Both are ops, so that a compiled graph has them as they are. They have no gradients: `SplitCache` refuses tensors that need some.
+
+Long stores from an accelerator into pinned memory do not wait for the copy. It runs on a stream of its own, behind what the
+device computes next, and `settle` waits for it. So does every move into host memory, which is what an attention there begins
+with, and every store that writes at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_LIBRARY = torch.library.Library("attnfuse", "FRAGMENT")
+_LIBRARY.define("move(Tensor x, Device device) -> Tensor")
+_LIBRARY.define("store(Tensor x, Tensor(a!) cache, SymInt start) -> ()")
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What crossed once. kind: 'move' or 'store'."""
+
+    kind: str
+    source: torch.device
+    target: torch.device
+    bytes: int
+
+
+_observers: list[Callable[[Transfer], None]] = []
+_streams: dict[torch.device, Any] = {}
+#: The last copy that is under way from each device; those before it on the stream are done when it is.
+_pending: dict[torch.device, Any] = {}
+
+
+@contextlib.contextmanager
+def observe(observer: Callable[[Transfer], None]) -> Iterator[None]:
+    """Call `observer` with each `Transfer` in here, in all threads."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def settle() -> None:
+    """Wait until all that was stored is in host memory."""
+    while _pending:
+        with contextlib.suppress(KeyError):
+            _, event = _pending.popitem()
+            event.synchronize()
+
+
+def move(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of x on another device."""
+    return torch.ops.attnfuse.move(x, device)  # type: ignore[no-any-return]
+
+
+def store(x: torch.Tensor, cache: torch.Tensor, start: int) -> None:
+    """Write x [batch, heads, n, size] to the rows of cache from `start` on."""
+    torch.ops.attnfuse.store(x, cache, start)
+
+
+def _noted(kind: str, x: torch.Tensor, target: torch.device) -> None:
+    for observer in tuple(_observers):
+        observer(Transfer(kind, x.device, target, x.numel() * x.element_size()))
+
+
+def _move(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    _noted("move", x, device)
+    if device.type == "cpu":
+        settle()
+    # from memory that is not pinned this returns when it has been read
+    return x.to(device, copy=True, non_blocking=device.type != "cpu")
+
+
+def _store(x: torch.Tensor, cache: torch.Tensor, start: int) -> None:
+    _noted("store", x, cache.device)
+    rows = cache.narrow(-2, start, x.shape[-2])
+    if x.shape[-2] > 1 and x.dtype == cache.dtype and x.device.type != "cpu" and cache.is_pinned():
+        _behind(x, rows)
+        return
+    settle()
+    rows.copy_(x)
+
+
+def _behind(x: torch.Tensor, rows: torch.Tensor) -> None:
+    """Copy to pinned memory on a stream of its own, after what the device was told to do so far."""
+    device = x.device
+    stream = _streams.get(device)
+    if stream is None:
+        stream = _streams[device] = torch.Stream(device)
+    # made on the stream that computes, so that the copies are of memory in one piece: only those pass by pinned memory alone
+    source = x.contiguous()
+    stream.wait_stream(torch.accelerator.current_stream(device))
+    with stream:
+        for b in range(source.shape[0]):
+            for h in range(source.shape[1]):
+                rows[b, h].copy_(source[b, h], non_blocking=True)
+        event = stream.record_event()
+    # the allocator must not give the memory away before it is read
+    source.record_stream(stream)
+    _pending[device] = event
+
+
+_LIBRARY.impl("move", _move, "CompositeExplicitAutograd")
+_LIBRARY.impl("store", _store, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("attnfuse::move", lib=_LIBRARY)
+def _(x: Any, device: Any) -> Any:
+    return torch.empty_like(x, device=device)
+
+
+@torch.library.register_fake("attnfuse::store", lib=_LIBRARY)
+def _(x: Any, cache: Any, start: Any) -> None:
+    return None

@@ -42,7 +42,7 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where the cache of each layer lies. host: the numbers of the layers in host memory, ascending; the others are on the device."""
+    """Where the cache of each layer lies. host: the numbers of those in host memory, ascending; the others are on the device."""
 
     caches: tuple[LayerCache, ...]
     host: tuple[int, ...]

@@ -1,9 +1,9 @@
 """What crosses between the devices of a split cache: all of it goes through `move` and `store`, which count it.
 
     attnfuse::move(x, device) -> a copy of x there, with x's strides where x is dense
-    attnfuse::store(x, cache, start)   x [batch, heads, n, size] into rows start ... start + n - 1 of cache [batch, heads, rows, size]
+    attnfuse::store(x, cache, start)   x [batch, heads, n, size] into the n rows from start on of cache [batch, heads, rows, size]
 
-Both are ops, so that a compiled graph has them as they are. They have no gradients: `SplitCache` refuses tensors that need some.
+Both are ops as well, which a compiled graph has as they are. They have no gradients: `SplitCache` refuses tensors that need some.
 
 Long stores from an accelerator into pinned memory do not wait for the copy. It runs on a stream of its own, behind what the
 device computes next, and `settle` waits for it. So does every move into host memory, which is what an attention there begins
@@ -60,12 +60,17 @@ def settle() -> None:
 
 def move(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A copy of x on another device."""
-    return torch.ops.attnfuse.move(x, device)  # type: ignore[no-any-return]
+    if torch.compiler.is_compiling():
+        return torch.ops.attnfuse.move(x, device)  # type: ignore[no-any-return]
+    return _move(x, device)
 
 
 def store(x: torch.Tensor, cache: torch.Tensor, start: int) -> None:
     """Write x [batch, heads, n, size] to the rows of cache from `start` on."""
-    torch.ops.attnfuse.store(x, cache, start)
+    if torch.compiler.is_compiling():
+        torch.ops.attnfuse.store(x, cache, start)
+    else:
+        _store(x, cache, start)
 
 
 def _noted(kind: str, x: torch.Tensor, target: torch.device) -> None:

@@ -15,6 +15,75 @@ from attnfuse.offload.transfer import move, settle, store
 _HOST = torch.device("cpu")
 
 
+class Rows:
+    """Which rows of their tensors the layers of one kind hold: those before `end`, as far as a window reaches.
+
+    One for all layers of one window: were it one for each, a compiled graph would have as many symbols, and guards that they
+    are equal.
+    """
+
+    def __init__(self, rows: int, window: int | None) -> None:
+        self.rows, self.window, self.end = rows, window, 0
+
+    def past(self, length: int) -> int:
+        """How many of `length` tokens the next query may see."""
+        return length if self.window is None else min(length, self.window - 1)
+
+    def held(self, length: int) -> int:
+        """The row after the last one that is held, of so many tokens."""
+        return length if self.window is None else self.end
+
+    def is_full(self, length: int, new: int) -> bool:
+        """Whether what is held must move to the front before so many tokens come."""
+        return self.window is not None and self.end + new > self.rows
+
+    def is_longer(self, length: int, new: int) -> bool:
+        """Whether there is no room for so many tokens beside those that they see."""
+        return self.window is not None and self.past(length) + new > self.rows
+
+    def advance(self, length: int, new: int) -> None:
+        """So many tokens came."""
+        if self.window is None:
+            return
+        if length == 0 or self.is_longer(length, new):
+            self.end = min(length + new, self.window - 1)
+        elif self.is_full(length, new):
+            self.end = self.past(length) + new
+        else:
+            self.end = self.end + new
+
+
+class Clock:
+    """How many tokens the layers of a cache have seen. done: how many of the layers have seen those of this call, too."""
+
+    def __init__(self, layers: int, kinds: Iterable[Rows]) -> None:
+        self.layers, self.kinds = layers, tuple(kinds)
+        self.length = self.done = self.new = 0
+
+    def begin(self, layer: int, new: int) -> None:
+        """Raises RuntimeError where it is not this layer's turn, and ValueError where it sees other tokens than those before it."""
+        if layer != self.done:
+            raise RuntimeError(
+                f"layer {layer} is given keys where it is layer {self.done}'s turn: layers must run once each, in order. "
+                "After a call that broke off, call reset()"
+            )
+        if layer and new != self.new:
+            raise ValueError(f"layer {layer} is given {new} tokens and those before it {self.new}")
+        self.new = new
+
+    def finish(self) -> None:
+        """A layer has its tokens."""
+        self.done = self.done + 1
+        if self.done == self.layers:
+            for kind in self.kinds:
+                kind.advance(self.length, self.new)
+            self.length, self.done = self.length + self.new, 0
+
+    def seen(self, layer: int) -> int:
+        """Tokens that this layer has seen."""
+        return self.length + self.new if layer < self.done else self.length
+
+
 class SplitLayer(CacheLayerMixin):
     """The keys and values of one layer, in tensors that are allocated whole.
 
@@ -24,14 +93,21 @@ class SplitLayer(CacheLayerMixin):
 
     is_compileable = False
 
-    def __init__(self, cache: LayerCache, on_host: bool, config: Any, device: torch.device | None, pin: bool | None):
+    def __init__(
+        self,
+        cache: LayerCache,
+        on_host: bool,
+        clock: Clock,
+        kind: Rows,
+        config: Any,
+        device: torch.device | None,
+        pin: bool | None,
+    ) -> None:
         super().__init__()
-        self.cache, self.on_host, self.config, self.device, self.pin = cache, on_host, config, device, pin
-        self.window = cache.window
+        self.cache, self.on_host, self.clock, self.kind = cache, on_host, clock, kind
+        self.config, self.device, self.pin = config, device, pin
         self.is_sliding = cache.window is not None
         self.is_croppable = not self.is_sliding
-        self.length = 0  # tokens seen
-        self.end = 0  # the row after the last one that is held
         if device is not None:
             self._allocate()
 
@@ -61,35 +137,31 @@ class SplitLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep keys [B, Hkv, n, D] and values [B, Hkv, n, E], and return those that attention is to see.
 
-        Raises ValueError where they are not as planned or too many, RuntimeError where a layer in host memory is given tensors
-        that need gradients, or serves a model whose attention function is not `ATTENTION`.
+        Raises ValueError where they are not as planned or too many, RuntimeError where layers do not come in order, where one in
+        host memory is given tensors that need gradients, or serves a model whose attention function is not `ATTENTION`.
         """
+        new, length, kind = key_states.shape[2], self.clock.length, self.kind
+        self._check(key_states, value_states, length)
+        self.clock.begin(self.cache.layer, new)
         if not self.is_initialized:
-            self._check(key_states, value_states)
             self.lazy_initialization(key_states, value_states)
-        self._check(key_states, value_states)
-        new = key_states.shape[-2]
-        if self.length == 0:
-            held = new if self.window is None else min(new, self.window - 1)
+        if length == 0:
+            held = kind.past(new)
             self._write(key_states[:, :, new - held :], value_states[:, :, new - held :], 0)
-            self.end, self.length = held, new
-            return key_states, value_states
-        past = self.past
-        if self.end + new > self.cache.rows and past + new <= self.cache.rows:
-            self._shift(past)
-        if self.end + new <= self.cache.rows:
-            self._write(key_states, value_states, self.end)
-            self.end, self.length = self.end + new, self.length + new
-            seen = slice(self.end - new - past, self.end)
-            return self.keys[:, :, seen], self.values[:, :, seen]
-        return self._longer(key_states, value_states, past)
+            found = key_states, value_states
+        elif kind.is_longer(length, new):
+            found = self._longer(key_states, value_states, kind.past(length))
+        else:
+            end, past = kind.held(length), kind.past(length)
+            if kind.is_full(length, new):
+                self._shift(past)
+                end = past
+            self._write(key_states, value_states, end)
+            found = self.keys[:, :, end - past : end + new], self.values[:, :, end - past : end + new]
+        self.clock.finish()
+        return found
 
-    @property
-    def past(self) -> int:
-        """How many tokens before the next one its query may see."""
-        return self.length if self.window is None else min(self.length, self.window - 1)
-
-    def _check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _check(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
         cache = self.cache
         for name, x, size in (("keys", keys, cache.key_size), ("values", values, cache.value_size)):
             found, wanted = (*x.shape[:2], x.shape[3]), (cache.batch, cache.heads, size)
@@ -100,10 +172,10 @@ class SplitLayer(CacheLayerMixin):
                 )
             if self.device is not None and x.device.type != self.device.type:
                 raise ValueError(f"layer {cache.layer}: the cache is for {self.device}; {name} are on {x.device}")
-        if self.window is None and self.length + keys.shape[2] > cache.rows:
+        if cache.window is None and length + keys.shape[2] > cache.rows:
             raise ValueError(
                 f"layer {cache.layer}: the cache is planned for {cache.rows} tokens; "
-                f"{self.length} and {keys.shape[2]} more do not fit. Give a larger max_length="
+                f"{length} and {keys.shape[2]} more do not fit. Give a larger max_length="
             )
         if not self.on_host:
             return
@@ -131,22 +203,19 @@ class SplitLayer(CacheLayerMixin):
         """Move the last `past` rows to the front."""
         self._settled()
         for x in (self.keys, self.values):
-            x[:, :, :past] = x[:, :, self.end - past : self.end].clone()
-        self.end = past
+            x[:, :, :past] = x[:, :, self.kind.end - past : self.kind.end].clone()
 
     def _longer(self, keys: torch.Tensor, values: torch.Tensor, past: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """More new tokens than a window's tensors have rows for: attention sees a copy."""
+        """More new tokens than the tensors of a window have rows for: attention sees a copy."""
         self._settled()
         if self.on_host:
             keys, values = move(keys, _HOST), move(values, _HOST)
-        held, seen = self.cache.window - 1 if self.cache.window else 0, slice(self.end - past, self.end)
+        end, held = self.kind.end, self.kind.past(past + keys.shape[2])
         found = []
         for own, new in ((self.keys, keys), (self.values, values)):
-            whole = torch.cat([own[:, :, seen], new], 2)
-            last = min(held, whole.shape[2])
-            own[:, :, :last] = whole[:, :, whole.shape[2] - last :]
+            whole = torch.cat([own[:, :, end - past : end], new], 2)
+            own[:, :, :held] = whole[:, :, whole.shape[2] - held :]
             found.append(whole)
-        self.end, self.length = min(held, past + keys.shape[2]), self.length + keys.shape[2]
         return found[0], found[1]
 
     def _settled(self) -> None:
@@ -156,60 +225,47 @@ class SplitLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Tokens seen."""
-        return self.length
+        return self.clock.seen(self.cache.layer)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(how many keys attention will see, the number of the first of them)."""
         if isinstance(query_length, torch.Tensor):
             query_length = query_length.shape[0]
-        return self.past + query_length, self.length - self.past
+        length = self.get_seq_length()
+        past = self.kind.past(length)
+        return past + query_length, length - past
 
     def get_max_length(self) -> int:
         """Tokens that the layer has room for; with a sliding window, the window."""
-        return self.window if self.window is not None else self.cache.rows
+        return self.cache.rows if self.cache.window is None else self.cache.window
 
     def get_max_cache_shape(self) -> int:
         """`get_max_length`, under the name of earlier versions."""
         return self.get_max_length()
 
     def reset(self) -> None:
-        """Forget all tokens. The memory stays."""
-        self._settled()
-        self.length = self.end = 0
+        """Raises NotImplementedError: layers are reset together."""
+        raise NotImplementedError("reset the SplitCache: its layers count tokens together")
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last -tokens_to_remove tokens, as transformers' own layers count.
-
-        Raises ValueError for a positive number and for more tokens than there are, RuntimeError where the window of the layer has
-        moved on and what is to be seen again is gone.
-        """
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes minus the number of tokens to remove; got {tokens_to_remove}")
-        if -tokens_to_remove > self.length:
-            raise ValueError(f"{-tokens_to_remove} tokens cannot be removed from {self.length}")
-        if tokens_to_remove == 0:
-            return
-        if self.window is not None and self.length >= self.window:
-            raise RuntimeError(
-                f"layer {self.cache.layer}: {self.length} tokens have filled its window of {self.window}, and those before are gone"
-            )
-        self.length += tokens_to_remove
-        self.end += tokens_to_remove
+        """Raises NotImplementedError: layers are cropped together."""
+        raise NotImplementedError("crop the SplitCache: its layers count tokens together")
 
     def activate_past_recording(self) -> None:
         """Raises NotImplementedError in a layer with a window, which keeps no more than it sees; others keep all of the past."""
-        if self.window is not None:
+        if self.cache.window is not None:
             raise NotImplementedError(
                 "SplitCache records no past for layers with a sliding window: assisted decoding needs transformers' DynamicCache"
             )
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Put row beam_idx[i] of the batch into row i, in place."""
-        if not self.length:
+        length = self.get_seq_length()
+        if not length:
             return
         self._settled()
         for x in (self.keys, self.values):
-            rows = x[:, :, : self.end]
+            rows = x[:, :, : self.kind.held(length)]
             rows.copy_(rows.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -267,7 +323,45 @@ class SplitCache(Cache):
         self.plan: Plan = plan(layer_caches(config, batch, max_length, dtype), budget, host_layers, host_budget)
         own = config.get_text_config(decoder=True)
         place = None if device is None else torch.device(device)
-        super().__init__(layers=[SplitLayer(x, x.layer in self.plan.host, own, place, pin) for x in self.plan.caches])
+        kinds = {x.window: Rows(x.rows, x.window) for x in self.plan.caches}
+        self.clock = Clock(len(self.plan.caches), kinds.values())
+        layers = [
+            SplitLayer(x, x.layer in self.plan.host, self.clock, kinds[x.window], own, place, pin)
+            for x in self.plan.caches
+        ]
+        super().__init__(layers=layers)
+
+    def reset(self) -> None:
+        """Forget all tokens. The memory stays."""
+        settle()
+        self.clock.length = self.clock.done = self.clock.new = 0
+        for kind in self.clock.kinds:
+            kind.end = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -tokens_to_remove tokens, as transformers' own caches count.
+
+        Raises ValueError for a positive number and for more tokens than there are, RuntimeError where the window of a layer has
+        moved on, so that what it would see again is gone, and after a call that broke off.
+        """
+        length = self.clock.length
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove; got {tokens_to_remove}")
+        if length + tokens_to_remove < 0:
+            raise ValueError(f"{-tokens_to_remove} tokens cannot be removed from {length}")
+        if self.clock.done:
+            raise RuntimeError(f"a call broke off after {self.clock.done} layers: call reset()")
+        if tokens_to_remove == 0:
+            return
+        for kind in self.clock.kinds:
+            if kind.window is not None and length >= kind.window:
+                raise RuntimeError(
+                    f"{length} tokens have filled a window of {kind.window}, and those before it are gone"
+                )
+        settle()
+        self.clock.length += tokens_to_remove
+        for kind in self.clock.kinds:
+            kind.end = max(kind.end + tokens_to_remove, 0)
 
     def _allocated(self, on_host: bool) -> int:
         return sum(layer.bytes for layer in self.layers if layer.on_host == on_host)

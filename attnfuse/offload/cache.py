@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from attnfuse.offload.attention import ATTENTION
 from attnfuse.offload.planner import LayerCache, Plan, layer_caches, plan
-from attnfuse.offload.transfer import move, settle, store
+from attnfuse.offload.transfer import move, settle, settled, store
 
 _HOST = torch.device("cpu")
 
@@ -92,6 +92,8 @@ class SplitLayer(CacheLayerMixin):
     """
 
     is_compileable = False
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(
         self,
@@ -141,20 +143,21 @@ class SplitLayer(CacheLayerMixin):
         host memory is given tensors that need gradients, or serves a model whose attention function is not `ATTENTION`.
         """
         new, length, kind = key_states.shape[2], self.clock.length, self.kind
+        # 0 before a prompt, and used there as well: a number that Dynamo has seen change is a symbol in the next graph
+        end, past = kind.held(length), kind.past(length)
         self._check(key_states, value_states, length)
         self.clock.begin(self.cache.layer, new)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if length == 0:
             held = kind.past(new)
-            self._write(key_states[:, :, new - held :], value_states[:, :, new - held :], 0)
+            self._write(key_states[:, :, new - held :], value_states[:, :, new - held :], end)
             found = key_states, value_states
         elif kind.is_longer(length, new):
-            found = self._longer(key_states, value_states, kind.past(length))
+            found = self._longer(key_states, value_states, end, past)
         else:
-            end, past = kind.held(length), kind.past(length)
             if kind.is_full(length, new):
-                self._shift(past)
+                self._shift(end, past)
                 end = past
             self._write(key_states, value_states, end)
             found = self.keys[:, :, end - past : end + new], self.values[:, :, end - past : end + new]
@@ -199,29 +202,28 @@ class SplitLayer(CacheLayerMixin):
             self.keys[:, :, start:stop] = keys
             self.values[:, :, start:stop] = values
 
-    def _shift(self, past: int) -> None:
-        """Move the last `past` rows to the front."""
-        self._settled()
+    def _shift(self, end: int, past: int) -> None:
+        """Move the last `past` rows before `end` to the front."""
         for x in (self.keys, self.values):
-            x[:, :, :past] = x[:, :, self.kind.end - past : self.kind.end].clone()
+            x[:, :, :past] = self._copied(x, end - past, end)
 
-    def _longer(self, keys: torch.Tensor, values: torch.Tensor, past: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _longer(
+        self, keys: torch.Tensor, values: torch.Tensor, end: int, past: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """More new tokens than the tensors of a window have rows for: attention sees a copy."""
-        self._settled()
         if self.on_host:
             keys, values = move(keys, _HOST), move(values, _HOST)
-        end, held = self.kind.end, self.kind.past(past + keys.shape[2])
+        held = self.kind.past(past + keys.shape[2])
         found = []
         for own, new in ((self.keys, keys), (self.values, values)):
-            whole = torch.cat([own[:, :, end - past : end], new], 2)
+            whole = torch.cat([self._copied(own, end - past, end), new], 2)
             own[:, :, :held] = whole[:, :, whole.shape[2] - held :]
             found.append(whole)
         return found[0], found[1]
 
-    def _settled(self) -> None:
-        # in a graph every store is ahead of what reads it
-        if self.on_host and not torch.compiler.is_compiling():
-            settle()
+    def _copied(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """A copy of these rows, when they are there."""
+        return settled(x, start, stop) if self.on_host else x[:, :, start:stop].clone()
 
     def get_seq_length(self) -> int:
         """Tokens seen."""
@@ -263,7 +265,7 @@ class SplitLayer(CacheLayerMixin):
         length = self.get_seq_length()
         if not length:
             return
-        self._settled()
+        settle()
         for x in (self.keys, self.values):
             rows = x[:, :, : self.kind.held(length)]
             rows.copy_(rows.index_select(0, beam_idx.to(x.device)))
@@ -325,7 +327,7 @@ class SplitCache(Cache):
         place = None if device is None else torch.device(device)
         kinds = {x.window: Rows(x.rows, x.window) for x in self.plan.caches}
         self.clock = Clock(len(self.plan.caches), kinds.values())
-        layers = [
+        layers: list[Any] = [
             SplitLayer(x, x.layer in self.plan.host, self.clock, kinds[x.window], own, place, pin)
             for x in self.plan.caches
         ]
@@ -364,7 +366,8 @@ class SplitCache(Cache):
             kind.end = max(kind.end + tokens_to_remove, 0)
 
     def _allocated(self, on_host: bool) -> int:
-        return sum(layer.bytes for layer in self.layers if layer.on_host == on_host)
+        layers = [x for x in self.layers if isinstance(x, SplitLayer)]
+        return sum(x.bytes for x in layers if x.on_host == on_host)
 
     @property
     def device_bytes(self) -> int:

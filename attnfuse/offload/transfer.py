@@ -1,9 +1,10 @@
-"""What crosses between the devices of a split cache: all of it goes through `move` and `store`, which count it.
+"""What crosses between the devices of a split cache: all of it goes through `move` and `store`, which tell observers.
 
     attnfuse::move(x, device) -> a copy of x there, with x's strides where x is dense
     attnfuse::store(x, cache, start)   x [batch, heads, n, size] into the n rows from start on of cache [batch, heads, rows, size]
+    attnfuse::settled(cache, start, stop) -> a copy of these rows, when all that was stored is there
 
-Both are ops as well, which a compiled graph has as they are. They have no gradients: `SplitCache` refuses tensors that need some.
+They are ops as well, which a compiled graph has as they are. They have no gradients: `SplitCache` refuses tensors that need some.
 
 Long stores from an accelerator into pinned memory do not wait for the copy. It runs on a stream of its own, behind what the
 device computes next, and `settle` waits for it. So does every move into host memory, which is what an attention there begins
@@ -13,6 +14,7 @@ with, and every store that writes at once.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,7 @@ import torch
 _LIBRARY = torch.library.Library("attnfuse", "FRAGMENT")
 _LIBRARY.define("move(Tensor x, Device device) -> Tensor")
 _LIBRARY.define("store(Tensor x, Tensor(a!) cache, SymInt start) -> ()")
+_LIBRARY.define("settled(Tensor cache, SymInt start, SymInt stop) -> Tensor")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,13 @@ def store(x: torch.Tensor, cache: torch.Tensor, start: int) -> None:
         _store(x, cache, start)
 
 
+def settled(cache: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """A copy of rows start ... stop - 1 of a cache in host memory."""
+    if torch.compiler.is_compiling():
+        return torch.ops.attnfuse.settled(cache, start, stop)  # type: ignore[no-any-return]
+    return _settled(cache, start, stop)
+
+
 def _noted(kind: str, x: torch.Tensor, target: torch.device) -> None:
     for observer in tuple(_observers):
         observer(Transfer(kind, x.device, target, x.numel() * x.element_size()))
@@ -86,14 +96,20 @@ def _move(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return x.to(device, copy=True, non_blocking=device.type != "cpu")
 
 
-def _store(x: torch.Tensor, cache: torch.Tensor, start: int) -> None:
+def _store(x: torch.Tensor, cache: torch.Tensor, start: int, compiled: bool = False) -> None:
     _noted("store", x, cache.device)
     rows = cache.narrow(-2, start, x.shape[-2])
     if x.shape[-2] > 1 and x.dtype == cache.dtype and x.device.type != "cpu" and cache.is_pinned():
-        _behind(x, rows)
+        # a compiled graph may write something else to its tensor's memory before the copy has read it
+        _behind(x.clone() if compiled else x, rows)
         return
     settle()
     rows.copy_(x)
+
+
+def _settled(cache: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    settle()
+    return cache[:, :, start:stop].clone(memory_format=torch.contiguous_format)
 
 
 def _behind(x: torch.Tensor, rows: torch.Tensor) -> None:
@@ -116,7 +132,8 @@ def _behind(x: torch.Tensor, rows: torch.Tensor) -> None:
 
 
 _LIBRARY.impl("move", _move, "CompositeExplicitAutograd")
-_LIBRARY.impl("store", _store, "CompositeExplicitAutograd")
+_LIBRARY.impl("store", functools.partial(_store, compiled=True), "CompositeExplicitAutograd")
+_LIBRARY.impl("settled", _settled, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("attnfuse::move", lib=_LIBRARY)
@@ -127,3 +144,8 @@ def _(x: Any, device: Any) -> Any:
 @torch.library.register_fake("attnfuse::store", lib=_LIBRARY)
 def _(x: Any, cache: Any, start: Any) -> None:
     return None
+
+
+@torch.library.register_fake("attnfuse::settled", lib=_LIBRARY)
+def _(cache: Any, start: Any, stop: Any) -> Any:
+    return cache.new_empty((*cache.shape[:2], stop - start, cache.shape[3]))

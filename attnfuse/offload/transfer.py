@@ -40,7 +40,7 @@ class Transfer:
 _observers: list[Callable[[Transfer], None]] = []
 _streams: dict[torch.device, Any] = {}
 #: The last copy that is under way from each device; those before it on the stream are done when it is.
-_pending: dict[torch.device, Any] = {}
+pending: dict[torch.device, Any] = {}
 
 
 @contextlib.contextmanager
@@ -55,9 +55,9 @@ def observe(observer: Callable[[Transfer], None]) -> Iterator[None]:
 
 def settle() -> None:
     """Wait until all that was stored is in host memory."""
-    while _pending:
+    while pending:
         with contextlib.suppress(KeyError):
-            _, event = _pending.popitem()
+            _, event = pending.popitem()
             event.synchronize()
 
 
@@ -99,12 +99,17 @@ def _move(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 def _store(x: torch.Tensor, cache: torch.Tensor, start: int, compiled: bool = False) -> None:
     _noted("store", x, cache.device)
     rows = cache.narrow(-2, start, x.shape[-2])
-    if x.shape[-2] > 1 and x.dtype == cache.dtype and x.device.type != "cpu" and cache.is_pinned():
+    if may_be_behind(x, cache):
         # a compiled graph may write something else to its tensor's memory before the copy has read it
-        _behind(x.clone() if compiled else x, rows)
+        behind(x.clone() if compiled else x, rows)
         return
     settle()
     rows.copy_(x)
+
+
+def may_be_behind(x: torch.Tensor, cache: torch.Tensor) -> bool:
+    """Whether a store need not wait for its copy: from an accelerator into pinned memory, of more than one token."""
+    return x.shape[-2] > 1 and x.dtype == cache.dtype and x.device.type != "cpu" and cache.is_pinned()
 
 
 def _settled(cache: torch.Tensor, start: int, stop: int) -> torch.Tensor:
@@ -112,8 +117,8 @@ def _settled(cache: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     return cache[:, :, start:stop].clone(memory_format=torch.contiguous_format)
 
 
-def _behind(x: torch.Tensor, rows: torch.Tensor) -> None:
-    """Copy to pinned memory on a stream of its own, after what the device was told to do so far."""
+def behind(x: torch.Tensor, rows: torch.Tensor) -> None:
+    """Copy x [batch, heads, n, size] to pinned rows on a stream of its own, after what the device was told to do so far."""
     device = x.device
     stream = _streams.get(device)
     if stream is None:
@@ -128,7 +133,7 @@ def _behind(x: torch.Tensor, rows: torch.Tensor) -> None:
         event = stream.record_event()
     # the allocator must not give the memory away before it is read
     source.record_stream(stream)
-    _pending[device] = event
+    pending[device] = event
 
 
 _LIBRARY.impl("move", _move, "CompositeExplicitAutograd")

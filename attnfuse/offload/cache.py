@@ -79,6 +79,11 @@ class Clock:
                 kind.advance(self.length, self.new)
             self.length, self.done = self.length + self.new, 0
 
+    def check_whole(self) -> None:
+        """Raises RuntimeError where some layers have tokens that others have not."""
+        if self.done:
+            raise RuntimeError(f"a call broke off after {self.done} layers: call reset()")
+
     def seen(self, layer: int) -> int:
         """Tokens that this layer has seen."""
         return self.length + self.new if layer < self.done else self.length
@@ -262,7 +267,8 @@ class SplitLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Put row beam_idx[i] of the batch into row i, in place."""
-        length = self.get_seq_length()
+        self.clock.check_whole()
+        length = self.clock.length
         if not length:
             return
         settle()
@@ -346,13 +352,12 @@ class SplitCache(Cache):
         Raises ValueError for a positive number and for more tokens than there are, RuntimeError where the window of a layer has
         moved on, so that what it would see again is gone, and after a call that broke off.
         """
+        self.clock.check_whole()
         length = self.clock.length
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove; got {tokens_to_remove}")
         if length + tokens_to_remove < 0:
             raise ValueError(f"{-tokens_to_remove} tokens cannot be removed from {length}")
-        if self.clock.done:
-            raise RuntimeError(f"a call broke off after {self.clock.done} layers: call reset()")
         if tokens_to_remove == 0:
             return
         for kind in self.clock.kinds:

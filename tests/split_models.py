@@ -26,7 +26,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3 MQA": ("Qwen3", {"num_key_value_heads": 1, "head_dim": 16}),
 }
-LAYERS, NEW = 4, 9
+LAYERS, NEW = 3, 7
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> Any:

@@ -127,6 +127,11 @@ def _moved(mask: torch.Tensor, device: torch.device) -> torch.Tensor:
     return copy
 
 
+def held_masks() -> int:
+    """How many copies of masks are kept."""
+    return len(_masks)
+
+
 def _forget(device: torch.device, reference: weakref.ref[torch.Tensor]) -> None:
     """Give up the copy of a mask that is gone."""
     held = _masks.get(device)

@@ -29,7 +29,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 LAYERS, NEW = 3, 7
 
 
-def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
+def build(name: str, layers: int = LAYERS, dtype: torch.dtype = torch.float32) -> Any:
     """A model in eval mode, always with the same weights, that never ends a sequence."""
     import transformers
 
@@ -39,7 +39,7 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=64,
         pad_token_id=0,
@@ -78,6 +78,6 @@ def generated(model: Any, inputs: dict[str, torch.Tensor], **options: Any) -> Ge
 
 
 @functools.cache
-def expected(name: str, beams: int = 1) -> Generated:
+def expected(name: str, beams: int = 1, layers: int = LAYERS) -> Generated:
     """What the model gives with transformers' own cache and attention."""
-    return generated(build(name), prompt(), num_beams=beams)
+    return generated(build(name, layers), prompt(), num_beams=beams)

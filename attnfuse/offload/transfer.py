@@ -38,7 +38,8 @@ class Transfer:
 
 
 _observers: list[Callable[[Transfer], None]] = []
-_streams: dict[torch.device, Any] = {}
+#: That of the copies from each device.
+streams: dict[torch.device, Any] = {}
 #: The last copy that is under way from each device; those before it on the stream are done when it is.
 pending: dict[torch.device, Any] = {}
 
@@ -120,9 +121,9 @@ def _settled(cache: torch.Tensor, start: int, stop: int) -> torch.Tensor:
 def behind(x: torch.Tensor, rows: torch.Tensor) -> None:
     """Copy x [batch, heads, n, size] to pinned rows on a stream of its own, after what the device was told to do so far."""
     device = x.device
-    stream = _streams.get(device)
+    stream = streams.get(device)
     if stream is None:
-        stream = _streams[device] = torch.Stream(device)
+        stream = streams[device] = torch.Stream(device)
     # made on the stream that computes, so that the copies are of memory in one piece: only those pass by pinned memory alone
     source = x.contiguous()
     stream.wait_stream(torch.accelerator.current_stream(device))

@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import attnfuse.ops  # noqa: F401 - it defines the op
-from attnfuse.expr import dense
+from attnfuse import expr
 from attnfuse.kernels import Unsupported, choose
 from attnfuse.offload.transfer import move
 from attnfuse.spec import Attention, Bias, Operand, ReplaceFill, Scale, Softcap, Step, dtype_name
@@ -28,8 +28,8 @@ from attnfuse.spec import Attention, Bias, Operand, ReplaceFill, Scale, Softcap,
 #: The name of the attention function.
 ATTENTION = "attnfuse_split"
 
-#: Masks that are in host memory already: the last one of each device, by what it was a copy of.
-_masks: dict[torch.device, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
+#: Copies of masks on other devices, by device and the mask's id: the mask, its version and the copy. It ends with the mask.
+_masks: dict[tuple[torch.device, int], tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
 
 
 def is_elsewhere(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor) -> bool:
@@ -63,7 +63,11 @@ def attention_forward(
     if not is_elsewhere(module, query, key):
         if softcap is not None:
             causal = query.shape[2] > 1 and attention_mask is None and _causal(module, is_causal)
-            out = _written(query, key, value, attention_mask, _scale(query, scaling), softcap, causal, dropout)
+            scale = _scale(query, scaling)
+            if dropout or torch.compiler.is_compiling() or not _has_kernel(query.device):
+                out = _written(query, key, value, attention_mask, scale, softcap, causal, dropout)
+            else:
+                out = attend(query, key, value, attention_mask, scale, softcap, causal)
             return out.transpose(1, 2).contiguous(), None
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module,
@@ -115,15 +119,16 @@ def _there(
 
 
 def _moved(mask: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The mask on `device`: the copy of before where it is the same and nobody wrote to it."""
+    """The mask on `device`: the copy of before where nobody wrote to it since."""
     if mask.is_inference():
         # which has no count of what is written to it
         return move(mask, device)
-    held = _masks.get(device)
+    key = (device, id(mask))
+    held = _masks.get(key)
     if held is not None and held[0]() is mask and held[1] == mask._version:
         return held[2]
     copy = move(mask, device)
-    _masks[device] = (weakref.ref(mask, functools.partial(_forget, device)), mask._version, copy)
+    _masks[key] = (weakref.ref(mask, functools.partial(_forget, key)), mask._version, copy)
     return copy
 
 
@@ -132,11 +137,11 @@ def held_masks() -> int:
     return len(_masks)
 
 
-def _forget(device: torch.device, reference: weakref.ref[torch.Tensor]) -> None:
+def _forget(key: tuple[torch.device, int], reference: weakref.ref[torch.Tensor]) -> None:
     """Give up the copy of a mask that is gone."""
-    held = _masks.get(device)
+    held = _masks.get(key)
     if held is not None and held[0] is reference:
-        del _masks[device]
+        del _masks[key]
 
 
 def _written(
@@ -176,11 +181,13 @@ def attend(
     mask: torch.Tensor | None,
     scale: float,
     softcap: float | None = None,
+    causal: bool = False,
 ) -> torch.Tensor:
     """softmax(softcap(scale * q @ k^T) masked) @ v on attnfuse's kernel for the tensors' device.
 
     query [B, H, Q, D], key [B, Hkv, K, D], value [B, Hkv, K, E], of one dtype, device and batch; H a multiple of Hkv. mask
-    [B or 1, H or 1, Q or 1, K or 1]: bool, or a term of the scores. The result is [B, H, Q, E]; a row that sees no key is 0.
+    [B or 1, H or 1, Q or 1, K or 1]: bool, or a term of the scores. causal: each query sees the keys up to its own number. The
+    result is [B, H, Q, E]; a row that sees no key is 0.
     Raises ValueError for heads that do not divide and `Unsupported` where no kernel can.
     """
     heads, own = query.shape[1], key.shape[1]
@@ -201,6 +208,7 @@ def attend(
         (query.shape[-1], value.shape[-1]),
         scale,
         softcap,
+        causal,
         None if mask is None else dtype_name(mask.dtype),
         shape,
         query.device,
@@ -216,6 +224,7 @@ def _spec(
     sizes: tuple[int, int],
     scale: float,
     softcap: float | None,
+    causal: bool,
     mask: str | None,
     alone: tuple[bool, ...] | None,
     device: torch.device,
@@ -225,10 +234,12 @@ def _spec(
     steps: list[Step] = [Scale(scale)]
     if softcap is not None:
         steps.append(Softcap(softcap))
+    if causal:
+        steps.append(ReplaceFill(expr.causal(), -torch.inf))
     operands: tuple[Operand, ...] = ()
     if mask is not None and alone is not None:
         operands = (Operand(mask, tuple("1" if one else n for one, n in zip(alone, (*names, "Q", "K"), strict=True))),)
-        steps.append(ReplaceFill(dense(0), -torch.inf) if mask == "bool" else Bias(0))
+        steps.append(ReplaceFill(expr.dense(0), -torch.inf) if mask == "bool" else Bias(0))
     shared = names[2:]
     spec = Attention(
         names,
@@ -243,6 +254,13 @@ def _spec(
     if choice.kernel is None:
         raise Unsupported(str(choice.reason))
     return spec.argument, choice.kernel.name
+
+
+@functools.lru_cache(maxsize=16)
+def _has_kernel(device: torch.device) -> bool:
+    """Whether attnfuse has a kernel of its own for the device."""
+    spec = Attention(("B", "H"), (None,) * 6, "float32", "float32", "float32", steps=(Scale(), Softcap(1.0)))
+    return choose(spec, device).kernel is not None
 
 
 def register() -> None:

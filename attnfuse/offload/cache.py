@@ -180,7 +180,8 @@ class SplitLayer(CacheLayerMixin):
                 )
             if self.device is not None and x.device.type != self.device.type:
                 raise ValueError(f"layer {cache.layer}: the cache is for {self.device}; {name} are on {x.device}")
-        if cache.window is None and length + keys.shape[2] > cache.rows:
+        # a window that has all of its rows goes on for ever
+        if (cache.window is None or cache.rows < cache.window) and length + keys.shape[2] > cache.rows:
             raise ValueError(
                 f"layer {cache.layer}: the cache is planned for {cache.rows} tokens; "
                 f"{length} and {keys.shape[2]} more do not fit. Give a larger max_length="

@@ -138,8 +138,9 @@ def test_a_mask_is_moved_once_and_again_when_it_is_written_to(monkeypatch: pytes
         mask.logical_not_()
         assert [moved(mask), moved(mask)] == [1, 0]
         other = mask.clone()
-        assert [moved(other), moved(mask)] == [1, 1]
-        del mask
+        assert [moved(other), moved(mask), moved(other)] == [1, 0, 0]
+        assert attention.held_masks() == 2
+        del mask, other
         assert not attention.held_masks()
         with torch.inference_mode():
             mask = torch.rand(3, 1, 1, 8) > 0.5

@@ -207,6 +207,20 @@ def test_a_window_is_cropped_until_it_is_full() -> None:
     cache.crop(0)
 
 
+def test_a_window_that_is_longer_than_the_cache_ends_with_it() -> None:
+    config = build("mistral window").config
+    for length, fits in ((5, False), (6, True)):
+        cache = SplitCache(config, max_length=length, host_layers=[])
+        for n in (length, 1):
+            k = torch.randn(1, 2, n, 8)
+            if n == 1 and not fits:
+                with pytest.raises(ValueError, match="planned for 5 tokens; 5 and 1 more"):
+                    cache.update(k, k, 0)
+                break
+            for i in range(LAYERS):
+                assert cache.update(k, k, i)[0].shape[2] == (n if n > 1 else 6)
+
+
 # -- errors
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from late_copies import Late, late_copies
+from repository import ROOT
 from split_models import LAYERS, MODELS, NEW, Generated, build, expected, generated, prompt
 from twin_device import DEVICE, Twin, placed, twin_device
 
@@ -51,6 +54,23 @@ def same(found: Generated, wanted: Generated) -> None:
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[Late]:
     yield from late_copies(monkeypatch)
+
+
+def test_the_python_of_the_guide_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs/offload.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    assert len(blocks) == text.count("```python") == 1
+    exec(compile(blocks[0], "docs/offload.md", "exec"), {})
+    assert capsys.readouterr().out.startswith(
+        "2 of 4 layers' caches on the device, 45056 bytes; 2 in host memory, 45056 bytes"
+    )
+
+
+def test_the_api_page_shows_how_a_cache_is_made() -> None:
+    shown = inspect.signature(SplitCache)
+    said = [f"{p.name}={p.default!r}" if p.default is not p.empty else p.name for p in shown.parameters.values()]
+    assert f"`SplitCache({', '.join([said[0], '*', *said[1:]])})`" in (ROOT / "docs/api.md").read_text()
+    assert [name for name in attnfuse.offload.__all__ if name not in (ROOT / "docs/api.md").read_text()] == []
 
 
 # -- whole models

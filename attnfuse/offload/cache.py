@@ -144,8 +144,8 @@ class SplitLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep keys [B, Hkv, n, D] and values [B, Hkv, n, E], and return those that attention is to see.
 
-        Raises ValueError where they are not as planned or too many, RuntimeError where layers do not come in order, where one in
-        host memory is given tensors that need gradients, or serves a model whose attention function is not `ATTENTION`.
+        Raises ValueError where they are not as planned or too many, RuntimeError where they need gradients, where layers do not
+        come in order, and where one in host memory serves a model whose attention function is not `ATTENTION`.
         """
         new, length, kind = key_states.shape[2], self.clock.length, self.kind
         # 0 before a prompt, and used there as well: a number that Dynamo has seen change is a symbol in the next graph
@@ -178,20 +178,22 @@ class SplitLayer(CacheLayerMixin):
                     f"layer {cache.layer}: the cache is planned for {name} {cache.dtype} of batch, heads, size {wanted}; "
                     f"the model gives {x.dtype} of {found}. Give batch= (times the number of beams) and dtype= as they are"
                 )
-            if self.device is not None and x.device.type != self.device.type:
-                raise ValueError(f"layer {cache.layer}: the cache is for {self.device}; {name} are on {x.device}")
+            # 'cuda' is the current one, which memory on it tells
+            place = self.keys.device if self.is_initialized and not self.on_host else self.device
+            if place is not None and not _is(x.device, place):
+                raise ValueError(f"layer {cache.layer}: the cache is for {place}; {name} are on {x.device}")
         # a window that has all of its rows goes on for ever
         if (cache.window is None or cache.rows < cache.window) and length + keys.shape[2] > cache.rows:
             raise ValueError(
                 f"layer {cache.layer}: the cache is planned for {cache.rows} tokens; "
                 f"{length} and {keys.shape[2]} more do not fit. Give a larger max_length="
             )
-        if not self.on_host:
-            return
         if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
             raise RuntimeError(
-                f"layer {cache.layer}: a cache in host memory has no gradients. Call the model under torch.no_grad()"
+                f"layer {cache.layer}: a SplitCache has no gradients. Call the model under torch.no_grad()"
             )
+        if not self.on_host:
+            return
         used = getattr(self.config, "_attn_implementation", ATTENTION)
         if used != ATTENTION:
             raise RuntimeError(
@@ -292,6 +294,11 @@ class SplitLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         """Nothing: attention goes to the cache."""
+
+
+def _is(device: torch.device, place: torch.device) -> bool:
+    """Whether a device is the one that `place` names, with its number or without."""
+    return device.type == place.type and (place.index is None or device.index in (None, place.index))
 
 
 class SplitCache(Cache):

@@ -157,6 +157,46 @@ def test_beams_are_reordered_where_they_are(late: Late) -> None:
     assert late["behind"] == 4
 
 
+def test_tokens_are_guessed_from_the_prompt_and_taken_back(late: Late) -> None:
+    """Assisted decoding, by transformers' prompt lookup: it crops the cache where a guess was wrong."""
+    ids = prompt(batch=1, padding=0)["input_ids"]
+    inputs = {"input_ids": torch.cat([ids, ids[:, :6]], 1), "attention_mask": torch.ones(1, 16, dtype=torch.long)}
+    model = split_model()
+    cache = SplitCache(model.config, max_length=16 + NEW + 3, host_layers=[0, 2])
+    steps: list[int] = []
+    model.register_forward_hook(lambda module, args, kwargs, out: steps.append(out.logits.shape[1]), with_kwargs=True)
+    with twin_device():
+        found = model.generate(
+            **on_twin(inputs), past_key_values=cache, max_new_tokens=NEW, do_sample=False, prompt_lookup_num_tokens=3
+        )
+    wanted = build("llama").generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(found.x, wanted)
+    # three guesses go with the prompt, and are wrong
+    assert steps == [3 + 1] + [1] * (NEW - 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_models_are_as_exact_as_on_one_device(dtype: torch.dtype) -> None:
+    """Logits of a prompt and four tokens, fed one by one, against the same weights in float32."""
+    ids = torch.cat([prompt()["input_ids"], prompt(length=4)["input_ids"]], 1)
+    narrow, model = build("llama", dtype=dtype), placed(build("llama", dtype=dtype))
+    exact = build("llama", dtype=dtype).float()
+    model.set_attn_implementation(ATTENTION)
+    cache, plain = (
+        SplitCache(model.config, max_length=14, batch=2, host_layers=[0, 1]),
+        DynamicCache(config=narrow.config),
+    )
+    with torch.no_grad(), twin_device():
+        wanted = exact(ids).logits
+        errors = []
+        for run_on, held, given in ((model, cache, Twin(ids)), (narrow, plain, ids)):
+            parts = [run_on(x, past_key_values=held).logits for x in given.split([10, 1, 1, 1, 1], 1)]
+            logits = torch.cat([x.x if isinstance(x, Twin) else x for x in parts], 1).float()
+            errors.append((logits - wanted).abs().mean())
+    assert errors[0] <= 1.1 * errors[1]
+    assert errors[1] > 0
+
+
 def test_a_cache_is_used_again_and_cropped(late: Late) -> None:
     model, reference = split_model(), build("llama")
     ids = prompt()["input_ids"]
@@ -260,8 +300,9 @@ def test_what_is_not_as_planned_is_an_error() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             cache.update(k, k, 0)
-    with pytest.raises(RuntimeError, match=r"no_grad\(\)"):
-        cache.update(keys(config, requires_grad=True), keys(config), 0)
+    for held in (cache, SplitCache(config, max_length=4, host_layers=[])):
+        with pytest.raises(RuntimeError, match=r"no_grad\(\)"):
+            held.update(keys(config, requires_grad=True), keys(config), 0)
     with pytest.raises(RuntimeError, match="layer 2 is given keys where it is layer 0's turn"):
         cache.update(keys(config), keys(config), 2)
     cache.update(keys(config), keys(config), 0)

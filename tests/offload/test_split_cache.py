@@ -220,7 +220,7 @@ def test_a_cache_is_used_again_and_cropped(late: Late) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral window", "gemma2"])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(12))
 def test_layers_give_what_those_of_dynamic_cache_give(name: str, seed: int, late: Late) -> None:
     """Chunks of any lengths, longer than a window too: keys, values, and what masks are made for."""
     config = build(name).config
@@ -230,15 +230,17 @@ def test_layers_give_what_those_of_dynamic_cache_give(name: str, seed: int, late
     config._attn_implementation = ATTENTION
     plain = DynamicCache(config=config)
     layers = layer_caches(config, 2, 1)
-    for chunk in chunks:
+    for at, chunk in enumerate(chunks):
         sizes = [(cache.get_mask_sizes(chunk, i), cache.get_seq_length(i)) for i in range(LAYERS)]
         assert sizes == [(plain.get_mask_sizes(chunk, i), plain.get_seq_length(i)) for i in range(LAYERS)]
         for i in range(LAYERS):
             k, v = (torch.randn(2, layers[i].heads, chunk, layers[i].key_size, generator=generator) for _ in "kv")
             found, wanted = cache.update(k, v, i), plain.update(k, v, i)
-            transfer.settle()
-            assert torch.equal(found[0], wanted[0])
-            assert torch.equal(found[1], wanted[1])
+            # in every other case nobody but the cache itself waits, until the end
+            if seed % 2 or at == len(chunks) - 1:
+                transfer.settle()
+                assert torch.equal(found[0], wanted[0])
+                assert torch.equal(found[1], wanted[1])
         if not chunk % 3:
             cache.reorder_cache(torch.tensor([1, 0]))
             plain.reorder_cache(torch.tensor([1, 0]))

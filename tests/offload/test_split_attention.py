@@ -201,8 +201,8 @@ def compiled(
 @pytest.mark.parametrize(
     ("name", "inner", "graphs"),
     [
-        ("llama", "eager", 2),
         ("gemma2", "eager", 3),
+        pytest.param("llama", "eager", 2, marks=pytest.mark.slow),
         pytest.param("llama", "aot_eager", 2, marks=pytest.mark.slow),
         pytest.param("llama", "inductor", 2, marks=pytest.mark.slow),
         pytest.param("gemma2", "inductor", 3, marks=pytest.mark.slow),

@@ -71,6 +71,7 @@ THINNED = {
     "models/test_models.py::test_every_attention_fuses_in_eval_and_outputs_hold_the_bar": 2,
     "models/test_models.py::test_all_attentions_of_sdpa_models_fuse_too": 2,
     "models/test_regressions.py::test_every_mask_dtype_matches_or_is_refused": 3,
+    "offload/test_split_cache.py::test_generation_equals_that_with_all_on_one_device": 3,
     "passes/test_idioms.py::test_example_fuses_with_dynamic_shapes": 3,
     "passes/test_masks.py::test_no_square_tensor_is_left_in_other_models": 2,
     "passes/test_paged_caches.py::test_it_is_so_with_symbolic_sizes": 4,

@@ -13,7 +13,7 @@ import pytest
 from repository import ROOT
 
 import attnfuse
-from attnfuse import packing, testing
+from attnfuse import offload, packing, testing
 from attnfuse.report.report import SiteReport
 from attnfuse.settings import Settings
 from attnfuse.testing import graph_masks, index_programs
@@ -89,6 +89,7 @@ def parameters(function: Callable[..., Any]) -> list[tuple[str, Any]]:
     [
         *((f, API) for f in (attnfuse.explain, attnfuse.verify, attnfuse.rewrite)),
         *((getattr(packing, name), API) for name in packing.__all__),
+        *((f, API) for f in (offload.layer_caches, offload.plan, offload.observe, offload.settle)),
         *((f, TESTING) for f in (testing.shapes, testing.tensors, testing.masks, testing.inputs, testing.decoys)),
         *((f, TESTING) for f in (testing.programs, testing.check_program, index_programs.index_programs)),
         *((f, TESTING) for f in (graph_masks.trees, graph_masks.mask_programs, graph_masks.mutated_masks)),

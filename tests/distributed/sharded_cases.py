@@ -108,8 +108,6 @@ def sums_of_everything(net, x):
         h.mean(-2),
         h.sum((0, 1), keepdim=True),
         h.mean((1, 2)),
-        h.sum(1, keepdim=True, dtype=torch.float32),
-        h.mean((-2,), dtype=torch.float32),
         h.transpose(0, 1).sum(0),
         h.flatten(0, 1).sum(0),
         h.flatten(0, 1).mean(),
@@ -117,14 +115,17 @@ def sums_of_everything(net, x):
     )
 
 
-@case()
+@case(close=1e-6)
+def sums_in_another_dtype(net, x):
+    h = net.attend(x)
+    return h.sum(1, keepdim=True, dtype=torch.float32), h.mean((-2,), dtype=torch.float32)
+
+
+@case(inputs=with_ids)
 def sums_of_integers(net, x, y):
     h = net.tokens(y)
     counts = (net.attend(x + h) > 0).sum()
-    return counts, (net.attend(x) > 0).sum(1), (h > 0).flatten(1).sum(-1)
-
-
-CASES["sums_of_integers"].inputs = with_ids
+    return h.sum(), y.sum(), counts, (net.attend(x) > 0).sum(1), (h > 0).flatten(1).sum(-1)
 
 
 @case()
@@ -220,11 +221,10 @@ def nll_losses(net, x, y):
     z = net.head(net.attend(x)).log_softmax(-1)
     return (
         F.nll_loss(z.flatten(0, 1), y.flatten()),
-        F.nll_loss(z.transpose(1, 2), y),
-        F.nll_loss(z.transpose(1, 2), y, reduction="sum", weight=net.classes),
+        F.nll_loss(z.transpose(1, 2).contiguous(), y),
+        F.nll_loss(z.transpose(1, 2).contiguous(), y, reduction="sum", weight=net.classes),
         F.nll_loss(z.flatten(0, 1), y.flatten(), reduction="none"),
         F.nll_loss(z.flatten(0, 1), y.flatten(), weight=net.classes, ignore_index=2),
-        F.nll_loss(z.transpose(1, 2)[:, :, :, None], y[:, :, None]),
     )
 
 
@@ -484,7 +484,7 @@ def weights_are_detached(net, x):
 @case()
 def integers_and_bools_of_rows(net, x):
     h = net.attend(x)
-    return h > 0, h.argmax(-1), (h * 10).to(torch.int32), h.isnan().any(), (h > 0).flip(1)
+    return h, h > 0, h.argmax(-1), (h * 10).to(torch.int32), h.isnan().any(), (h > 0).flip(1)
 
 
 # -- in place, opaque
@@ -494,9 +494,8 @@ def integers_and_bools_of_rows(net, x):
 def added_in_place(net, x):
     h = net.attend(x)
     h += x
-    h = F.relu(h, inplace=True)
-    h.mul_(2.0)
-    return net.norm(h)
+    h.add_(2.0)
+    return net.norm(F.relu(h, inplace=True))
 
 
 @case()
@@ -639,7 +638,7 @@ def bias_from_tokens(net, x):
 def left_padding(net, x, keep):
     n = x.shape[1]
     hidden = torch.ones(n, n, dtype=torch.bool).triu(1) | ~keep[:, None, None, :]
-    mask = torch.zeros(2, 1, n, n, dtype=x.dtype).masked_fill(hidden, torch.finfo(x.dtype).min)
+    mask = torch.zeros(2, 1, n, n, dtype=x.dtype).masked_fill(hidden, torch.finfo(torch.float32).min)
     return net.attend(net.attend(x, mask=mask), mask=mask)
 
 
@@ -758,6 +757,28 @@ def any_length_checkpointed(net, x):
 def any_length_embedded(net, y):
     x = net.tokens(y) + net.positions(torch.arange(y.shape[1]))
     return net.head(net.attend(x))
+
+
+@case(dynamic=True, lengths=(6, 9))
+def any_length_by_shape(net, x):
+    h = net.attend(x)
+    n, shape = h.shape[1], h.shape
+    y = net.up(h).view(shape) + torch.zeros(shape, dtype=h.dtype) + h.new_ones(h.size(1), 1)
+    return y.reshape(-1, h.shape[-1]).sum(0) / n, y.view(h.size()), h.numel(), torch.arange(n)
+
+
+@case(dynamic=True, lengths=(6, 9), inputs=lambda n: (torch.randn(2, n, WIDTH), torch.randn(2, n + 3, WIDTH)))
+def two_lengths_of_any_size(net, x, y):
+    h = net.attend(x)
+    return h + net.attend(h, net.attend(y)), h.mean(1)
+
+
+@case(dynamic=True, lengths=(6, 9), inputs=lambda n: (torch.randn(2, n, WIDTH), (torch.arange(n) > 1).expand(2, n)))
+def any_length_with_a_mask(net, x, keep):
+    n = x.shape[1]
+    hidden = torch.ones(n, n, dtype=torch.bool).triu(1) | ~keep[:, None, None, :]
+    mask = torch.zeros(2, 1, n, n, dtype=x.dtype).masked_fill(hidden, torch.finfo(torch.float32).min)
+    return net.attend(net.attend(x, mask=mask), mask=mask)
 
 
 # -- AOTAutograd and Inductor

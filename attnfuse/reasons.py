@@ -1334,7 +1334,9 @@ NOTHING_TO_SHARD = Cause(
     "Nothing to do for a graph without self-attention; else look at the ops between the input and the attention.",
     SHARDED,
 )
-SHARDED_SPEC = Cause("sharded-spec", "it is not computed over ranks: {why}", "See what it says after the colon.", SHARDED)
+SHARDED_SPEC = Cause(
+    "sharded-spec", "it is not computed over ranks: {why}", "See what it says after the colon.", SHARDED
+)
 SHARDED_NESTED = Cause(
     "sharded-nested", "the graph has nested tensors", "Pass padded or packed tensors with a mask.", SHARDED
 )

@@ -44,8 +44,6 @@ def check(spec: Attention) -> None:
     """Raises ValueError for a spec that is not computed over several ranks."""
     if spec.layout != "dense":
         raise ValueError(f"attnfuse: attention over several ranks takes dense layouts; got {spec.layout}")
-    if spec.dropout:
-        raise ValueError("attnfuse: attention over several ranks drops no weights: kernels number rows from 0 on")
     if any(isinstance(s, ReplaceFill) and s.value != 0.0 for s in spec.weight_steps):
         raise ValueError("attnfuse: weights that are filled with another number than 0 have no parts that add up")
 
@@ -203,7 +201,7 @@ class Call:
     """One attention over all ranks, as this rank takes part in it.
 
     run(which, spec, inputs, *given): a kernel's; partial: whether it is one with backward_part; operands: whole; rank: this one
-    of `ranks`; held: queries and keys that each rank has rows for, where they are not layouts.rows_of_rank.
+    of `ranks`; held: queries and keys that each rank has rows for, where they are not layouts.rows_of_rank; seed: of dropout.
     """
 
     def __init__(
@@ -216,7 +214,9 @@ class Call:
         run: Callable[..., Any],
         partial: bool,
         held: tuple[int, int] | None = None,
+        seed: torch.Tensor | None = None,
     ) -> None:
+        self.seed = seed
         self.spec, self.layout, self.operands, self.run, self.partial = spec, layout, operands, run, partial
         self.rank, self.ranks = place
         self.queries, self.keys = lengths
@@ -265,7 +265,15 @@ class Call:
             base, _, half, jump = layouts.numbers(self.layout, rank, self.ranks, n)
             shape = (1,) * q.dim()
             operands += [torch.full(shape, x, dtype=torch.int32, device=q.device) for x in (base, half, jump)[:count]]
-        return Inputs(q, k, v, operands)
+        if not self.spec.dropout:
+            return Inputs(q, k, v, operands)
+        # masks are drawn by the numbers that queries and keys have in the whole tensors
+        numbers = []
+        sides = zip((True, kind == "part"), (q_rank, k_rank), self.held, (self.queries, self.keys))
+        for own, rank, n, total in sides:
+            found = layouts.numbers(self.layout, rank, self.ranks, n) if own else (0, 1, total, 0)
+            numbers.append([*found, total])
+        return Inputs(q, k, v, operands, self.seed, numbers=torch.tensor(numbers, device=q.device))
 
     def add_to_whole(
         self,

@@ -6,24 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
-import torch
 from torch import fx
 
 from attnfuse import reasons
-from attnfuse.distributed import steps
+from attnfuse.distributed import cost, steps
 from attnfuse.distributed.layouts import Layout
 from attnfuse.distributed.options import Dealt
-from attnfuse.kernels import choose
+from attnfuse.distributed.traffic import Sizes
+from attnfuse.kernels import Choice, choose
 from attnfuse.passes.capture.view import View
 from attnfuse.passes.emit.edits import EmitError
 from attnfuse.passes.emit.emitter import Emitter
 from attnfuse.passes.graph.aten import name_of, shape_of, value_of
 from attnfuse.passes.graph.labels import hint
-from attnfuse.passes.sharding.carry import Tokens
 from attnfuse.passes.sharding.find import Distributed, Plan, find
 from attnfuse.passes.sharding.write import Ranks, Sharder
 from attnfuse.passes.site import Site
-from attnfuse.reasons import Reason
+from attnfuse.reasons import Reason, ReasonError
 from attnfuse.settings import Settings
 
 
@@ -32,6 +31,7 @@ class Call(NamedTuple):
 
     kernel: str
     algorithm: str
+    why: str
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Sharding:
     def said(self, each: Distributed) -> str:
         """How one attention is computed, for its report."""
         call = self.calls[each.site.final]
-        return f"over {self.dealt.ranks} ranks by {call.algorithm}, {self.layout}"
+        return f"over {self.dealt.ranks} ranks by {call.algorithm}, {self.layout}: {call.why}"
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -101,23 +101,40 @@ class Sharding:
 def shard(emitter: Emitter, sites: Sequence[Site], settings: Settings, dealt: Dealt) -> Sharding:
     """Write the emitter's view on a rank's tokens, or say why it is left whole."""
     view = emitter.view
-    layout = _layout(dealt, sites)
+    try:
+        layout = _layout(dealt, view, sites)
+    except ReasonError as error:
+        return Sharding.left_whole(dealt, error.reason)
     calls: dict[fx.Node, Call] = {}
 
     def runs(each: Distributed) -> Reason | None:
         site = each.site
-        algorithm = "local" if each.keys is None else _algorithm(dealt, site)
-        trains = view.trains and view.grad.get(site.final, True)
-        try:
-            spec = steps.step_spec(site.spec, layout, dealt.ranks, algorithm)
-        except ValueError as error:
-            return reasons.SHARDED_SPEC(why=error)
         device = value_of(site.q.node).device
-        partial = algorithm not in steps.WHOLE_KEYS
-        choice = choose(spec, device, settings.kernel, trains, partial)
+        trains = view.trains and view.grad.get(site.final, True)
+
+        def chosen(algorithm: str) -> Choice | Reason:
+            try:
+                spec = steps.step_spec(site.spec, layout, dealt.ranks, algorithm)
+            except ValueError as error:
+                return reasons.SHARDED_SPEC(why=error)
+            parts = algorithm not in steps.WHOLE_KEYS
+            return choose(spec, device, settings.kernel, trains, parts, site.spec.dropout > 0.0)
+
+        algorithm, why = "local", "keys are whole"
+        if each.keys is not None:
+            ring = chosen("ring")
+            partial = isinstance(ring, Choice) and ring.kernel is not None
+            try:
+                decision = _decided(dealt, view, site, layout, partial)
+            except ReasonError as error:
+                return error.reason
+            algorithm, why = decision.algorithm, decision.reason
+        choice = chosen(algorithm)
+        if isinstance(choice, Reason):
+            return choice
         if choice.kernel is None:
             return choice.reason
-        calls[site.final] = Call(choice.kernel.name, algorithm)
+        calls[site.final] = Call(choice.kernel.name, algorithm, why)
         return None
 
     plan = find(view, sites, runs, dealt.outputs)
@@ -146,14 +163,30 @@ def shard(emitter: Emitter, sites: Sequence[Site], settings: Settings, dealt: De
     )
 
 
-def _layout(dealt: Dealt, sites: Sequence[Site]) -> Layout:
+def _sizes(view: View, site: Site) -> Sizes:
+    """Those of a site, with hints for symbolic ones."""
+    trains = view.trains and view.grad.get(site.final, True)
+    queries, keys = (hint(dim[0]) if dim else 1 for dim in (site.q_dim, site.k_dim))
+    return cost.sizes_of(site.spec, [hint(a) for a in site.batch], queries, keys, trains)
+
+
+def _layout(dealt: Dealt, view: View, sites: Sequence[Site]) -> Layout:
+    """One for the whole graph. Raises ReasonError where heads cannot be dealt."""
     if dealt.layout != "auto":
         return dealt.layout
-    return "zigzag" if dealt.ranks > 1 else "contiguous"
+    device = value_of(sites[0].q.node).device.type
+    attentions = [(site.spec, _sizes(view, site)) for site in sites if site.spec.layout == "dense"]
+    if not attentions:
+        return "contiguous"
+    found = cost.choose_layout(attentions, dealt.sizes, device, dealt.algorithm, dealt.heads)
+    return cast(Layout, found)
 
 
-def _algorithm(dealt: Dealt, site: Site) -> str:
-    return dealt.algorithm if dealt.algorithm != "auto" else "gather"
+def _decided(dealt: Dealt, view: View, site: Site, layout: Layout, partial: bool) -> cost.Decision:
+    """How one attention sees all keys. Raises ReasonError."""
+    device = value_of(site.q.node).device.type
+    sizes = _sizes(view, site)
+    return cost.choose(site.spec, sizes, dealt.sizes, device, layout, dealt.algorithm, dealt.heads, partial=partial)
 
 
 def _count(view: View, plan: Plan) -> int:
@@ -197,6 +230,3 @@ def _hint(size: Any) -> int:
 
 def _said(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count} bytes"
-
-
-assert Tokens and torch and cast

@@ -74,7 +74,9 @@ class Sharding:
     def said(self, each: Distributed) -> str:
         """How one attention is computed, for its report."""
         call = self.calls[each.site.final]
-        return f"over {self.dealt.ranks} ranks by {call.algorithm}, {self.layout}: {call.why}"
+        if call.algorithm == "local":
+            return f"over {self.dealt.ranks} ranks: whole keys, nothing is sent"
+        return f"over {self.dealt.ranks} ranks: {call.why}"
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -204,7 +206,9 @@ def _gathers(view: View, plan: Plan) -> tuple[Gather, ...]:
             for user in stack.pop().users:
                 if user in plan.whole and plan.same(user) is not None:
                     stack.append(user)
-                elif user in plan.needed and not plan.is_sharded(user) and user not in plan.carried.sums:
+                elif user.op == "output" or (
+                    user in plan.needed and not plan.is_sharded(user) and user not in plan.carried.sums
+                ):
                     users.append(user)
         why = [_why(view, plan, u) for u in users]
         size = value_of(node).element_size()

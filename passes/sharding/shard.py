@@ -171,7 +171,9 @@ def _gathers(view: View, plan: Plan) -> tuple[Gather, ...]:
             for user in stack.pop().users:
                 if user in plan.whole and plan.same(user) is not None:
                     stack.append(user)
-                elif user in plan.needed and not plan.is_sharded(user) and user not in plan.carried.sums:
+                elif user.op == "output" or (
+                    user in plan.needed and not plan.is_sharded(user) and user not in plan.carried.sums
+                ):
                     users.append(user)
         why = [_why(view, plan, u) for u in users]
         size = value_of(node).element_size()

@@ -1362,6 +1362,12 @@ SHARDED_LOG_SUM_EXP = Cause(
     "sharded-log-sum-exp", "the log-sum-exp of the scores is used", "Nothing to do: it is computed whole.", SHARDED
 )
 SHARDED_ANEW = Cause("sharded-anew", "the tensor is cut into tokens here", "Nothing to do.", SHARDED)
+RESULTS_GATHERED = Cause(
+    "results-gathered",
+    "results are gathered on every rank, {results} a call, more than all else that is sent ({rest})",
+    "Compile a function that returns the loss alone, or take SequenceParallel(mesh, outputs='own').",
+    SHARDED,
+)
 SHARDED_KEPT = Cause("sharded-kept", "{op} of whole tensors is still needed by what is left", _FAULT, SHARDED)
 
 PADDING_STAYS = Cause("padding-stays", "padding stays: {why}", "See what it says after the colon.", PADDING)

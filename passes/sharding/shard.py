@@ -32,16 +32,20 @@ class Call(NamedTuple):
     kernel: str
     algorithm: str
     why: str
+    # that a rank sends, a call
+    bytes: int
 
 
 @dataclass(frozen=True)
 class Gather:
-    """A sharded value that is gathered. bytes: of the whole, a call; why: what needs it; at: the user's line."""
+    """A sharded value that is gathered. bytes: of the whole, a call; why: what needs it; at: the user's line; of_result: it is
+    gathered only since the graph returns it."""
 
     what: str
     at: str
     why: str
     bytes: int
+    of_result: bool
 
 
 @dataclass(frozen=True)
@@ -88,10 +92,23 @@ class Sharding:
             f"sequence parallel: {tokens} tokens over {self.dealt.ranks} ranks, {self.layout}; {self.on_rows} ops on a rank's "
             f"tokens, {self.whole} on whole tensors"
         ]
+        sent = sum(call.bytes for call in self.calls.values())
+        found.append(f"attentions send {cost.amount(sent)} a rank, a call")
         for gather in self.gathers:
             at = f" ({gather.at})" if gather.at else ""
-            found.append(f"gathered: {gather.what}{at}, {_said(gather.bytes)}, for {gather.why}")
+            found.append(f"gathered: {gather.what}{at}, {cost.amount(gather.bytes)}, for {gather.why}")
         return tuple(found)
+
+    @property
+    def warning(self) -> Reason | None:
+        """That the results are most of what is sent, if they are."""
+        results = sum(g.bytes for g in self.gathers if g.of_result)
+        # of what is gathered a rank sends its own part to each other one, as much as it receives
+        share = results * (self.dealt.ranks - 1) // self.dealt.ranks
+        rest = sum(call.bytes for call in self.calls.values()) + sum(g.bytes for g in self.gathers if not g.of_result)
+        if self.reason is not None or share <= rest:
+            return None
+        return reasons.RESULTS_GATHERED(results=cost.amount(results), rest=cost.amount(rest))
 
     @property
     def words(self) -> tuple[Any, ...]:
@@ -122,7 +139,7 @@ def shard(emitter: Emitter, sites: Sequence[Site], settings: Settings, dealt: De
             parts = algorithm not in steps.WHOLE_KEYS
             return choose(spec, device, settings.kernel, trains, parts, site.spec.dropout > 0.0)
 
-        algorithm, why = "local", "keys are whole"
+        algorithm, why, sent = "local", "", 0
         if each.keys is not None:
             ring = chosen("ring")
             partial = isinstance(ring, Choice) and ring.kernel is not None
@@ -131,12 +148,13 @@ def shard(emitter: Emitter, sites: Sequence[Site], settings: Settings, dealt: De
             except ReasonError as error:
                 return error.reason
             algorithm, why = decision.algorithm, decision.reason
+            sent = decision.bytes_forward + decision.bytes_backward
         choice = chosen(algorithm)
         if isinstance(choice, Reason):
             return choice
         if choice.kernel is None:
             return choice.reason
-        calls[site.final] = Call(choice.kernel.name, algorithm, why)
+        calls[site.final] = Call(choice.kernel.name, algorithm, why, sent)
         return None
 
     plan = find(view, sites, runs, dealt.outputs)
@@ -214,13 +232,21 @@ def _gathers(view: View, plan: Plan) -> tuple[Gather, ...]:
         size = value_of(node).element_size()
         for n in shape_of(node):
             size *= n if isinstance(n, int) else _hint(n)
-        found.append(Gather(name_of(node) or node.name, view.where(node), ", ".join(dict.fromkeys(why)), size))
+        found.append(
+            Gather(
+                name_of(node) or node.name, view.where(node), ", ".join(dict.fromkeys(why)), size, set(why) == {_RESULT}
+            )
+        )
     return tuple(found)
+
+
+#: What the output of a graph is for a gather.
+_RESULT = "the result"
 
 
 def _why(view: View, plan: Plan, user: fx.Node) -> str:
     if user.op == "output":
-        return "the result"
+        return _RESULT
     at = view.where(user)
     said = f"{name_of(user) or 'other code'}{f' at {at}' if at else ''}"
     reason = plan.mixed.get(user)
@@ -230,7 +256,3 @@ def _why(view: View, plan: Plan, user: fx.Node) -> str:
 def _hint(size: Any) -> int:
     known = getattr(size.node, "hint", None)
     return known if isinstance(known, int) else 1
-
-
-def _said(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count} bytes"

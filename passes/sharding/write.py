@@ -65,8 +65,8 @@ class Ranks:
 
 
 Key = tuple[Any, ...]
-#: The kernel and the algorithm of a distributed attention, and why.
-Call = tuple[str, str, str]
+#: The kernel and the algorithm of a distributed attention first.
+Call = tuple[str, str, str, int]
 
 
 class Sharder:

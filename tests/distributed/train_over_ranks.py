@@ -109,7 +109,9 @@ def dropped(ranks_seed: bool, hidden: float, attention: float, checkpointing: bo
         got = run(**inputs)
         got.loss.backward()
         made += [got.loss.detach(), got.logits.detach(), *(g for g in gradients(model) if g is not None)]
-    return [x.tolist() if x.numel() < 10 else (x.double().sum().item(), x.double().abs().max().item()) for x in made], told()[1]
+    return [
+        x.tolist() if x.numel() < 10 else (x.double().sum().item(), x.double().abs().max().item()) for x in made
+    ], told()[1]
 
 
 def data_parallel(kind: str, **chosen: Any) -> tuple[float, float, int]:
@@ -149,7 +151,9 @@ def data_parallel(kind: str, **chosen: Any) -> tuple[float, float, int]:
         whole = nn.parallel.DistributedDataParallel(inner)
         loss = whole(**mine).loss
     loss.backward()
-    found = [None if p.grad is None else getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in model.parameters()]
+    found = [
+        None if p.grad is None else getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in model.parameters()
+    ]
     mean = loss.detach().clone()
     dist.all_reduce(mean, group=mesh["dp"].get_group())
     return abs(mean.item() / 2 - want.item()), error(found, wanted), told()[1]

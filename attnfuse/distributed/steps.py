@@ -169,10 +169,23 @@ def empty(
     backward: of gradients, which a row that is hidden whole makes NaN at every key, where it is NaN itself.
     """
     spec = Attention.parse(text)
-    held = [[layouts.pieces(layout, rank, ranks, length) for rank in range(ranks)] for length in (queries, keys)]
     masks = _hiding(spec, queries == keys)
     if backward and spec.hidden == "nan" and spec.sink is None and not _sees_itself(spec, queries == keys):
         masks = []
+    return _outside(masks, layout, ranks, queries, keys)
+
+
+@functools.lru_cache(maxsize=256)
+def faint(text: str, layout: str, ranks: int, queries: int, keys: int) -> tuple[tuple[bool, ...], ...]:
+    """[rank of the queries][rank of the keys]: whether nothing is left of keys there beside a maximum above `doubt` of the spec's
+    Hiding, which a finite fill may have for one."""
+    spec = Attention.parse(text)
+    return _outside(_fills(spec), layout, ranks, queries, keys)
+
+
+def _outside(masks: Sequence[Expr], layout: str, ranks: int, queries: int, keys: int) -> tuple[tuple[bool, ...], ...]:
+    """[rank of the queries][rank of the keys]: whether one of the masks surely keeps nothing there."""
+    held = [[layouts.pieces(layout, rank, ranks, length) for rank in range(ranks)] for length in (queries, keys)]
 
     def hidden(q: tuple[int, int, int], k: tuple[int, int, int]) -> bool:
         algebra = Algebra(q[1], k[1])
@@ -188,15 +201,20 @@ def empty(
 
 def _hiding(spec: Attention, square: bool) -> list[Expr]:
     """Masks outside of which nothing of a score is left. square: query and key of one number are one token."""
-    found = hiding(spec)
-    fills = [s for i, s in enumerate(spec.steps) if i in found.steps and isinstance(s, (ReplaceFill, AddFill))]
-    if found.doubt == -float("inf"):
-        return [s.keep for s in fills]
+    fills = _fills(spec)
+    if hiding(spec).doubt == -float("inf"):
+        return fills
     # a finite fill counts where all keys of a row have it: not where the row surely sees its own token
     others = any(isinstance(s, (Bias, Ramp)) for s in spec.steps)
     if others or any(s.value > HIDDEN_BELOW for s in spec.steps if isinstance(s, (ReplaceFill, AddFill))):
         return []
-    return [s.keep for s in fills] if _sees_itself(spec, square) else []
+    return fills if _sees_itself(spec, square) else []
+
+
+def _fills(spec: Attention) -> list[Expr]:
+    """What the fills keep that hide a key from a row that sees another."""
+    found = hiding(spec).steps
+    return [s.keep for i, s in enumerate(spec.steps) if i in found and isinstance(s, (ReplaceFill, AddFill))]
 
 
 def _sees_itself(spec: Attention, square: bool) -> bool:
@@ -237,6 +255,16 @@ class Call:
     def is_empty(self, q_rank: int, k_rank: int, backward: bool = False) -> bool:
         found = empty(self.spec.text, self.layout, self.ranks, self.queries, self.keys, backward)
         return found[q_rank][k_rank]
+
+    def is_faint(self, q_rank: int, k_rank: int, tops: torch.Tensor) -> bool:
+        """Whether these keys are nothing beside what the rows have seen, whose maxima are `tops`. Only asked on the CPU: a device
+        would have to be waited for."""
+        if (
+            not tops.is_cpu
+            or not faint(self.spec.text, self.layout, self.ranks, self.queries, self.keys)[q_rank][k_rank]
+        ):
+            return False
+        return bool((tops > hiding(self.spec).doubt).all())
 
     def take(self, x: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
         """What `rank` has of a dim of whole length, without padding; x itself where that has size 1."""

@@ -150,7 +150,7 @@ class _Ring:
         merged = Merged()
 
         def compute(o: int, i: int, rank: int, held: Any) -> None:
-            if held is not None:
+            if held is not None and not (merged.out is not None and call.is_faint(call.rank, rank, merged.top)):
                 merged.add(*call.run("forward", spec, call.inputs("part", own, held[0], held[1], call.rank, rank)))
 
         circuit = Circuit(hops, "forward", lambda of, at: not call.is_empty(at, of), _shapes_of_keys(call, k, v))

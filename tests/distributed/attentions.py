@@ -172,6 +172,7 @@ def over_ranks(
     groups: Sequence[str] = (),
     kernel: str = "reference",
     site: str = "model.py:1",
+    strict: bool = True,
 ) -> Results:
     """What this and the other ranks make of it, whole again; the same on each."""
     import attnfuse.distributed.ops as _  # noqa: F401
@@ -192,7 +193,7 @@ def over_ranks(
         whole.keys,
         whole.spec.argument,
         kernel,
-        True,
+        strict,
         layout,
         algorithm,
         list(groups),
@@ -225,8 +226,9 @@ def summed(x: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def worst(found: Results, expected: Results) -> float:
-    """The largest difference of results and gradients, each in its largest number; infinite where one is NaN alone."""
+def worst(found: Results, expected: Results, least: float = 1e-3) -> float:
+    """The largest difference of results and gradients, each by its largest number, but by `least` where that is smaller (a
+    gradient that cancels); infinite where one is NaN alone."""
     pairs = [(found.out, expected.out), (found.lse, expected.lse), *zip(found.grads, expected.grads)]
     most = 0.0
     for a, b in pairs:
@@ -241,7 +243,7 @@ def worst(found: Results, expected: Results) -> float:
         size = max(float(b[b.isfinite()].abs().amax()) if b.isfinite().any() else 0.0, 1e-30)
         difference = torch.where(same, 0.0, a - b).abs()
         if difference.numel():
-            most = max(most, float(difference.amax()) / max(size, 1e-3))
+            most = max(most, float(difference.amax()) / max(size, least))
     return most
 
 

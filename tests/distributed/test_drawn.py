@@ -24,9 +24,18 @@ ALGORITHMS = ("ring", "burst", "gather", "local")
 LENGTHS = (16, 24, 1, 3, 7, 17, 33)
 
 
+class Written:
+    """An attention of one device as bytes, and whether its gradients are defined."""
+
+    def __init__(self, data: bytes, trains: bool, said: str) -> None:
+        self.data, self.trains, self.said = data, trains, said
+
+    def __repr__(self) -> str:
+        return f"Written(trains={self.trains}, {self.said})"
+
+
 @st.composite
 def wholes(draw):
-    """(an attention of one device, whether its gradients are defined), written down."""
     drawn = draw(attentions((8, 1, 5), LENGTHS).filter(lambda d: d.spec.layout == "dense"))
     spec = dataclasses.replace(drawn.spec, dropout=0.0)
     if draw(st.booleans()):
@@ -35,7 +44,7 @@ def wholes(draw):
     whole = dataclasses.replace(made, spec=spec, q=drawn.inputs.q, k=drawn.inputs.k, v=drawn.inputs.v)
     written = io.BytesIO()
     torch.save(dataclasses.asdict(dataclasses.replace(whole, spec=None)) | {"spec": spec.text}, written)
-    return written.getvalue(), drawn.trains
+    return Written(written.getvalue(), drawn.trains, repr(drawn))
 
 
 def _sizes(inputs, spec):
@@ -66,9 +75,9 @@ def one_case(written, trains, layout, algorithms, kernel):
 
 
 @given(wholes(), st.sampled_from((2, 4, 2, 1)), st.sampled_from(LAYOUTS))
-@settings(max_examples=25)
+@settings(max_examples=15)
 def test_drawn_attentions(drawn, ranks, layout):
-    for found in run(one_case, ranks, *drawn, layout, ALGORITHMS, "reference"):
+    for found in run(one_case, ranks, drawn.data, drawn.trains, layout, ALGORITHMS, "reference"):
         assert {name: error for name, error in found.items() if not error < 1e-8} == {}
 
 
@@ -76,7 +85,7 @@ def test_drawn_attentions(drawn, ranks, layout):
 @given(wholes(), st.sampled_from((2, 4, 3)), st.sampled_from(LAYOUTS))
 @settings(max_examples=400)
 def test_many_drawn_attentions(drawn, ranks, layout):
-    for found in run(one_case, ranks, *drawn, layout, ALGORITHMS, "reference"):
+    for found in run(one_case, ranks, drawn.data, drawn.trains, layout, ALGORITHMS, "reference"):
         assert {name: error for name, error in found.items() if not error < 1e-8} == {}
 
 
@@ -90,7 +99,7 @@ def on_cpu(written, layout, algorithms):
             return None
     expected = oracle(whole)
     for algorithm in algorithms:
-        found.append(worst(over_ranks(whole, layout, algorithm, kernel="cpu"), expected))
+        found.append(worst(over_ranks(whole, layout, algorithm, kernel="cpu"), expected, 0.1))
     q, k, v, *operands = (
         x.clone().requires_grad_(x.is_floating_point()) for x in (whole.q, whole.k, whole.v, *whole.operands)
     )
@@ -103,16 +112,16 @@ def on_cpu(written, layout, algorithms):
     leaves = [q, k, v, *(x for x in operands if x.requires_grad)]
     grads = iter(torch.autograd.grad(results, leaves, given))
     made = [next(grads), next(grads), next(grads), *(next(grads) if x.requires_grad else None for x in operands)]
-    alone = worst(Results(out.detach(), ops.log_sum_exp(stats.detach()), made), expected)
+    alone = worst(Results(out.detach(), ops.log_sum_exp(stats.detach()), made), expected, 0.1)
     return alone, found
 
 
 @pytest.mark.slow
-@given(wholes().filter(lambda x: x[1]), st.sampled_from((2, 4, 3)), st.sampled_from(LAYOUTS))
+@given(wholes().filter(lambda x: x.trains), st.sampled_from((2, 4, 3)), st.sampled_from(LAYOUTS))
 @settings(max_examples=150)
 def test_drawn_attentions_on_the_cpu_kernel(drawn, ranks, layout):
     """As near to float64 as that kernel is with the whole tensors."""
-    for found in run(on_cpu, ranks, drawn[0], layout, ("ring", "burst", "gather")):
+    for found in run(on_cpu, ranks, drawn.data, layout, ("ring", "burst", "gather")):
         if found is None:
             continue
         alone, errors = found

@@ -71,7 +71,7 @@ def checked(algorithm):
     return [{k: str(v) for k, v in x.items()} for x in (found, made, reverse)]
 
 
-@pytest.mark.parametrize("algorithm", ["ring", "gather"])
+@pytest.mark.parametrize("algorithm", ["ring", pytest.param("gather", marks=pytest.mark.slow)])
 def test_opcheck(algorithm):
     for reports in run(checked, 2, algorithm):
         for report in reports:
@@ -246,7 +246,10 @@ def test_a_rank_that_ends_within_a_ring_is_an_error_of_the_others():
     assert isinstance(found[1], Died)
     for rank, peer in ((0, 1), (2, 1)):
         text, seconds = found[rank]
-        where = rf"attnfuse: rank {rank} of 3, at model.py:1, step \d of \w+, (sending to|receiving from) rank {peer}: "
+        # a transfer that cannot even start may be of either neighbour
+        where = (
+            rf"attnfuse: rank {rank} of 3, at model.py:1, step \d of \w+, (sending|receiving)[^:]* rank {peer}\b[^:]*: "
+        )
         assert re.match(where, text), text
         assert seconds < limit + 2.0
 

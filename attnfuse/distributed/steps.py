@@ -18,6 +18,7 @@ from attnfuse import expr
 from attnfuse.distributed import layouts, work
 from attnfuse.distributed.heads import parts_for
 from attnfuse.expr import Algebra, Expr, K, Load, Q
+from attnfuse.kernels.fills import hiding
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.layout import precision
 from attnfuse.spec import AddFill, Attention, Bias, Operand, Ramp, ReplaceFill, Step, dtype_name

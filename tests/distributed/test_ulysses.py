@@ -245,12 +245,11 @@ def _drawn(written, spec, trains, layout, shape):
 
 def check_drawn(drawn, layout, shape):
     """With sizes that the spec says, since heads whose number is not known stay together."""
-    written, trains = drawn
-    whole = read(written)
+    whole = read(drawn.data)
     batch = torch.broadcast_shapes(*(x.shape[:-2] for x in (whole.q, whole.k, whole.v, *whole.operands)))
     spec = dataclasses.replace(whole.spec, sizes=(*batch, *whole.spec.sizes[-4:]))
     assume(parts_of(spec, 2) is not None)
-    for error in run(_drawn, math.prod(shape), written, spec, trains, layout, shape):
+    for error in run(_drawn, math.prod(shape), drawn.data, spec, drawn.trains, layout, shape):
         assert error < 1e-8
 
 

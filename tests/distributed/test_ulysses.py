@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from meshes import accounted, counted, groups_of
 from processes import run
 from test_drawn import read, wholes
+from test_ops import checked, compiled
 
 from attnfuse.distributed.heads import parts_of
 from attnfuse.distributed.layouts import LAYOUTS
@@ -232,6 +233,19 @@ def test_every_layout_gives_the_kernel_tokens_in_their_order():
     cases = [("window", layout, 26, (4, 1), {}) for layout in LAYOUTS]
     check(cases, "ulysses", (2,))
     assert parts_of(attention("window", 26, heads=(4, 1)).spec, 2).cuts == (1, 2, 1)
+
+
+def test_opcheck():
+    for reports in run(checked, 2, "ulysses"):
+        for report in reports:
+            assert report and set(report.values()) == {"SUCCESS"}, report
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_under_torch_compile(backend):
+    for error, made in run(compiled, 2, backend, "ulysses", True):
+        assert error < 1e-4
+        assert made == 1
 
 
 def _drawn(written, spec, trains, layout, shape):

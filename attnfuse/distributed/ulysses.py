@@ -19,7 +19,7 @@ import torch
 
 from attnfuse.distributed import layouts, local
 from attnfuse.distributed.heads import parts_for
-from attnfuse.distributed.merging import sends_apart
+from attnfuse.distributed.merging import is_one_number
 from attnfuse.distributed.ring import BURST, RING
 from attnfuse.distributed.steps import Call, held_by_groups, padded
 from attnfuse.distributed.traffic import Sizes, circuit, key_row, query_row
@@ -82,7 +82,7 @@ def _burst_sends_less(call: Call, q: torch.Tensor, k: torch.Tensor, dout: torch.
     )
     keys = circuit(lambda of, at: not call.is_empty(at, of, True), call.columns, 1, call.ranks)
     queries = circuit(lambda of, at: not call.is_empty(of, at, True), call.rows, 1, call.ranks)
-    by_queries = max(moves.sent(*query_row(sizes, sends_apart(call.spec))).total for moves in queries.moves)
+    by_queries = max(moves.sent(*query_row(sizes, not is_one_number(call.spec))).total for moves in queries.moves)
     return by_queries < max(moves.sent(*key_row(sizes)).total for moves in keys.moves)
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from attentions import attention, filled, over_ranks, part
 from processes import Died, RankFailed, run
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnfuse.distributed import layouts
 from attnfuse.expr import causal
@@ -130,6 +131,26 @@ def test_under_torch_compile(backend, algorithm, dynamic):
     for worst, made in run(compiled, 2, backend, algorithm, dynamic):
         assert worst < 1e-4
         assert made == 1
+
+
+def strides(algorithm, length, order):
+    """Of what is returned, and of what the fake says: shapes, strides and dtypes."""
+    whole = attention("causal", length, dtype=torch.bfloat16, out_order=order)
+    args = arguments(whole, "zigzag", algorithm)
+    real = torch.ops.attnfuse.sequence_attention(*args)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = torch.ops.attnfuse.sequence_attention(
+            *(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args)
+        )
+    return [[(tuple(x.shape), x.stride(), x.dtype) for x in results] for results in (real, fake)]
+
+
+@pytest.mark.parametrize("algorithm", ["ring", "gather"])
+def test_results_lie_in_memory_as_the_fake_says_with_padding_too(algorithm):
+    for length in (24, 21):
+        for order in ((0, 3, 1, 2, 4), (3, 0, 1, 2, 4)):
+            for real, fake in run(strides, 2, algorithm, length, order):
+                assert real == fake
 
 
 # -- what is refused

@@ -18,6 +18,7 @@ from attnfuse import expr
 from attnfuse.distributed import layouts, work
 from attnfuse.distributed.heads import parts_for
 from attnfuse.expr import Algebra, Expr, K, Load, Q
+from attnfuse.kernels.fills import hiding
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.layout import precision
 from attnfuse.spec import AddFill, Attention, Bias, Operand, Ramp, ReplaceFill, Step, dtype_name
@@ -189,6 +190,15 @@ def empty(
     return _outside(masks, layout, ranks, queries, keys, held)
 
 
+@functools.lru_cache(maxsize=256)
+def faint(
+    text: str, layout: str, ranks: int, queries: int, keys: int, held: tuple[int, int] | None = None
+) -> tuple[tuple[bool, ...], ...]:
+    """[rank of the queries][rank of the keys]: whether nothing is left of keys there beside a maximum above `doubt` of the spec's
+    Hiding, which a finite fill may have for one. held: as in Call."""
+    return _outside(work.fills_of(Attention.parse(text)), layout, ranks, queries, keys, held)
+
+
 def _outside(
     masks: tuple[Expr, ...], layout: str, ranks: int, queries: int, keys: int, held: tuple[int, int] | None
 ) -> tuple[tuple[bool, ...], ...]:
@@ -233,6 +243,16 @@ class Call:
     def is_empty(self, q_rank: int, k_rank: int, backward: bool = False) -> bool:
         found = empty(self.spec.text, self.layout, self.ranks, self.queries, self.keys, backward, self.held)
         return found[q_rank][k_rank]
+
+    def is_faint(self, q_rank: int, k_rank: int, tops: torch.Tensor) -> bool:
+        """Whether these keys are nothing beside what the rows have seen, whose maxima are `tops`. Only asked on the CPU: a device
+        would have to be waited for."""
+        if (
+            not tops.is_cpu
+            or not faint(self.spec.text, self.layout, self.ranks, self.queries, self.keys, self.held)[q_rank][k_rank]
+        ):
+            return False
+        return bool((tops > hiding(self.spec).doubt).all())
 
     def take(self, x: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
         """What `rank` has of a dim of whole length, without padding; x itself where that has size 1."""

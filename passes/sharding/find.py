@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from attnfuse import reasons
+from attnfuse._compat import OpOverload
 from attnfuse.passes.capture.view import View
 from attnfuse.passes.graph import views
 from attnfuse.passes.graph.aten import arguments, is_tensor, name_of, shape_of, value_of
@@ -113,7 +114,7 @@ def _random(view: View, plan: Plan) -> Reason | None:
         if node not in plan.needed or node in inside:
             continue
         target = node.target
-        if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        if not isinstance(target, OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
             continue
         if name_of(node) == "dropout":
             if not views.is_identity(node):

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from attnfuse import reasons
-from attnfuse._compat import pytree, save_for_backward
+from attnfuse._compat import OpOverload, pytree, save_for_backward
 from attnfuse.distributed import edges
 from attnfuse.distributed.layouts import Layout, rows_of_rank
 from attnfuse.distributed.random import dropped
@@ -599,7 +599,7 @@ class Sharder:
 
     def _call_with(self, writer: ShardWriter, node: fx.Node, other: dict[str, Any]) -> fx.Node:
         """The op of `node` on rows, with other arguments."""
-        assert isinstance(node.target, torch._ops.OpOverload)
+        assert isinstance(node.target, OpOverload)
         names = [a.name for a in node.target._schema.arguments]
         args, kwargs = [], {}
         given = {**arguments(node)}

@@ -73,8 +73,8 @@ def a_cache_that_is_written(net, x, cache):
 def log_sum_exp(net, x):
     h = net.attend(x)
     q, k, v = net.split(net.q(h)), net.split(net.k(h)), net.split(net.v(h))
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=True)[:2]
-    return h, out, lse
+    scores = net.scores(q, k)
+    return h, torch.cat([scores.softmax(-1) @ v, scores.logsumexp(-1, keepdim=True)], -1)
 
 
 @case(said=["the tensor is cut into tokens here"], sharded=True)
@@ -98,4 +98,4 @@ def padded_and_nested(n):
 def nested_tensors(net, x, n):
     q = n.unflatten(-1, (HEADS, -1)).transpose(1, 2)
     out = F.scaled_dot_product_attention(q, q, q).transpose(1, 2)
-    return sdpa(net, x), torch.nested.to_padded_tensor(out, 0.0)
+    return sdpa(net, x), out.values()

@@ -38,7 +38,7 @@ from attnfuse.passes.graph.aten import (
     value_of,
 )
 from attnfuse.passes.graph.labels import Atom, Dim, Labels, Size, known_equal
-from attnfuse.passes.sharding.carry import EACH, MEAN, Sum, Tokens, first_source
+from attnfuse.passes.sharding.carry import EACH, MEAN, Sum, Tokens, first_source, sole
 from attnfuse.passes.sharding.find import Distributed, Plan
 from attnfuse.passes.site import Leaf
 
@@ -500,6 +500,9 @@ class Sharder:
             return self._dropped(writer, node)
         if views.is_identity(node):
             return self.rows(writer, source_of(node))
+        alone = sole(node)
+        if alone is not None and self.plan.is_sharded(alone):
+            return self.rows(writer, alone)
         if name_of(node) == "to":
             return writer.method("to", self.rows(writer, source_of(node)), dtype_of(node))
         moved = moves.dim_map(node)

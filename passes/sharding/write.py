@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from attnfuse import reasons
-from attnfuse._compat import OpOverload, pytree, save_for_backward
+from attnfuse._compat import OpOverload, keep_sequence_attention, pytree, save_for_backward
 from attnfuse.distributed import edges
 from attnfuse.distributed.layouts import Layout, rows_of_rank
 from attnfuse.distributed.random import dropped
@@ -670,6 +670,9 @@ class Sharder:
         except ValueError as error:
             raise EmitError(reasons.OP_REFUSES(error=error)) from error
         self.emitter.calls.append(call)
+        if writer.scope.call is not None:
+            # what goes around the ranks is not sent again where a region is computed again
+            keep_sequence_attention(writer.scope.module)
         out = writer.getitem(call, 0)
         dims: Labels = (*((atom,) for atom in site.batch), site.q_dim, site.e_dim)
         out = writer.spread(out, dims, site.q_dim)

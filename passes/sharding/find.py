@@ -96,6 +96,10 @@ def find(
     plan = finder.best()
     if plan is None:
         return finder.problem or reasons.NOTHING_TO_SHARD()
+    for site in sites:
+        # ranks would draw other masks for what is computed whole on each
+        if site.spec.dropout > 0.0 and site.final not in plan.sites and site.final in plan.needed:
+            return reasons.SHARDED_RANDOM(op="dropout of an attention that is left whole", at=site.where)
     random = _random(view, plan)
     return plan if random is None else random
 

@@ -6,6 +6,7 @@ did. What is replicated stays as it is.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,14 @@ import torch
 from torch import fx
 
 from attnfuse import reasons
-from attnfuse._compat import OpOverload, keep_sequence_attention, pytree, save_for_backward
+from attnfuse._compat import (
+    OpOverload,
+    enter_autocast,
+    exit_autocast,
+    keep_sequence_attention,
+    pytree,
+    save_for_backward,
+)
 from attnfuse.distributed import edges
 from attnfuse.distributed.layouts import Layout, rows_of_rank
 from attnfuse.distributed.random import dropped
@@ -42,6 +50,9 @@ from attnfuse.passes.sharding.carry import EACH, MEAN, Sum, Tokens, first_source
 from attnfuse.passes.sharding.find import Distributed, Plan
 from attnfuse.passes.site import Leaf
 
+#: Methods that read the shape of a tensor alone, and functions that take one of what they give.
+_SIZES = frozenset({"size", "dim", "numel"})
+_OF_SIZES = (operator.getitem, operator.eq, operator.ne)
 #: How many bytes of gradients go into one message.
 _BUCKET = 1 << 25
 
@@ -89,6 +100,7 @@ class Sharder:
             origin = self.view.origin.get(node)
             if origin is not None:
                 self.owned.setdefault((origin.scope, origin.node), []).append(node)
+        self.casting = {scope: _casting(scope) for scope in self.view.scopes}
         self.sizes = {t.place: ranks.rows(t.length) for t in cast("list[Tokens]", self.carried.rows)}
         self.seed_of = {node: i for i, node in enumerate(self._random())}
 
@@ -117,6 +129,16 @@ class Sharder:
         for each in self.plan.sites.values():
             found |= each.site.inside | {each.site.final}
         return (found | set(self.plan.dropped)) - set(self.plan.seeds)
+
+    def autocasts(self, scope: Scope, place: fx.Node) -> list[Any]:
+        """The autocasts that a graph has on at a place, the outermost first."""
+        outer = [] if scope.parent is None or scope.call is None else self.autocasts(scope.parent, scope.call)
+        known = self.casting[scope]
+        if not known:
+            return outer
+        while place not in known and place.op != "root":
+            place = place.prev
+        return [*outer, *(_autocast(n) for n in known.get(place, ()))]
 
     # -- what is needed from the start on
 
@@ -209,7 +231,8 @@ class Sharder:
             return
         made = [n for n in self.owned.get((scope, owner), ()) if n in self.plan.needed]
         device = next((value_of(n).device for n in made if is_tensor(n)), self._device())
-        writer = ShardWriter(self, scope, owner, device)
+        recorded = any(self.view.grad.get(n, True) for n in made)
+        writer = ShardWriter(self, scope, owner, device, recorded)
         written: set[fx.Node] = set()
         with scope.module.graph.inserting_before(owner):
             for node in made:
@@ -333,6 +356,7 @@ class Sharder:
         still computed that were meant to be rows."""
         inside = self.inside
         for scope in reversed(self.view.scopes):
+            _without_unread_sizes(scope)
             self.emitter.clean(scope, inside)
             if scope.call is not None and not is_choice(scope.call):
                 _without_unused(scope)
@@ -394,7 +418,8 @@ class Sharder:
 
             return self._apart(w, w.node_for(x), dims, rows, local=False)
 
-        return self._brought(writer, ("rows of", x, dims), cut, x)
+        # what no_grad has cut has no gradient elsewhere either
+        return self._brought(writer, ("rows of", x, dims, writer.recorded), cut, x)
 
     def needs_gradient(self, scope: Scope, x: fx.Node, user: fx.Node | None) -> bool:
         value = value_of(x)
@@ -411,13 +436,10 @@ class Sharder:
 
         def make(w: ShardWriter) -> fx.Node:
             r = self.ranks
-            like = next(
-                n
-                for n in w.graph.nodes
-                if n.op == "placeholder"
-                and isinstance(n.meta.get("example_value"), torch.Tensor)
-                and n.meta["example_value"].device == w.device
-            )
+            given = (n for n in w.graph.nodes if n.op == "placeholder")
+            like = next((n for n in given if _is_on(n.meta.get("example_value"), w.device)), None)
+            if like is None:
+                raise EmitError(reasons.NOT_AVAILABLE())
             return w.call(edges.tokens, (like, w.size(tokens.length), r.layout, r.count, r.groups))
 
         return self._brought(writer, ("numbers", tokens), make)
@@ -442,7 +464,7 @@ class Sharder:
         else:
             call = scope.call
             assert call is not None
-            outer = ShardWriter(self, parent, call, writer.device)
+            outer = ShardWriter(self, parent, call, writer.device, writer.recorded)
             with parent.module.graph.inserting_before(call):
                 given = self._brought(outer, key, make, x)
             last = next(n for n in reversed(scope.module.graph.nodes) if n.op == "placeholder")
@@ -723,12 +745,26 @@ class Sharder:
 
 
 class ShardWriter(NodeWriter):
-    """Writes where replicated values are meant: of a sharded one all rows. local: what stands for a value meanwhile."""
+    """Writes where replicated values are meant: of a sharded one all rows.
 
-    def __init__(self, sharder: Sharder, scope: Scope, owner: fx.Node, device: torch.device) -> None:
+    recorded   whether autograd records what is written
+    local      what stands for a value meanwhile
+    """
+
+    def __init__(
+        self, sharder: Sharder, scope: Scope, owner: fx.Node, device: torch.device, recorded: bool = True
+    ) -> None:
         super().__init__(sharder.emitter, scope, owner, device)
         self.sharder = sharder
+        self.recorded = recorded
         self.local: dict[fx.Node, fx.Node] = {}
+
+    def _describe(self, node: fx.Node) -> None:
+        """With a fake value as ops give it under the autocast that is on here."""
+        with contextlib.ExitStack() as modes:
+            for mode in self.sharder.autocasts(self.scope, self.owner):
+                modes.enter_context(mode)
+            super()._describe(node)
 
     def node_for(self, made: fx.Node) -> fx.Node:
         if made in self.local:
@@ -741,8 +777,43 @@ class ShardWriter(NodeWriter):
         return super().node_for(made)
 
 
+def _is_on(x: Any, device: torch.device) -> bool:
+    return isinstance(x, torch.Tensor) and x.device == device
+
+
 def _returned(body: Scope) -> Any:
     return next(n for n in reversed(body.module.graph.nodes) if n.op == "output").args[0]
+
+
+def _casting(scope: Scope) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    """Which autocasts are on at each node of a graph that has some: the nodes that switch them on."""
+    nodes = list(scope.module.graph.nodes)
+    if not any(n.target is enter_autocast for n in nodes):
+        return {}
+    found, on = {}, []
+    for node in nodes:
+        if node.target is exit_autocast:
+            on.remove(node.args[0])
+        found[node] = tuple(on)
+        if node.target is enter_autocast:
+            on.append(node)
+    return found
+
+
+def _autocast(node: fx.Node) -> Any:
+    device, dtype, enabled, *_ = node.args
+    return torch.autocast(cast(str, device), cast("torch.dtype", dtype), cast(bool, enabled), cache_enabled=False)
+
+
+def _without_unread_sizes(scope: Scope) -> None:
+    """Drop reads of sizes, and what is made of them, that a checkpointed region keeps though nothing needs them."""
+    for node in reversed(scope.module.graph.nodes):
+        if node.users or node.op not in ("call_method", "call_function"):
+            continue
+        if (node.op == "call_method" and node.target in _SIZES) or (
+            node.target in _OF_SIZES and not isinstance(node.meta.get("example_value"), torch.Tensor)
+        ):
+            scope.module.graph.erase_node(node)
 
 
 def _without_unused(scope: Scope) -> None:

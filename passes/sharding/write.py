@@ -790,7 +790,8 @@ def _casting(scope: Scope) -> dict[fx.Node, tuple[fx.Node, ...]]:
     nodes = list(scope.module.graph.nodes)
     if not any(n.target is enter_autocast for n in nodes):
         return {}
-    found, on = {}, []
+    found: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    on: list[fx.Node] = []
     for node in nodes:
         if node.target is exit_autocast:
             on.remove(node.args[0])

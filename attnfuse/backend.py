@@ -51,7 +51,14 @@ def backend(
         return _compiled(gm, example_inputs, chosen, patches)
 
 
-def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Settings, patches: dict[str, Any]) -> Compiled:
+def _compiled(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    chosen: Settings,
+    patches: dict[str, Any],
+    whole: tuple[str, ...] = (),
+) -> Compiled:
+    """whole: why ranks have left the graph whole, for its report."""
     dealt = chosen.sequence_parallel
     try:
         original, work = _rewritten(gm, chosen)
@@ -60,7 +67,7 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Setting
             # the others must not wait for this rank
             agreement.fallback(dealt.groups, _GRAPH, "", said(error))
         raise
-    report = work.report
+    report = replace(work.report, sharding=(*work.report.sharding, *whole))
     if dealt is not None and (work.sharding is not None or work.spoiled):
         problem = report.warnings[-1] if work.spoiled else None
         why = agreement.fallback(dealt.groups, _GRAPH, _digest(work), problem)
@@ -127,7 +134,7 @@ def _compiled_whole(
     if chosen.strict:
         raise RuntimeError(note)
     warn(note)
-    return _compiled(original, example_inputs, replace(chosen, sequence_parallel=None), patches)
+    return _compiled(original, example_inputs, replace(chosen, sequence_parallel=None), patches, (note,))
 
 
 def _rewritten(gm: fx.GraphModule, chosen: Settings) -> tuple[fx.GraphModule, Work]:

@@ -123,7 +123,7 @@ def _random(view: View, plan: Plan) -> Reason | None:
         if name_of(node) == "dropout":
             if not views.is_identity(node):
                 plan.dropped.append(node)
-        elif name_of(node) == "scaled_dot_product_attention" and not _drops(node):
+        elif "scaled_dot_product" in name_of(node) and not _drops(node):
             continue
         else:
             return reasons.SHARDED_RANDOM(op=name_of(node) or str(target), at=view.where(node))

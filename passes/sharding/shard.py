@@ -225,7 +225,9 @@ def _gathers(view: View, plan: Plan) -> tuple[Gather, ...]:
                 if user in plan.whole and plan.same(user) is not None:
                     stack.append(user)
                 elif user.op == "output" or (
-                    user in plan.needed and not plan.is_sharded(user) and user not in plan.carried.sums
+                    user in plan.needed
+                    and (user in plan.seeds or not plan.is_sharded(user))
+                    and user not in plan.carried.sums
                 ):
                     users.append(user)
         why = [_why(view, plan, u) for u in users]

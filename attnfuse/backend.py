@@ -287,9 +287,9 @@ def _code_hash() -> str:
 
     root = Path(attnfuse.__file__).parent
     digest = hashlib.sha256(attnfuse.__version__.encode())
+    # links to folders are not followed
     for folder in (root, root / "passes", root / "kernels"):
-        pattern = "*" if folder == root else "**/*"
-        for path in sorted(folder.resolve().glob(pattern)):
+        for path in sorted(folder.resolve().glob("**/*")):
             if path.suffix in (".py", ".cpp", ".h"):
                 digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()

@@ -87,7 +87,7 @@ def run(which: str, kernel: str, strict: bool, spec: Attention, inputs: Inputs, 
     q, k, v and the operands; else the error is raised, as eager would raise it. In strict mode every error is. So are errors of
     kernels with dropout of their own, where forward and backward would be of two kernels then: a ValueError is of both.
     """
-    device, partial = inputs.q.device, which == "backward_part"
+    device, partial, numbered = inputs.q.device, which == "backward_part", inputs.numbers is not None
     broken: list[tuple[str, Exception]] = []
     kernel = kernel_named(kernel).name
     while True:
@@ -98,7 +98,7 @@ def run(which: str, kernel: str, strict: bool, spec: Attention, inputs: Inputs, 
             except Exception as error:
                 if strict or kernel == REFERENCE.name:
                     raise
-                if _is_out_of_memory(error) and _takes_more(successor(kernel, spec, device, partial), inputs):
+                if _is_out_of_memory(error) and _takes_more(successor(kernel, spec, device, partial, numbered), inputs):
                     raise
                 alone = which != "forward" or _is_out_of_memory(error) or (kernel, spec.text, device.type) in _dropped
                 if own_dropout and alone and not isinstance(error, ValueError):
@@ -112,7 +112,7 @@ def run(which: str, kernel: str, strict: bool, spec: Attention, inputs: Inputs, 
                 for name, failure in broken:
                     _note(name, spec, device, kernel, failure)
                 return result
-        kernel = successor(kernel, spec, device, partial).name
+        kernel = successor(kernel, spec, device, partial, numbered).name
 
 
 def _no_tangents(tensors: Sequence[torch.Tensor]) -> None:

@@ -290,6 +290,9 @@ def _sharded(state: State) -> State:
     emitter = Emitter(view, state.settings.strict)
     sharding = shard(emitter, sites, state.settings, chosen)
     state = replace(state, emitter=emitter, sharding=sharding)
+    if sharding.warning is not None:
+        state.failures.notes.append(f"{sharding.warning}. {sharding.warning.cause.advice}")
+        _warn_once(state.failures.notes[-1])
     if sharding.plan is None:
         return state
     done = {each.site: each for each in sharding.plan.sites.values()}
@@ -304,6 +307,11 @@ def _sharded(state: State) -> State:
         fused=(*state.fused, *done),
         gone=state.gone | sharding.inside,
     )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warn(message)
 
 
 def _emitted(state: State) -> State:

@@ -1334,7 +1334,9 @@ NOTHING_TO_SHARD = Cause(
     "Nothing to do for a graph without self-attention; else look at the ops between the input and the attention.",
     SHARDED,
 )
-SHARDED_SPEC = Cause("sharded-spec", "it is not computed over ranks: {why}", "See what it says after the colon.", SHARDED)
+SHARDED_SPEC = Cause(
+    "sharded-spec", "it is not computed over ranks: {why}", "See what it says after the colon.", SHARDED
+)
 SHARDED_NESTED = Cause(
     "sharded-nested", "the graph has nested tensors", "Pass padded or packed tensors with a mask.", SHARDED
 )
@@ -1360,6 +1362,12 @@ SHARDED_LOG_SUM_EXP = Cause(
     "sharded-log-sum-exp", "the log-sum-exp of the scores is used", "Nothing to do: it is computed whole.", SHARDED
 )
 SHARDED_ANEW = Cause("sharded-anew", "the tensor is cut into tokens here", "Nothing to do.", SHARDED)
+RESULTS_GATHERED = Cause(
+    "results-gathered",
+    "results are gathered on every rank, {results} a call, more than all else that is sent ({rest})",
+    "Compile a function that returns the loss alone, or take SequenceParallel(mesh, outputs='own').",
+    SHARDED,
+)
 SHARDED_KEPT = Cause("sharded-kept", "{op} of whole tensors is still needed by what is left", _FAULT, SHARDED)
 
 PADDING_STAYS = Cause("padding-stays", "padding stays: {why}", "See what it says after the colon.", PADDING)

@@ -73,8 +73,10 @@ def v_of(keys: int) -> torch.Tensor:
     return torch.eye(keys).expand(2, 1, keys, keys)
 
 
-@pytest.mark.parametrize(("layout", "ranks"), [("contiguous", 2), ("zigzag", 4), ("striped", 2)])
-def test_gradients_of_pieces_add_up_to_those_of_the_whole_attention(kernel, layout, ranks):
+@pytest.mark.parametrize(
+    ("layout", "ranks", "by_delta"), [("contiguous", 2, False), ("zigzag", 4, True), ("striped", 2, True)]
+)
+def test_gradients_of_pieces_add_up_to_those_of_the_whole_attention(kernel, layout, ranks, by_delta):
     torch.manual_seed(0)
     q, k, v = qkv(1, 2, 48, 64, 16)
     dout = randn(1, 2, 48, 16)
@@ -86,7 +88,11 @@ def test_gradients_of_pieces_add_up_to_those_of_the_whole_attention(kernel, layo
     for rows, keys, numbers in pieces(layout, ranks, 48, 64):
         some = Inputs(q[..., rows, :], k[..., keys, :], v[..., keys, :], seed=SEED, numbers=numbers)
         own, lines = out.detach()[..., rows, :].float(), stats.detach()[..., rows].float()
-        grads = kernel.backward(spec, some, dout[..., rows, :], own, lines, [True] * 3)
+        given = dout[..., rows, :]
+        if by_delta:
+            grads = kernel.backward_part(spec, some, given, (own * given).sum(-1), lines, [True] * 3)
+        else:
+            grads = kernel.backward(spec, some, given, own, lines, [True] * 3)
         for total, part, places in zip(found, grads, (rows, keys, keys)):
             total.index_add_(-2, places, part)
     for got, wanted in zip(found, want):

@@ -1,4 +1,4 @@
-"""Ranks agree on what they have compiled, and on what goes in: each says it in the store of the process group, and reads the others'.
+"""Ranks agree on what they have compiled, and on what goes in: each says it in the store of the process group, and reads the rest.
 
 A store and no collective: it names who is missing, and works before a device does. Every agreement has a number of its own, so
 that ranks which compile other graphs, or more of them, are told so in place of waiting for ever.
@@ -49,7 +49,7 @@ def _exchanged(name: str, key: str, mine: Sequence[str]) -> list[str]:
     prefix = f"attnfuse/{name}/{'-'.join(map(str, _compat.global_ranks(group)))}/{key}"
     store.set(f"{prefix}/{rank}", json.dumps(list(mine)))
     found: list[str] = []
-    missing = []
+    missing: list[int] = []
     for other in range(ranks):
         at = f"{prefix}/{other}"
         try:

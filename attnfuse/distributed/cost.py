@@ -18,7 +18,7 @@ from attnfuse.distributed.account import Account, Attended, Mesh
 from attnfuse.distributed.heads import parts_of
 from attnfuse.distributed.layouts import LAYOUTS
 from attnfuse.distributed.links import Links, links_of
-from attnfuse.distributed.merging import sends_apart
+from attnfuse.distributed.merging import is_one_number
 from attnfuse.distributed.traffic import Sizes
 from attnfuse.distributed.work import Step
 from attnfuse.reasons import ReasonError
@@ -150,7 +150,7 @@ def _accounts(
     spec: Attention, sizes: Sizes, mesh: Mesh, links: Links, names: Sequence[str], partial: bool
 ) -> Callable[[str], list[Account]]:
     """Of a layout: by each algorithm, that which sends least first, and of those the first."""
-    copies, apart = _copies(spec, mesh.parts), sends_apart(spec)
+    copies, apart = _copies(spec, mesh.parts), not is_one_number(spec)
 
     def made(layout: str) -> list[Account]:
         attended = Attended(spec, sizes, mesh, layout, links, copies, apart, partial)

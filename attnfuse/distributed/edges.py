@@ -35,13 +35,13 @@ def places(layout: Layout, ranks: int, n: Any, numbers: torch.Tensor) -> torch.T
     if layout == "contiguous":
         return numbers
     if layout == "striped":
-        return numbers % ranks * n + torch.div(numbers, ranks, rounding_mode="floor")
+        return torch.add(numbers % ranks * n, torch.div(numbers, ranks, rounding_mode="floor"))
     half = n // 2
     piece, within = torch.div(numbers, half, rounding_mode="floor"), numbers % half
     # the second piece of a rank is one of the last
     last = piece >= ranks
     rank = torch.where(last, 2 * ranks - 1 - piece, piece)
-    return rank * n + torch.where(last, within + half, within)
+    return torch.add(rank * n, torch.where(last, within + half, within))
 
 
 def _is_padded(length: Any, layout: Layout, ranks: int) -> bool:
@@ -135,7 +135,8 @@ class _Left(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        return _own(grad, *ctx.given, zeros=True), None, None, None, None, None
+        dim, layout, ranks, groups = ctx.given
+        return _own(grad, dim, layout, ranks, groups, zeros=True), None, None, None, None, None
 
 
 class _Summed(torch.autograd.Function):
@@ -192,5 +193,6 @@ def agreed(x: torch.Tensor, groups: Sequence[str]) -> torch.Tensor:
 def inside(numbers: torch.Tensor, length: int, dim: int, rank: int) -> torch.Tensor:
     """Which of the rows with these numbers [n] are tokens and no padding: bool, of `rank` dims, 1 but for `dim`."""
     return (numbers < length).view([-1 if d == dim else 1 for d in range(rank)])
+
 
 assert ops.__doc__, "importing it registers the op that says which tokens a rank has"

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 
-from attnfuse.distributed.local import laid_out
 from attnfuse.kernels import sink
 from attnfuse.kernels.fills import hiding
 from attnfuse.spec import AddFill, Attention, Bias, Ramp, ReplaceFill
@@ -46,7 +45,7 @@ class Merged:
         self.out = self.out * old if out is None else self.out.mul_(old).add_(out * new)
 
     def finished(self, spec: Attention, operands: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(out in the spec's dtype and order, stats): with the sink, and what the spec says of rows without a finite sum."""
+        """(out, stats) of whole rows: with the sink, and what the spec says of rows without a finite sum."""
         assert self.out is not None
         if spec.sink is not None:
             scores = sink.scores(spec, operands, self.top).expand(self.top.shape)
@@ -55,7 +54,7 @@ class Merged:
         _, inverse = sink.inverse_sums(spec, stats)
         inverse = inverse.unsqueeze(-1)
         out = torch.where(inverse == 0.0, 0.0, torch.where(inverse.isnan(), math.nan, self.out))
-        return laid_out(spec, out), stats
+        return out, stats
 
 
 def for_parts(spec: Attention, stats: torch.Tensor) -> torch.Tensor:
@@ -70,15 +69,10 @@ def for_parts(spec: Attention, stats: torch.Tensor) -> torch.Tensor:
 def is_one_number(spec: Attention) -> bool:
     """Whether the log-sum-exp says all of a row's statistics: not where a fill, or a tensor that is added, may leave a row a
     maximum so large that log(sum) is lost in it."""
-    if hiding(spec).doubt > -math.inf:
+    if hiding(spec).doubt > -math.inf or spec.softmax == "unshifted":
         return False
     finite = any(isinstance(s, (ReplaceFill, AddFill)) and s.value > -math.inf for s in spec.steps)
     return not finite and not any(isinstance(s, (Bias, Ramp)) for s in spec.steps)
-
-
-def sends_apart(spec: Attention) -> bool:
-    """Whether Burst sends the maximum and the sum of a row."""
-    return spec.softmax == "unshifted" or not is_one_number(spec)
 
 
 def as_one_number(stats: torch.Tensor) -> torch.Tensor:

@@ -102,7 +102,8 @@ def _begun(
     def run(which: str, step: Attention, inputs: Inputs, *given: Any) -> Any:
         return ops.run(which, kernel, strict, step, inputs, *given)
 
-    return Call(parsed, layout, (hops.rank, hops.ranks), lengths, inputs.operands, run, partial), hops
+    place = (hops.rank, hops.ranks)
+    return Call(parsed, layout, place, lengths, inputs.operands, run, partial, seed=inputs.seed), hops
 
 
 def _check(
@@ -115,6 +116,8 @@ def _check(
         raise NotImplementedError("attnfuse::sequence_attention has no forward-mode derivative")
     layouts.check(layout)
     steps.check(spec)
+    if spec.dropout and algorithm.startswith("ulysses"):
+        raise ValueError(f"attnfuse: with {algorithm} no weights are dropped: kernels number heads from 0 on")
     kind = (spec.text, lengths, layout, algorithm, ranks, *((x.shape, x.dtype, x.device) for x in inputs.tensors))
     known = all(isinstance(n, int) for x in inputs.tensors for n in (*x.shape, *lengths))
     if known and kind in _fitting:

@@ -28,6 +28,7 @@ class SequenceParallel:
     layout      which tokens a rank has: 'contiguous', 'zigzag' or 'striped'; 'auto' by what the masks leave to each rank
     algorithm   how an attention sees all keys: 'gather', 'ring', 'burst' (a ring, and BurstAttention's backward), 'ulysses' or
                 'ulysses_ring'; 'auto' by bytes
+    heads       ranks that share out the heads of an attention (Ulysses); 1 for none
     outputs     'whole': results of the compiled function are one device's; 'own': of those with a token dim each rank has its rows
     gradients   'whole': those of parameters are one device's; 'mean': they are each rank's part times the number of ranks, for a
                 DDP or FSDP that averages over the same ranks
@@ -38,6 +39,7 @@ class SequenceParallel:
     mesh: DeviceMesh | ProcessGroup | str
     layout: LayoutChoice = "auto"
     algorithm: AlgorithmChoice = "auto"
+    heads: int = 1
     outputs: Outputs = "whole"
     gradients: Gradients = "whole"
 
@@ -51,6 +53,8 @@ class SequenceParallel:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is one of {', '.join(map(repr, known))}; got {getattr(self, name)!r}")
+        if isinstance(self.heads, bool) or not isinstance(self.heads, int) or self.heads < 1:
+            raise ValueError(f"heads is a number of ranks, 1 or more; got {self.heads!r}")
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Dealt:
     sizes: tuple[int, ...]
     layout: LayoutChoice = "auto"
     algorithm: AlgorithmChoice = "auto"
+    heads: int = 1
     outputs: Outputs = "whole"
     gradients: Gradients = "whole"
 
@@ -86,7 +91,12 @@ def dealt(given: Any) -> Dealt:
         raise ValueError("algorithm 'ulysses_ring' needs a mesh of two dims: (ring, ulysses)")
     names = tuple(str(group.group_name) for group in groups)
     sizes = tuple(int(group.size()) for group in groups)
-    return Dealt(names, sizes, chosen.layout, chosen.algorithm, chosen.outputs, chosen.gradients)
+    if chosen.heads > 1 and chosen.heads != sizes[-1]:
+        raise ValueError(
+            f"heads are shared out in the last dim of the mesh: heads={sizes[-1]}; got {chosen.heads}. A mesh of two dims "
+            "(ring, heads) shares out heads among some ranks"
+        )
+    return Dealt(names, sizes, chosen.layout, chosen.algorithm, chosen.heads, chosen.outputs, chosen.gradients)
 
 
 def _groups(mesh: Any) -> list[Any]:

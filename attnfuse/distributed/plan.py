@@ -170,12 +170,12 @@ def memory_of(
     """What a rank holds, of `rows` of each sequence.
 
     Of each row and layer backward needs, in the model's dtype, the inputs of two norms and of two blocks (4 hidden), q, k, v and
-    the attention's result, and the MLP's inner rows (3 where it is gated: gate, up and their product; else 2), and two float32 of
-    statistics a head. With checkpointing it is the input of each layer, and all that of one layer.
+    the attention's result, and the MLP's inner rows (3 where it is gated: gate, up and their product; else 2) of each
+    expert, and two float32 of statistics a head. With checkpointing it is the input of each layer, and all that of one layer.
     """
     size, own = dtype_of(model.dtype).itemsize, rows * batch
     kv = 2 * model.kv_heads * model.head_size * size * own
-    inner = (3 if model.gated else 2) * model.intermediate
+    inner = (3 if model.gated else 2) * model.intermediate * model.active
     layer = (4 * model.hidden + 2 * model.heads * model.head_size + inner) * size * own + 8 * model.heads * own
     if not trains:
         activations, kept = layer, kv * model.layers

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from attnfuse.distributed.local import padded_statistics
-from attnfuse.distributed.merging import Merged, as_one_number, for_parts, from_numbers, sends_apart
+from attnfuse.distributed.local import laid_out, padded_statistics
+from attnfuse.distributed.merging import Merged, as_one_number, for_parts, from_numbers, is_one_number
 from attnfuse.distributed.steps import Call, padded
 from attnfuse.distributed.transport import Hops, Pending, Shape
 from attnfuse.kernels import sink
@@ -150,7 +150,7 @@ class _Ring:
         merged = Merged()
 
         def compute(o: int, i: int, rank: int, held: Any) -> None:
-            if held is not None:
+            if held is not None and not (merged.out is not None and call.is_faint(call.rank, rank, merged.top)):
                 merged.add(*call.run("forward", spec, call.inputs("part", own, held[0], held[1], call.rank, rank)))
 
         circuit = Circuit(hops, "forward", lambda of, at: not call.is_empty(at, of), _shapes_of_keys(call, k, v))
@@ -162,7 +162,7 @@ class _Ring:
         out, stats = merged.finished(call.spec, operands)
         if not call.keys:
             out = torch.zeros_like(out)
-        return padded(out, -2, n), padded_statistics(stats, n)
+        return laid_out(call.spec, padded(out, -2, n)), padded_statistics(stats, n)
 
     def backward(
         self,
@@ -189,7 +189,7 @@ class _Ring:
         sums: list[torch.Tensor | None] = [None] * len(call.operands)
         self._add_sink(call, stats, delta, needs, sums)
         whole = for_parts(call.spec, stats)
-        numbers = whole if sends_apart(call.spec) else as_one_number(whole)
+        numbers = as_one_number(whole) if is_one_number(call.spec) else whole
         if self.burst:
             grads = self._by_queries(call, hops, (q, dout, delta, numbers), k, v, needs, sums)
         else:

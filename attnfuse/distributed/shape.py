@@ -18,7 +18,8 @@ class Model:
     """The shape of a transformer's decoder or encoder.
 
     windows      the window of each layer that has one, None for the others; empty: `mask` for all
-    window       the keys that a query sees with mask 'window', its own among them
+    window       the keys that a query sees with mask 'window', its own among them; with mask 'none' so many on both sides
+    experts      MLPs of a layer, of which each token goes through `active`
     gated        three matrices in an MLP, not two
     tied         the output matrix is that of the embedding
     parameters   their number, where it is known; else counted from the shape, without biases and positions
@@ -38,6 +39,8 @@ class Model:
     gated: bool = True
     tied: bool = False
     parameters: int | None = None
+    experts: int = 1
+    active: int = 1
 
     def __post_init__(self) -> None:
         if self.mask not in MASKS:
@@ -63,7 +66,7 @@ class Model:
         if self.parameters is not None:
             return self.parameters
         attention = self.hidden * self.head_size * (2 * self.heads + 2 * self.kv_heads)
-        mlp = (3 if self.gated else 2) * self.hidden * self.intermediate
+        mlp = (3 if self.gated else 2) * self.hidden * self.intermediate * self.experts
         embedding = self.vocab * self.hidden * (1 if self.tied else 2)
         return self.layers * (attention + mlp + 2 * self.hidden) + embedding + self.hidden
 
@@ -83,6 +86,8 @@ class Model:
             operands = (Operand("int64", ("B", "1", "1", "Q", "1")), Operand("int64", ("B", "1", "1", "1", "K")))
         if width is not None and width < tokens:
             masks.append(window(width))
+            if self.mask == "none":
+                masks.append(causal(width - 1))
         steps: tuple[Step, ...] = (Scale(self.head_size**-0.5), *(ReplaceFill(keep, -math.inf) for keep in masks))
         sizes = (batch, self.kv_heads, self.heads // self.kv_heads, tokens, tokens, self.head_size, self.head_size)
         return Attention(
@@ -122,7 +127,14 @@ def _fields(config: Any) -> dict[str, Any]:
     if missing:
         raise ValueError(f"attnfuse: the config has no {', '.join(missing)}")
     kind, act = str(entry("model_type", default="")), str(entry("hidden_act", "activation_function", default=""))
-    found["kv_heads"] = entry("num_key_value_heads", default=found["heads"])
+    if entry("is_encoder_decoder", default=False):
+        raise ValueError(
+            f"attnfuse: {kind or 'the config'} has an encoder and a decoder, which plans do not know; give a Model"
+        )
+    alone = 1 if entry("multi_query", default=False) and not entry("new_decoder_architecture") else found["heads"]
+    found["kv_heads"] = entry("num_key_value_heads", "num_kv_heads" if alone > 1 else "", default=alone)
+    found["experts"] = entry("num_local_experts", "num_experts", "n_routed_experts", default=1)
+    found["active"] = entry("num_experts_per_tok", default=1)
     found["head_size"] = entry("head_dim", default=found["hidden"] // found["heads"])
     found["intermediate"] = entry("intermediate_size", "n_inner", "ffn_dim", default=4 * found["hidden"])
     # gated MLPs have SiLU, but for those of Gemma
@@ -142,5 +154,5 @@ def _fields(config: Any) -> dict[str, Any]:
 
 #: Types of models whose tokens see the ones after them.
 _ENCODERS = frozenset(
-    {"bert", "roberta", "distilbert", "electra", "albert", "deberta", "deberta-v2", "vit", "xlm-roberta"}
+    {"modernbert", "bert", "roberta", "distilbert", "electra", "albert", "deberta", "deberta-v2", "vit", "xlm-roberta"}
 )

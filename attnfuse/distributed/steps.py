@@ -18,6 +18,7 @@ from attnfuse import expr
 from attnfuse.distributed import layouts, work
 from attnfuse.distributed.heads import parts_for
 from attnfuse.expr import Algebra, Expr, K, Load, Q
+from attnfuse.kernels.fills import hiding
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.kernels.layout import precision
 from attnfuse.spec import AddFill, Attention, Bias, Operand, Ramp, ReplaceFill, Step, dtype_name
@@ -44,8 +45,6 @@ def check(spec: Attention) -> None:
     """Raises ValueError for a spec that is not computed over several ranks."""
     if spec.layout != "dense":
         raise ValueError(f"attnfuse: attention over several ranks takes dense layouts; got {spec.layout}")
-    if spec.dropout:
-        raise ValueError("attnfuse: attention over several ranks drops no weights: kernels number rows from 0 on")
     if any(isinstance(s, ReplaceFill) and s.value != 0.0 for s in spec.weight_steps):
         raise ValueError("attnfuse: weights that are filled with another number than 0 have no parts that add up")
 
@@ -191,6 +190,15 @@ def empty(
     return _outside(masks, layout, ranks, queries, keys, held)
 
 
+@functools.lru_cache(maxsize=256)
+def faint(
+    text: str, layout: str, ranks: int, queries: int, keys: int, held: tuple[int, int] | None = None
+) -> tuple[tuple[bool, ...], ...]:
+    """[rank of the queries][rank of the keys]: whether nothing is left of keys there beside a maximum above `doubt` of the spec's
+    Hiding, which a finite fill may have for one. held: as in Call."""
+    return _outside(work.fills_of(Attention.parse(text)), layout, ranks, queries, keys, held)
+
+
 def _outside(
     masks: tuple[Expr, ...], layout: str, ranks: int, queries: int, keys: int, held: tuple[int, int] | None
 ) -> tuple[tuple[bool, ...], ...]:
@@ -203,7 +211,7 @@ class Call:
     """One attention over all ranks, as this rank takes part in it.
 
     run(which, spec, inputs, *given): a kernel's; partial: whether it is one with backward_part; operands: whole; rank: this one
-    of `ranks`; held: queries and keys that each rank has rows for, where they are not layouts.rows_of_rank.
+    of `ranks`; held: queries and keys that each rank has rows for, where they are not layouts.rows_of_rank; seed: of dropout.
     """
 
     def __init__(
@@ -216,7 +224,9 @@ class Call:
         run: Callable[..., Any],
         partial: bool,
         held: tuple[int, int] | None = None,
+        seed: torch.Tensor | None = None,
     ) -> None:
+        self.seed = seed
         self.spec, self.layout, self.operands, self.run, self.partial = spec, layout, operands, run, partial
         self.rank, self.ranks = place
         self.queries, self.keys = lengths
@@ -233,6 +243,16 @@ class Call:
     def is_empty(self, q_rank: int, k_rank: int, backward: bool = False) -> bool:
         found = empty(self.spec.text, self.layout, self.ranks, self.queries, self.keys, backward, self.held)
         return found[q_rank][k_rank]
+
+    def is_faint(self, q_rank: int, k_rank: int, tops: torch.Tensor) -> bool:
+        """Whether these keys are nothing beside what the rows have seen, whose maxima are `tops`. Only asked on the CPU: a device
+        would have to be waited for."""
+        if (
+            not tops.is_cpu
+            or not faint(self.spec.text, self.layout, self.ranks, self.queries, self.keys, self.held)[q_rank][k_rank]
+        ):
+            return False
+        return bool((tops > hiding(self.spec).doubt).all())
 
     def take(self, x: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
         """What `rank` has of a dim of whole length, without padding; x itself where that has size 1."""
@@ -265,7 +285,15 @@ class Call:
             base, _, half, jump = layouts.numbers(self.layout, rank, self.ranks, n)
             shape = (1,) * q.dim()
             operands += [torch.full(shape, x, dtype=torch.int32, device=q.device) for x in (base, half, jump)[:count]]
-        return Inputs(q, k, v, operands)
+        if not self.spec.dropout:
+            return Inputs(q, k, v, operands)
+        # masks are drawn by the numbers that queries and keys have in the whole tensors
+        numbers = []
+        sides = zip((True, kind == "part"), (q_rank, k_rank), self.held, (self.queries, self.keys))
+        for own, rank, n, total in sides:
+            found = layouts.numbers(self.layout, rank, self.ranks, n) if own else (0, 1, total, 0)
+            numbers.append([*found, total])
+        return Inputs(q, k, v, operands, self.seed, numbers=torch.tensor(numbers, device=q.device))
 
     def add_to_whole(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -16,6 +17,13 @@ import torch
 import torch.distributed as dist
 
 from attnfuse._compat import process_group
+
+# the names up to torch 2.12, which later ones warn of
+_GATHER: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+#: Groups of which all ranks have done something together.
+_met: weakref.WeakSet[Any] = weakref.WeakSet()
 
 Ring = Literal["inner", "outer"]
 Shape = tuple[Sequence[int], torch.dtype]
@@ -65,6 +73,8 @@ class Hops:
         # what rings and ranks are called
         self._ring_names: dict[Ring, str] = {"inner": "inner", "outer": "outer"}
         self._numbers, self._whole = list(range(self.ranks)), self.ranks
+        for _, group in self._rings():
+            self._meet(group)
 
     def of_outer(self) -> Hops:
         """The ranks of the outer group alone; what is sent there is counted here too."""
@@ -75,6 +85,12 @@ class Hops:
         found._ring_names = {"inner": "outer"}
         found._numbers = [self._numbers[self.at(node, self.place)] for node in range(self.nodes)]
         return found
+
+    def _meet(self, group: Any) -> None:
+        """A transfer of some ranks must not be the first thing that a group does: NCCL then waits for all of them."""
+        if group not in _met:
+            _met.add(group)
+            self._collective(dist.all_reduce, torch.zeros(1, device=self.device), group=group)
 
     def at(self, node: int, place: int) -> int:
         """The rank at a place of a node, both counted around."""
@@ -127,7 +143,7 @@ class Hops:
         for ring, group in reversed(self._rings()):
             whole = found.new_empty((group.size() * found.shape[0], *found.shape[1:]))
             self.sent["bytes", ring, "gather"] += (group.size() - 1) * found.nbytes
-            self._collective(dist.all_gather_into_tensor, whole, found, group)
+            self._collective(_GATHER, whole, found, group=group)
             found = whole
         return found
 
@@ -137,7 +153,7 @@ class Hops:
         for ring, group in self._rings():
             own = found.new_empty((found.shape[0] // group.size(), *found.shape[1:]))
             self.sent["bytes", ring, "reduce_scatter"] += (group.size() - 1) * own.nbytes
-            self._collective(dist.reduce_scatter_tensor, own, found, group)
+            self._collective(_REDUCE_SCATTER, own, found, group=group)
             found = own
         return found[0]
 
@@ -149,7 +165,7 @@ class Hops:
         found = torch.empty_like(x)
         self.sent["bytes", "inner", "all_to_all"] += (self.local - 1) * (x.nbytes // self.local)
         self.sent["messages", "inner", "all_to_all"] += 1
-        self._collective(dist.all_to_all_single, found, x, self.groups["inner"])
+        self._collective(dist.all_to_all_single, found, x, group=self.groups["inner"])
         return found
 
     def _rings(self) -> list[tuple[Ring, Any]]:
@@ -158,6 +174,6 @@ class Hops:
         found = [(ring, self.groups[ring]) for ring in rings if ring in self.groups]
         return [(ring, group) for ring, group in found if group.size() > 1]
 
-    def _collective(self, run: Callable[..., Any], target: torch.Tensor, source: torch.Tensor, group: Any) -> None:
+    def _collective(self, run: Callable[..., Any], *tensors: torch.Tensor, group: Any) -> None:
         with self.said(f"in {run.__name__} of the {group.size()} ranks of {group.group_name!r}"):
-            run(target, source, group=group)
+            run(*tensors, group=group)

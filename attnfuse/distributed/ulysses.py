@@ -10,14 +10,16 @@ Backward exchanges q, k and v again: what is saved are the rank's own rows, as w
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from attnfuse.distributed import layouts, local
 from attnfuse.distributed.heads import parts_for
-from attnfuse.distributed.merging import sends_apart
+from attnfuse.distributed.merging import is_one_number
 from attnfuse.distributed.ring import BURST, RING
 from attnfuse.distributed.steps import Call, held_by_groups, padded
 from attnfuse.distributed.traffic import Sizes, circuit, key_row, query_row
@@ -80,21 +82,19 @@ def _burst_sends_less(call: Call, q: torch.Tensor, k: torch.Tensor, dout: torch.
     )
     keys = circuit(lambda of, at: not call.is_empty(at, of, True), call.columns, 1, call.ranks)
     queries = circuit(lambda of, at: not call.is_empty(of, at, True), call.rows, 1, call.ranks)
-    by_queries = max(moves.sent(*query_row(sizes, sends_apart(call.spec))).total for moves in queries.moves)
+    by_queries = max(moves.sent(*query_row(sizes, not is_one_number(call.spec))).total for moves in queries.moves)
     return by_queries < max(moves.sent(*key_row(sizes)).total for moves in keys.moves)
 
 
+@dataclass(frozen=True)
 class _Side:
-    """Rows of one side that the ranks of a group hold together: `rows` of them, the first `real` no padding in token order."""
+    """Rows of one side that the ranks of a group hold together: `rows` of them, of which `real` are no padding. order: where they
+    are in the order of tokens; place: where each held row is in that order; None where it is that order already."""
 
-    def __init__(self, call: Call, hops: Hops, n: int, length: int, device: torch.device) -> None:
-        first = hops.node * hops.local
-        held = torch.cat([layouts.tokens(call.layout, first + r, call.ranks, n) for r in range(hops.local)])
-        order = held.argsort()
-        self.rows, self.real = len(held), int((held < length).sum())
-        self.order = self.place = None
-        if not torch.equal(order, torch.arange(len(order))):
-            self.order, self.place = order[: self.real].to(device), order.argsort().to(device)
+    rows: int
+    real: int
+    order: torch.Tensor | None
+    place: torch.Tensor | None
 
     def in_order(self, x: torch.Tensor) -> torch.Tensor:
         """[..., real, D] in the order of tokens, of the ranks' rows one after the other."""
@@ -104,6 +104,16 @@ class _Side:
         """The other way round, padding 0 where there is none yet."""
         x = padded(x, -2, self.rows)
         return x if self.place is None else x.index_select(-2, self.place)
+
+
+@functools.lru_cache(maxsize=32)
+def _side(layout: str, group: range, ranks: int, n: int, length: int, device: torch.device) -> _Side:
+    """Of a group of ranks, of which each holds n rows of a dim of `length` tokens."""
+    held = torch.cat([layouts.tokens(layout, rank, ranks, n) for rank in group])
+    order, real = held.argsort(), int((held < length).sum())
+    if torch.equal(order, torch.arange(len(order))):
+        return _Side(len(held), real, None, None)
+    return _Side(len(held), real, order[:real].to(device), order.argsort().to(device))
 
 
 class _Heads:
@@ -117,7 +127,8 @@ class _Heads:
         self.batch = batch_shape([x.shape for x in (q, k, v, *call.operands)])
         self.operands = [x[self.parts.index(hops.place, x)] for x in call.operands]
         lengths = (q.shape[-2], call.queries), (k.shape[-2], call.keys)
-        self.sides = [_Side(call, hops, n, length, q.device) for n, length in lengths]
+        group = range(hops.node * hops.local, (hops.node + 1) * hops.local)
+        self.sides = [_side(call.layout, group, call.ranks, n, length, q.device) for n, length in lengths]
         self.ring: Call | None = None
         if hops.nodes > 1:
             self.outer = hops.of_outer()

@@ -17,7 +17,7 @@ from attnfuse.passes.capture.view import Scope, View
 from attnfuse.passes.emit.edits import Edits, EmitError, example_of, known
 from attnfuse.passes.emit.repeated import calls_of
 from attnfuse.passes.emit.values import Values
-from attnfuse.passes.graph.aten import name_of, shape_of, source_of, value_of
+from attnfuse.passes.graph.aten import name_of, source_of, value_of
 from attnfuse.passes.graph.labels import Atom, Dim, Distances, Labels, is_one, known_equal, stride_hint
 from attnfuse.passes.graph.memory import is_mutating, is_stale, opaque, returned_as_written, same_memory, written
 from attnfuse.passes.graph.vocabulary import functional

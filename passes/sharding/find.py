@@ -17,11 +17,11 @@ from torch import fx
 from attnfuse import reasons
 from attnfuse.passes.capture.view import View
 from attnfuse.passes.graph import views
-from attnfuse.passes.graph.aten import is_tensor, name_of, shape_of, value_of
+from attnfuse.passes.graph.aten import arguments, is_tensor, name_of, shape_of, value_of
 from attnfuse.passes.graph.labels import Atom, Axes, Dim, Size, is_one, known_equal
 from attnfuse.passes.graph.memory import is_mutating, opaque
-from attnfuse.passes.read.isolation import read_by
 from attnfuse.passes.padding.rowwise import Mixed
+from attnfuse.passes.read.isolation import read_by
 from attnfuse.passes.sharding.carry import Sharded, Tokens
 from attnfuse.passes.site import Leaf, Site
 from attnfuse.reasons import Reason
@@ -126,8 +126,6 @@ def _random(view: View, plan: Plan) -> Reason | None:
 
 
 def _drops(node: fx.Node) -> bool:
-    from attnfuse.passes.graph.aten import arguments
-
     return bool(arguments(node).get("dropout_p"))
 
 
@@ -158,9 +156,9 @@ class _Finder:
         candidates = self._candidates()
         alone: dict[Seed, Plan] = {}
         for seed in candidates[:_TRIES]:
-            plan = self._plan([seed])
-            if plan.sites:
-                alone[seed] = plan
+            by_itself = self._plan([seed])
+            if by_itself.sites:
+                alone[seed] = by_itself
         seeds: list[Seed] = []
         plan: Plan | None = None
         while alone:
@@ -205,7 +203,9 @@ class _Finder:
             for node in sorted(above, key=self.view.order.__getitem__):
                 if tries == _TRIES or node in self.inside or not is_tensor(node):
                     continue
-                if (node.op == "placeholder" and self._is_parameter(node)) or (plan is not None and plan.is_sharded(node)):
+                if (node.op == "placeholder" and self._is_parameter(node)) or (
+                    plan is not None and plan.is_sharded(node)
+                ):
                     continue
                 for dim, size in enumerate(shape_of(node)):
                     if is_one(size) or not known_equal(size, length) or (node, dim) in seeds:
@@ -334,7 +334,9 @@ class _Finder:
                 return None
             if mine and (
                 len(have) != len(found)
-                or any((a is tokens.place) != (b is dim[0]) or not known_equal(a.size, b.size) for a, b in zip(have, found))
+                or any(
+                    (a is tokens.place) != (b is dim[0]) or not known_equal(a.size, b.size) for a, b in zip(have, found)
+                )
             ):
                 return None
         return tokens

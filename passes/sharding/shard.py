@@ -6,24 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
-import torch
 from torch import fx
 
 from attnfuse import reasons
-from attnfuse.distributed import steps
+from attnfuse.distributed import cost, steps
 from attnfuse.distributed.layouts import Layout
 from attnfuse.distributed.options import Dealt
-from attnfuse.kernels import choose
+from attnfuse.distributed.traffic import Sizes
+from attnfuse.kernels import Choice, choose
 from attnfuse.passes.capture.view import View
 from attnfuse.passes.emit.edits import EmitError
 from attnfuse.passes.emit.emitter import Emitter
 from attnfuse.passes.graph.aten import name_of, shape_of, value_of
 from attnfuse.passes.graph.labels import hint
-from attnfuse.passes.sharding.carry import Tokens
 from attnfuse.passes.sharding.find import Distributed, Plan, find
 from attnfuse.passes.sharding.write import Ranks, Sharder
 from attnfuse.passes.site import Site
-from attnfuse.reasons import Reason
+from attnfuse.reasons import Reason, ReasonError
 from attnfuse.settings import Settings
 
 
@@ -32,16 +31,21 @@ class Call(NamedTuple):
 
     kernel: str
     algorithm: str
+    why: str
+    # that a rank sends, a call
+    bytes: int
 
 
 @dataclass(frozen=True)
 class Gather:
-    """A sharded value that is gathered. bytes: of the whole, a call; why: what needs it; at: the user's line."""
+    """A sharded value that is gathered. bytes: of the whole, a call; why: what needs it; at: the user's line; of_result: it is
+    gathered only since the graph returns it."""
 
     what: str
     at: str
     why: str
     bytes: int
+    of_result: bool
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,9 @@ class Sharding:
     def said(self, each: Distributed) -> str:
         """How one attention is computed, for its report."""
         call = self.calls[each.site.final]
-        return f"over {self.dealt.ranks} ranks by {call.algorithm}, {self.layout}"
+        if call.algorithm == "local":
+            return f"over {self.dealt.ranks} ranks: whole keys, nothing is sent"
+        return f"over {self.dealt.ranks} ranks: {call.why}"
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -86,10 +92,23 @@ class Sharding:
             f"sequence parallel: {tokens} tokens over {self.dealt.ranks} ranks, {self.layout}; {self.on_rows} ops on a rank's "
             f"tokens, {self.whole} on whole tensors"
         ]
+        sent = sum(call.bytes for call in self.calls.values())
+        found.append(f"attentions send {cost.amount(sent)} a rank, a call")
         for gather in self.gathers:
             at = f" ({gather.at})" if gather.at else ""
-            found.append(f"gathered: {gather.what}{at}, {_said(gather.bytes)}, for {gather.why}")
+            found.append(f"gathered: {gather.what}{at}, {cost.amount(gather.bytes)}, for {gather.why}")
         return tuple(found)
+
+    @property
+    def warning(self) -> Reason | None:
+        """That the results are most of what is sent, if they are."""
+        results = sum(g.bytes for g in self.gathers if g.of_result)
+        # of what is gathered a rank sends its own part to each other one, as much as it receives
+        share = results * (self.dealt.ranks - 1) // self.dealt.ranks
+        rest = sum(call.bytes for call in self.calls.values()) + sum(g.bytes for g in self.gathers if not g.of_result)
+        if self.reason is not None or share <= rest:
+            return None
+        return reasons.RESULTS_GATHERED(results=cost.amount(results), rest=cost.amount(rest))
 
     @property
     def words(self) -> tuple[Any, ...]:
@@ -101,23 +120,41 @@ class Sharding:
 def shard(emitter: Emitter, sites: Sequence[Site], settings: Settings, dealt: Dealt) -> Sharding:
     """Write the emitter's view on a rank's tokens, or say why it is left whole."""
     view = emitter.view
-    layout = _layout(dealt, sites)
+    try:
+        layout = _layout(dealt, view, sites)
+    except ReasonError as error:
+        return Sharding.left_whole(dealt, error.reason)
     calls: dict[fx.Node, Call] = {}
 
     def runs(each: Distributed) -> Reason | None:
         site = each.site
-        algorithm = "local" if each.keys is None else _algorithm(dealt, site)
-        trains = view.trains and view.grad.get(site.final, True)
-        try:
-            spec = steps.step_spec(site.spec, layout, dealt.ranks, algorithm)
-        except ValueError as error:
-            return reasons.SHARDED_SPEC(why=error)
         device = value_of(site.q.node).device
-        partial = algorithm not in steps.WHOLE_KEYS
-        choice = choose(spec, device, settings.kernel, trains, partial)
+        trains = view.trains and view.grad.get(site.final, True)
+
+        def chosen(algorithm: str) -> Choice | Reason:
+            try:
+                spec = steps.step_spec(site.spec, layout, dealt.ranks, algorithm)
+            except ValueError as error:
+                return reasons.SHARDED_SPEC(why=error)
+            parts = algorithm not in steps.WHOLE_KEYS
+            return choose(spec, device, settings.kernel, trains, parts, site.spec.dropout > 0.0)
+
+        algorithm, why, sent = "local", "", 0
+        if each.keys is not None:
+            ring = chosen("ring")
+            partial = isinstance(ring, Choice) and ring.kernel is not None
+            try:
+                decision = _decided(dealt, view, site, layout, partial)
+            except ReasonError as error:
+                return error.reason
+            algorithm, why = decision.algorithm, decision.reason
+            sent = decision.bytes_forward + decision.bytes_backward
+        choice = chosen(algorithm)
+        if isinstance(choice, Reason):
+            return choice
         if choice.kernel is None:
             return choice.reason
-        calls[site.final] = Call(choice.kernel.name, algorithm)
+        calls[site.final] = Call(choice.kernel.name, algorithm, why, sent)
         return None
 
     plan = find(view, sites, runs, dealt.outputs)
@@ -146,14 +183,30 @@ def shard(emitter: Emitter, sites: Sequence[Site], settings: Settings, dealt: De
     )
 
 
-def _layout(dealt: Dealt, sites: Sequence[Site]) -> Layout:
+def _sizes(view: View, site: Site) -> Sizes:
+    """Those of a site, with hints for symbolic ones."""
+    trains = view.trains and view.grad.get(site.final, True)
+    queries, keys = (hint(dim[0]) if dim else 1 for dim in (site.q_dim, site.k_dim))
+    return cost.sizes_of(site.spec, [hint(a) for a in site.batch], queries, keys, trains)
+
+
+def _layout(dealt: Dealt, view: View, sites: Sequence[Site]) -> Layout:
+    """One for the whole graph. Raises ReasonError where heads cannot be dealt."""
     if dealt.layout != "auto":
         return dealt.layout
-    return "zigzag" if dealt.ranks > 1 else "contiguous"
+    device = value_of(sites[0].q.node).device.type
+    attentions = [(site.spec, _sizes(view, site)) for site in sites if site.spec.layout == "dense"]
+    if not attentions:
+        return "contiguous"
+    found = cost.choose_layout(attentions, dealt.sizes, device, dealt.algorithm, dealt.heads)
+    return cast(Layout, found)
 
 
-def _algorithm(dealt: Dealt, site: Site) -> str:
-    return dealt.algorithm if dealt.algorithm != "auto" else "gather"
+def _decided(dealt: Dealt, view: View, site: Site, layout: Layout, partial: bool) -> cost.Decision:
+    """How one attention sees all keys. Raises ReasonError."""
+    device = value_of(site.q.node).device.type
+    sizes = _sizes(view, site)
+    return cost.choose(site.spec, sizes, dealt.sizes, device, layout, dealt.algorithm, dealt.heads, partial=partial)
 
 
 def _count(view: View, plan: Plan) -> int:
@@ -179,13 +232,21 @@ def _gathers(view: View, plan: Plan) -> tuple[Gather, ...]:
         size = value_of(node).element_size()
         for n in shape_of(node):
             size *= n if isinstance(n, int) else _hint(n)
-        found.append(Gather(name_of(node) or node.name, view.where(node), ", ".join(dict.fromkeys(why)), size))
+        found.append(
+            Gather(
+                name_of(node) or node.name, view.where(node), ", ".join(dict.fromkeys(why)), size, set(why) == {_RESULT}
+            )
+        )
     return tuple(found)
+
+
+#: What the output of a graph is for a gather.
+_RESULT = "the result"
 
 
 def _why(view: View, plan: Plan, user: fx.Node) -> str:
     if user.op == "output":
-        return "the result"
+        return _RESULT
     at = view.where(user)
     said = f"{name_of(user) or 'other code'}{f' at {at}' if at else ''}"
     reason = plan.mixed.get(user)
@@ -195,10 +256,3 @@ def _why(view: View, plan: Plan, user: fx.Node) -> str:
 def _hint(size: Any) -> int:
     known = getattr(size.node, "hint", None)
     return known if isinstance(known, int) else 1
-
-
-def _said(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count} bytes"
-
-
-assert Tokens and torch and cast

@@ -7,7 +7,7 @@ did. What is replicated stays as it is.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -27,7 +27,16 @@ from attnfuse.passes.emit.emitter import Emitter
 from attnfuse.passes.emit.transaction import undone_on_error
 from attnfuse.passes.emit.writer import NodeWriter
 from attnfuse.passes.graph import moves, views
-from attnfuse.passes.graph.aten import arguments, dtype_of, getitem_source, is_tensor, name_of, shape_of, source_of, value_of
+from attnfuse.passes.graph.aten import (
+    arguments,
+    dtype_of,
+    getitem_source,
+    is_tensor,
+    name_of,
+    shape_of,
+    source_of,
+    value_of,
+)
 from attnfuse.passes.graph.labels import Atom, Dim, Labels, Size, known_equal
 from attnfuse.passes.sharding.carry import EACH, MEAN, Sum, Tokens, first_source
 from attnfuse.passes.sharding.find import Distributed, Plan
@@ -56,14 +65,16 @@ class Ranks:
 
 
 Key = tuple[Any, ...]
-#: The kernel and the algorithm of a distributed attention.
-Call = tuple[str, str]
+#: The kernel and the algorithm of a distributed attention first.
+Call = tuple[str, str, str, int]
 
 
 class Sharder:
     """Writes a plan into the graphs of an emitter's view."""
 
-    def __init__(self, emitter: Emitter, plan: Plan, ranks: Ranks, calls: dict[fx.Node, Call], own_outputs: bool) -> None:
+    def __init__(
+        self, emitter: Emitter, plan: Plan, ranks: Ranks, calls: Mapping[fx.Node, Call], own_outputs: bool
+    ) -> None:
         self.emitter = emitter
         self.view = emitter.view
         self.plan = plan
@@ -190,7 +201,11 @@ class Sharder:
         """Write what a Dynamo node made that is sharded, and let what stays whole use it."""
         value = scope.values.get(owner)
         source = value if isinstance(value, fx.Node) else None
-        if source is not None and (scope, ("rows", source)) in self.made and self.view.origin[source].scope is not scope:
+        if (
+            source is not None
+            and (scope, ("rows", source)) in self.made
+            and self.view.origin[source].scope is not scope
+        ):
             return
         made = [n for n in self.owned.get((scope, owner), ()) if n in self.plan.needed]
         device = next((value_of(n).device for n in made if is_tensor(n)), self._device())
@@ -230,7 +245,10 @@ class Sharder:
         if (scope, value) in self.emitter.replaced:
             return self.emitter.replaced[scope, value]
         if not is_tensor(value):
-            reads = any(isinstance(scope.values.get(n), fx.Node) and self.plan.is_sharded(scope.values[n]) for n in owner.all_input_nodes)
+            reads = any(
+                isinstance(scope.values.get(n), fx.Node) and self.plan.is_sharded(scope.values[n])
+                for n in owner.all_input_nodes
+            )
             if reads and isinstance(value_of(value), torch.SymInt) and owner.users:
                 return cast(fx.Node, writer.size(value_of(value)))
             return None
@@ -393,7 +411,13 @@ class Sharder:
 
         def make(w: ShardWriter) -> fx.Node:
             r = self.ranks
-            like = next(n for n in w.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("example_value"), torch.Tensor) and n.meta["example_value"].device == w.device)
+            like = next(
+                n
+                for n in w.graph.nodes
+                if n.op == "placeholder"
+                and isinstance(n.meta.get("example_value"), torch.Tensor)
+                and n.meta["example_value"].device == w.device
+            )
             return w.call(edges.tokens, (like, w.size(tokens.length), r.layout, r.count, r.groups))
 
         return self._brought(writer, ("numbers", tokens), make)
@@ -531,7 +555,9 @@ class Sharder:
         if s.kind in ("sum", "mean"):
             rows = self._shown(writer, self.rows(writer, first_source(node)), s)
             dims = args.get("dim")
-            dims = list(range(len(s.labels))) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+            dims = (
+                list(range(len(s.labels))) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+            )
             total = writer.call(
                 torch.ops.aten.sum.dim_IntList, (rows, list(dims), bool(args.get("keepdim"))), {"dtype": acc}
             )
@@ -618,7 +644,7 @@ class Sharder:
 
     def _attention(self, writer: ShardWriter, found: Distributed) -> fx.Node:
         site = found.site
-        kernel, algorithm = self.calls[site.final]
+        kernel, algorithm = self.calls[site.final][:2]
         q = self._side(writer, site.q, found.queries, site.q_dim, site.batch, site.d_dim)
         k = self._side(writer, site.k, found.keys, site.k_dim, site.batch, site.d_dim)
         v = self._side(writer, site.v, found.keys, site.k_dim, site.batch, site.e_dim)
@@ -642,16 +668,14 @@ class Sharder:
             raise EmitError(reasons.OP_REFUSES(error=error)) from error
         self.emitter.calls.append(call)
         out = writer.getitem(call, 0)
-        rows = (Atom(self.sizes[found.queries.place]),)
         dims: Labels = (*((atom,) for atom in site.batch), site.q_dim, site.e_dim)
-        out = writer.spread(out, (*dims[:-2], (), dims[-1]), ()) if False else out
+        out = writer.spread(out, dims, site.q_dim)
         if not site.e_dim:
             out = writer.method("squeeze", out, len(dims) - 1)
         flat = [atom for dim in dims for atom in dim]
         order = [flat.index(atom) for dim in site.out_labels for atom in dim]
         if order != list(range(len(order))):
             out = writer.method("permute", out, *order)
-        assert rows
         return writer.method("reshape", out, *writer.shape(self._local(self.carried.labels[site.final])))
 
     def _may_train(self, leaf: Leaf) -> bool:
@@ -674,7 +698,9 @@ class Sharder:
     ) -> fx.Node:
         """q, k or v as the op takes it: [*batch, n, width], or whole with gradients that are summed."""
         if tokens is None:
-            writer.local = {leaf.node: self.entered(writer, leaf.node, None)} if not self.plan.is_sharded(leaf.node) else {}
+            writer.local = (
+                {leaf.node: self.entered(writer, leaf.node, None)} if not self.plan.is_sharded(leaf.node) else {}
+            )
             if self.plan.is_sharded(leaf.node):
                 whole = self.whole(writer, leaf.node)
                 if self.needs_gradient(writer.scope, leaf.node, None):

@@ -172,6 +172,7 @@ def over_ranks(
     groups: Sequence[str] = (),
     kernel: str = "reference",
     site: str = "model.py:1",
+    strict: bool = True,
 ) -> Results:
     """What this and the other ranks make of it, whole again; the same on each."""
     import attnfuse.distributed.ops as _  # noqa: F401
@@ -192,7 +193,7 @@ def over_ranks(
         whole.keys,
         whole.spec.argument,
         kernel,
-        True,
+        strict,
         layout,
         algorithm,
         list(groups),

@@ -77,7 +77,7 @@ class _Ranks:
                 rank = waiting.pop(pipe)
                 try:
                     error, result = pipe.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     if rank not in may_die:
                         raise RankFailed(f"rank {rank} ended") from None
                     error, result = None, Died()
@@ -147,7 +147,7 @@ def _serve(pipe: Connection, rank: int, ranks: int, store: str, timeout: float, 
     while True:
         try:
             function, args = pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             # the process that asked has ended
             os._exit(0)
         try:
@@ -156,5 +156,8 @@ def _serve(pipe: Connection, rank: int, ranks: int, store: str, timeout: float, 
             answer = (traceback.format_exc(), None)
         try:
             pipe.send(answer)
+        except OSError:
+            # nobody waits any more
+            os._exit(0)
         except Exception:
             pipe.send((traceback.format_exc(), None))

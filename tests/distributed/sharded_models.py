@@ -91,7 +91,13 @@ def _gpt2(length: int) -> Case:
     import transformers
 
     config = transformers.GPT2Config(
-        n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=96, attn_implementation="eager", use_cache=False
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        vocab_size=VOCABULARY,
+        n_positions=96,
+        attn_implementation="eager",
+        use_cache=False,
     )
     return transformers.GPT2LMHeadModel(config), _text(length, "right")
 
@@ -224,7 +230,9 @@ def fresh() -> None:
     attnfuse.reset()
 
 
-def against_one(name: str, length: int, dynamic: bool | None = None, lengths: Sequence[int] = (), **chosen: Any) -> Found:
+def against_one(
+    name: str, length: int, dynamic: bool | None = None, lengths: Sequence[int] = (), **chosen: Any
+) -> Found:
     """One model and its gradients over all ranks against the same uncompiled. lengths: of further calls of the same compiled one."""
     fresh()
     worst = [0.0, 0.0, 0.0]

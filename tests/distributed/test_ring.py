@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import warnings
 from collections import Counter
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from processes import run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnfuse.distributed import ops as sequence_ops
-from attnfuse.distributed import steps
+from attnfuse.distributed import steps, transport
 from attnfuse.distributed.layouts import LAYOUTS
 from attnfuse.expr import Algebra, Const, K, Load, Q, causal
 from attnfuse.spec import AddFill, Bias, Operand, Ramp, ReplaceFill, Scale, Sink, dtype_name
@@ -314,6 +315,69 @@ def test_b8_empty_steps_compute_nothing_and_nobody_sends_for_them(mask, left, ho
 def test_b8_documents_that_are_data_are_not_taken_for_empty():
     found = run(traffic, 4, "documents", (2, 1), torch.float32)
     assert sum(x["ring"][0].calls["forward"] for x in found) == 10
+
+
+def test_b8_steps_of_a_finite_fill_are_computed_where_a_row_has_seen_nothing_else():
+    """The first queries of the last sequence see padding alone: those of the first rank need every key, others do not."""
+    found = run(functools.partial(traffic, fill=LOWEST), 4, "padding", (2, 1), torch.float32)
+    assert [x["ring"][0].calls["forward"] for x in found] == [4, 2, 3, 4]
+
+
+def events(algorithm):
+    """Bundles that are sent on and kernels that run, in order, of forward and backward."""
+    from attnfuse import ops
+
+    seen, start, run_kernel = [], transport.Hops.start, ops.run
+
+    def started(self, ring, what, step, tensors, awaited):
+        seen.extend(["start"] * bool(len(tensors) and "gradients" not in what))
+        return start(self, ring, what, step, tensors, awaited)
+
+    def ran(*given):
+        seen.append("kernel")
+        return run_kernel(*given)
+
+    transport.Hops.start, ops.run = started, ran
+    try:
+        called(attention("none", 32, dtype=torch.float32), "contiguous", algorithm, mesh_of(1, 0))
+    finally:
+        transport.Hops.start, ops.run = start, run_kernel
+    return seen
+
+
+@pytest.mark.parametrize("algorithm", ["ring", "burst"])
+def test_the_next_bundle_is_on_its_way_while_a_kernel_runs(algorithm):
+    for seen in run(events, 4, algorithm):
+        assert seen == ["start", "kernel", "start", "kernel", "start", "kernel", "kernel"] * 2
+
+
+def falls_back(failing):
+    """The error with a kernel that fails on one rank, which another one then stands in for, and what that rank says."""
+    from attnfuse import ops
+    from attnfuse.kernels import cpu
+
+    def fails(*given):
+        raise RuntimeError("no such instruction")
+
+    kept = cpu.forward, cpu.backward_part
+    whole = attention("causal", 24, dtype=torch.float32)
+    expected = oracle(whole)
+    if dist.get_rank() == failing:
+        cpu.forward = cpu.backward_part = fails
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            results = over_ranks(whole, "zigzag", "burst", kernel="cpu", strict=False)
+    finally:
+        cpu.forward, cpu.backward_part = kept
+        ops.forget()
+    return worst(results, expected), [str(x.message) for x in said if "attnfuse" in str(x.message)]
+
+
+def test_a_kernel_that_fails_on_one_rank_gives_way_there_and_the_others_do_not_notice():
+    found = run(falls_back, 2, 1)
+    assert max(error for error, _ in found) < 1e-5
+    assert not found[0][1] and "kernel 'cpu' failed and kernel 'reference' runs instead" in found[1][1][0]
 
 
 def test_steps_are_empty_where_masks_say_so_alone():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from meshes import accounted, counted, groups_of
 from processes import run
 from test_drawn import read, wholes
+from test_ops import checked, compiled
 
 from attnfuse.distributed.heads import parts_of
 from attnfuse.distributed.layouts import LAYOUTS
@@ -234,6 +235,19 @@ def test_every_layout_gives_the_kernel_tokens_in_their_order():
     assert parts_of(attention("window", 26, heads=(4, 1)).spec, 2).cuts == (1, 2, 1)
 
 
+def test_opcheck():
+    for reports in run(checked, 2, "ulysses"):
+        for report in reports:
+            assert report and set(report.values()) == {"SUCCESS"}, report
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_under_torch_compile(backend):
+    for error, made in run(compiled, 2, backend, "ulysses", True):
+        assert error < 1e-4
+        assert made == 1
+
+
 def _drawn(written, spec, trains, layout, shape):
     whole = as_in_float64(dataclasses.replace(read(written), spec=spec))
     expected = oracle(whole)
@@ -245,12 +259,11 @@ def _drawn(written, spec, trains, layout, shape):
 
 def check_drawn(drawn, layout, shape):
     """With sizes that the spec says, since heads whose number is not known stay together."""
-    written, trains = drawn
-    whole = read(written)
+    whole = read(drawn.data)
     batch = torch.broadcast_shapes(*(x.shape[:-2] for x in (whole.q, whole.k, whole.v, *whole.operands)))
     spec = dataclasses.replace(whole.spec, sizes=(*batch, *whole.spec.sizes[-4:]))
     assume(parts_of(spec, 2) is not None)
-    for error in run(_drawn, math.prod(shape), written, spec, trains, layout, shape):
+    for error in run(_drawn, math.prod(shape), drawn.data, spec, drawn.trains, layout, shape):
         assert error < 1e-8
 
 

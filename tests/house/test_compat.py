@@ -576,3 +576,25 @@ def test_graphs_without_gradients_are_given_to_lowered(compiler):
     function(x).sum().backward()
     torch.testing.assert_close(x.grad, x.detach().cos())
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "compile_fx"])
+def test_all_graphs_are_given_to_tiled_and_it_is_told_which_are_of_backward(compiler):
+    seen = []
+
+    def tiled(gm, backward):
+        seen.append((backward, [str(node.target) for node in gm.graph.nodes if node.op == "call_function"]))
+
+    def compiled(gm, inputs):
+        if compiler == "aot_eager":
+            return _compat.aot_eager(gm, inputs, None, tiled)
+        return _compat.compile_fx(gm, inputs, {}, None, tiled)
+
+    function = torch.compile(lambda x: x.sin(), backend=compiled)
+    x = torch.randn(3)
+    torch.testing.assert_close(function(x), x.sin())
+    x.requires_grad_()
+    function(x).sum().backward()
+    torch.testing.assert_close(x.grad, x.detach().cos())
+    assert [backward for backward, _ in seen] == [False, False, True]
+    assert "aten.sin.default" in seen[0][1] and "aten.sin.default" in seen[1][1] and "aten.cos.default" in seen[2][1]

@@ -10,8 +10,9 @@ from kernel_cases import GATES, INF, STEPS, WEIGHTS, make_spec, qkv, randn
 
 from attnfuse import reasons
 from attnfuse.expr import causal
-from attnfuse.kernels import choose, compared, kernel_named, successor, volta
+from attnfuse.kernels import KERNELS, choose, compared, kernel_named, successor, volta
 from attnfuse.kernels.device import Device
+from attnfuse.kernels.inputs import Inputs
 from attnfuse.reasons import Cause
 from attnfuse.spec import Attention, Bias, ReplaceFill, Scale
 
@@ -165,3 +166,30 @@ def test_gpus_of_amd_have_an_architecture_without_its_features(told, monkeypatch
     found = Device.of(torch.device("cuda", index))
     assert found == Device("cuda", 0, "MI300X", 304, "gfx942")
     assert (str(found), found.target) == ("cuda gfx942", "gfx942")
+
+
+@pytest.mark.parametrize("name", ["volta", "ascend"])
+def test_kernels_that_count_rows_themselves_refuse_numbers(name: str) -> None:
+    kernel, device = kernel_named(name), {"volta": GPUS[70], "ascend": Device("npu")}[name]
+    spec, plain = spec_of(dropout=0.25), spec_of()
+    why = {cause for reason in kernel.capability.reasons(spec, device, numbered=True) for cause in [reason.cause]}
+    assert why - {r.cause for r in kernel.capability.reasons(spec, device)} == {reasons.KERNEL_DROPOUT_NUMBERS}
+    assert kernel.capability.reasons(plain, device, numbered=True) == kernel.capability.reasons(plain, device)
+    q, k, v = qkv(1, 2, 32, 32, 64, dtype=torch.float16)
+    given = Inputs(q, k, v, seed=torch.tensor([1]), numbers=torch.tensor([[0, 1, 32, 0, 64]] * 2))
+    for call in (
+        lambda: kernel.load().forward(spec, given),
+        lambda: kernel.load().backward(spec, given, v, v, torch.zeros(2, 1, 2, 32), [True] * 3),
+    ):
+        with pytest.raises(ValueError, match=f"{name} does not draw dropout by given numbers"):
+            call()
+
+
+def test_numbered_dropout_is_given_to_kernels_that_take_the_numbers() -> None:
+    spec = spec_of(dropout=0.25)
+    choice = choose(spec, GPUS[70], numbered=True)
+    assert choice.kernel is None and "whose queries and keys have numbers of their own" in str(choice.reason)
+    assert {k.name for k in KERNELS if k.capability.numbered} == {"cpu", "triton", "reference"}
+    assert not any(k.capability.numbered and k.capability.own_dropout for k in KERNELS)
+    # nothing but the reference is left
+    assert successor("volta", spec, torch.device("cuda", 0), numbered=True).name in ("triton", "reference")

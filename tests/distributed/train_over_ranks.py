@@ -189,18 +189,20 @@ def whole_tensors(
     loss_only: the compiled function gives nothing but the loss.
     """
     fresh()
-    model, inputs = build(name, 40)
+    model, inputs = build(name, 44)
+    # of 3, so that 3 times a rank's tokens is another number
+    inputs = {key: torch.cat([x, x[1:]]) for key, x in inputs.items()}
     if checkpointing:
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     function = (lambda **kwargs: model(**kwargs).loss) if loss_only else model
-    with Whole(40, 2) as one:
+    with Whole(44, 3) as one:
         found = function(**inputs)
         want = found if loss_only else found.loss
         want.backward()
     wanted = gradients(model)
     model.zero_grad()
-    seen, inner = Whole(40, 2), backend._inner
+    seen, inner = Whole(44, 3), backend._inner
 
     # Dynamo compiles nothing while a mode is on: this one is on within what is compiled
     def watched(gm: Any, *args: Any) -> Any:

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from attnfuse import reasons
+from attnfuse._compat import OpOverload
 from attnfuse.passes.capture.view import View
 from attnfuse.passes.graph import views
 from attnfuse.passes.graph.aten import arguments, is_tensor, name_of, shape_of, value_of
@@ -22,7 +23,7 @@ from attnfuse.passes.graph.labels import Atom, Axes, Dim, Size, is_one, known_eq
 from attnfuse.passes.graph.memory import is_mutating, opaque
 from attnfuse.passes.padding.rowwise import Mixed
 from attnfuse.passes.read.isolation import read_by
-from attnfuse.passes.sharding.carry import Sharded, Tokens
+from attnfuse.passes.sharding.carry import Sharded, Tokens, sole
 from attnfuse.passes.site import Leaf, Site
 from attnfuse.reasons import Reason
 
@@ -75,9 +76,9 @@ class Plan:
 
         A trace knows a tensor by the last op that gave it, Dynamo by the first.
         """
-        if node.op != "call_function" or not node.args or not views.is_identity(node):
+        if node.op != "call_function" or not node.args:
             return None
-        source = node.args[0]
+        source = sole(node) or (node.args[0] if views.is_identity(node) else None)
         return source if isinstance(source, fx.Node) and source in self.carried.labels else None
 
 
@@ -113,7 +114,7 @@ def _random(view: View, plan: Plan) -> Reason | None:
         if node not in plan.needed or node in inside:
             continue
         target = node.target
-        if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        if not isinstance(target, OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
             continue
         if name_of(node) == "dropout":
             if not views.is_identity(node):

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from attnfuse import reasons
-from attnfuse._compat import pytree, save_for_backward
+from attnfuse._compat import OpOverload, pytree, save_for_backward
 from attnfuse.distributed import edges
 from attnfuse.distributed.layouts import Layout, rows_of_rank
 from attnfuse.distributed.random import dropped
@@ -38,7 +38,7 @@ from attnfuse.passes.graph.aten import (
     value_of,
 )
 from attnfuse.passes.graph.labels import Atom, Dim, Labels, Size, known_equal
-from attnfuse.passes.sharding.carry import EACH, MEAN, Sum, Tokens, first_source
+from attnfuse.passes.sharding.carry import EACH, MEAN, Sum, Tokens, first_source, sole
 from attnfuse.passes.sharding.find import Distributed, Plan
 from attnfuse.passes.site import Leaf
 
@@ -500,6 +500,9 @@ class Sharder:
             return self._dropped(writer, node)
         if views.is_identity(node):
             return self.rows(writer, source_of(node))
+        alone = sole(node)
+        if alone is not None and self.plan.is_sharded(alone):
+            return self.rows(writer, alone)
         if name_of(node) == "to":
             return writer.method("to", self.rows(writer, source_of(node)), dtype_of(node))
         moved = moves.dim_map(node)
@@ -599,7 +602,7 @@ class Sharder:
 
     def _call_with(self, writer: ShardWriter, node: fx.Node, other: dict[str, Any]) -> fx.Node:
         """The op of `node` on rows, with other arguments."""
-        assert isinstance(node.target, torch._ops.OpOverload)
+        assert isinstance(node.target, OpOverload)
         names = [a.name for a in node.target._schema.arguments]
         args, kwargs = [], {}
         given = {**arguments(node)}

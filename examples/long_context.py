@@ -15,7 +15,6 @@ import attnfuse
 from attnfuse.demo import torchvision_ops
 from attnfuse.distributed.agreement import assert_same
 
-
 # where the torchvision that is installed does not fit this torch, transformers could not be imported
 _KEPT = torchvision_ops()
 

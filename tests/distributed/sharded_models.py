@@ -233,7 +233,7 @@ def fresh() -> None:
 def against_one(
     name: str, length: int, dynamic: bool | None = None, lengths: Sequence[int] = (), **chosen: Any
 ) -> Found:
-    """One model and its gradients over all ranks against the same uncompiled. lengths: of further calls of the same compiled one."""
+    """A model and its gradients over all ranks against the same uncompiled. lengths: of further calls of the compiled one."""
     fresh()
     worst = [0.0, 0.0, 0.0]
     compiled: Any = None

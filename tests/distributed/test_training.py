@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from processes import run
+from repository import ROOT
 from train_over_ranks import call
 
 
@@ -125,3 +131,23 @@ def test_an_unchanged_loader_gives_all_ranks_the_same_and_a_distributed_sampler_
     assert run(call, 2, "loader", {"sampler": False}) == ["", ""]
     for said in run(call, 2, "loader", {"sampler": True}):
         assert "ranks hold different batches, in leaf 0" in said
+
+
+@pytest.mark.slow
+def test_the_example_trains_under_torchrun(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"),
+            *(str(ROOT / "examples" / "long_context.py"), "--tokens", "250", "--steps", "3"),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    losses = [float(x) for x in re.findall(r"^step \d: loss ([\d.]+)", done.stdout, re.MULTILINE)]
+    assert len(losses) == 3 and losses[0] > losses[2]
+    assert re.search(r"^sequence parallel: 250 tokens over 4 ranks, ", done.stdout, re.MULTILINE)

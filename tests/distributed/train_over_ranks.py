@@ -123,7 +123,7 @@ def data_parallel(kind: str, **chosen: Any) -> tuple[float, float, int]:
     the mean loss and of gradients against one device with the whole batch of 4."""
     fresh()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
-    model, inputs = build("llama", 40)
+    model, _ = build("llama", 40)
     # no ignored labels, so that the mean over halves is that of the whole
     batch = {"input_ids": sharded_models._ids(40, 4)}
     batch["labels"] = batch["input_ids"].clone()
@@ -164,7 +164,8 @@ def data_parallel(kind: str, **chosen: Any) -> tuple[float, float, int]:
 
 
 class Whole(TorchDispatchMode):
-    """Notes ops that make a tensor with all `length` tokens, alone or merged with sequences, and `width` elements for each, or more."""
+    """Notes ops that make a tensor with all `length` tokens, alone or merged with sequences, and at least `width` elements for
+    each."""
 
     def __init__(self, length: int, batch: int, width: int = 8) -> None:
         super().__init__()

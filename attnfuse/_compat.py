@@ -68,6 +68,7 @@ __all__ = [
     "inductor_options",
     "is_functorch_tensor",
     "keep_global_state",
+    "keep_sequence_attention",
     "no_proxies",
     "npu_group",
     "options_error",
@@ -698,6 +699,25 @@ def save_attention_too(gm: fx.GraphModule, before: fx.GraphModule) -> None:
         )
         if held and any(n.target in ours for n in body.graph.nodes):
             body.meta["_checkpoint_context_fn"] = functools.partial(_contexts, body.meta["_checkpoint_context_fn"])
+
+
+def keep_sequence_attention(body: fx.GraphModule) -> None:
+    """Let a checkpointed region keep the results of attentions over ranks and compute the rest again, unless it says itself what
+    it keeps."""
+    body.meta.setdefault("_checkpoint_context_fn", _keeping_sequence_attention)
+
+
+def _keeping_sequence_attention() -> Any:
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+    return create_selective_checkpoint_contexts(_sequence_attention_policy)
+
+
+def _sequence_attention_policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    ours = op is torch.ops.attnfuse.sequence_attention.default
+    return CheckpointPolicy.MUST_SAVE if ours else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _contexts(original: Callable[[], Any]) -> Any:

@@ -4,12 +4,14 @@ Forward and `backward_keys` send keys and values around (Liu et al. 2023, arXiv:
 of Burst sends queries, output gradients and row statistics instead (Sun et al. 2024, arXiv:2403.09347). What goes around is a
 bundle of one rank. In a double ring it visits the ranks of a node before it goes on to the next node.
 
-The step that a rank computes of its own bundle stays there, so that gradients take as many hops as the bundles do. Sums over the
-ranks of a node are made in the node, and only those go on to the next one.
+The step that a rank computes of its own bundle stays there, so that gradients take no more hops than the bundles do: on from the
+first rank that adds to them to the last one, and from there straight home. Sums over the ranks of a node are made in the node, and
+only those go on to the next one.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +20,8 @@ import torch
 from attnfuse.distributed.local import laid_out, padded_statistics
 from attnfuse.distributed.merging import Merged, as_one_number, for_parts, from_numbers, is_one_number
 from attnfuse.distributed.steps import Call, padded
-from attnfuse.distributed.transport import Hops, Pending, Shape
+from attnfuse.distributed.traffic import goes_around, way_home
+from attnfuse.distributed.transport import Hops, Pending, Ring, Shape
 from attnfuse.kernels import sink
 from attnfuse.kernels.layout import batch_shape, precision
 
@@ -89,49 +92,97 @@ class Circuit:
     ) -> Tensors | None:
         """The sum of what `compute` gives of this rank's bundle everywhere; None if nobody wants it. shapes: of those sums."""
         h = self.hops
-        returned = f"{self.what}, gradients"
+        around = goes_around(self.wanted, h.ranks)
+
+        @functools.cache
+        def near(bundle: int, o: int) -> range:
+            """Places on, in the node that is o nodes on, from which gradients of a bundle are sent."""
+            return way_home([self.on_node(bundle, o, range(i, i + 1)) for i in range(h.local)], around)
+
+        @functools.cache
+        def far(bundle: int) -> range:
+            """Nodes on from which they are sent."""
+            return way_home([self.on_node(bundle, o, range(h.local)) for o in range(h.nodes)], around)
+
+        within = _Returning(h, "inner", f"{self.what}, gradients", shapes)
+        between = _Returning(h, "outer", f"{self.what}, gradients", shapes)
         home: Tensors | None = None
         total: Tensors | None = None
-        behind: Pending | None = None
-        far: Pending | None = None
 
         def step(o: int, i: int, bundle: int, held: Any) -> None:
-            nonlocal home, total, behind, far
+            nonlocal home, total
             made = None if held is None else compute(bundle, held)
+            origin = h.at(h.node - o, h.place)
             if i == 0:
                 total = made
             else:
-                made = _sum(made, behind)
-                sent = self.on_node(bundle, o, range(1, i + 1))
                 following = h.at(h.node - o, h.place - i - 1)
-                got = self.on_node(following, o, range(1, i + 1))
-                number = o * h.local + i
-                behind = h.start(
-                    "inner", returned, number, made if sent and made else (), shapes(following) if got else ()
+                within.send(
+                    i,
+                    o * h.local + i,
+                    made,
+                    (near(bundle, o), near(following, o), near(origin, o)),
+                    (following, origin),
                 )
             if i < h.local - 1:
                 return
             # the sum over this node for the same place of the bundles' own
-            origin = h.at(h.node - o, h.place)
-            total, behind = _sum(total, behind), None
+            total = _added(total, within.arrived())
             if o == 0:
                 home = total
                 return
-            total = _sum(total, far)
-            sent = self.on_nodes(origin, range(1, o + 1))
             following = h.at(h.node - o - 1, h.place)
-            got = self.on_nodes(following, range(1, o + 1))
-            far = h.start("outer", returned, o, total if sent and total else (), shapes(following) if got else ())
+            between.send(o, o, total, (far(origin), far(following), far(h.rank)), (following, h.rank))
 
         self.go_around(own, step)
-        return _sum(home, far)
+        return _added(home, between.arrived())
 
 
-def _sum(a: Tensors | None, pending: Pending | None) -> Tensors | None:
-    """With what is on its way, which may be nothing: what was sent with it must have left, too."""
-    b = [] if pending is None else list(pending.wait())
-    if not b or a is None:
-        return b or a
+class _Returning:
+    """Gradients on their way home in a ring: on to the next rank while others add to them, and straight home then.
+
+    shapes: of a rank's. Each step has what goes on first, then what goes home, so that ranks' transfers are in one order.
+    """
+
+    def __init__(self, hops: Hops, ring: Ring, what: str, shapes: Callable[[int], list[Shape]]) -> None:
+        self.hops, self.ring, self.what, self.shapes = hops, ring, what, shapes
+        self.on: Pending | None = None
+        self.back: Pending | None = None
+        self.home: Tensors | None = None
+
+    def send(
+        self, step: int, number: int, made: Tensors | None, ways: tuple[range, range, range], ranks: tuple[int, int]
+    ) -> None:
+        """At a step of this ring, called `number` in errors: add `made` to what has come of a bundle, and send the sum.
+
+        ways: of that bundle, of the one after it and of the one that has its home here; ranks: whose the latter two are.
+        """
+        made = _added(made, _arrived(self.on))
+        self.home = _added(self.home, _arrived(self.back))
+        own, following, homing = ways
+        goes = bool(made) and step in own
+        last = goes and step == own[-1]
+        got = self.shapes(ranks[0]) if step in following[:-1] else ()
+        self.on = self.hops.start(self.ring, self.what, number, made or () if goes and not last else (), got)
+        got = self.shapes(ranks[1]) if homing and step == homing[-1] else ()
+        self.back = self.hops.start(self.ring, self.what, number, made or () if last else (), got, -step)
+
+    def arrived(self) -> Tensors | None:
+        """What came home since this was asked for last; all that was sent has left."""
+        _arrived(self.on)
+        found = _added(self.home, _arrived(self.back))
+        self.on = self.back = self.home = None
+        return found
+
+
+def _arrived(pending: Pending | None) -> Tensors | None:
+    """What has come, which may be nothing: what was sent with it must have left, too."""
+    return None if pending is None else list(pending.wait()) or None
+
+
+def _added(a: Tensors | None, b: Tensors | None) -> Tensors | None:
+    if a is None or b is None:
+        return b if a is None else a
     return [x.add_(y) for x, y in zip(a, b)]
 
 

@@ -10,7 +10,8 @@ statistic (4; 8 for float64); P ranks.
 t = 2 (delta and log-sum-exp), or 3 (delta, maximum and sum) where the logarithm of a sum may be lost in the maximum. The ring is of
 Liu et al. 2023 (arXiv:2310.01889), Burst of Sun et al. 2024 (arXiv:2403.09347). A double ring of (nodes, local) sends as much, of
 it nodes - 1 of P - 1 between nodes. Rings send real rows alone, and a bundle only as far as there is somebody left who computes
-something of it, its gradient only from where something was computed (`circuit`).
+something of it. Its gradient goes from the first rank that adds to it on to the last, and from there straight home, unless the mask
+is a causal one (`goes_around`, `circuit`).
 
 ulysses, U ranks, each of which gets 1/U of the query heads and c/U of the key heads (c > 1 where it needs one that others need
 too); of what a rank holds, (U-1)/U goes to others:
@@ -117,13 +118,38 @@ class Circuit(NamedTuple):
     far_back: frozenset[int]
 
 
+def goes_around(wanted: Callable[[int, int], bool], ranks: int) -> bool:
+    """Whether gradients go home around the ring, and not straight.
+
+    So it is under a causal mask on contiguous tokens, or one that hides less: what a rank wants, all that want anything after it
+    want too, or all before it. One rank then adds to all that travels, and would send as much if gradients went straight.
+    """
+    table = [[wanted(of, at) for at in range(ranks)] for of in range(ranks)]
+    busy = [at for at in range(ranks) if any(row[at] for row in table)]
+    rows = [[row[at] for at in busy] for row in table]
+    return any(all(row == sorted(row, reverse=down) for row in rows) for down in (False, True))
+
+
+def way_home(want: Sequence[bool], around: bool) -> range:
+    """After which steps of a ring a bundle's gradients are sent: on to the next place, and home from the last one.
+
+    want: whether there is something to add, by the number of places on from the bundle's own, which comes first; what is added
+    there stays. around: see goes_around; the last place of the ring is next to the bundle's own.
+    """
+    adds = [i for i, there in enumerate(want) if there and i]
+    if not adds:
+        return range(0)
+    return range(adds[0], len(want) if around else adds[-1] + 1)
+
+
 def circuit(wanted: Callable[[int, int], bool], rows: Sequence[int], nodes: int, local: int) -> Circuit:
     """What is sent in a double ring of (nodes, local); (1, P) is a plain one.
 
     wanted(of, at): whether rank `at` computes something of what rank `of` holds; rows: of each rank. A bundle goes from node to
     node by the same place of each, and in each node around, as far as it is wanted. Gradients are summed around each node,
-    from the place after the bundle's own on, and node by node on the way home.
+    from the place after the bundle's own on, and those sums node by node: both by way_home.
     """
+    around = goes_around(wanted, len(rows))
     found = [[0, 0, 0, 0] for _ in rows]
     ways: tuple[set[int], set[int], set[int], set[int]] = set(), set(), set(), set()
 
@@ -136,16 +162,15 @@ def circuit(wanted: Callable[[int, int], bool], rows: Sequence[int], nodes: int,
         there = [[(home + o) % nodes * local + (own + i) % local for i in range(local)] for o in range(nodes)]
         want = [[wanted(of, at) for at in node] for node in there]
         for o in range(nodes if count else 0):
-            first = next((i for i in range(1, local) if want[o][i]), local)
             last = next((i for i in range(local - 1, 0, -1) if want[o][i]), 0)
             for i in range(last):
                 sent(0, there[o][i], o * local + i, count)
-            for i in range(first, local):
+            for i in way_home(want[o], around):
                 sent(2, there[o][i], o * local + i, count)
             if any(map(any, want[o + 1 :])):
                 sent(1, there[o][0], o, count)
-            if any(map(any, want[1 : o + 1])):
-                sent(3, there[o][0], o, count)
+        for o in way_home(list(map(any, want)), around) if count else ():
+            sent(3, there[o][0], o, count)
     near, far, back, far_back = map(frozenset, ways)
     return Circuit([Moves(*x) for x in found], near, back, far, far_back)
 

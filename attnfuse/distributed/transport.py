@@ -106,15 +106,16 @@ class Hops:
             raise RuntimeError(f"attnfuse: {place}: {error}") from error
 
     def start(
-        self, ring: Ring, what: str, step: int, tensors: Sequence[torch.Tensor], awaited: Sequence[Shape]
+        self, ring: Ring, what: str, step: int, tensors: Sequence[torch.Tensor], awaited: Sequence[Shape], by: int = 1
     ) -> Pending:
-        """Send tensors one hop on in a ring, and receive what is awaited from the rank before.
+        """Send tensors to the rank that is `by` places on in a ring, and receive what is awaited from the one as far before.
 
-        Either may be nothing, which the ranks before and after know too; of what has no elements nothing is sent.
+        Either may be nothing, which those ranks know too; of what has no elements nothing is sent. All ranks that have something
+        to send or to receive call this in one order, with one `by`, so that none waits for another in a circle.
         """
         group = self.groups[ring]
         own, size = (self.place, self.local) if ring == "inner" else (self.node, self.nodes)
-        ahead, behind = (own + 1) % size, (own - 1) % size
+        ahead, behind = (own + by) % size, (own - by) % size
         received = [torch.empty(tuple(shape), dtype=dtype, device=self.device) for shape, dtype in awaited]
         sent = [x.contiguous() for x in tensors if x.numel()]
         # a peer is a rank of the world unless it is said to be one of the group

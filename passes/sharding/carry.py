@@ -6,7 +6,6 @@ may stand where padding's two dims may not. What sums over rows gives a result t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -77,7 +76,7 @@ class Sharded(Carried):
         return dim
 
     def rule(self, name: str) -> Rule:
-        return cast("dict[str, Rule]", _RULES).get(name) or super().rule(name)
+        return _RULES.get(name) or super().rule(name)
 
     def align(self, node: fx.Node, position: int, out: Labels) -> None:
         """A replicated argument: as it is where it is broadcast over the rows, else the rank's rows of it."""
@@ -210,7 +209,25 @@ def _product(c: Carried, node: fx.Node) -> Labels:
     return tuple(out)
 
 
-_RULES: dict[str, Callable[[Carried, fx.Node], Labels]] = {
+def sole(node: fx.Node) -> fx.Node | None:
+    """The one tensor that has elements of those a cat joins, as where keys are put behind an empty cache; None for other nodes."""
+    if name_of(node) != "cat":
+        return None
+    parts = arguments(node)["tensors"]
+    full = [x for x in parts if not any(known_equal(n, 0) for n in shape_of(x))]
+    return full[0] if len(full) == 1 and len(parts) > 1 and len(shape_of(full[0])) == len(shape_of(node)) else None
+
+
+def _joined(c: Carried, node: fx.Node) -> Labels | list[Labels]:
+    """Behind what is empty a tensor stays as it is."""
+    source = sole(node)
+    if source is None or not c.is_own(source):
+        return Carried.rule(c, "cat")(c, node)
+    return c.labels[source]
+
+
+_RULES: dict[str, Rule] = {
+    "cat": _joined,
     **dict.fromkeys(contraction.NAMES, _product),
     **dict.fromkeys(CLASS_LOSSES, _class_loss),
     **dict.fromkeys(POINTWISE_LOSSES, _each_loss),

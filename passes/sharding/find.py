@@ -23,7 +23,7 @@ from attnfuse.passes.graph.labels import Atom, Axes, Dim, Size, is_one, known_eq
 from attnfuse.passes.graph.memory import is_mutating, opaque
 from attnfuse.passes.padding.rowwise import Mixed
 from attnfuse.passes.read.isolation import read_by
-from attnfuse.passes.sharding.carry import Sharded, Tokens
+from attnfuse.passes.sharding.carry import Sharded, Tokens, sole
 from attnfuse.passes.site import Leaf, Site
 from attnfuse.reasons import Reason
 
@@ -76,9 +76,9 @@ class Plan:
 
         A trace knows a tensor by the last op that gave it, Dynamo by the first.
         """
-        if node.op != "call_function" or not node.args or not views.is_identity(node):
+        if node.op != "call_function" or not node.args:
             return None
-        source = node.args[0]
+        source = sole(node) or (node.args[0] if views.is_identity(node) else None)
         return source if isinstance(source, fx.Node) and source in self.carried.labels else None
 
 
@@ -96,6 +96,10 @@ def find(
     plan = finder.best()
     if plan is None:
         return finder.problem or reasons.NOTHING_TO_SHARD()
+    for site in sites:
+        # ranks would draw other masks for what is computed whole on each
+        if site.spec.dropout > 0.0 and site.final not in plan.sites and site.final in plan.needed:
+            return reasons.SHARDED_RANDOM(op="dropout of an attention that is left whole", at=site.where)
     random = _random(view, plan)
     return plan if random is None else random
 

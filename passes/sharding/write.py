@@ -16,7 +16,14 @@ import torch
 from torch import fx
 
 from attnfuse import reasons
-from attnfuse._compat import OpOverload, enter_autocast, exit_autocast, pytree, save_for_backward
+from attnfuse._compat import (
+    OpOverload,
+    enter_autocast,
+    exit_autocast,
+    keep_sequence_attention,
+    pytree,
+    save_for_backward,
+)
 from attnfuse.distributed import edges
 from attnfuse.distributed.layouts import Layout, rows_of_rank
 from attnfuse.distributed.random import dropped
@@ -39,7 +46,7 @@ from attnfuse.passes.graph.aten import (
     value_of,
 )
 from attnfuse.passes.graph.labels import Atom, Dim, Labels, Size, known_equal
-from attnfuse.passes.sharding.carry import EACH, MEAN, Sum, Tokens, first_source
+from attnfuse.passes.sharding.carry import EACH, MEAN, Sum, Tokens, first_source, sole
 from attnfuse.passes.sharding.find import Distributed, Plan
 from attnfuse.passes.site import Leaf
 
@@ -429,13 +436,10 @@ class Sharder:
 
         def make(w: ShardWriter) -> fx.Node:
             r = self.ranks
-            like = next(
-                n
-                for n in w.graph.nodes
-                if n.op == "placeholder"
-                and isinstance(n.meta.get("example_value"), torch.Tensor)
-                and n.meta["example_value"].device == w.device
-            )
+            given = (n for n in w.graph.nodes if n.op == "placeholder")
+            like = next((n for n in given if _is_on(n.meta.get("example_value"), w.device)), None)
+            if like is None:
+                raise EmitError(reasons.NOT_AVAILABLE())
             return w.call(edges.tokens, (like, w.size(tokens.length), r.layout, r.count, r.groups))
 
         return self._brought(writer, ("numbers", tokens), make)
@@ -518,6 +522,9 @@ class Sharder:
             return self._dropped(writer, node)
         if views.is_identity(node):
             return self.rows(writer, source_of(node))
+        alone = sole(node)
+        if alone is not None and self.plan.is_sharded(alone):
+            return self.rows(writer, alone)
         if name_of(node) == "to":
             return writer.method("to", self.rows(writer, source_of(node)), dtype_of(node))
         moved = moves.dim_map(node)
@@ -685,6 +692,9 @@ class Sharder:
         except ValueError as error:
             raise EmitError(reasons.OP_REFUSES(error=error)) from error
         self.emitter.calls.append(call)
+        if writer.scope.call is not None:
+            # what goes around the ranks is not sent again where a region is computed again
+            keep_sequence_attention(writer.scope.module)
         out = writer.getitem(call, 0)
         dims: Labels = (*((atom,) for atom in site.batch), site.q_dim, site.e_dim)
         out = writer.spread(out, dims, site.q_dim)
@@ -767,6 +777,10 @@ class ShardWriter(NodeWriter):
         return super().node_for(made)
 
 
+def _is_on(x: Any, device: torch.device) -> bool:
+    return isinstance(x, torch.Tensor) and x.device == device
+
+
 def _returned(body: Scope) -> Any:
     return next(n for n in reversed(body.module.graph.nodes) if n.op == "output").args[0]
 
@@ -776,7 +790,8 @@ def _casting(scope: Scope) -> dict[fx.Node, tuple[fx.Node, ...]]:
     nodes = list(scope.module.graph.nodes)
     if not any(n.target is enter_autocast for n in nodes):
         return {}
-    found, on = {}, []
+    found: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    on: list[fx.Node] = []
     for node in nodes:
         if node.target is exit_autocast:
             on.remove(node.args[0])

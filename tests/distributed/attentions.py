@@ -149,7 +149,7 @@ def _lse(stats: torch.Tensor) -> torch.Tensor:
 def part(x: torch.Tensor, layout: str, rank: int, ranks: int, dim: int = -2, value: float = 0.7) -> torch.Tensor:
     """The rows of a rank of a whole tensor, with padding that is some number."""
     n = layouts.rows_of_rank(layout, ranks, x.shape[dim])
-    index = layouts.tokens(layout, rank, ranks, n)
+    index = layouts.tokens(layout, rank, ranks, n).to(x.device)
     own = x.index_select(dim, index[index < x.shape[dim]])
     shape = list(own.shape)
     shape[dim] = n - own.shape[dim]
@@ -161,7 +161,7 @@ def joined(own: torch.Tensor, layout: str, length: int, dim: int = -2) -> torch.
     found = [torch.empty_like(own.contiguous()) for _ in range(dist.get_world_size())]
     dist.all_gather(found, own.contiguous())
     ranks, n = len(found), own.shape[dim]
-    order = layouts.in_order(layout, ranks, n)
+    order = layouts.in_order(layout, ranks, n).to(own.device)
     return torch.cat(found, dim).index_select(dim, order[:length])
 
 

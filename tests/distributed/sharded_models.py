@@ -215,7 +215,7 @@ def told() -> tuple[list[str], int, list[tuple[str, str]], list[str], list[str]]
     reports = attnfuse.reports()
     sites = [site for report in reports for site in report.sites]
     lines = [line for report in reports for line in report.sharding]
-    over = sum(any(re.match(r"over \d+ ranks by ", note) for note in site.notes) for site in sites)
+    over = sum(any(re.match(r"over \d+ ranks: ", note) for note in site.notes) for site in sites)
     gathered = []
     for line in lines:
         match = re.match(r"gathered: (\w+).*? for (.*)$", line)
@@ -233,7 +233,7 @@ def fresh() -> None:
 def against_one(
     name: str, length: int, dynamic: bool | None = None, lengths: Sequence[int] = (), **chosen: Any
 ) -> Found:
-    """One model and its gradients over all ranks against the same uncompiled. lengths: of further calls of the same compiled one."""
+    """A model and its gradients over all ranks against the same uncompiled. lengths: of further calls of the compiled one."""
     fresh()
     worst = [0.0, 0.0, 0.0]
     compiled: Any = None

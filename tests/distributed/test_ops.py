@@ -298,3 +298,9 @@ def own_tokens():
 
 def test_tokens_of_ranks():
     assert run(own_tokens, 2)[1].tolist() == layouts.tokens("striped", 1, 2, 4).tolist() == [1, 3, 5, 7]
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch has no such tag")
+def test_transfers_are_kept_out_of_cuda_graphs():
+    for name, unsafe in (("sequence_attention", True), ("sequence_attention_backward", True), ("tokens", False)):
+        assert (torch.Tag.cudagraph_unsafe in getattr(torch.ops.attnfuse, name).default.tags) == unsafe, name

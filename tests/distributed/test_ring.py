@@ -329,9 +329,9 @@ def events(algorithm):
 
     seen, start, run_kernel = [], transport.Hops.start, ops.run
 
-    def started(self, ring, what, step, tensors, awaited):
+    def started(self, ring, what, step, tensors, awaited, by=1):
         seen.extend(["start"] * bool(len(tensors) and "gradients" not in what))
-        return start(self, ring, what, step, tensors, awaited)
+        return start(self, ring, what, step, tensors, awaited, by)
 
     def ran(*given):
         seen.append("kernel")

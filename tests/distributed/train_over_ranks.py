@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from typing import Any
+from unittest import mock
 
 import sharded_models
 import torch
@@ -12,6 +13,11 @@ import torch.distributed as dist
 from sharded_models import build, drawn, error, fresh, gradients, option, told
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from attnfuse import backend
+from attnfuse.distributed.layouts import rows_of_rank, tokens
 
 
 def _autocast(on: bool) -> Any:
@@ -109,9 +115,7 @@ def dropped(ranks_seed: bool, hidden: float, attention: float, checkpointing: bo
         got = run(**inputs)
         got.loss.backward()
         made += [got.loss.detach(), got.logits.detach(), *(g for g in gradients(model) if g is not None)]
-    return [
-        x.tolist() if x.numel() < 10 else (x.double().sum().item(), x.double().abs().max().item()) for x in made
-    ], told()[1]
+    return [x.tolist() if x.numel() < 2 else (x.double().sum().item(), x.double().norm().item()) for x in made], told()
 
 
 def data_parallel(kind: str, **chosen: Any) -> tuple[float, float, int]:
@@ -119,7 +123,7 @@ def data_parallel(kind: str, **chosen: Any) -> tuple[float, float, int]:
     the mean loss and of gradients against one device with the whole batch of 4."""
     fresh()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
-    model, inputs = build("llama", 40)
+    model, _ = build("llama", 40)
     # no ignored labels, so that the mean over halves is that of the whole
     batch = {"input_ids": sharded_models._ids(40, 4)}
     batch["labels"] = batch["input_ids"].clone()
@@ -157,6 +161,132 @@ def data_parallel(kind: str, **chosen: Any) -> tuple[float, float, int]:
     mean = loss.detach().clone()
     dist.all_reduce(mean, group=mesh["dp"].get_group())
     return abs(mean.item() / 2 - want.item()), error(found, wanted), told()[1]
+
+
+class Whole(TorchDispatchMode):
+    """Notes ops that make a tensor with all `length` tokens, alone or merged with sequences, and at least `width` elements for
+    each."""
+
+    def __init__(self, length: int, batch: int, width: int = 8) -> None:
+        super().__init__()
+        self.dims, self.least = (length, length * batch), length * width
+        self.found: list[tuple[str, tuple[int, ...]]] = []
+        self.ops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.ops += 1
+        for x in pytree.tree_leaves(made):
+            if isinstance(x, torch.Tensor) and x.numel() >= self.least and any(n in self.dims for n in x.shape):
+                self.found.append((str(func), tuple(x.shape)))
+        return made
+
+
+def whole_tensors(
+    name: str, loss_only: bool, checkpointing: bool = False, **chosen: Any
+) -> tuple[list[Any], list[Any], int, float, float]:
+    """What a second call and its backward make that is whole: (compiled, uncompiled); ops seen; errors of loss and gradients.
+
+    loss_only: the compiled function gives nothing but the loss.
+    """
+    fresh()
+    model, inputs = build(name, 44)
+    # of 3, so that 3 times a rank's tokens is another number
+    inputs = {key: torch.cat([x, x[1:]]) for key, x in inputs.items()}
+    if checkpointing:
+        model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    function = (lambda **kwargs: model(**kwargs).loss) if loss_only else model
+    with Whole(44, 3) as one:
+        found = function(**inputs)
+        want = found if loss_only else found.loss
+        want.backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    seen, inner = Whole(44, 3), backend._inner
+
+    # Dynamo compiles nothing while a mode is on: this one is on within what is compiled
+    def watched(gm: Any, *args: Any) -> Any:
+        graph = inner(gm, *args)
+
+        def run(*args: Any) -> Any:
+            with seen:
+                return graph(*args)
+
+        return run
+
+    with mock.patch.object(backend, "_inner", watched):
+        found = torch.compile(function, backend="attnfuse", options=option(**chosen))(**inputs)
+    loss = found if loss_only else found.loss
+    with seen:
+        loss.backward()
+    return seen.found, one.found, seen.ops, abs(loss.item() - want.item()), error(gradients(model), wanted)
+
+
+def own_rows(layout: Any, length: int, **chosen: Any) -> tuple[float, float, float, tuple[int, ...]]:
+    """outputs="own": errors of the loss, of the rank's logits against those rows of one device's, and of gradients of a loss of
+    logits that each rank makes of its own rows; and the logits' shape."""
+    fresh()
+    model, inputs = build("llama", length)
+    weights = torch.randn(2, length, sharded_models.VOCABULARY, generator=torch.Generator().manual_seed(3))
+    want = model(**inputs)
+    (want.loss + (want.logits * weights).sum() / length).backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    run = torch.compile(model, backend="attnfuse", options=option(layout=layout, outputs="own", **chosen))
+    got = run(**inputs)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    n = rows_of_rank(layout, ranks, length)
+    numbers = tokens(layout, rank, ranks, n)
+    real = numbers < length
+    numbers = numbers.clamp(max=length - 1)
+    logits = (got.logits - want.logits[:, numbers])[:, real].abs().max().item()
+    (got.loss + (got.logits * weights[:, numbers] * real[:, None]).sum() / length).backward()
+    return abs(got.loss.item() - want.loss.item()), logits, error(gradients(model), wanted), tuple(got.logits.shape)
+
+
+def generated(cache: str, count: int = 4, **chosen: Any) -> tuple[float, list[str], int, list[str]]:
+    """A prompt and then a token at a time, with a cache: the largest error of logits; statuses, how many went over ranks, lines."""
+    import transformers
+
+    fresh()
+    model, inputs = build("llama_sdpa", 40)
+    ids = inputs["input_ids"]
+
+    def tokens_of(run: Any) -> list[torch.Tensor]:
+        kind = {"dynamic": transformers.DynamicCache, "static": transformers.StaticCache}[cache]
+        past = kind(config=model.config, **({"max_cache_len": 64} if cache == "static" else {}))
+        made = []
+        given = ids
+        with torch.no_grad():
+            for _ in range(count):
+                logits = run(input_ids=given, past_key_values=past, use_cache=True).logits[:, -1:]
+                made.append(logits)
+                given = logits.argmax(-1)
+        return made
+
+    wanted = tokens_of(model)
+    found = tokens_of(torch.compile(model, backend="attnfuse", options=option(**chosen)))
+    worst = max((a - b).abs().max().item() for a, b in zip(found, wanted, strict=True))
+    statuses, over, _, lines, _ = told()
+    return worst, statuses, over, lines
+
+
+def loader(sampler: bool) -> str:
+    """What assert_same says of the batches of an unchanged loader, or of one that deals samples to ranks."""
+    from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+    from attnfuse.distributed.agreement import Disagreement, assert_same
+
+    data = TensorDataset(torch.arange(24).view(8, 3), torch.arange(8.0))
+    torch.manual_seed(0)
+    dealt = DistributedSampler(data, shuffle=False) if sampler else None
+    try:
+        for batch in DataLoader(data, batch_size=2, shuffle=not sampler, sampler=dealt):
+            assert_same(batch, dist.group.WORLD)
+    except Disagreement as error:
+        return str(error)
+    return ""
 
 
 def call(name: str, chosen: dict[str, Any]) -> Any:

@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from attnfuse.distributed.options import SequenceParallel
     from attnfuse.exported import rewrite
     from attnfuse.report.explaining import explain
     from attnfuse.report.registry import reports, reset
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
     from attnfuse.verification import Verification, verify
 
 __version__ = "0.1.0"
-__all__ = ["Report", "Verification", "__version__", "explain", "reports", "reset", "rewrite", "verify"]
+__all__ = ["Report", "SequenceParallel", "Verification", "__version__", "explain", "reports", "reset", "rewrite", "verify"]
 
 _HOMES = {
     "Report": "report.report",
+    "SequenceParallel": "distributed.options",
     "explain": "report.explaining",
     "reports": "report.registry",
     "reset": "report.registry",

@@ -361,6 +361,9 @@ class Sharder:
                 continue
             _without_unread_sizes(scope)
             self.emitter.clean(scope, inside)
+            # sizes may be all that is read of a tensor, and be read by what is gone now alone
+            while _without_unread_sizes(scope):
+                self.emitter.clean(scope, inside)
             if scope.call is not None and not is_choice(scope.call):
                 _without_unused(scope)
             for node in reversed(scope.module.graph.nodes):
@@ -373,18 +376,23 @@ class Sharder:
     def _erase_dead_calls(self) -> set[Scope]:
         """Erase calls of checkpointed regions of which nothing is needed; they would still read whole tensors."""
         needed = {self.view.origin[n].scope for n in self.plan.needed if n in self.view.origin}
+        for scope in self.view.scopes[::-1]:
+            # what is within is needed in it
+            if scope in needed and scope.parent is not None:
+                needed.add(scope.parent)
         dead: set[Scope] = set()
-        for scope in reversed(self.view.scopes):
-            inner = [s for s in self.view.scopes if s.parent is scope and s not in dead]
+        for scope in self.view.scopes:
             call = scope.call
-            if call is None or is_choice(call) or scope in needed or inner or scope.parent is None:
-                continue
-            for user in list(call.users):
-                if user.target is operator.getitem and not user.users:
-                    scope.parent.module.graph.erase_node(user)
-            if not call.users:
-                scope.parent.module.graph.erase_node(call)
+            if scope.parent in dead:
                 dead.add(scope)
+            elif call is not None and scope.parent is not None and scope not in needed and not is_choice(call):
+                graph = scope.parent.module.graph
+                for user in list(call.users):
+                    if user.target is operator.getitem and not user.users:
+                        graph.erase_node(user)
+                if not call.users:
+                    graph.erase_node(call)
+                    dead.add(scope)
         return dead
 
     # -- values at a place
@@ -826,8 +834,9 @@ def _autocast(node: fx.Node) -> Any:
     return torch.autocast(cast(str, device), cast("torch.dtype", dtype), cast(bool, enabled), cache_enabled=False)
 
 
-def _without_unread_sizes(scope: Scope) -> None:
-    """Drop reads of sizes, and what is made of them, that a checkpointed region keeps though nothing needs them."""
+def _without_unread_sizes(scope: Scope) -> bool:
+    """Drop reads of sizes, and what is made of them, that nothing needs; whether there were any."""
+    found = False
     for node in reversed(scope.module.graph.nodes):
         if node.users or node.op not in ("call_method", "call_function"):
             continue
@@ -835,6 +844,8 @@ def _without_unread_sizes(scope: Scope) -> None:
             node.target in _OF_SIZES and not isinstance(node.meta.get("example_value"), torch.Tensor)
         ):
             scope.module.graph.erase_node(node)
+            found = True
+    return found
 
 
 def _without_unused(scope: Scope) -> None:

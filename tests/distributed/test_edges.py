@@ -31,7 +31,8 @@ class Played:
 
     def each(self, function: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
         found = []
-        for self.rank in range(self.ranks):
+        for rank in range(self.ranks):
+            self.rank = rank
             found.append(function())
         return found
 

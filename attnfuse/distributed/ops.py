@@ -39,7 +39,7 @@ _LIBRARY = torch.library.Library("attnfuse", "FRAGMENT")
 _WHERE = (
     "SymInt queries, SymInt keys, str spec, str kernel, bool strict, str layout, str algorithm, str[] groups, str site"
 )
-#: Transfers are not recorded in CUDA graphs: nobody has tried that. Inductor cuts its graphs around such ops, where torch has the tag.
+#: Transfers are not recorded in CUDA graphs: nobody has tried that. Inductor cuts its graphs around such ops (torch has the tag).
 _UNSAFE = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
 _LIBRARY.define(
     f"sequence_attention(Tensor q, Tensor k, Tensor v, Tensor[]? operands, Tensor? seed, {_WHERE}) -> (Tensor, Tensor)",

@@ -20,7 +20,17 @@ if TYPE_CHECKING:
     from attnfuse.verification import Verification, verify
 
 __version__ = "0.1.0"
-__all__ = ["Report", "SequenceParallel", "Verification", "__version__", "explain", "reports", "reset", "rewrite", "verify"]
+__all__ = [
+    "Report",
+    "SequenceParallel",
+    "Verification",
+    "__version__",
+    "explain",
+    "reports",
+    "reset",
+    "rewrite",
+    "verify",
+]
 
 _HOMES = {
     "Report": "report.report",

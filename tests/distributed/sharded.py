@@ -145,7 +145,11 @@ def apart(ours: Any, theirs: Any) -> float:
         if not isinstance(y, torch.Tensor):
             assert type(x) is type(y) and x == y, (i, x, y)
             continue
-        assert x is not None and x.shape == y.shape and x.dtype == y.dtype, (i, None if x is None else (x.shape, x.dtype), y.shape)
+        assert x is not None and x.shape == y.shape and x.dtype == y.dtype, (
+            i,
+            None if x is None else (x.shape, x.dtype),
+            y.shape,
+        )
         assert x.requires_grad == y.requires_grad, (i, "requires_grad")
         if not y.is_floating_point():
             assert torch.equal(x, y), (i, "differs")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from sharded import CASES, WIDTH, Net, case, sdpa
+from sharded import CASES, WIDTH, case, sdpa
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -337,7 +337,13 @@ def stacked(net, x):
 @case()
 def repeated(net, x):
     h = net.attend(x)
-    return h.repeat(1, 1, 2), h.repeat(1, 2, 1), h.repeat_interleave(2, 1), h[None].expand(3, -1, -1, -1), h.unsqueeze(1)
+    return (
+        h.repeat(1, 1, 2),
+        h.repeat(1, 2, 1),
+        h.repeat_interleave(2, 1),
+        h[None].expand(3, -1, -1, -1),
+        h.unsqueeze(1),
+    )
 
 
 @case()
@@ -349,7 +355,13 @@ def sizes_of_tokens(net, x):
 @case()
 def likes(net, x):
     h = net.attend(x)
-    return h + torch.zeros_like(h), torch.ones_like(h), torch.full_like(h, 2.0) * h, h.new_ones(h.shape[1]), torch.zeros_like(h).sum()
+    return (
+        h + torch.zeros_like(h),
+        torch.ones_like(h),
+        torch.full_like(h, 2.0) * h,
+        h.new_ones(h.shape[1]),
+        torch.zeros_like(h).sum(),
+    )
 
 
 @case(inputs=with_ids)
@@ -399,7 +411,12 @@ def tied(net, y):
 @case()
 def parameter_on_rows_and_whole(net, x):
     h = net.attend(x)
-    return h @ net.weight, x.mean(1) @ net.weight, (net.weight @ net.weight).sum(), net.up(h) + net.up(h.sum(1, keepdim=True))
+    return (
+        h @ net.weight,
+        x.mean(1) @ net.weight,
+        (net.weight @ net.weight).sum(),
+        net.up(h) + net.up(h.sum(1, keepdim=True)),
+    )
 
 
 @case()
@@ -668,7 +685,11 @@ def grouped_heads(net, x):
 def one_head_of_keys(net, x):
     q = net.split(net.q(x), 4)
     k, v = net.k(x)[:, None, :, :2], net.v(x)[:, None, :, :2]
-    return net.o(F.scaled_dot_product_attention(q, k.expand(-1, 4, -1, -1), v.expand(-1, 4, -1, -1), is_causal=True).transpose(1, 2).flatten(2))
+    return net.o(
+        F.scaled_dot_product_attention(q, k.expand(-1, 4, -1, -1), v.expand(-1, 4, -1, -1), is_causal=True)
+        .transpose(1, 2)
+        .flatten(2)
+    )
 
 
 @case()

@@ -25,7 +25,11 @@ def one_query(net, x):
     return net.attend(x[:, -1:], x)
 
 
-@case(said=["draws random numbers that need not be equal on all ranks", "rand_like (sharded_refusals.py:"], lengths=(8,), backward=False)
+@case(
+    said=["draws random numbers that need not be equal on all ranks", "rand_like (sharded_refusals.py:"],
+    lengths=(8,),
+    backward=False,
+)
 def random_numbers(net, x):
     h = net.attend(x)
     return (h + 0.0 * torch.rand_like(h)).sum(1)
@@ -63,7 +67,12 @@ def in_a_region_of_its_own(net, x):
     return region(q, k, region(q, k, v))
 
 
-@case(said=["is written to in place"], sharded=True, backward=False, inputs=lambda n: (torch.randn(2, n, WIDTH), torch.zeros(2, n, WIDTH)))
+@case(
+    said=["is written to in place"],
+    sharded=True,
+    backward=False,
+    inputs=lambda n: (torch.randn(2, n, WIDTH), torch.zeros(2, n, WIDTH)),
+)
 def a_cache_that_is_written(net, x, cache):
     cache.copy_(net.up(x))
     return net.attend(x, cache), cache

@@ -38,7 +38,12 @@ def compiled(program, strict=False):
     torch._dynamo.reset()
     attnfuse.reset()
     net = Net(program, 8)
-    options = {"inner": "eager", "kernel": "reference", "strict": strict, "sequence_parallel": SequenceParallel(dist.group.WORLD)}
+    options = {
+        "inner": "eager",
+        "kernel": "reference",
+        "strict": strict,
+        "sequence_parallel": SequenceParallel(dist.group.WORLD),
+    }
     return net, torch.compile(net, backend="attnfuse", dynamic=False, options=options)
 
 
@@ -148,7 +153,12 @@ def test_a_graph_without_attention_waits_for_no_rank():
 
 def one_batch_each(same):
     torch.manual_seed(0 if same else dist.get_rank())
-    batch = {"ids": torch.randint(9, (2, 4)), "mask": torch.ones(2, 4, dtype=torch.bool), "n": 3, "h": torch.zeros(2).bfloat16()}
+    batch = {
+        "ids": torch.randint(9, (2, 4)),
+        "mask": torch.ones(2, 4, dtype=torch.bool),
+        "n": 3,
+        "h": torch.zeros(2).bfloat16(),
+    }
     return happened(lambda: agreement.assert_same(batch, dist.group.WORLD))[0]
 
 

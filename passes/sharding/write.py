@@ -355,7 +355,10 @@ class Sharder:
         """Erase what nothing needs any more. Raises EmitError, and leaves graphs that must not be used, where whole tensors are
         still computed that were meant to be rows."""
         inside = self.inside
+        dead = self._erase_dead_calls()
         for scope in reversed(self.view.scopes):
+            if scope in dead:
+                continue
             _without_unread_sizes(scope)
             self.emitter.clean(scope, inside)
             if scope.call is not None and not is_choice(scope.call):
@@ -366,6 +369,23 @@ class Sharder:
                     continue
                 if value in self.plan.rows and self.made.get((scope, ("rows", value))) is not node:
                     raise EmitError(reasons.SHARDED_KEPT(op=name_of(value) or value.name))
+
+    def _erase_dead_calls(self) -> set[Scope]:
+        """Erase calls of checkpointed regions of which nothing is needed; they would still read whole tensors."""
+        needed = {self.view.origin[n].scope for n in self.plan.needed if n in self.view.origin}
+        dead: set[Scope] = set()
+        for scope in reversed(self.view.scopes):
+            inner = [s for s in self.view.scopes if s.parent is scope and s not in dead]
+            call = scope.call
+            if call is None or is_choice(call) or scope in needed or inner or scope.parent is None:
+                continue
+            for user in list(call.users):
+                if user.target is operator.getitem and not user.users:
+                    scope.parent.module.graph.erase_node(user)
+            if not call.users:
+                scope.parent.module.graph.erase_node(call)
+                dead.add(scope)
+        return dead
 
     # -- values at a place
 

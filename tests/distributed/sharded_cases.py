@@ -617,6 +617,13 @@ def checkpointed_reading_whole(net, x):
     return checkpoint(lambda y: y.flip(1) * net.norm(h), h, use_reentrant=False)
 
 
+@case()
+def checkpointed_for_nothing(net, x):
+    h = net.attend(x)
+    _ = checkpoint(lambda y: net.o(checkpoint(net.up, y, use_reentrant=False)), h, use_reentrant=False)
+    return net.attend(h)
+
+
 # -- attentions
 
 
@@ -816,3 +823,17 @@ def through_aot(net, x, y):
 def through_aot_of_any_length(net, x):
     h = checkpoint(lambda y: net.norm(y + net.attend(y)), x, use_reentrant=False)
     return net.attend(h), h.mean(1)
+
+
+#: Those of the fast suite, in parts.
+FAST = {
+    "products": ["einsum_rows_right", "matrix_on_the_left", "product_over_tokens", "baddbmm_with_whole"],
+    "sums": ["sums_of_everything", "other_reductions", "pooled_by_mask"],
+    "losses": ["cross_entropies", "pointwise_losses", "everything_ignored"],
+    "shapes": ["everything_of_one_size", "tokens_first", "merged_behind", "cross_attention"],
+    "parameters": ["tied", "parameter_on_rows_and_whole", "partly_without_grad", "weights_are_detached"],
+    "memory": ["added_in_place", "own_attribute_written", "dicts_and_numbers", "integers_and_bools_of_rows"],
+    "checkpointing": ["checkpointed_within", "checkpointed_reading_whole", "checkpointed_for_nothing"],
+    "attentions": ["weights_are_returned", "learned_bias", "left_padding", "sinks", "grouped_heads", "autocast"],
+    "symbolic": ["any_length_by_shape", "any_length_checkpointed"],
+}

@@ -102,6 +102,8 @@ def one(steps, length, batch, dynamic, parallel):
         lambda n: (torch.randn(batch, n, WIDTH),),
         (length, length + 3) if dynamic else (length,),
         dynamic=dynamic,
+        # what is drawn may use no attention
+        sharded=None,
     )
     return checked("drawn", case, parallel)
 
@@ -133,7 +135,7 @@ programs = given(
 
 
 @programs
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_drawn_programs(steps, length, batch, dynamic, parallel):
     assert run(one, 2, steps, length, batch, False, parallel) == [None, None]
 

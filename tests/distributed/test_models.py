@@ -49,7 +49,7 @@ def same_on_all(name: str, ranks: int, length: int, **chosen: object) -> list[Fo
     ("name", "algorithm", "layout", "length"),
     [
         ("packed", "burst", "contiguous", 37),
-        ("mistral", "ring", "striped", 40),
+        pytest.param("mistral", "ring", "striped", 40, marks=pytest.mark.slow),
         ("bert", "gather", "zigzag", 37),
         ("vit", "ring", "zigzag", 0),
     ],
@@ -143,8 +143,9 @@ def test_own_outputs_are_a_ranks_rows(layout: str, length: int, shape: tuple[int
         assert found == shape
 
 
-def test_a_prompt_goes_over_ranks_and_a_token_stays_whole() -> None:
-    for worst, statuses, over, lines in run(call, 2, "generated", {"cache": "dynamic"}):
+@pytest.mark.parametrize("count", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_prompt_goes_over_ranks_and_a_token_stays_whole(count: int) -> None:
+    for worst, statuses, over, lines in run(call, 2, "generated", {"cache": "dynamic", "count": count}):
         assert worst < RESULTS
         assert set(statuses) == {"fused"} and over == 2
         assert any("no attention has queries that come, token by token" in line for line in lines)

@@ -163,7 +163,7 @@ def against_one(peer: Peer, inner: str, tolerance: tuple[float, float], chosen: 
     return Found(differences, ratios, digest, (len(said), len(sites)), said)
 
 
-def encoder(causal: bool, chosen: dict[str, Any], dtype: torch.dtype = torch.float64) -> tuple[float, float, int]:
+def encoder(causal: bool, chosen: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[float, float, int]:
     """torch's encoder layers of 8 sequences of 8 tokens: largest error of the result, and of any gradient in parts of the largest,
     and how many attentions are over ranks."""
     fresh()

@@ -94,7 +94,8 @@ def recorded(device: str, algorithm: str, layout: str, kernel: str = "triton") -
     replay()
     wanted = run()
     return [
-        (float((x - y).abs().max()), float((x - old).abs().max())) for x, y, old in zip(made, wanted, before, strict=True)
+        (float((x - y).abs().max()), float((x - old).abs().max()))
+        for x, y, old in zip(made, wanted, before, strict=True)
     ]
 
 

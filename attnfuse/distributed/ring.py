@@ -97,7 +97,8 @@ class Circuit:
         @functools.cache
         def near(bundle: int, o: int) -> range:
             """Places on, in the node that is o nodes on, from which gradients of a bundle are sent."""
-            return way_home([self.on_node(bundle, o, range(i, i + 1)) for i in range(h.local)], around)
+            node, place = divmod(bundle, h.local)
+            return way_home([self.wanted(bundle, h.at(node + o, place + i)) for i in range(h.local)], around)
 
         @functools.cache
         def far(bundle: int) -> range:
@@ -204,7 +205,8 @@ class _Ring:
             if held is not None and not (merged.out is not None and call.is_faint(call.rank, rank, merged.top)):
                 merged.add(*call.run("forward", spec, call.inputs("part", own, held[0], held[1], call.rank, rank)))
 
-        circuit = Circuit(hops, "forward", lambda of, at: not call.is_empty(at, of), _shapes_of_keys(call, k, v))
+        empty = call.empty()
+        circuit = Circuit(hops, "forward", lambda of, at: not empty[at][of], _shapes_of_keys(call, k, v))
         columns = call.columns[call.rank]
         circuit.go_around([k[..., :columns, :], v[..., :columns, :]], compute)
         operands = call.own(call.operands, "part", call.rank, call.rank)
@@ -304,7 +306,8 @@ class _Ring:
             dq = grads[0] if dq is None or grads[0] is None else dq.add_(grads[0])
             return [g for g in grads[1:] if g is not None]
 
-        circuit = Circuit(hops, "keys", lambda of, at: not call.is_empty(at, of, True), _shapes_of_keys(call, k, v))
+        empty = call.empty(backward=True)
+        circuit = Circuit(hops, "keys", lambda of, at: not empty[at][of], _shapes_of_keys(call, k, v))
         wide = precision(call.spec)
         which = [x for x, need in zip((k, v), needs[1:3]) if need]
 
@@ -344,7 +347,8 @@ class _Ring:
                 ((*numbers.shape[:-1], n), numbers.dtype),
             ]
 
-        circuit = Circuit(hops, "burst", lambda of, at: not call.is_empty(of, at, True), bundle)
+        empty = call.empty(backward=True)
+        circuit = Circuit(hops, "burst", lambda of, at: not empty[of][at], bundle)
         q = queries[0]
 
         def shapes(rank: int) -> list[Shape]:

@@ -240,9 +240,9 @@ class Call:
     def step(self, kind: Kind) -> StepSpec:
         return step(self.spec.text, self.layout, self.ranks, kind)
 
-    def is_empty(self, q_rank: int, k_rank: int, backward: bool = False) -> bool:
-        found = empty(self.spec.text, self.layout, self.ranks, self.queries, self.keys, backward, self.held)
-        return found[q_rank][k_rank]
+    def empty(self, backward: bool = False) -> tuple[tuple[bool, ...], ...]:
+        """[rank of the queries][rank of the keys]: which steps are; see the function of this name."""
+        return empty(self.spec.text, self.layout, self.ranks, self.queries, self.keys, backward, self.held)
 
     def is_faint(self, q_rank: int, k_rank: int, tops: torch.Tensor) -> bool:
         """Whether these keys are nothing beside what the rows have seen, whose maxima are `tops`. Only asked on the CPU: a device

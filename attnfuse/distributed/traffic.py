@@ -26,6 +26,7 @@ rows of U ranks and 1/U of the heads.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -121,13 +122,11 @@ class Circuit(NamedTuple):
 def goes_around(wanted: Callable[[int, int], bool], ranks: int) -> bool:
     """Whether gradients go home around the ring, and not straight.
 
-    So it is under a causal mask on contiguous tokens, or one that hides less: what a rank wants, all that want anything after it
-    want too, or all before it. One rank then adds to all that travels, and would send as much if gradients went straight.
+    So it is under a causal mask in any layout, and without one: of any two ranks one wants all that the other wants, and one rank
+    all that anybody wants. That one adds to all that travels, and would send as much if gradients went straight.
     """
-    table = [[wanted(of, at) for at in range(ranks)] for of in range(ranks)]
-    busy = [at for at in range(ranks) if any(row[at] for row in table)]
-    rows = [[row[at] for at in busy] for row in table]
-    return any(all(row == sorted(row, reverse=down) for row in rows) for down in (False, True))
+    wants = sorted(({of for of in range(ranks) if wanted(of, at)} for at in range(ranks)), key=len)
+    return all(less <= more for less, more in itertools.pairwise(wants))
 
 
 def way_home(want: Sequence[bool], around: bool) -> range:

@@ -80,8 +80,9 @@ def _burst_sends_less(call: Call, q: torch.Tensor, k: torch.Tensor, dout: torch.
     sizes = Sizes(
         1, heads[0], call.queries, call.keys, q.shape[-1], dout.shape[-1], q.itemsize, True, heads[1], dout.itemsize
     )
-    keys = circuit(lambda of, at: not call.is_empty(at, of, True), call.columns, 1, call.ranks)
-    queries = circuit(lambda of, at: not call.is_empty(of, at, True), call.rows, 1, call.ranks)
+    empty = call.empty(backward=True)
+    keys = circuit(lambda of, at: not empty[at][of], call.columns, 1, call.ranks)
+    queries = circuit(lambda of, at: not empty[of][at], call.rows, 1, call.ranks)
     by_queries = max(moves.sent(*query_row(sizes, not is_one_number(call.spec))).total for moves in queries.moves)
     return by_queries < max(moves.sent(*key_row(sizes)).total for moves in keys.moves)
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from attnfuse.distributed import layouts
-from attnfuse.expr import Algebra, Expr, Load, causal, documents, window
+from attnfuse.expr import Algebra, Const, Expr, K, Load, Q, causal, documents, window
 from attnfuse.kernels import kernel_named
 from attnfuse.kernels.inputs import Inputs
 from attnfuse.spec import Attention, Operand, ReplaceFill, Scale, dtype_name, dtype_of
@@ -58,6 +58,10 @@ def mask_of(name: str, batch: int, length: int) -> tuple[list[Expr], list[torch.
         return [causal()], [], []
     if name == "window":
         return [a.and_(causal(), window(max(length // 7, 2)))], [], []
+    if name == "halves":
+        # two documents that the graph knows, of 8 and 21 of 29 tokens
+        of = [a.compare("lt", x, Const(length * 2 // 7)) for x in (Q, K)]
+        return [a.and_(causal(), a.compare("eq", *of))], [], []
     if name == "documents":
         ids = (torch.arange(length) // max(length // 5, 1)).expand(batch, length)
         operands = [ids[:, None, None, :, None], ids[:, None, None, None, :]]

@@ -6,6 +6,7 @@ Facts alone are theirs: sizes, dtypes, masks, how tensors are drawn and toleranc
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ def lengths_of(count: int, total: int, batch: int, by: int = 1, seed: int = 10) 
     for _ in range(batch):
         cuts = (torch.randperm(total // by - 1, generator=generator)[: count - 1] + 1).sort().values.tolist()
         ends = [0, *cuts, total // by]
-        found.append(tuple((b - a) * by for a, b in zip(ends, ends[1:])))
+        found.append(tuple((b - a) * by for a, b in itertools.pairwise(ends)))
     return tuple(found)
 
 
@@ -116,7 +117,9 @@ def made(peer: Peer) -> tuple[Callable[..., torch.Tensor], Tensors, Tensors, tor
     return run, qkv, rest, dout
 
 
-def _called(run: Callable[..., torch.Tensor], given: Tensors, rest: Tensors, dout: torch.Tensor, trains: bool) -> Tensors:
+def _called(
+    run: Callable[..., torch.Tensor], given: Tensors, rest: Tensors, dout: torch.Tensor, trains: bool
+) -> Tensors:
     """The result, and gradients of what is given."""
     if not trains:
         with torch.no_grad():
@@ -160,7 +163,7 @@ def against_one(peer: Peer, inner: str, tolerance: tuple[float, float], chosen: 
     return Found(differences, ratios, digest, (len(said), len(sites)), said)
 
 
-def encoder(causal: bool, chosen: dict[str, Any], dtype: torch.dtype = torch.float64) -> tuple[float, float, int]:
+def encoder(causal: bool, chosen: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[float, float, int]:
     """torch's encoder layers of 8 sequences of 8 tokens: largest error of the result, and of any gradient in parts of the largest,
     and how many attentions are over ranks."""
     fresh()

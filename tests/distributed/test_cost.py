@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import random
 
 import pytest
 import torch
@@ -146,8 +148,65 @@ def test_nothing_is_sent_that_nobody_wants():
     """Of a window that reaches one rank back, and of nothing at all."""
     back = traffic.circuit(lambda of, at: at - of in (0, 1), [3] * 4, 1, 4)
     assert [moves.within for moves in back.moves] == [3, 3, 3, 0] and back.steps == {0}
+    assert [moves.back_within for moves in back.moves] == [0, 3, 3, 3] and back.back == {1}
     nothing = traffic.circuit(lambda of, at: of == at, [3] * 4, 2, 2)
     assert set(nothing.moves) == {traffic.Moves()} and not nothing.steps | nothing.back | nothing.far | nothing.far_back
+
+
+MESHES = ((1, 2), (1, 3), (1, 4), (1, 6), (2, 2), (2, 3), (3, 2), (3, 4))
+
+
+def _around(want, rows, nodes, local):
+    """Rows of gradients that each rank sends within a node and between nodes, where they go on in the rings until they are home."""
+    within, between = [0] * len(rows), [0] * len(rows)
+    for of, count in enumerate(rows):
+        home, own = divmod(of, local)
+        added = False
+        for o in range(nodes):
+            there = [(home + o) % nodes * local + (own + i) % local for i in range(local)]
+            here = False
+            for rank in there[1:]:
+                here |= want[of][rank]
+                within[rank] += count * here
+            added |= o > 0 and (here or want[of][there[0]])
+            between[there[0]] += count * added
+    return list(zip(within, between))
+
+
+def test_gradients_go_no_further_than_what_they_are_of():
+    """Whatever ranks want of each other: forward as ever, and less or as much home as around the rings."""
+    made = random.Random(0)
+    straight = 0
+    for _ in range(400):
+        nodes, local = made.choice(MESHES)
+        rows = [made.choice((0, 2, 3)) for _ in range(nodes * local)]
+        share = made.random()
+        want = [[bool(n and m) and made.random() < share for m in rows] for n in rows]
+        found = traffic.circuit(lambda of, at, want=want: want[of][at], rows, nodes, local)
+        around = _around(want, rows, nodes, local)
+        back = [(moves.back_within, moves.back_between) for moves in found.moves]
+        assert all(a <= b and c <= d for (a, c), (b, d) in zip(back, around))
+        if traffic.goes_around(lambda of, at, want=want: want[of][at], len(rows)):
+            assert back == around
+            continue
+        straight += back != around
+        for kind in (0, 1):
+            assert sum(x[kind] for x in back) <= sum(moves[kind] for moves in found.moves)
+    assert straight > 100
+
+
+def test_a_causal_mask_and_none_send_gradients_around():
+    for nodes, local in MESHES:
+        ranks = nodes * local
+        for layout, masks in itertools.product(LAYOUTS, ((), (causal(),))):
+            for lengths in ((24, 24), (29, 29), (5, 5), (9, 30), (30, 9)):
+                tiles = work.work_of(masks, layout, ranks, lengths, None, 1).tiles
+                want = [[bool(tiles[at][of]) for at in range(ranks)] for of in range(ranks)]
+                for side, wanted in ((1, want), (0, list(map(list, zip(*want))))):
+                    rows = [layouts.real(layout, rank, ranks, lengths[side]) for rank in range(ranks)]
+                    found = traffic.circuit(lambda of, at, wanted=wanted: wanted[of][at], rows, nodes, local).moves
+                    back = [(moves.back_within, moves.back_between) for moves in found]
+                    assert back == _around(wanted, rows, nodes, local), (nodes, local, layout, masks, lengths, side)
 
 
 def _counted(cases, shape, kernel):
@@ -161,11 +220,31 @@ def test_ranks_send_what_is_accounted(shape):
     """Also where the length does not divide, where steps are empty, and where the maximum and the sum are sent."""
     cases = []
     for algorithm in ("gather", "ring", "burst"):
-        cases += [(mask, "contiguous", algorithm, 29) for mask in ("none", "window", "padding")]
+        cases += [(mask, "contiguous", algorithm, 29) for mask in ("none", "window", "padding", "halves")]
         cases += [("causal", "zigzag", algorithm, 32), ("window", "striped", algorithm, 30)]
+        cases += [("window", "zigzag", algorithm, 45), ("halves", "zigzag", algorithm, 29)]
         cases += [("causal", "zigzag", algorithm, 20, None, torch.float32, (1, 4), -3e38)]
         cases += [("causal", "contiguous", algorithm, 20, None, torch.bfloat16, (2, 2))]
-    found = run(_counted, 4, cases, shape, "reference")
+    check_counted(cases, shape)
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3), (3, 2)])
+def test_six_ranks_send_what_is_accounted(shape):
+    cases = [
+        (mask, layout, algorithm, length)
+        for algorithm in ("ring", "burst")
+        for mask, layout, length in (
+            ("window", "contiguous", 48),
+            ("window", "zigzag", 53),
+            ("halves", "contiguous", 29),
+            ("causal", "contiguous", 31),
+        )
+    ]
+    check_counted(cases, shape)
+
+
+def check_counted(cases, shape):
+    found = run(_counted, math.prod(shape), cases, shape, "reference")
     for at, (mask, layout, algorithm, *more) in enumerate(cases):
         whole = attention(mask, *more)
         close = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}[whole.q.dtype]

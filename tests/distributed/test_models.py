@@ -49,7 +49,7 @@ def same_on_all(name: str, ranks: int, length: int, **chosen: object) -> list[Fo
     ("name", "algorithm", "layout", "length"),
     [
         ("packed", "burst", "contiguous", 37),
-        ("mistral", "ring", "striped", 40),
+        pytest.param("mistral", "ring", "striped", 40, marks=pytest.mark.slow),
         ("bert", "gather", "zigzag", 37),
         ("vit", "ring", "zigzag", 0),
     ],
@@ -143,8 +143,9 @@ def test_own_outputs_are_a_ranks_rows(layout: str, length: int, shape: tuple[int
         assert found == shape
 
 
-def test_a_prompt_goes_over_ranks_and_a_token_stays_whole() -> None:
-    for worst, statuses, over, lines in run(call, 2, "generated", {"cache": "dynamic"}):
+@pytest.mark.parametrize("count", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_prompt_goes_over_ranks_and_a_token_stays_whole(count: int) -> None:
+    for worst, statuses, over, lines in run(call, 2, "generated", {"cache": "dynamic", "count": count}):
         assert worst < RESULTS
         assert set(statuses) == {"fused"} and over == 2
         assert any("no attention has queries that come, token by token" in line for line in lines)
@@ -156,3 +157,30 @@ def test_a_static_cache_is_written_whole() -> None:
         assert worst < RESULTS
         assert set(statuses) == {"fused"} and over == 2
         assert sum("index_copy of sharded tokens is written to in place" in line for line in lines) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "chosen"),
+    [
+        (2, {"how": "embeds", "algorithm": "ring"}),
+        (2, {"how": "items", "algorithm": "ring"}),
+        (2, {"how": "hidden", "algorithm": "ring"}),
+        (2, {"how": "mask", "algorithm": "burst"}),
+        (2, {"how": "one", "algorithm": "ring"}),
+        # ranks with nothing but padding
+        (4, {"how": "short", "length": 4, "algorithm": "ring", "layout": "zigzag"}),
+        (4, {"how": "short", "length": 5, "algorithm": "gather", "layout": "zigzag"}),
+        (4, {"how": "short", "length": 5, "algorithm": "burst", "layout": "contiguous"}),
+        (4, {"how": "mesh", "algorithm": "ring", "mesh": (2, 2)}),
+        (4, {"how": "mesh", "algorithm": "burst", "mesh": (2, 2)}),
+        (4, {"how": "mesh", "algorithm": "ulysses_ring", "mesh": (2, 2), "length": 40}),
+        (4, {"how": "mesh", "mesh": (2, 2)}),
+        (2, {"how": "heads", "algorithm": "ulysses"}),
+    ],
+    ids=str,
+)
+def test_other_uses_of_a_decoder(ranks: int, chosen: dict[str, object]) -> None:
+    for loss, results, gradient, over in run(call, ranks, "used", chosen):
+        assert loss < LOSS and results < RESULTS and gradient < GRADIENTS
+        assert over == 2

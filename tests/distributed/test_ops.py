@@ -275,6 +275,36 @@ def test_a_rank_that_ends_within_a_ring_is_an_error_of_the_others():
         assert seconds < limit + 2.0
 
 
+def ends_before_gradients_go_home(mortal):
+    """What rank `mortal` leaves the others with, that ends before it has gradients for them."""
+    from attnfuse import ops
+
+    run_kernel, calls = ops.run, 0
+
+    def ran(which, *given):
+        nonlocal calls
+        calls += which == "backward_part"
+        if dist.get_rank() == mortal and calls == 2:
+            os._exit(1)
+        return run_kernel(which, *given)
+
+    ops.run = ran
+    try:
+        over_ranks(attention("window", 24, dtype=torch.float32), "contiguous", "ring", kernel="cpu")
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        ops.run = run_kernel
+
+
+def test_gradients_that_do_not_come_home_are_an_error_that_names_who_has_them():
+    """Keys of the first of three ranks go to the second alone, which is to send their gradients straight back."""
+    found = run(ends_before_gradients_go_home, 3, 1, may_die=(1,), timeout=4.0)
+    assert isinstance(found[1], Died)
+    where = "attnfuse: rank 0 of 3, at model.py:1, step 1 of keys, gradients, receiving from rank 1: "
+    assert found[0].startswith(where), found[0]
+
+
 def raises():
     raise KeyError("this one")
 

@@ -1,7 +1,7 @@
 """What other projects test of context parallelism, over gloo: their cases and tolerances, on code that declares nothing.
 
-PyTorch: test/distributed/tensor/test_attention.py, of the version with `_context_parallel_shard` (2.10 and later). ring-flash-attention
-(zhuzilin): test/test_*_func.py. What is theirs is mapped so:
+PyTorch: test/distributed/tensor/test_attention.py, of the version with `_context_parallel_shard`. ring-flash-attention (zhuzilin):
+test/test_*_func.py, and stripe varlen, which is no longer there. What is theirs is mapped so:
 
 | theirs | here |
 | --- | --- |
@@ -99,16 +99,16 @@ def test_pytorch_flex_attention_document_mask(batch, length, by, layout):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("rotation", ["alltoall", pytest.param("allgather", marks=slow)])
 def test_pytorch_native_transformer(causal, rotation):
-    """Of an earlier version, which counts collectives alone."""
+    """Of an earlier version, which counts collectives alone: held to the tolerances above."""
     layout = "zigzag" if causal else "contiguous"
     for error, of_gradients, over in run(encoder, 2, causal, {"layout": layout, "algorithm": ROTATIONS[rotation]}):
         assert over == 2
-        assert error < 1e-12
-        assert of_gradients < 1e-12
+        assert error < 2e-6
+        assert of_gradients < 1e-5
 
 
-# -- ring-flash-attention: it prints differences and holds them to nothing. Here they are held to flash-attention's rule: errors from
-# -- float64 are at most twice those of one device in the same dtype
+# -- ring-flash-attention: it prints differences and holds them to nothing. Here they are held to flash-attention's rule: errors
+# -- from float64 are at most twice those of one device in the same dtype
 
 
 def rounded_alike(peer, ranks, **chosen):

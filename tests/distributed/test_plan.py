@@ -108,6 +108,14 @@ def test_a_million_tokens_on_128_devices():
     narrow = plan(Model(mask="window", window=4096), tokens=2**20, ranks=(16, 8), heads=8)
     assert narrow.layout == "contiguous" and narrow.layers[0].account.algorithm == "ulysses_ring"
     assert len(narrow.layers[0].account.steps) == 2
+    # keys and values of 8192 rows go one hop, and in backward with their gradients back
+    hop = 8192 * 8 * 2 * 128
+    for ranks, hops in ((128, (1, 0)), ((16, 8), (1, 1))):
+        [layers] = plan(Model(mask="window", window=4096), tokens=2**20, ranks=ranks).layers
+        assert layers.account.algorithm == "ring" and layers.account.layout == "contiguous"
+        assert layers.forward == tuple(2 * hop * x for x in hops) and layers.backward == tuple(
+            6 * hop * x for x in hops
+        )
 
 
 def test_without_gradients_and_with_checkpoints():

@@ -24,7 +24,7 @@ from attnfuse.expr import Algebra, Const, K, Load, Q, causal
 from attnfuse.spec import AddFill, Bias, Operand, Ramp, ReplaceFill, Scale, Sink, dtype_name
 
 A = Algebra()
-MASKS = ("none", "causal", "window", "documents", "padding")
+MASKS = ("none", "causal", "window", "halves", "documents", "padding")
 LOWEST = torch.finfo(torch.float32).min
 ALGORITHMS = ("ring", "burst", "gather", "local")
 
@@ -64,7 +64,7 @@ def check(found, close):
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_b1_b2_one_devices_results_and_gradients(ranks):
-    masks, layouts = (MASKS, LAYOUTS) if ranks == 4 else (MASKS[1::3], ("zigzag",))
+    masks, layouts = (MASKS, LAYOUTS) if ranks == 4 else (("causal", "padding"), ("zigzag",))
     check(run(cases, ranks, masks, layouts, ("ring", "burst"), (29,), ((2, 2),), torch.float64, "reference"), 1e-10)
     check(run(cases, ranks, masks[-2:], layouts, ("ring", "burst"), (40,), ((1, 3),), torch.float32, "cpu"), 1e-5)
 
@@ -81,7 +81,7 @@ def test_b1_b2_all_of_them(ranks):
 
 def test_b5_double_ring():
     given = (("ring", "burst", "gather"), (29,), ((2, 2),), torch.float64, "reference", (2, 2))
-    check(run(cases, 4, ("causal", "window", "padding"), ("contiguous", "zigzag"), *given), 1e-10)
+    check(run(cases, 4, ("causal", "window", "padding", "halves"), ("contiguous", "zigzag"), *given), 1e-10)
 
 
 @pytest.mark.slow
@@ -225,7 +225,7 @@ def counting():
     """What is sent and computed in here: bytes and messages of wrapped sends, and calls of kernels."""
     from attnfuse import ops
 
-    seen = SimpleNamespace(bytes=0, messages=0, calls=Counter(), rings=Counter())
+    seen = SimpleNamespace(bytes=0, messages=0, calls=Counter(), rings=Counter(), whats=Counter())
     start, run_kernel = dist.batch_isend_irecv, ops.run
 
     def counted(p2p):
@@ -239,6 +239,7 @@ def counting():
         return run_kernel(which, *given)
 
     def observed(which, hops):
+        seen.whats.update(hops.sent)
         for (unit, ring, _), count in hops.sent.items():
             seen.rings[unit, ring] += count
 
@@ -310,6 +311,29 @@ def test_b8_empty_steps_compute_nothing_and_nobody_sends_for_them(mask, left, ho
         assert sum(x.calls["forward"] for x in forward) == left
         assert sum(x.calls["backward_part"] for x in backward) == left
         assert sum(x.messages for x in forward) == hops
+
+
+@pytest.mark.parametrize(
+    ("mask", "layout", "keys", "queries"),
+    [
+        # keys go to the next rank, and their gradients back; queries go three hops, to the rank before, which is next to them
+        ("window", "contiguous", ([1, 1, 1, 0], [0, 1, 1, 1]), ([2, 2, 2, 3], [1, 1, 1, 0])),
+        # the first and the last rank have a neighbour one hop on and one three hops on; the others have both
+        ("window", "zigzag", ([3, 2, 2, 3], [2, 2, 2, 2]), ([3, 2, 2, 3], [2, 2, 2, 2])),
+        # of 64 tokens the first 18 are a document
+        ("halves", "contiguous", ([1, 1, 2, 0], [0, 1, 1, 2]), ([2, 2, 2, 3], [1, 2, 1, 0])),
+        # around the ring, as without a mask, but for the last rank's keys and the first one's queries
+        ("causal", "contiguous", ([1, 2, 3, 0], [2, 2, 2, 3]), ([2, 2, 2, 3], [3, 2, 1, 0])),
+        ("none", "zigzag", ([3, 3, 3, 3], [3, 3, 3, 3]), ([3, 3, 3, 3], [3, 3, 3, 3])),
+    ],
+)
+def test_gradients_go_home_from_the_last_rank_that_adds_to_them(mask, layout, keys, queries):
+    """Messages of each rank in backward: of what goes around, and of its gradients."""
+    found = run(functools.partial(traffic, layout=layout), 4, mask, (2, 1), torch.float32)
+    for name, what, expected in (("ring", "keys", keys), ("burst", "burst", queries)):
+        sent = [x[name][1].whats for x in found]
+        for more, counts in zip(("", ", gradients"), expected, strict=True):
+            assert [x["messages", "inner", what + more] for x in sent] == counts, (name, more)
 
 
 def test_b8_documents_that_are_data_are_not_taken_for_empty():

@@ -289,5 +289,52 @@ def loader(sampler: bool) -> str:
     return ""
 
 
+def used(how: str, length: int = 37, mesh: tuple[int, ...] = (), **chosen: Any) -> tuple[float, float, float, int]:
+    """A Llama used in one of several ways: errors of the loss, of all other results, and of gradients; how many went over ranks."""
+    fresh()
+    model, inputs = build("llama_left" if how == "mask" else "llama", length)
+    extra: list[torch.Tensor] = []
+    if how == "embeds":
+        embeds = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
+        inputs["inputs_embeds"] = embeds
+        extra = [embeds]
+    elif how == "items":
+        # as the Trainer of transformers gives it: the loss is a sum over so many
+        inputs["num_items_in_batch"] = torch.tensor(29)
+    elif how == "hidden":
+        inputs["output_hidden_states"] = True
+    elif how == "mask":
+        # a mask of the user's own: scores are added
+        keep = torch.ones(length, length, dtype=torch.bool).tril()
+        own = torch.where(keep, 0.0, torch.finfo(torch.float32).min)
+        own[5:, 2] = torch.finfo(torch.float32).min
+        inputs["attention_mask"] = own.expand(2, 1, -1, -1).contiguous()
+    elif how == "one":
+        inputs = {key: x[:1] for key, x in inputs.items()}
+
+    def weighed(found: Any) -> torch.Tensor:
+        total: torch.Tensor = found.loss
+        for h in found.hidden_states or ():
+            total = total + h.square().mean()
+        return total
+
+    def results(found: Any) -> list[torch.Tensor]:
+        return [found.logits, *(found.hidden_states or ())]
+
+    want = model(**inputs)
+    weighed(want).backward()
+    wanted = [*gradients(model), *(None if x.grad is None else x.grad.clone() for x in extra)]
+    model.zero_grad()
+    for x in extra:
+        x.grad = None
+    names = ("outer", "inner")[: len(mesh)]
+    ranks = init_device_mesh("cpu", mesh, mesh_dim_names=names) if mesh else None
+    got = torch.compile(model, backend="attnfuse", options=option(ranks, **chosen))(**inputs)
+    weighed(got).backward()
+    found = [*gradients(model), *(x.grad for x in extra)]
+    worst = max((a - b).abs().max().item() for a, b in zip(results(got), results(want), strict=True))
+    return abs(got.loss.item() - want.loss.item()), worst, error(found, wanted), told()[1]
+
+
 def call(name: str, chosen: dict[str, Any]) -> Any:
     return globals()[name](**chosen)

@@ -8,6 +8,8 @@ from sharded import all_checked
 from sharded_refusals import CASES
 
 
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_left_whole_says_why(name):
-    assert run(all_checked, 2, "sharded_refusals", [name], {}, timeout=30.0) == [[], []]
+def test_what_is_left_whole_says_why(name, ranks):
+    found = run(all_checked, ranks, "sharded_refusals", [name], {"layout": "striped"}, timeout=60.0)
+    assert found == [[]] * ranks

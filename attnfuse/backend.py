@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch import fx
 
 from attnfuse import _compat, checking, nested, ops, reasons, settings
 from attnfuse.distributed import agreement
-from attnfuse.graphs import copied
+from attnfuse.graphs import copied, name_of
 from attnfuse.kernels.ascend import chips
 from attnfuse.kernels.device import Device
 from attnfuse.passes.lowered import all_reduce, tiling
@@ -60,17 +62,21 @@ def _compiled(
 ) -> Compiled:
     """whole: why ranks have left the graph whole, for its report."""
     dealt = chosen.sequence_parallel
+    graph = f"graph {name_of(gm)}"
     try:
         original, work = _rewritten(gm, chosen)
     except Exception as error:
         if dealt is not None and not _compat.is_restart(error):
-            # the others must not wait for this rank
-            agreement.fallback(dealt.groups, _GRAPH, "", said(error))
+            # the others must not wait for this rank; what it failed of is more than that they did not answer
+            with contextlib.suppress(RuntimeError):
+                agreement.fallback(dealt.groups, graph, "", said(error))
         raise
-    report = replace(work.report, sharding=(*work.report.sharding, *whole))
+    report = work.report
     if dealt is not None and (work.sharding is not None or work.spoiled):
         problem = report.warnings[-1] if work.spoiled else None
-        why = agreement.fallback(dealt.groups, _GRAPH, _digest(work), problem)
+        if work.sharding is not None and work.sharding.reason is not None:
+            problem = str(work.sharding.reason)
+        why = agreement.fallback(dealt.groups, graph, _digest(work), problem)
         if why is not None:
             return _compiled_whole(original, example_inputs, chosen, patches, why)
     failure: Exception | None = None
@@ -85,7 +91,7 @@ def _compiled(
             raise
         failure = error
     if dealt is not None and work.is_sharded:
-        why = agreement.fallback(dealt.groups, "compiled", "", None if failure is None else said(failure))
+        why = agreement.fallback(dealt.groups, f"compiled {graph}", "", None if failure is None else said(failure))
         if failure is not None and chosen.strict:
             raise failure
         if why is not None:
@@ -110,18 +116,16 @@ def _compiled(
     return compiled
 
 
-#: What ranks agree on when they compile.
-_GRAPH = "graph"
-
-
 def _digest(work: Work) -> str:
     """Of the graph as it is written and of the plan, whatever the groups are called: in a mesh of two dims ranks are in others."""
     sharding = work.sharding
     if sharding is None:
-        return hashlib.sha256(work.report.after.encode()).hexdigest()[:16]
+        return ""
     text = work.report.after
     for groups in (sharding.dealt.groups, list(sharding.dealt.groups)):
         text = text.replace(repr(groups), "groups")
+    # files lie elsewhere on other machines, and each rank has another device
+    text = re.sub(r"#.*|\bindex=\d+|(?<=[a-z]:)\d+", "", text)
     words = repr((replace(sharding.dealt, groups=()), sharding.words))
     return hashlib.sha256(f"{text} {words}".encode()).hexdigest()[:16]
 

@@ -287,6 +287,10 @@ def _sharded(state: State) -> State:
     if not sites:
         # ranks may compile other things that hold no attention by themselves
         return state
+    if state.fuel is not None:
+        sites = sites[: state.fuel]
+        if not sites:
+            return replace(state, sharding=Sharding.left_whole(chosen, reasons.FUEL(fuel=state.settings.fuel)))
     emitter = Emitter(view, state.settings.strict)
     sharding = shard(emitter, sites, state.settings, chosen)
     state = replace(state, emitter=emitter, sharding=sharding)
@@ -333,6 +337,10 @@ def _tuned(state: State) -> State:
     """Under the option `tune`: the fastest kernel of those that can, and its fastest configuration."""
     emitter = state.emitter
     if emitter is None or not (state.fused and state.settings.tune):
+        return state
+    if state.settings.sequence_parallel is not None:
+        # ranks would measure other times, and choose other kernels
+        state.failures.notes.append(str(reasons.SHARDED_NOT_TUNED()))
         return state
     if state.settings.kernel is None:
         names = tuning.take_fastest(emitter.calls, state.settings.strict)

@@ -1361,7 +1361,19 @@ SHARDED_REGION = Cause(
 SHARDED_LOG_SUM_EXP = Cause(
     "sharded-log-sum-exp", "the log-sum-exp of the scores is used", "Nothing to do: it is computed whole.", SHARDED
 )
+SHARDED_PAIRS = Cause(
+    "sharded-pairs",
+    "tokens stand against tokens",
+    "Nothing to do: it is computed whole, from gathered tokens.",
+    SHARDED,
+)
 SHARDED_ANEW = Cause("sharded-anew", "the tensor is cut into tokens here", "Nothing to do.", SHARDED)
+SHARDED_NOT_TUNED = Cause(
+    "sharded-not-tuned",
+    "nothing is measured under sequence_parallel: ranks would choose differently",
+    "Leave out the option tune, or tune on one device first: what it keeps is used.",
+    SHARDED,
+)
 RESULTS_GATHERED = Cause(
     "results-gathered",
     "results are gathered on every rank, {results} a call, more than all else that is sent ({rest})",

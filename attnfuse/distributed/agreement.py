@@ -100,13 +100,16 @@ def assert_same(batch: Any, mesh: Any) -> None:
 
 
 def fallback(groups: Sequence[str], what: str, digest: str, problem: str | None) -> str | None:
-    """Why all ranks are to leave a graph whole: one of them must. None where none must.
+    """Why all ranks are to leave a graph whole: some of them must. None where none must, or all have.
 
     digest: of what this rank has made of the graph; problem: why it has made nothing, or None. Raises Disagreement where ranks have
     made different things.
     """
     said = [json.loads(text) for text in all_said(groups, what, json.dumps([digest, problem]))]
     problems = [(rank, found) for rank, (_, found) in enumerate(said) if found is not None]
+    if len(problems) == len(said):
+        # each has left it whole by itself
+        return None
     if problems:
         rank, found = problems[0]
         return f"rank {rank}: {found}"
@@ -128,11 +131,16 @@ def alike(compiled: Callable[..., Any], groups: Sequence[str]) -> Callable[..., 
 
     @functools.wraps(compiled)
     def called(*args: Any) -> Any:
-        kind = tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in args)
+        kind = tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else _plain(x) for x in args)
         if kind not in known:
-            said = [f"{x.dtype} {list(x.shape)}" if isinstance(x, torch.Tensor) else repr(x) for x in args]
+            said = [f"{x.dtype} {list(x.shape)}" if isinstance(x, torch.Tensor) else _plain(x) for x in args]
             agree(groups, "inputs", hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16])
             known.add(kind)
         return compiled(*args)
 
     return called
+
+
+def _plain(x: Any) -> str:
+    """A number, or what else it is: objects say where they lie."""
+    return repr(x) if x is None or isinstance(x, (bool, int, float, str)) else type(x).__name__

@@ -149,12 +149,37 @@ class _Summed(torch.autograd.Function):
         return grad, None
 
 
+class _Shown(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, dim: int, length: int, layout: Layout, ranks: int, groups: Sequence[str]
+    ) -> Any:
+        ctx.given = dim, length, layout, ranks, groups
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        dim, length, layout, ranks, groups = ctx.given
+        real = inside(tokens(grad, length, layout, ranks, groups), length, dim, grad.dim())
+        return torch.where(real, grad, torch.zeros((), dtype=grad.dtype, device=grad.device)), *[None] * 5
+
+
+def shown(x: torch.Tensor, dim: int, length: int, layout: Layout, ranks: int, groups: Sequence[str]) -> torch.Tensor:
+    """The rank's rows as a result of their own; what their padding is given for a gradient is dropped."""
+    if not (x.is_floating_point() or x.is_complex()) or not _is_padded(length, layout, ranks):
+        return x
+    made: torch.Tensor = _Shown.apply(x, dim, length, layout, ranks, groups)
+    return made
+
+
 def entered(given: Sequence[torch.Tensor], groups: Sequence[str], factor: int = 0) -> tuple[torch.Tensor, ...]:
     """The tensors, whose gradients are summed over ranks, all in one message for each dtype.
 
     factor: they are not summed, but multiplied by it (for a DDP or FSDP that averages over the same ranks); 0 for none.
     """
-    made: tuple[torch.Tensor, ...] = _Entered.apply(groups, factor, *given)
+    # the same entered tensor may be read where autograd records, though it was first read where it does not
+    with torch.enable_grad():
+        made: tuple[torch.Tensor, ...] = _Entered.apply(groups, factor, *given)
     return made
 
 
@@ -162,7 +187,8 @@ def entered_rows(x: torch.Tensor, dim: int, layout: Layout, ranks: int, groups: 
     """The rank's rows of x in dim; gradients are those of all ranks' rows. Differentiable where x is of floats."""
     if not (x.is_floating_point() or x.is_complex()):
         return _own(x, dim, layout, ranks, groups, zeros=False)
-    made: torch.Tensor = _EnteredRows.apply(x, dim, layout, ranks, groups)
+    with torch.enable_grad():
+        made: torch.Tensor = _EnteredRows.apply(x, dim, layout, ranks, groups)
     return made
 
 

@@ -174,8 +174,13 @@ def forward(
     found: tuple[torch.Tensor, torch.Tensor] = ALGORITHMS[algorithm].forward(call, hops, q, k, v)
     for observe in observers:
         observe("forward", hops)
+    out = found[0]
+    rows = call.rows[call.rank]
+    if rows < out.shape[-2]:
+        # what comes after may divide by a row, so that none of padding is 0
+        out[..., rows:, :] = out[..., rows - 1 : rows, :] if rows else 1.0
     # strides as the fake says
-    return local.laid_out(call.spec, found[0]), found[1].contiguous()
+    return local.laid_out(call.spec, out), found[1].contiguous()
 
 
 def backward(

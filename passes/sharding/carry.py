@@ -66,6 +66,13 @@ class Sharded(Carried):
 
     sums: dict[fx.Node, Sum] = field(default_factory=dict)
 
+    def rows_of(self, labels: Labels) -> Rows:
+        """Raises Mixed where rows stand against rows, as in x[:, :, None] - x[:, None, :]: a rank has not all pairs of them."""
+        own = self.rows_in(labels)
+        if sum(a in own for dim in labels for a in self.axes.atoms(dim)) > len(own):
+            raise Mixed(reasons.SHARDED_PAIRS())
+        return super().rows_of(labels)
+
     def tokens_of(self, labels: Labels) -> Tokens:
         return cast(Tokens, self.rows_of(labels))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
@@ -147,6 +148,8 @@ def shard(emitter: Emitter, sites: Sequence[Site], settings: Settings, dealt: De
                 decision = _decided(dealt, view, site, layout, partial)
             except ReasonError as error:
                 return error.reason
+            except ValueError as error:
+                return reasons.SHARDED_SPEC(why=error)
             algorithm, why = decision.algorithm, decision.reason
             sent = decision.bytes_forward + decision.bytes_backward
         choice = chosen(algorithm)
@@ -195,7 +198,12 @@ def _layout(dealt: Dealt, view: View, sites: Sequence[Site]) -> Layout:
     if dealt.layout != "auto":
         return dealt.layout
     device = value_of(sites[0].q.node).device.type
-    attentions = [(site.spec, _sizes(view, site)) for site in sites if site.spec.layout == "dense"]
+    attentions = []
+    for site in sites:
+        # a size that is not known is a reason of that attention alone
+        with contextlib.suppress(ValueError):
+            if site.spec.layout == "dense":
+                attentions.append((site.spec, _sizes(view, site)))
     if not attentions:
         return "contiguous"
     found = cost.choose_layout(attentions, dealt.sizes, device, dealt.algorithm, dealt.heads)

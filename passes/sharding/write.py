@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -128,7 +129,9 @@ class Sharder:
         found = set(self.carried.labels) | set(self.carried.parts) | set(self.carried.sums)
         for each in self.plan.sites.values():
             found |= each.site.inside | {each.site.final}
-        return (found | set(self.plan.dropped)) - set(self.plan.seeds)
+        # dropout that nothing reads draws no mask any more
+        dead = {n for n in self.view.graph.nodes if n not in self.view.live and name_of(n) == "dropout"}
+        return (found | dead | set(self.plan.dropped)) - set(self.plan.seeds)
 
     def autocasts(self, scope: Scope, place: fx.Node) -> list[Any]:
         """The autocasts that a graph has on at a place, the outermost first."""
@@ -164,7 +167,8 @@ class Sharder:
             size = 0
             for x in self._entered_inputs(main):
                 value = value_of(x)
-                if bucket and size + value.nbytes > _BUCKET:
+                other = bool(bucket) and self._is_parameter(bucket[0][0]) != self._is_parameter(x)
+                if bucket and (other or size + value.nbytes > _BUCKET):
                     self._enter(writer, bucket, main)
                     bucket, size = [], 0
                 bucket.append((x, main.nodes[x]))
@@ -174,7 +178,8 @@ class Sharder:
 
     def _enter(self, writer: ShardWriter, bucket: Sequence[tuple[fx.Node, fx.Node]], main: Scope) -> None:
         given = [node for _, node in bucket]
-        entered = writer.call(edges.entered, (given, self.ranks.groups, self.ranks.factor))
+        factor = self.ranks.factor if self._is_parameter(bucket[0][0]) else 0
+        entered = writer.call(edges.entered, (given, self.ranks.groups, factor))
         for i, (x, _) in enumerate(bucket):
             self.made[main, ("entered", x)] = writer.getitem(entered, i)
 
@@ -192,6 +197,11 @@ class Sharder:
                 if (node, position) not in self.carried.gathered and self.needs_gradient(main, x, node):
                     found[x] = None
         return [x for x in found if x in main.nodes]
+
+    def _is_parameter(self, x: fx.Node) -> bool:
+        """Whether it is what an optimizer, or a DDP that averages, has the gradient of."""
+        node = self.view.scopes[0].nodes.get(x) if x.op == "placeholder" else None
+        return node is not None and isinstance(node.meta.get("example_value"), torch.nn.Parameter)
 
     def _device(self) -> torch.device:
         final = next(iter(self.plan.sites))
@@ -236,6 +246,7 @@ class Sharder:
         written: set[fx.Node] = set()
         with scope.module.graph.inserting_before(owner):
             for node in made:
+                writer.now = self.view.order[node]
                 if node in self.plan.rows and node not in self.plan.seeds:
                     self.made[scope, ("rows", node)] = self._checked(writer, node, self._written(writer, node))
                 elif node in self.carried.sums:
@@ -344,9 +355,16 @@ class Sharder:
 
         def new(node: fx.Node) -> fx.Node:
             value = main.values.get(node)
-            if isinstance(value, fx.Node) and value in self.plan.rows:
-                return self.rows(ShardWriter(self, main, output, value_of(value).device), value)
-            return node
+            if not isinstance(value, fx.Node) or value not in self.plan.rows or not is_tensor(value):
+                return node
+            writer = ShardWriter(self, main, output, value_of(value).device)
+            labels = self.carried.axes.resolve(self.carried.labels[value])
+            length, r = writer.size(self.carried.tokens_of(labels).length), self.ranks
+
+            def show(x: fx.Node, dim: int) -> fx.Node:
+                return writer.call(edges.shown, (x, dim, length, r.layout, r.count, r.groups))
+
+            return self._apart(writer, self.rows(writer, value), labels, show, local=True, moves=False)
 
         with main.module.graph.inserting_before(output):
             output.args = (pytree.tree_map_only(fx.Node, new, output.args[0]),)
@@ -434,7 +452,7 @@ class Sharder:
                 return writer.node_for(x)
 
             def enter(w: ShardWriter) -> fx.Node:
-                factor = self.ranks.factor if x.op == "placeholder" else 0
+                factor = self.ranks.factor if self._is_parameter(x) else 0
                 return w.getitem(w.call(edges.entered, ([w.node_for(x)], self.ranks.groups, factor)), 0)
 
             return self._brought(writer, ("entered", x), enter, x)
@@ -446,8 +464,9 @@ class Sharder:
 
             return self._apart(w, w.node_for(x), dims, rows, local=False)
 
-        # what no_grad has cut has no gradient elsewhere either
-        return self._brought(writer, ("rows of", x, dims, writer.recorded), cut, x)
+        # a cut is a copy: one made before a write to the tensor's memory is no longer its rows
+        writes = sum(self.view.order[w] < writer.now for w in self.view.writes.to(x) if w in self.view.order)
+        return self._brought(writer, ("rows of", x, dims, writes), cut, x)
 
     def needs_gradient(self, scope: Scope, x: fx.Node, user: fx.Node | None) -> bool:
         value = value_of(x)
@@ -493,6 +512,7 @@ class Sharder:
             call = scope.call
             assert call is not None
             outer = ShardWriter(self, parent, call, writer.device, writer.recorded)
+            outer.now = writer.now
             with parent.module.graph.inserting_before(call):
                 given = self._brought(outer, key, make, x)
             last = next(n for n in reversed(scope.module.graph.nodes) if n.op == "placeholder")
@@ -508,9 +528,16 @@ class Sharder:
         return x in scope.nodes or origin is None or origin.scope is scope
 
     def _apart(
-        self, writer: ShardWriter, x: fx.Node, labels: Labels, move: Callable[[fx.Node, int], fx.Node], local: bool
+        self,
+        writer: ShardWriter,
+        x: fx.Node,
+        labels: Labels,
+        move: Callable[[fx.Node, int], fx.Node],
+        local: bool,
+        moves: bool = True,
     ) -> fx.Node:
-        """move(x, the dim of the rows), which is taken out of a merged dim for that. local: x has the rank's rows."""
+        """move(x, the dim of the rows), which is taken out of a merged dim for that. local: x has the rank's rows; moves: what
+        comes of it has those that x has not."""
         (dim,) = [d for d, atoms in enumerate(labels) if self.carried.rows_in([atoms])]
         atoms = labels[dim]
         (at,) = [i for i, a in enumerate(atoms) if self.carried.rows_in([(a,)])]
@@ -519,6 +546,7 @@ class Sharder:
         whole = [a.size for a in atoms]
         rows = [self.sizes.get(a, a.size) for a in atoms]
         before, after = (rows, whole) if local else (whole, rows)
+        after = after if moves else before
         shape = list(_shape(x))
         split = writer.method("reshape", x, *writer.shape([*shape[:dim], *before, *shape[dim + 1 :]]))
         moved = move(split, dim + at)
@@ -637,9 +665,11 @@ class Sharder:
         inside = self._inside(writer, s)
         if inside is not None:
             target = writer.call(torch.where, (inside, target, ignored))
-        total = self._call_with(writer, node, {"reduction": 2, "target": target})
+        each = self._call_with(writer, node, {"reduction": EACH, "target": target})
+        total = writer.call(torch.sum, (each,), {"dtype": acc})
+        total = writer.call(edges.summed, (total, self.ranks.groups))
         if args["reduction"] != MEAN:
-            return writer.call(edges.summed, (total, self.ranks.groups))
+            return self._cast(writer, total, dtype_of(node))
         counts = writer.call(torch.ne, (target, ignored))
         if args.get("weight") is not None:
             weight = writer.method("detach", writer.node_for(args["weight"]))
@@ -647,7 +677,6 @@ class Sharder:
             chosen = writer.call(torch.nn.functional.embedding, (chosen, writer.method("unsqueeze", weight, 1)))
             counts = writer.call(torch.mul, (writer.method("squeeze", chosen, -1), counts))
         count = writer.call(edges.summed, (writer.call(torch.sum, (counts,)), self.ranks.groups))
-        total = writer.call(edges.summed, (self._cast(writer, total, acc), self.ranks.groups))
         return self._cast(writer, writer.call(torch.div, (total, count)), dtype_of(node))
 
     def _call_with(self, writer: ShardWriter, node: fx.Node, other: dict[str, Any]) -> fx.Node:
@@ -719,7 +748,6 @@ class Sharder:
             )
         except ValueError as error:
             raise EmitError(reasons.OP_REFUSES(error=error)) from error
-        self.emitter.calls.append(call)
         if writer.scope.call is not None:
             # what goes around the ranks is not sent again where a region is computed again
             keep_sequence_attention(writer.scope.module)
@@ -785,6 +813,8 @@ class ShardWriter(NodeWriter):
         super().__init__(sharder.emitter, scope, owner, device)
         self.sharder = sharder
         self.recorded = recorded
+        #: the place in the view of what is written
+        self.now = sys.maxsize
         self.local: dict[fx.Node, fx.Node] = {}
 
     def _describe(self, node: fx.Node) -> None:

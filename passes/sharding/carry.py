@@ -110,10 +110,16 @@ class Sharded(Carried):
 
     def carry(self, node: fx.Node) -> None:
         found = self._sum(node)
-        if found is None:
-            super().carry(node)
-        else:
+        if found is not None:
             self.sums[node] = found
+            return
+        try:
+            super().carry(node)
+        except Mixed:
+            # it goes on without the op
+            self.labels.pop(node, None)
+            self.parts.pop(node, None)
+            raise
 
     def _sum(self, node: fx.Node) -> Sum | None:
         """What a sum over rows is; None for other ops. Raises Mixed."""

@@ -832,6 +832,67 @@ def through_aot_of_any_length(net, x):
     return net.attend(h), h.mean(1)
 
 
+# -- tokens against tokens, and what was made before something changed
+
+
+@case()
+def pairs_of_tokens(net, x):
+    h = net.attend(x)
+    near = (h[:, :, None] - h[:, None, :]).pow(2)
+    return near.mean(), near.sum(-1), torch.where(h[:, :, None] > h[:, None, :], 1.0, 0.5).sum(-1)
+
+
+@case()
+def pairs_of_numbers(net, x):
+    documents = (x[..., 0] > 0).long()
+    return net.attend(x), (documents[:, :, None] == documents[:, None, :]).sum().double() * net.attend(x).sum()
+
+
+@case()
+def first_without_grad(net, x):
+    y = x.cumsum(1)
+    with torch.no_grad():
+        first = net.attend(x, y)
+    return first + net.attend(x * 2, y)
+
+
+@case()
+def a_view_is_cut_and_its_base_written(net, x):
+    base = x.detach().mean(0).clone()
+    values = base.view(1, *base.shape)
+    first = net.attend(x) + values
+    base.add_(1.0)
+    return first, net.attend(x) * values
+
+
+@case(lengths=(13, 7))
+def rows_are_divided_by_their_norm(net, x):
+    h = net.attend(x)
+    h = h / h.norm(dim=-1, keepdim=True)
+    return net.up(h).square().mean(), (sdpa(net, x, is_causal=True) @ net.weight).pow(2).sum(-1).sqrt().mean()
+
+
+@case()
+def dropout_that_nothing_reads(net, x):
+    h = net.attend(x)
+    F.dropout(h, 0.5, training=True)
+    return h
+
+
+@case(sharded=None)
+def gradients_switched_on_inside(net, x):
+    with torch.no_grad():
+        quiet = net.up(x).mean()
+        with torch.enable_grad():
+            loud = net.attend(x)
+    return loud, quiet
+
+
+@case(dynamic=True, sharded=None, lengths=(8, 9))
+def the_head_has_any_size(net, x):
+    return F.scaled_dot_product_attention(x, x, x)
+
+
 #: Those of the fast suite, in parts.
 FAST = {
     "products": ["einsum_rows_right", "matrix_on_the_left", "product_over_tokens", "baddbmm_with_whole"],
@@ -842,5 +903,8 @@ FAST = {
     "memory": ["added_in_place", "own_attribute_written", "dicts_and_numbers", "integers_and_bools_of_rows"],
     "checkpointing": ["checkpointed_within", "checkpointed_reading_whole", "checkpointed_for_nothing"],
     "attentions": ["weights_are_returned", "learned_bias", "left_padding", "sinks", "grouped_heads", "autocast"],
+    "pairs": ["pairs_of_tokens", "pairs_of_numbers", "dropout_that_nothing_reads"],
+    "changes": ["first_without_grad", "a_view_is_cut_and_its_base_written", "gradients_switched_on_inside"],
+    "padding": ["rows_are_divided_by_their_norm"],
     "symbolic": ["any_length_by_shape", "any_length_checkpointed", "any_length_of_what_is_not_used"],
 }

@@ -71,7 +71,7 @@ def _compiled(
             with contextlib.suppress(RuntimeError):
                 agreement.fallback(dealt.groups, graph, "", said(error))
         raise
-    report = work.report
+    report = replace(work.report, sharding=(*work.report.sharding, *whole))
     if dealt is not None and (work.sharding is not None or work.spoiled):
         problem = report.warnings[-1] if work.spoiled else None
         if work.sharding is not None and work.sharding.reason is not None:

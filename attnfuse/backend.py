@@ -62,21 +62,21 @@ def _compiled(
 ) -> Compiled:
     """whole: why ranks have left the graph whole, for its report."""
     dealt = chosen.sequence_parallel
-    graph = f"graph {name_of(gm)}"
+    name = name_of(gm)
     try:
         original, work = _rewritten(gm, chosen)
     except Exception as error:
         if dealt is not None and not _compat.is_restart(error):
             # the others must not wait for this rank; what it failed of is more than that they did not answer
             with contextlib.suppress(RuntimeError):
-                agreement.fallback(dealt.groups, graph, "", said(error))
+                agreement.fallback(dealt.groups, "graph", name, "", said(error))
         raise
     report = replace(work.report, sharding=(*work.report.sharding, *whole))
     if dealt is not None and (work.sharding is not None or work.spoiled):
         problem = report.warnings[-1] if work.spoiled else None
         if work.sharding is not None and work.sharding.reason is not None:
             problem = str(work.sharding.reason)
-        why = agreement.fallback(dealt.groups, graph, _digest(work), problem)
+        why = agreement.fallback(dealt.groups, "graph", name, _digest(work), problem)
         if why is not None:
             return _compiled_whole(original, example_inputs, chosen, patches, why)
     failure: Exception | None = None
@@ -91,7 +91,8 @@ def _compiled(
             raise
         failure = error
     if dealt is not None and work.is_sharded:
-        why = agreement.fallback(dealt.groups, f"compiled {graph}", "", None if failure is None else said(failure))
+        problem = None if failure is None else said(failure)
+        why = agreement.fallback(dealt.groups, "compiled", name, "", problem)
         if failure is not None and chosen.strict:
             raise failure
         if why is not None:

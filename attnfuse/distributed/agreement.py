@@ -99,27 +99,32 @@ def assert_same(batch: Any, mesh: Any) -> None:
             raise Disagreement(f"attnfuse: ranks hold different batches, in {what}: {'; '.join(parts)}")
 
 
-def fallback(groups: Sequence[str], what: str, digest: str, problem: str | None) -> str | None:
+def fallback(groups: Sequence[str], what: str, name: str, digest: str, problem: str | None) -> str | None:
     """Why all ranks are to leave a graph whole: some of them must. None where none must, or all have.
 
-    digest: of what this rank has made of the graph; problem: why it has made nothing, or None. Raises Disagreement where ranks have
-    made different things.
+    name: of the graph; digest: of what this rank has made of it; problem: why it has made nothing, or None. Raises Disagreement where
+    ranks compile different graphs, or have made different things of one.
     """
-    said = [json.loads(text) for text in all_said(groups, what, json.dumps([digest, problem]))]
-    problems = [(rank, found) for rank, (_, found) in enumerate(said) if found is not None]
-    if len(problems) == len(said):
-        # each has left it whole by itself
-        return None
-    if problems:
-        rank, found = problems[0]
-        return f"rank {rank}: {found}"
-    if len({made for made, _ in said}) > 1:
-        each = ", ".join(f"rank {rank} {made}" for rank, (made, _) in enumerate(said))
-        raise Disagreement(
-            f"attnfuse: ranks compiled different graphs ({what}; {each}): under sequence_parallel every rank needs the same model, "
-            "settings and inputs of the same shapes"
-        )
-    return None
+    said = [json.loads(text) for text in all_said(groups, what, json.dumps([name, digest, problem]))]
+    problems = [(rank, found) for rank, (_, _, found) in enumerate(said) if found is not None]
+    if len({graph for graph, _, _ in said}) == 1:
+        if len(problems) == len(said):
+            # each has left it whole by itself
+            return None
+        if problems:
+            rank, found = problems[0]
+            return f"rank {rank}: {found}"
+        if len({made for _, made, _ in said}) == 1:
+            return None
+    each = ", ".join(f"rank {rank} {graph} {made}{_failed(found)}" for rank, (graph, made, found) in enumerate(said))
+    raise Disagreement(
+        f"attnfuse: ranks compiled different graphs ({each}): under sequence_parallel every rank needs the same model, settings and "
+        "inputs of the same shapes"
+    )
+
+
+def _failed(problem: str | None) -> str:
+    return "" if problem is None else f" (left whole: {problem})"
 
 
 def alike(compiled: Callable[..., Any], groups: Sequence[str]) -> Callable[..., Any]:

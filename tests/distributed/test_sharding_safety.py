@@ -137,7 +137,7 @@ def one_never_compiles():
 
 def test_a_rank_that_never_compiles_is_named_when_the_time_is_up():
     (found, seconds, _), _ = run(one_never_compiles, 2, timeout=SHORT)
-    assert found[0] == "raised" and "rank 0 waited 6 s for rank 1 to say 'graph " in found[2], found
+    assert found[0] == "raised" and "rank 0 waited 6 s for rank 1 to say 'graph'" in found[2], found
     assert SHORT <= seconds < SHORT + 20
 
 

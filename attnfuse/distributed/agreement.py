@@ -102,8 +102,8 @@ def assert_same(batch: Any, mesh: Any) -> None:
 def fallback(groups: Sequence[str], what: str, name: str, digest: str, problem: str | None) -> str | None:
     """Why all ranks are to leave a graph whole: some of them must. None where none must, or all have.
 
-    name: of the graph; digest: of what this rank has made of it; problem: why it has made nothing, or None. Raises Disagreement where
-    ranks compile different graphs, or have made different things of one.
+    name: of the graph; digest: of what this rank has made of it; problem: why it has made nothing, or None. Raises Disagreement
+    where ranks compile different graphs, or have made different things of one.
     """
     said = [json.loads(text) for text in all_said(groups, what, json.dumps([name, digest, problem]))]
     problems = [(rank, found) for rank, (_, _, found) in enumerate(said) if found is not None]
@@ -118,8 +118,8 @@ def fallback(groups: Sequence[str], what: str, name: str, digest: str, problem: 
             return None
     each = ", ".join(f"rank {rank} {graph} {made}{_failed(found)}" for rank, (graph, made, found) in enumerate(said))
     raise Disagreement(
-        f"attnfuse: ranks compiled different graphs ({each}): under sequence_parallel every rank needs the same model, settings and "
-        "inputs of the same shapes"
+        f"attnfuse: ranks compiled different graphs ({each}): under sequence_parallel every rank needs the same model, settings "
+        "and inputs of the same shapes"
     )
 
 

@@ -8,8 +8,9 @@
 
 q [*batch, n_q, D], k [*batch, n_k, D] and v [*batch, n_k, E] are this rank's rows of dims of `queries` and `keys` tokens: as many
 as layouts.rows_of_rank says, the last of them padding where that does not divide. Padding may hold anything finite; in results it
-is 0. spec, operands, seed, kernel and strict are those of attnfuse::attention for the whole tensors: operands are whole and equal
-on all ranks. So are k and v with the algorithm 'local'. Gradients of operands, and of k and v with 'local', are this rank's part.
+is the last row that is none, or 1 on a rank that has no other. spec, operands, seed, kernel and strict are those of
+attnfuse::attention for the whole tensors: operands are whole and equal on all ranks. So are k and v with the algorithm 'local'.
+Gradients of operands, and of k and v with 'local', are this rank's part.
 groups are names of process groups: one, or (outer, inner) of a double ring; site says in errors where a model has the attention.
 stats and dlse are as in attnfuse.ops.
 

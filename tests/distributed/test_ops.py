@@ -215,7 +215,7 @@ def test_wrong_arguments_are_refused():
         "queries": "q has 12 rows where 48",
         "groups": "no process group",
         "kernel": "no gradients of a part",
-        "spec": "drops no weights",
+        "spec": "needs a seed",
         "three groups": "one or two groups",
     }
     for found in run(refused, 2):

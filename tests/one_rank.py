@@ -127,7 +127,7 @@ def llama(
         ratios = [_ratio(*xs, dtype) for xs in zip(got, found[1], found[0], strict=True)]
         worst_of = [max(pair) for pair in zip(worst_of, (ratios[0], ratios[1], max(ratios[2:])), strict=True)]
     notes = [site.notes for report in attnfuse.reports() for site in report.sites]
-    return (*worst_of, sum(any(note.startswith("over 1 ranks") for note in of_site) for of_site in notes))
+    return (*worst_of, sum(any(note.startswith("over 1 rank") for note in of_site) for of_site in notes))
 
 
 def _ratio(got: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> float:

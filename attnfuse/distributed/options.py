@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from attnfuse import _compat
-from attnfuse.distributed.layouts import LAYOUTS
+from attnfuse.distributed import layouts
+from attnfuse.distributed.layouts import LAYOUTS, Layout
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -113,3 +114,15 @@ def _groups(mesh: Any) -> list[Any]:
             raise ValueError("this rank is not in the mesh")
         return found
     raise ValueError(f"sequence_parallel takes a DeviceMesh, a process group or its name; got {type(mesh).__name__}")
+
+
+def own_tokens(mesh: Any, length: int, layout: Layout) -> torch.Tensor:
+    """int64 [n]: which tokens of a sequence of `length` the rows of this rank are, in the order that `outputs="own"` gives them.
+
+    mesh: as of the option; layout: one that the option was given by name. Numbers from `length` on are rows of padding, which
+    repeat others and have no gradient. Raises ValueError as the option does, and for what is no layout.
+    """
+    found, rank = dealt(mesh), 0
+    for name, size in zip(found.groups, found.sizes, strict=True):
+        rank = rank * size + _compat.process_group(name).rank()
+    return layouts.tokens(layout, rank, found.ranks, layouts.rows_of_rank(layout, found.ranks, length))

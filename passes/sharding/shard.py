@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from torch import fx
 
@@ -21,20 +21,10 @@ from attnfuse.passes.emit.emitter import Emitter
 from attnfuse.passes.graph.aten import name_of, shape_of, value_of
 from attnfuse.passes.graph.labels import hint
 from attnfuse.passes.sharding.find import Distributed, Plan, find
-from attnfuse.passes.sharding.write import Ranks, Sharder
+from attnfuse.passes.sharding.write import Call, Ranks, Sharder
 from attnfuse.passes.site import Site
 from attnfuse.reasons import Reason, ReasonError
 from attnfuse.settings import Settings
-
-
-class Call(NamedTuple):
-    """How a distributed attention is computed."""
-
-    kernel: str
-    algorithm: str
-    why: str
-    # that a rank sends, a call
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -80,8 +70,8 @@ class Sharding:
         """How one attention is computed, for its report."""
         call = self.calls[each.site.final]
         if call.algorithm == "local":
-            return f"over {self.dealt.ranks} ranks: whole keys, nothing is sent"
-        return f"over {self.dealt.ranks} ranks: {call.why}"
+            return f"over {_ranks(self.dealt.ranks)}: whole keys, nothing is sent"
+        return f"over {_ranks(self.dealt.ranks)}: {call.why}"
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -90,7 +80,7 @@ class Sharding:
             return (str(reasons.SHARDED_NOT(why=self.reason)),)
         tokens = " and ".join(map(str, self.lengths))
         found = [
-            f"sequence parallel: {tokens} tokens over {self.dealt.ranks} ranks, {self.layout}; {self.on_rows} ops on a rank's "
+            f"sequence parallel: {tokens} tokens over {_ranks(self.dealt.ranks)}, {self.layout}; {self.on_rows} ops on a rank's "
             f"tokens, {self.whole} on whole tensors"
         ]
         sent = sum(call.bytes for call in self.calls.values())
@@ -248,6 +238,10 @@ def _gathers(view: View, plan: Plan) -> tuple[Gather, ...]:
             )
         )
     return tuple(found)
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'' if count == 1 else 's'}"
 
 
 #: What the output of a graph is for a gather.

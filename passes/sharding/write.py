@@ -11,7 +11,7 @@ import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import fx
@@ -77,8 +77,15 @@ class Ranks:
 
 
 Key = tuple[Any, ...]
-#: The kernel and the algorithm of a distributed attention first.
-Call = tuple[str, str, str, int]
+
+
+class Call(NamedTuple):
+    """How a distributed attention is computed. why: for the report; bytes: that a rank sends, a call."""
+
+    kernel: str
+    algorithm: str
+    why: str
+    bytes: int
 
 
 class Sharder:
@@ -538,7 +545,7 @@ class Sharder:
     ) -> fx.Node:
         """move(x, the dim of the rows), which is taken out of a merged dim for that. local: x has the rank's rows; moves: what
         comes of it has those that x has not."""
-        (dim,) = [d for d, atoms in enumerate(labels) if self.carried.rows_in([atoms])]
+        dim = self.carried.dim_of(labels)
         atoms = labels[dim]
         (at,) = [i for i, a in enumerate(atoms) if self.carried.rows_in([(a,)])]
         if len(atoms) == 1:
@@ -617,16 +624,7 @@ class Sharder:
         def drop(x: fx.Node, dim: int) -> fx.Node:
             return writer.call(dropped, (x, seed, p, dim, numbers, length))
 
-        (dim,) = [d for d, atoms in enumerate(labels) if tokens.place in atoms]
-        atoms = labels[dim]
-        rows = self.rows(writer, source)
-        if len(atoms) == 1:
-            return drop(rows, dim)
-        shape = list(_shape(rows))
-        split = [self.sizes.get(a, a.size) for a in atoms]
-        apart = writer.method("reshape", rows, *writer.shape([*shape[:dim], *split, *shape[dim + 1 :]]))
-        made = drop(apart, dim + atoms.index(tokens.place))
-        return writer.method("reshape", made, *writer.shape(shape))
+        return self._apart(writer, self.rows(writer, source), labels, drop, local=True, moves=False)
 
     # -- sums
 
@@ -698,7 +696,7 @@ class Sharder:
         if known_equal(self.sizes[s.rows.place] * self.ranks.count, s.rows.length):
             return None
         labels = self.carried.axes.resolve(s.labels)
-        (dim,) = [d for d, atoms in enumerate(labels) if s.rows.place in atoms]
+        dim = self.carried.dim_of(labels)
         numbers, length = self.numbers(writer, s.rows), writer.size(s.rows.length)
         atoms = labels[dim]
         inside = writer.call(edges.inside, (numbers, length, atoms.index(s.rows.place), len(atoms)))
@@ -726,7 +724,7 @@ class Sharder:
 
     def _attention(self, writer: ShardWriter, found: Distributed) -> fx.Node:
         site = found.site
-        kernel, algorithm = self.calls[site.final][:2]
+        kernel, algorithm, *_ = self.calls[site.final]
         q = self._side(writer, site.q, found.queries, site.q_dim, site.batch, site.d_dim)
         k = self._side(writer, site.k, found.keys, site.k_dim, site.batch, site.d_dim)
         v = self._side(writer, site.v, found.keys, site.k_dim, site.batch, site.e_dim)

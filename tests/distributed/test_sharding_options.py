@@ -12,7 +12,7 @@ from sharded import WIDTH, Net, sdpa
 from torch.nn import functional as F
 
 import attnfuse
-from attnfuse.distributed import layouts
+from attnfuse.distributed import layouts, own_tokens
 
 LENGTH = 9
 
@@ -42,11 +42,18 @@ def own_outputs(layout):
     torch.manual_seed(1)
     x = torch.randn(2, LENGTH, WIDTH, dtype=torch.float64)
     net, ours = trained(tokens_and_sums, (x,), outputs="own", layout=layout)
-    with torch.no_grad():
-        whole = net.program(net, x)
+    grads = [p.grad for p in net.parameters()]
+    net.zero_grad()
+    whole = net.program(net, x)
+    leaves = [x for x in torch.utils._pytree.tree_leaves(whole) if isinstance(x, torch.Tensor) and x.requires_grad]
+    # each rank's rows are a part of the sum; what padding is given is none
+    sum(x.pow(2).sum() for x in leaves).backward()
+    for have, p in zip(grads, net.parameters(), strict=True):
+        torch.testing.assert_close(have, p.grad)
+    whole = torch.utils._pytree.tree_map_only(torch.Tensor, torch.detach, whole)
     ranks = dist.get_world_size()
     n = layouts.rows_of_rank(layout, ranks, LENGTH)
-    numbers = layouts.tokens(layout, dist.get_rank(), ranks, n)
+    numbers = own_tokens(dist.group.WORLD, LENGTH, layout)
     real = numbers < LENGTH
     for have, want in ((ours[0], whole[0]), (ours[1].mT, whole[1].mT), (ours[5]["z"], whole[5]["z"])):
         torch.testing.assert_close(have[:, real], want[:, numbers[real]])

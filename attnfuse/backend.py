@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnfuse import _compat, checking, nested, ops, reasons, settings
+from attnfuse import _compat, checking, graphs, nested, ops, reasons, settings
 from attnfuse.distributed import agreement
-from attnfuse.graphs import copied, name_of
+from attnfuse.graphs import copied
 from attnfuse.kernels.ascend import chips
 from attnfuse.kernels.device import Device
 from attnfuse.passes.lowered import all_reduce, tiling
@@ -62,7 +62,7 @@ def _compiled(
 ) -> Compiled:
     """whole: why ranks have left the graph whole, for its report."""
     dealt = chosen.sequence_parallel
-    name = name_of(gm)
+    name = "" if dealt is None else graphs.name_of(gm)
     try:
         original, work = _rewritten(gm, chosen)
     except Exception as error:

@@ -420,11 +420,11 @@ def rewrite(gm: fx.GraphModule, settings: Settings) -> Work:
         log.debug("while rewriting", exc_info=True)
         # those that the stage was at, too
         left = (replace(_refusal(x), **told(reason)) for x in state.found)
-        report = Report((*state.reports, *left), before, before, name, tuple(notes), seconds=seconds)
+        report = Report((*state.reports, *left), before, before, name, tuple(notes), seconds)
         return Work(undone(report, reason), spoiled=True)
     after = readable(gm) if any(r.status == "fused" for r in state.reports) else before
     lines = () if state.sharding is None else state.sharding.lines
-    report = Report(state.reports, before, after, name, tuple(notes), lines, seconds)
+    report = Report(state.reports, before, after, name, tuple(notes), seconds, lines)
     return Work(report, state.fused, sharding=state.sharding)
 
 

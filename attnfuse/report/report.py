@@ -99,8 +99,8 @@ class Report:
 
     before, after   the graph as readable code
     warnings        what the user should know and that belongs to no single site
-    sharding        under the option sequence_parallel: how tokens are dealt, and what is gathered, a line each
     seconds         time spent per stage
+    sharding        under the option sequence_parallel: how tokens are dealt, and what is gathered, a line each
     """
 
     sites: tuple[SiteReport, ...]
@@ -108,8 +108,8 @@ class Report:
     after: str
     name: str
     warnings: tuple[str, ...] = ()
-    sharding: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
+    sharding: tuple[str, ...] = ()
 
     @property
     def fused(self) -> int:

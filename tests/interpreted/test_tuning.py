@@ -583,7 +583,7 @@ def test_compiling_with_tune_measures_and_without_does_not(directory, launched, 
 )
 def test_modes_that_ask_for_it(mode, times, asked, monkeypatch):
     monkeypatch.setenv("ATTNFUSE_KERNEL", "triton")
-    monkeypatch.setattr(backend, "_inner", lambda gm, *rest: (gm.forward, ()))
+    monkeypatch.setattr(backend, "_inner", lambda gm, *rest: gm.forward)
     torch.compile(attend, backend="attnfuse", mode=mode)(*qkv(1, 1, 16, 16, 8))
     assert len(asked) == times
 

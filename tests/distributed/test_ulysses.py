@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from meshes import accounted, counted, groups_of
 from processes import run
-from test_drawn import read, wholes
+from test_drawn_over_ranks import read, wholes
 from test_ops import checked, compiled
 
 from attnfuse.distributed.heads import parts_of

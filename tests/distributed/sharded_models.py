@@ -215,7 +215,7 @@ def told() -> tuple[list[str], int, list[tuple[str, str]], list[str], list[str]]
     reports = attnfuse.reports()
     sites = [site for report in reports for site in report.sites]
     lines = [line for report in reports for line in report.sharding]
-    over = sum(any(re.match(r"over \d+ ranks: ", note) for note in site.notes) for site in sites)
+    over = sum(any(re.match(r"over \d+ ranks?: ", note) for note in site.notes) for site in sites)
     gathered = []
     for line in lines:
         match = re.match(r"gathered: (\w+).*? for (.*)$", line)

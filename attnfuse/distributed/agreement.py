@@ -50,21 +50,24 @@ def _exchanged(name: str, key: str, mine: Sequence[str]) -> list[str]:
     store.set(f"{prefix}/{rank}", json.dumps(list(mine)))
     found: list[str] = []
     missing: list[int] = []
+    failure: RuntimeError | None = None
     for other in range(ranks):
         at = f"{prefix}/{other}"
         try:
             # the first that is missing takes all the time there is
             store.wait([at], timedelta(seconds=0.1) if missing else timeout)
-            found += json.loads(store.get(at))
-        except Exception:
+        except RuntimeError as error:
             missing.append(other)
+            failure = failure or error
+        else:
+            found += json.loads(store.get(at))
     if missing:
         ranks_said = ", ".join(str(_compat.global_ranks(group)[r]) for r in missing)
         raise RuntimeError(
             f"attnfuse: rank {_compat.global_ranks(group)[rank]} waited {timeout.total_seconds():g} s for rank "
             f"{ranks_said} to say '{key.rsplit('/', 2)[0]}' (number {key.rsplit('/', 2)[1]}): under sequence_parallel all ranks "
             "must compile the same graphs and call them with inputs of the same shapes, in the same order"
-        )
+        ) from failure
     return found
 
 

@@ -21,27 +21,13 @@ import torch
 
 from attnfuse import _compat
 from attnfuse.distributed import ops
-from attnfuse.distributed.layouts import Layout, rows_of_rank
+from attnfuse.distributed.layouts import Layout, places, rows_of_rank
 
 
 def tokens(like: torch.Tensor, length: int, layout: Layout, ranks: int, groups: Sequence[str]) -> torch.Tensor:
     """int64 [n]: the numbers of the rank's rows, on the device of `like`; those of padding are `length` and more."""
     made: torch.Tensor = torch.ops.attnfuse.tokens(like, rows_of_rank(layout, ranks, length), layout, groups)
     return made
-
-
-def places(layout: Layout, ranks: int, n: Any, numbers: torch.Tensor) -> torch.Tensor:
-    """Where tokens with these numbers are in the rows of all ranks, n of each, one rank after the other."""
-    if layout == "contiguous":
-        return numbers
-    if layout == "striped":
-        return torch.add(numbers % ranks * n, torch.div(numbers, ranks, rounding_mode="floor"))
-    half = n // 2
-    piece, within = torch.div(numbers, half, rounding_mode="floor"), numbers % half
-    # the second piece of a rank is one of the last
-    last = piece >= ranks
-    rank = torch.where(last, 2 * ranks - 1 - piece, piece)
-    return torch.add(rank * n, torch.where(last, within + half, within))
 
 
 def _is_padded(length: Any, layout: Layout, ranks: int) -> bool:
@@ -55,10 +41,13 @@ def _own(x: torch.Tensor, dim: int, layout: Layout, ranks: int, groups: Sequence
     if not _is_padded(length, layout, ranks):
         return x.index_select(dim, numbers)
     found = x.index_select(dim, numbers.clamp(max=length - 1))
-    if not zeros:
-        return found
-    inside = (numbers < length).view([-1 if d == dim else 1 for d in range(x.dim())])
-    return torch.where(inside, found, torch.zeros((), dtype=x.dtype, device=x.device))
+    return _without_padding(found, dim, length, numbers) if zeros else found
+
+
+def _without_padding(rows: torch.Tensor, dim: int, length: int, numbers: torch.Tensor) -> torch.Tensor:
+    """The rows with these numbers, with 0 in those of padding."""
+    real = inside(numbers, length, dim, rows.dim())
+    return torch.where(real, rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
 
 
 def _whole(x: torch.Tensor, dim: int, length: int, layout: Layout, ranks: int, groups: Sequence[str]) -> torch.Tensor:
@@ -160,8 +149,7 @@ class _Shown(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         dim, length, layout, ranks, groups = ctx.given
-        real = inside(tokens(grad, length, layout, ranks, groups), length, dim, grad.dim())
-        return torch.where(real, grad, torch.zeros((), dtype=grad.dtype, device=grad.device)), *[None] * 5
+        return _without_padding(grad, dim, length, tokens(grad, length, layout, ranks, groups)), *[None] * 5
 
 
 def shown(x: torch.Tensor, dim: int, length: int, layout: Layout, ranks: int, groups: Sequence[str]) -> torch.Tensor:

@@ -66,10 +66,23 @@ def tokens(layout: str, rank: int, ranks: int, n: int, device: torch.device | No
     return torch.where(i < half, found, found + jump) if jump else found
 
 
+def places(layout: str, ranks: int, n: Any, numbers: torch.Tensor) -> torch.Tensor:
+    """Where tokens with these numbers are in the rows of all ranks, n of each, one rank after another. Takes symbolic sizes."""
+    if layout == "contiguous":
+        return numbers
+    if layout == "striped":
+        return torch.add(numbers % ranks * n, torch.div(numbers, ranks, rounding_mode="floor"))
+    half = n // 2
+    piece, within = torch.div(numbers, half, rounding_mode="floor"), numbers % half
+    # the second piece of a rank is one of the last
+    last = piece >= ranks
+    rank = torch.where(last, 2 * ranks - 1 - piece, piece)
+    return torch.add(rank * n, torch.where(last, within + half, within))
+
+
 def in_order(layout: str, ranks: int, n: int, device: torch.device | None = None) -> torch.Tensor:
     """int64 [n * ranks]: where each token is in the rows of all ranks, one rank after the other."""
-    held = torch.cat([tokens(layout, rank, ranks, n, device) for rank in range(ranks)])
-    return torch.empty_like(held).scatter_(0, held, torch.arange(n * ranks, device=device))
+    return places(layout, ranks, n, torch.arange(n * ranks, device=device))
 
 
 def real(layout: str, rank: int, ranks: int, length: int, held: int | None = None) -> int:

@@ -26,10 +26,10 @@ from typing import Any, Protocol
 import torch
 
 from attnfuse import ops
-from attnfuse._compat import has_tangent, process_group
+from attnfuse._compat import has_tangent
 from attnfuse.distributed import gather, layouts, local, ring, steps, ulysses
 from attnfuse.distributed.steps import Call
-from attnfuse.distributed.transport import Hops
+from attnfuse.distributed.transport import Hops, numbered
 from attnfuse.kernels import kernel_named
 from attnfuse.kernels.arguments import check_arguments, check_results
 from attnfuse.kernels.inputs import Inputs
@@ -315,11 +315,7 @@ torch.library.register_autograd("attnfuse::sequence_attention_backward", _refuse
 
 
 def _tokens(like: torch.Tensor, n: int, layout: str, groups: Sequence[str]) -> torch.Tensor:
-    rank, ranks = 0, 1
-    for name in groups:
-        group = process_group(name)
-        rank, ranks = rank * group.size() + group.rank(), ranks * group.size()
-    return layouts.tokens(layout, rank, ranks, n, like.device)
+    return layouts.tokens(layout, *numbered(groups), n, like.device)
 
 
 _LIBRARY.impl("tokens", _tokens, "CompositeExplicitAutograd")

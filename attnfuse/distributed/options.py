@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -10,6 +11,7 @@ import torch
 from attnfuse import _compat
 from attnfuse.distributed import layouts
 from attnfuse.distributed.layouts import LAYOUTS, Layout
+from attnfuse.distributed.transport import numbered
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -76,10 +78,7 @@ class Dealt:
 
     @property
     def ranks(self) -> int:
-        total = 1
-        for size in self.sizes:
-            total *= size
-        return total
+        return math.prod(self.sizes)
 
 
 def dealt(given: Any) -> Dealt:
@@ -122,7 +121,5 @@ def own_tokens(mesh: Any, length: int, layout: Layout) -> torch.Tensor:
     mesh: as of the option; layout: one that the option was given by name. Numbers from `length` on are rows of padding, which
     repeat others and have no gradient. Raises ValueError as the option does, and for what is no layout.
     """
-    found, rank = dealt(mesh), 0
-    for name, size in zip(found.groups, found.sizes, strict=True):
-        rank = rank * size + _compat.process_group(name).rank()
-    return layouts.tokens(layout, rank, found.ranks, layouts.rows_of_rank(layout, found.ranks, length))
+    rank, ranks = numbered(dealt(mesh).groups)
+    return layouts.tokens(layout, rank, ranks, layouts.rows_of_rank(layout, ranks, length))

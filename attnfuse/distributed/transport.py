@@ -25,6 +25,16 @@ _REDUCE_SCATTER: Callable[..., Any] = getattr(dist, "reduce_scatter_single", Non
 #: Groups of which all ranks have done something together.
 _met: weakref.WeakSet[Any] = weakref.WeakSet()
 
+
+def numbered(groups: Sequence[str]) -> tuple[int, int]:
+    """(the number of this rank, how many there are) in groups (outer, inner), or one, of these names."""
+    rank, ranks = 0, 1
+    for name in groups:
+        group = process_group(name)
+        rank, ranks = rank * group.size() + group.rank(), ranks * group.size()
+    return rank, ranks
+
+
 Ring = Literal["inner", "outer"]
 Shape = tuple[Sequence[int], torch.dtype]
 

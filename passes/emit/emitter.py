@@ -200,7 +200,7 @@ class Emitter(Edits):
             claims = [u for u in node.users if is_assertion(u)]
             if len(claims) < len(node.users) or node.op in ("placeholder", "output"):
                 continue
-            parts = self._owned.get((scope, node), [])
+            parts = self.owned.get((scope, node), [])
             unneeded = all(n in inside or is_pure(n) or writes_own_memory(self.view, n) for n in parts)
             value = scope.values.get(node)
             # one that gave a tensor as it is, such as a cast to the dtype it has, switches no mode either
@@ -210,7 +210,7 @@ class Emitter(Edits):
                     scope.module.graph.erase_node(done)
 
     @functools.cached_property
-    def _owned(self) -> dict[tuple[Scope, fx.Node], list[fx.Node]]:
+    def owned(self) -> dict[tuple[Scope, fx.Node], list[fx.Node]]:
         """What each Dynamo node made in the view."""
         owned: dict[tuple[Scope, fx.Node], list[fx.Node]] = {}
         for made, origin in self.view.origin.items():

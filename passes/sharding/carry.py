@@ -6,15 +6,16 @@ may stand where padding's two dims may not. What sums over rows gives a result t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import fx
 
 from attnfuse import reasons
 from attnfuse.passes.graph import contraction
-from attnfuse.passes.graph.aten import arguments, is_tensor, name_of, shape_of, source_of, value_of
+from attnfuse.passes.graph.aten import arguments, is_tensor, name_of, shape_of, value_of
 from attnfuse.passes.graph.contraction import Contraction
 from attnfuse.passes.graph.labels import Atom, Dim, Labels, Size, is_one, known_equal
 from attnfuse.passes.padding.rowwise import Carried, Gathered, Mixed, Rows, Rule, same_rows
@@ -56,8 +57,8 @@ POINTWISE_LOSSES = frozenset(
 #: Losses of logits [N, C, ...] by numbers of classes [N, ...].
 CLASS_LOSSES = frozenset({"cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d"})
 _SUMS = frozenset({"sum", "mean"})
-#: What a loss gives: each element's, their mean, their sum (torch.nn._reduction).
-EACH, MEAN, TOTAL = 0, 1, 2
+#: What a loss gives: each element's, or their mean (torch.nn._reduction).
+EACH, MEAN = 0, 1
 
 
 @dataclass(eq=False)
@@ -100,10 +101,7 @@ class Sharded(Carried):
                 dims.append(())
                 continue
             atoms = self.axes.atoms(dim)
-            whole: Any = 1
-            for a in atoms:
-                whole = whole * a.size
-            if not known_equal(whole, size):
+            if not known_equal(math.prod(a.size for a in atoms), size):
                 raise Mixed(reasons.PADDING_SOME_ROWS(op=op))
             dims.append(atoms)
         return tuple(dims)
@@ -207,9 +205,7 @@ def _product(c: Carried, node: fx.Node) -> Labels:
             # a matrix for each row
             raise Mixed(reasons.PADDING_MATRICES())
         # a dim of 1 against a longer one is made longer
-        whole: Any = 1
-        for a in c.axes.atoms(dim):
-            whole = whole * a.size
+        whole = math.prod(a.size for a in c.axes.atoms(dim))
         out.append(dim if known_equal(whole, size) else c.axes.fresh(size))
     if not c.rows_in(out):
         raise Mixed(reasons.PADDING_ALONG(op=name_of(node)))
@@ -245,9 +241,3 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(CLASS_LOSSES, _class_loss),
     **dict.fromkeys(POINTWISE_LOSSES, _each_loss),
 }
-
-
-def first_source(node: fx.Node) -> fx.Node:
-    """The tensor that a sum is of."""
-    args = arguments(node)
-    return cast(fx.Node, args["self"]) if "self" in args else source_of(node)

@@ -7,6 +7,7 @@ did. What is replicated stays as it is.
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +48,7 @@ from attnfuse.passes.graph.aten import (
     value_of,
 )
 from attnfuse.passes.graph.labels import Atom, Dim, Labels, Size, known_equal
-from attnfuse.passes.sharding.carry import EACH, MEAN, Sum, Tokens, first_source, sole
+from attnfuse.passes.sharding.carry import EACH, MEAN, Sum, Tokens, sole
 from attnfuse.passes.sharding.find import Distributed, Plan
 from attnfuse.passes.site import Leaf
 
@@ -103,11 +104,6 @@ class Sharder:
         self.own_outputs = own_outputs
         #: (scope, what) -> the node that has it there
         self.made: dict[tuple[Scope, Key], fx.Node] = {}
-        self.owned: dict[tuple[Scope, fx.Node], list[fx.Node]] = {}
-        for node in self.view.graph.nodes:
-            origin = self.view.origin.get(node)
-            if origin is not None:
-                self.owned.setdefault((origin.scope, origin.node), []).append(node)
         self.casting = {scope: _casting(scope) for scope in self.view.scopes}
         self.sizes = {t.place: ranks.rows(t.length) for t in cast("list[Tokens]", self.carried.rows)}
         self.seed_of = {node: i for i, node in enumerate(self._random())}
@@ -246,10 +242,9 @@ class Sharder:
             and self.view.origin[source].scope is not scope
         ):
             return
-        made = [n for n in self.owned.get((scope, owner), ()) if n in self.plan.needed]
+        made = [n for n in self.emitter.owned.get((scope, owner), ()) if n in self.plan.needed]
         device = next((value_of(n).device for n in made if is_tensor(n)), self._device())
-        recorded = any(self.view.grad.get(n, True) for n in made)
-        writer = ShardWriter(self, scope, owner, device, recorded)
+        writer = ShardWriter(self, scope, owner, device)
         written: set[fx.Node] = set()
         with scope.module.graph.inserting_before(owner):
             for node in made:
@@ -314,7 +309,7 @@ class Sharder:
 
     def _results(self, body: Scope, returned: Any) -> None:
         """Let a region return the rows of what is sharded. returned: its results as they were."""
-        output = next(n for n in reversed(body.module.graph.nodes) if n.op == "output")
+        output = body.module.graph.output_node()
 
         def new(node: fx.Node) -> fx.Node:
             value = body.values.get(node)
@@ -330,7 +325,7 @@ class Sharder:
     def _taken(self, scope: Scope, call: fx.Node) -> None:
         """The results of a region as the graph around it has them: rows, and whole ones of them where they are needed."""
         body = next(s for s in self.view.scopes if s.call is call and s.parent is scope)
-        output = next(n for n in reversed(body.module.graph.nodes) if n.op == "output")
+        output = body.module.graph.output_node()
         if "example_value" in call.meta:
             call.meta["example_value"] = pytree.tree_map_only(
                 fx.Node, lambda n: n.meta.get("example_value"), output.args[0]
@@ -518,7 +513,7 @@ class Sharder:
         else:
             call = scope.call
             assert call is not None
-            outer = ShardWriter(self, parent, call, writer.device, writer.recorded)
+            outer = ShardWriter(self, parent, call, writer.device)
             outer.now = writer.now
             with parent.module.graph.inserting_before(call):
                 given = self._brought(outer, key, make, x)
@@ -557,12 +552,12 @@ class Sharder:
         shape = list(_shape(x))
         split = writer.method("reshape", x, *writer.shape([*shape[:dim], *before, *shape[dim + 1 :]]))
         moved = move(split, dim + at)
-        return writer.method("reshape", moved, *writer.shape([*shape[:dim], _product(after), *shape[dim + 1 :]]))
+        return writer.method("reshape", moved, *writer.shape([*shape[:dim], math.prod(after), *shape[dim + 1 :]]))
 
     # -- ops
 
     def _size(self, dim: Dim) -> Any:
-        return _product([self.sizes.get(a, a.size) for a in dim])
+        return math.prod([self.sizes.get(a, a.size) for a in dim])
 
     def _local(self, labels: Labels) -> list[Any]:
         return [self._size(dim) for dim in self.carried.axes.resolve(labels)]
@@ -632,7 +627,7 @@ class Sharder:
         args = arguments(node)
         acc = torch.float32 if dtype_of(node) in (torch.float16, torch.bfloat16) else dtype_of(node)
         if s.kind in ("sum", "mean"):
-            rows = self._shown(writer, self.rows(writer, first_source(node)), s)
+            rows = self._shown(writer, self.rows(writer, source_of(node)), s)
             dims = args.get("dim")
             dims = (
                 list(range(len(s.labels))) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
@@ -642,7 +637,7 @@ class Sharder:
             )
             total = writer.call(edges.summed, (total, self.ranks.groups))
             if s.kind == "mean":
-                whole = shape_of(first_source(node))
+                whole = shape_of(source_of(node))
                 total = self._divided(writer, total, [whole[d] for d in dims])
             return self._cast(writer, total, dtype_of(node))
         if s.kind == "pointwise":
@@ -682,7 +677,7 @@ class Sharder:
         assert isinstance(node.target, OpOverload)
         names = [a.name for a in node.target._schema.arguments]
         args, kwargs = [], {}
-        given = {**arguments(node)}
+        given = arguments(node)
         for position, name in enumerate(names):
             value = other[name] if name in other else self._argument(writer, node, position, given[name])
             if node.target._schema.arguments[position].kwarg_only:
@@ -780,14 +775,13 @@ class Sharder:
     ) -> fx.Node:
         """q, k or v as the op takes it: [*batch, n, width], or whole with gradients that are summed."""
         if tokens is None:
-            writer.local = (
-                {leaf.node: self.entered(writer, leaf.node, None)} if not self.plan.is_sharded(leaf.node) else {}
-            )
-            if self.plan.is_sharded(leaf.node):
+            if not self.plan.is_sharded(leaf.node):
+                whole = self.entered(writer, leaf.node, None)
+            else:
                 whole = self.whole(writer, leaf.node)
                 if self.needs_gradient(writer.scope, leaf.node, None):
                     whole = writer.getitem(writer.call(edges.entered, ([whole], self.ranks.groups, 0)), 0)
-                writer.local = {leaf.node: whole}
+            writer.local = {leaf.node: whole}
             made = writer.canonical(leaf, batch, dim, width)
         else:
             writer.local = {leaf.node: self.rows(writer, leaf.node)}
@@ -801,17 +795,13 @@ class Sharder:
 class ShardWriter(NodeWriter):
     """Writes where replicated values are meant: of a sharded one all rows.
 
-    recorded   whether autograd records what is written
-    local      what stands for a value meanwhile
+    now      the place in the view of what is written
+    local    what stands for a value meanwhile
     """
 
-    def __init__(
-        self, sharder: Sharder, scope: Scope, owner: fx.Node, device: torch.device, recorded: bool = True
-    ) -> None:
+    def __init__(self, sharder: Sharder, scope: Scope, owner: fx.Node, device: torch.device) -> None:
         super().__init__(sharder.emitter, scope, owner, device)
         self.sharder = sharder
-        self.recorded = recorded
-        #: the place in the view of what is written
         self.now = sys.maxsize
         self.local: dict[fx.Node, fx.Node] = {}
 
@@ -838,7 +828,7 @@ def _is_on(x: Any, device: torch.device) -> bool:
 
 
 def _returned(body: Scope) -> Any:
-    return next(n for n in reversed(body.module.graph.nodes) if n.op == "output").args[0]
+    return body.module.graph.output_node().args[0]
 
 
 def _casting(scope: Scope) -> dict[fx.Node, tuple[fx.Node, ...]]:
@@ -893,10 +883,3 @@ def _without_unused(scope: Scope) -> None:
 
 def _shape(node: fx.Node) -> Sequence[Any]:
     return tuple(node.meta["example_value"].shape)
-
-
-def _product(sizes: Sequence[Any]) -> Any:
-    total: Any = 1
-    for size in sizes:
-        total = total * size
-    return total

@@ -10,7 +10,7 @@ q [*batch, n_q, D], k [*batch, n_k, D] and v [*batch, n_k, E] are this rank's ro
 as layouts.rows_of_rank says, the last of them padding where that does not divide. Padding may hold anything finite; in results it
 is the last row that is none, or 1 on a rank that has no other. spec, operands, seed, kernel and strict are those of
 attnfuse::attention for the whole tensors: operands are whole and equal on all ranks. So are k and v with the algorithm 'local'.
-Gradients of operands, and of k and v with 'local', are this rank's part.
+Gradients of operands are this rank's part; those of k and v with 'local' are of all ranks' queries, on every rank.
 groups are names of process groups: one, or (outer, inner) of a double ring; site says in errors where a model has the attention.
 stats and dlse are as in attnfuse.ops.
 
@@ -68,7 +68,10 @@ class _Local:
 
     @staticmethod
     def backward(call: Call, hops: Hops, *given: Any) -> list[torch.Tensor | None]:
-        return local.backward(call, *given)
+        dq, dk, dv, *others = local.backward(call, *given, summed=call.ranks > 1)
+        # a kernel may have rounded them, but what is added to them is not rounded again
+        whole = [None if g is None else hops.sum(g.to(torch.promote_types(g.dtype, torch.float32))) for g in (dk, dv)]
+        return [dq, *whole, *others]
 
 
 #: How attention is computed over ranks, by name.

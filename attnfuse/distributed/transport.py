@@ -168,6 +168,15 @@ class Hops:
             found = own
         return found[0]
 
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of their x, on each of them."""
+        found = x.clone(memory_format=torch.contiguous_format)
+        for ring, group in self._rings():
+            # as much as a rank sends where its parts are reduced in a ring, and gathered
+            self.sent["bytes", ring, "sum"] += 2 * found.nbytes * (group.size() - 1) // group.size()
+            self._collective(dist.all_reduce, found, group=group)
+        return found
+
     def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
         """[ranks of the inner group, ...]: what each of them has in its x at this rank's number."""
         if self.local == 1:

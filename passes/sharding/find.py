@@ -87,13 +87,17 @@ def find(
     sites: Sequence[Site],
     runs: Callable[[Distributed], Reason | None],
     outputs: Literal["whole", "own"],
+    cut_keys: bool = False,
 ) -> Plan | Reason:
-    """The plan for a view, or why all of it is left whole. runs: why no kernel can run a distributed attention, or None."""
+    """The plan for a view, or why all of it is left whole. runs: why no kernel can run a distributed attention, or None; cut_keys:
+    keys and values that every rank has are dealt, too, which an algorithm that is asked for needs."""
     problem = _unsound(view)
     if problem is not None:
         return problem
     finder = _Finder(view, sites, runs, outputs)
     plan = finder.best()
+    if plan is not None and cut_keys:
+        plan = finder.with_keys(plan)
     if plan is None:
         return finder.problem or reasons.NOTHING_TO_SHARD()
     for site in sites:
@@ -222,6 +226,22 @@ class _Finder:
                         break
                 if plan is not None and site.final in plan.sites:
                     break
+        return plan
+
+    def with_keys(self, plan: Plan) -> Plan:
+        """The same with keys and values on rows where they are whole on every rank and can be cut."""
+        for final in list(plan.sites):
+            site = self.sites[final]
+            if plan.sites[final].keys is not None:
+                continue
+            seeds = dict(plan.seeds)
+            for leaf in (site.k, site.v):
+                dims = [d for d, labels in enumerate(leaf.labels) if site.k_dim and labels == (site.k_dim[0],)]
+                if len(dims) == 1 and not plan.is_sharded(leaf.node):
+                    seeds[leaf.node] = dims[0]
+            tried = self._plan(list(seeds.items()))
+            if final in tried.sites and tried.sites[final].keys is not None and set(plan.sites) <= set(tried.sites):
+                plan = tried
         return plan
 
     def _candidates(self) -> list[Seed]:

@@ -150,7 +150,7 @@ def shard(emitter: Emitter, sites: Sequence[Site], settings: Settings, dealt: De
         calls[site.final] = Call(choice.kernel.name, algorithm, why, sent)
         return None
 
-    plan = find(view, sites, runs, dealt.outputs)
+    plan = find(view, sites, runs, dealt.outputs, dealt.algorithm != "auto")
     if isinstance(plan, Reason):
         return Sharding.left_whole(dealt, plan)
     factor = dealt.ranks if dealt.gradients == "mean" else 0

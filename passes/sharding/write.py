@@ -773,14 +773,10 @@ class Sharder:
     def _side(
         self, writer: ShardWriter, leaf: Leaf, tokens: Tokens | None, dim: Dim, batch: Dim, width: Dim
     ) -> fx.Node:
-        """q, k or v as the op takes it: [*batch, n, width], or whole with gradients that are summed."""
+        """q, k or v as the op takes it: [*batch, n, width], or whole, whose gradients the op adds up over ranks."""
         if tokens is None:
-            if not self.plan.is_sharded(leaf.node):
-                whole = self.entered(writer, leaf.node, None)
-            else:
-                whole = self.whole(writer, leaf.node)
-                if self.needs_gradient(writer.scope, leaf.node, None):
-                    whole = writer.getitem(writer.call(edges.entered, ([whole], self.ranks.groups, 0)), 0)
+            sharded = self.plan.is_sharded(leaf.node)
+            whole = self.whole(writer, leaf.node) if sharded else writer.node_for(leaf.node)
             writer.local = {leaf.node: whole}
             made = writer.canonical(leaf, batch, dim, width)
         else:

@@ -215,7 +215,7 @@ def over_ranks(
     dq, dk, dv = next(found), next(found), next(found)
     grads: list[torch.Tensor | None] = [joined(dq, layout, whole.queries)]
     for x in (dk, dv):
-        grads.append(summed(x) if local else joined(x, layout, whole.keys))
+        grads.append(x if local else joined(x, layout, whole.keys))
     grads += [summed(next(found)) if x.requires_grad else None for x in operands]
     if not local:
         rows = layouts.real(layout, rank, ranks, whole.queries)

@@ -47,7 +47,7 @@ class Peer:
 
 
 class Found(NamedTuple):
-    """differences  of the result and gradients from one device's: (largest difference, excess over atol + rtol |expected|)
+    """differences  of the result and gradients from float64: (largest difference, excess over atol + rtol |expected|)
     ratios       of the largest error from float64 to that of one device in this dtype
     digest       of the bits of all of them, on this rank
     over         attentions that were computed over ranks, of how many; said: what the report says of them
@@ -143,7 +143,8 @@ def _expected(peer: Peer) -> tuple[Tensors, Tensors]:
 
 
 def against_one(peer: Peer, inner: str, tolerance: tuple[float, float], chosen: dict[str, Any]) -> Found:
-    """One attention over all ranks beside the same code uncompiled on one device; only rank 0 compares. tolerance: (atol, rtol)."""
+    """One attention over all ranks beside the same code uncompiled on one device, in its dtype and in
+    float64; only rank 0 compares. tolerance: (atol, rtol)."""
     fresh()
     run, given, rest, dout = made(peer)
     options = {"inner": inner, "sequence_parallel": SequenceParallel(dist.group.WORLD, **chosen), "strict": True}
@@ -155,8 +156,8 @@ def against_one(peer: Peer, inner: str, tolerance: tuple[float, float], chosen: 
     if dist.get_rank() == 0:
         for got, eager, exact in zip(found, *_expected(peer), strict=True):
             assert got.dtype == eager.dtype
-            apart = (got.double() - eager.double()).abs()
-            over = apart - (tolerance[0] + tolerance[1] * eager.double().abs())
+            apart = (got.double() - exact).abs()
+            over = apart - (tolerance[0] + tolerance[1] * exact.abs())
             differences.append((apart.max().item(), over.max().item()))
             errors = [(x.double() - exact).abs().max().item() for x in (got, eager)]
             ratios.append(errors[0] / errors[1])

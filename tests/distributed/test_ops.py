@@ -317,8 +317,8 @@ def hangs():
 def test_ranks_say_what_went_wrong_and_are_replaced():
     with pytest.raises(RankFailed, match=r"rank \d raised(.|\n)*KeyError: 'this one'"):
         run(raises, 2)
-    with pytest.raises(RankFailed, match=r"ranks \[0\] gave nothing within 1.0 s"):
-        run(hangs, 2, timeout=0.5)
+    with pytest.raises(RankFailed, match=r"ranks \[0\] gave nothing within 6.0 s"):
+        run(hangs, 2, timeout=3.0)
     assert [x.shape for x in run(own_tokens, 2)] == [(4,), (4,)]
 
 

@@ -282,7 +282,7 @@ def _sharded(state: State) -> State:
         return state
     if view is None or state.nested:
         why = state.problem if view is None and state.problem is not None else reasons.SHARDED_NESTED()
-        return replace(state, sharding=Sharding.left_whole(chosen, why))
+        return _said(replace(state, sharding=Sharding.left_whole(chosen, why, view)))
     sites = [x for x in state.found if isinstance(x, Site)]
     if not sites:
         # ranks may compile other things that hold no attention by themselves
@@ -290,13 +290,11 @@ def _sharded(state: State) -> State:
     if state.fuel is not None:
         sites = sites[: state.fuel]
         if not sites:
-            return replace(state, sharding=Sharding.left_whole(chosen, reasons.FUEL(fuel=state.settings.fuel)))
+            whole = Sharding.left_whole(chosen, reasons.FUEL(fuel=state.settings.fuel), view)
+            return _said(replace(state, sharding=whole))
     emitter = Emitter(view, state.settings.strict)
     sharding = shard(emitter, sites, state.settings, chosen)
-    state = replace(state, emitter=emitter, sharding=sharding)
-    if sharding.warning is not None:
-        state.failures.notes.append(f"{sharding.warning}. {sharding.warning.cause.advice}")
-        _warn_once(state.failures.notes[-1])
+    state = _said(replace(state, emitter=emitter, sharding=sharding))
     if sharding.plan is None:
         return state
     done = {each.site: each for each in sharding.plan.sites.values()}
@@ -311,6 +309,15 @@ def _sharded(state: State) -> State:
         fused=(*state.fused, *done),
         gone=state.gone | sharding.inside,
     )
+
+
+def _said(state: State) -> State:
+    """The same, with the warning of what was sharded noted."""
+    warning = None if state.sharding is None else state.sharding.warning
+    if warning is not None:
+        state.failures.notes.append(f"{warning}. {warning.cause.advice}")
+        _warn_once(state.failures.notes[-1])
+    return state
 
 
 @functools.cache

@@ -1328,6 +1328,12 @@ GATHER_WRITTEN = Cause(
 SHARDED_NOT = Cause(
     "sharded-not", "the graph is left whole on every rank: {why}", "See what it says after the colon.", SHARDED
 )
+SHARDED_APART = Cause(
+    "sharded-apart",
+    "a graph is left whole on every rank, where {op} ({at}) draws from each rank's own generator",
+    "Seed all ranks alike (`torch.manual_seed`), or they drift apart; the report says why the graph is whole.",
+    SHARDED,
+)
 NOTHING_TO_SHARD = Cause(
     "nothing-to-shard",
     "no attention has queries that come, token by token, from an input or another tensor of whole sequences",

@@ -32,7 +32,7 @@ def backward(
 ) -> list[torch.Tensor | None]:
     """Gradients of this rank's q, k and v, and its part of those of the operands; None without a need."""
     keys, values = whole(call, hops, k), whole(call, hops, v)
-    dq, dk, dv, *others = local.backward(call, dout, dlse, q, keys, values, out, stats, needs, call.ranks > 1)
+    dq, dk, dv, *others = local.backward(call, dout, dlse, q, keys, values, out, stats, needs, summed=call.ranks > 1)
     own = [None if g is None else scattered(call, hops, g, x) for g, x in ((dk, k), (dv, v))]
     return [dq, *own, *others]
 

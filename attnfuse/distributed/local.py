@@ -29,7 +29,8 @@ def backward(
     out: torch.Tensor,
     stats: torch.Tensor,
     needs: Sequence[bool],
-    summed: bool = False,
+    *,
+    summed: bool,
 ) -> list[torch.Tensor | None]:
     """Gradients of q and, as far as this rank's queries make them, of k, v and the operands, whole; None without a need.
 

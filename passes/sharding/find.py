@@ -7,7 +7,7 @@ tensors; which ones are worth it is tried out: a seed is kept if the q of an att
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -118,20 +118,28 @@ def _unsound(view: View) -> Reason | None:
 def _random(view: View, plan: Plan) -> Reason | None:
     """Ranks draw the same masks of dropout; other random numbers would not be equal on all of them."""
     inside = set().union(*(d.site.inside for d in plan.sites.values())) | set(plan.sites)
-    for node in view.graph.nodes:
+    for node in drawing(view):
         if node not in plan.needed or node in inside:
             continue
+        if name_of(node) == "dropout":
+            plan.dropped.append(node)
+        else:
+            return reasons.SHARDED_RANDOM(op=name_of(node) or str(node.target), at=view.where(node))
+    return None
+
+
+def drawing(view: View) -> Iterator[fx.Node]:
+    """The ops that draw random numbers."""
+    for node in view.graph.nodes:
         target = node.target
         if not isinstance(target, OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
             continue
         if name_of(node) == "dropout":
-            if not views.is_identity(node):
-                plan.dropped.append(node)
-        elif "scaled_dot_product" in name_of(node) and not _drops(node):
-            continue
+            draws = not views.is_identity(node)
         else:
-            return reasons.SHARDED_RANDOM(op=name_of(node) or str(target), at=view.where(node))
-    return None
+            draws = "scaled_dot_product" not in name_of(node) or _drops(node)
+        if draws:
+            yield node
 
 
 def _drops(node: fx.Node) -> bool:

@@ -20,7 +20,7 @@ from attnfuse.passes.emit.edits import EmitError
 from attnfuse.passes.emit.emitter import Emitter
 from attnfuse.passes.graph.aten import name_of, shape_of, value_of
 from attnfuse.passes.graph.labels import hint
-from attnfuse.passes.sharding.find import Distributed, Plan, find
+from attnfuse.passes.sharding.find import Distributed, Plan, drawing, find
 from attnfuse.passes.sharding.write import Call, Ranks, Sharder
 from attnfuse.passes.site import Site
 from attnfuse.reasons import Reason, ReasonError
@@ -49,6 +49,7 @@ class Sharding:
     inside   view nodes that nothing needs any more
     on_rows, whole   how many ops are computed on a rank's rows, and how many live ones on whole tensors
     gathers  what is gathered
+    drawn    an op that draws random numbers, and the user's line, where all is whole
     """
 
     dealt: Dealt
@@ -61,10 +62,14 @@ class Sharding:
     on_rows: int = 0
     whole: int = 0
     gathers: tuple[Gather, ...] = ()
+    drawn: tuple[str, str] | None = None
 
     @staticmethod
-    def left_whole(dealt: Dealt, reason: Reason) -> Sharding:
-        return Sharding(dealt, reason)
+    def left_whole(dealt: Dealt, reason: Reason, view: View | None = None) -> Sharding:
+        drawn = None if view is None else next(drawing(view), None)
+        return Sharding(
+            dealt, reason, drawn=None if view is None or drawn is None else (name_of(drawn), view.where(drawn))
+        )
 
     def said(self, each: Distributed) -> str:
         """How one attention is computed, for its report."""
@@ -92,12 +97,14 @@ class Sharding:
 
     @property
     def warning(self) -> Reason | None:
-        """That the results are most of what is sent, if they are."""
+        """That ranks draw numbers of their own where all is whole, or that results are most of what is sent, if it is so."""
+        if self.reason is not None:
+            return None if self.drawn is None else reasons.SHARDED_APART(op=self.drawn[0], at=self.drawn[1])
         results = sum(g.bytes for g in self.gathers if g.of_result)
         # of what is gathered a rank sends its own part to each other one, as much as it receives
         share = results * (self.dealt.ranks - 1) // self.dealt.ranks
         rest = sum(call.bytes for call in self.calls.values()) + sum(g.bytes for g in self.gathers if not g.of_result)
-        if self.reason is not None or share <= rest:
+        if share <= rest:
             return None
         return reasons.RESULTS_GATHERED(results=cost.amount(results), rest=cost.amount(rest))
 
@@ -114,7 +121,7 @@ def shard(emitter: Emitter, sites: Sequence[Site], settings: Settings, dealt: De
     try:
         layout = _layout(dealt, view, sites)
     except ReasonError as error:
-        return Sharding.left_whole(dealt, error.reason)
+        return Sharding.left_whole(dealt, error.reason, view)
     calls: dict[fx.Node, Call] = {}
 
     def runs(each: Distributed) -> Reason | None:
@@ -152,14 +159,14 @@ def shard(emitter: Emitter, sites: Sequence[Site], settings: Settings, dealt: De
 
     plan = find(view, sites, runs, dealt.outputs, dealt.algorithm != "auto")
     if isinstance(plan, Reason):
-        return Sharding.left_whole(dealt, plan)
+        return Sharding.left_whole(dealt, plan, view)
     factor = dealt.ranks if dealt.gradients == "mean" else 0
     ranks = Ranks(layout, dealt.ranks, dealt.groups, factor)
     sharder = Sharder(emitter, plan, ranks, calls, dealt.outputs == "own")
     try:
         sharder.write()
     except EmitError as error:
-        return Sharding.left_whole(dealt, error.reason)
+        return Sharding.left_whole(dealt, error.reason, view)
     sharder.finish()
     used = {final: calls[final] for final in plan.sites}
     return Sharding(

@@ -84,6 +84,7 @@ __all__ = [
     "traced_graph",
     "traced_node",
     "undisturbed",
+    "unknown_rows",
     "unsupported_torch",
     "without_sdpa_patterns",
     "writes",
@@ -168,6 +169,20 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 def detect_fake_mode(values: list[Any]) -> FakeTensorMode | None:
     """The fake mode of the first fake tensor among `values`, and among what they hold."""
     return next((x.fake_mode for v in values for x in tensors_in(v) if isinstance(x, FakeTensor)), None)
+
+
+def unknown_rows(mode: FakeTensorMode, device: torch.device) -> FakeTensor:
+    """A fake int64 tensor [u] whose length u is known of no call: code for it is right for all lengths, and guards on none."""
+    env = mode.shape_env
+    if env is None:
+        raise ValueError("fake tensors without a shape environment have known sizes")
+    with env.ignore_fresh_unbacked_symbols():
+        size = env.create_unbacked_symint()
+    torch._check(size >= 0)
+    with mode:
+        found = torch.empty_strided((size,), (1,), dtype=torch.int64, device=device)
+    assert isinstance(found, FakeTensor)
+    return found
 
 
 def is_functorch_tensor(value: Any) -> bool:

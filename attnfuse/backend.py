@@ -21,11 +21,12 @@ from attnfuse.graphs import copied
 from attnfuse.kernels.ascend import chips
 from attnfuse.kernels.device import Device
 from attnfuse.passes.lowered import all_reduce, tiling
-from attnfuse.pipeline import Work, rewrite, undone
+from attnfuse.pipeline import Packing, Work, rewrite, undone
 from attnfuse.reasons import Reason
 from attnfuse.report import registry
 from attnfuse.report.report import Report
 from attnfuse.settings import Settings
+from attnfuse.unpadded import Unpadded
 from attnfuse.warning import said, warn
 
 log = logging.getLogger("attnfuse")
@@ -64,7 +65,7 @@ def _compiled(
     dealt = chosen.sequence_parallel
     name = "" if dealt is None else graphs.name_of(gm)
     try:
-        original, work = _rewritten(gm, chosen)
+        original, rewritten, work = _rewritten(gm, chosen, _barred(example_inputs, patches))
     except Exception as error:
         if dealt is not None and not _compat.is_restart(error):
             # the others must not wait for this rank; what it failed of is more than that they did not answer
@@ -82,8 +83,11 @@ def _compiled(
     failure: Exception | None = None
     notes = _Notes()
     try:
-        compiled = _inner(original if work.spoiled else gm, example_inputs, chosen, patches, notes)
+        given = [*example_inputs, *(() if work.packed is None else work.packed.given)]
+        compiled = _inner(original if work.spoiled else rewritten, given, chosen, patches, notes)
         report = replace(report, warnings=(*report.warnings, *notes.lines))
+        if work.packed is not None:
+            compiled = _unpadded(compiled, work.packed, original, chosen, patches, notes)
         if report.fused:
             compiled = _in_forward_mode(_checked(compiled, original, chosen, report), original, chosen)
     except Exception as error:
@@ -142,23 +146,62 @@ def _compiled_whole(
     return _compiled(original, example_inputs, replace(chosen, sequence_parallel=None), patches, (note,))
 
 
-def _rewritten(gm: fx.GraphModule, chosen: Settings) -> tuple[fx.GraphModule, Work]:
-    """A copy of the graph as it was, and what was done to it; where nothing can be done, the graph itself."""
-    original = gm
+def _unpadded(
+    packed: Compiled,
+    packing: Packing,
+    original: fx.GraphModule,
+    chosen: Settings,
+    patches: dict[str, Any],
+    notes: _Notes,
+) -> Compiled:
+    """The graph on tokens, and the one with padding where it has to be."""
+    kept = replace(chosen, padding="keep", verify=0)
+
+    def padded() -> Compiled:
+        compiled: Compiled = torch.compile(
+            copied(original), backend=functools.partial(_again, chosen=kept, patches=patches), dynamic=None
+        )
+        return compiled
+
+    def say(guards: str) -> None:
+        notes.add(str(reasons.PADDING_GUARD_FAILED(guards=guards)))
+
+    return Unpadded(packed, packing.prologue, padded, say)
+
+
+def _again(gm: fx.GraphModule, example_inputs: Sequence[Any], *, chosen: Settings, patches: dict[str, Any]) -> Compiled:
+    """A backend of settings that are parsed already."""
+    with nested.active(chosen):
+        return _compiled(gm, example_inputs, chosen, patches)
+
+
+def _barred(example_inputs: Sequence[Any], patches: Mapping[str, Any]) -> Reason | None:
+    """Why the host may not look at a batch before each call."""
+    if patches.get("triton.cudagraphs"):
+        return reasons.PADDING_HOST(what="calls are recorded in CUDA graphs")
+    if any(isinstance(x, torch.Tensor) and x.device.type == "npu" for x in example_inputs):
+        return reasons.PADDING_HOST(what="NPUs wait long for the host")
+    return None
+
+
+def _rewritten(
+    gm: fx.GraphModule, chosen: Settings, barred: Reason | None
+) -> tuple[fx.GraphModule, fx.GraphModule, Work]:
+    """The graph as it was, a copy of it that was rewritten, and what was done; where nothing can be done, the graph itself."""
     try:
-        original = copied(gm)
+        made = copied(gm)
         with _compat.undisturbed():
-            work = rewrite(gm, chosen)
+            work = rewrite(made, chosen, True, barred)
         if work.fused and not work.spoiled:
-            _compat.save_attention_too(gm, original)
-        return original, work
+            _compat.save_attention_too(made, gm)
+        return gm, made, work
     except Exception as error:
         if chosen.strict or _compat.is_restart(error):
             raise
         message = str(reasons.GRAPH_LEFT(error=said(error)))
         warn(message)
         log.debug("while rewriting", exc_info=True)
-        return original, Work(Report((), "", "", "graph", (message,)), spoiled=True)
+        return gm, gm, Work(Report((), "", "", "graph", (message,)), spoiled=True)
 
 
 def _checked(compiled: Compiled, original: fx.GraphModule, chosen: Settings, report: Report) -> Compiled:

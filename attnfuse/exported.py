@@ -24,7 +24,7 @@ from attnfuse.warning import said, warn
 
 _SIGNATURES = (ExportGraphSignature, InputSpec, OutputSpec, ModuleCallEntry, ModuleCallSignature)
 #: Options that speak of compiling, which comes after this.
-_OF_COMPILING = ("inner", "verify")
+_OF_COMPILING = ("inner", "verify", "padding")
 
 
 def rewrite(program: ExportedProgram, *, options: Mapping[str, Any] | None = None) -> ExportedProgram:

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import fx
 
@@ -22,10 +23,14 @@ from attnfuse.passes.capture.recorder import CaptureError, NoTensorInput, captur
 from attnfuse.passes.capture.view import View, source_line
 from attnfuse.passes.emit.edits import EmitError
 from attnfuse.passes.emit.emitter import Emitter
+from attnfuse.passes.graph.aten import name_of as op_of
 from attnfuse.passes.graph.aten import value_of
+from attnfuse.passes.graph.labels import hint
 from attnfuse.passes.masks.structure import structure
+from attnfuse.passes.padding.prologue import Prologue, prologue
 from attnfuse.passes.padding.region import find_regions
 from attnfuse.passes.padding.rewrite import RegionRewriter
+from attnfuse.passes.padding.whole import Whole, find_whole
 from attnfuse.passes.read.anchors import find
 from attnfuse.passes.read.fully_masked import fully_masked
 from attnfuse.passes.read.paged import paged
@@ -85,6 +90,9 @@ class State:
     unseen    reports of attentions that the view does not show
     fused     those whose results are replaced
     gone      view nodes that nothing needs any more
+    takes_more    whether the graph may be given further inputs
+    barred    why the host may not look at a batch before the graph runs; None where it may
+    packed    what a graph on the rows of tokens is called with besides; padding: what the report says of that
     """
 
     gm: fx.GraphModule
@@ -100,6 +108,10 @@ class State:
     gone: frozenset[fx.Node] = frozenset()
     emitter: Emitter | None = None
     sharding: Sharding | None = None
+    takes_more: bool = False
+    barred: Reason | None = None
+    packed: Packing | None = None
+    padding: tuple[str, ...] = ()
 
     @property
     def reports(self) -> tuple[SiteReport, ...]:
@@ -248,6 +260,91 @@ def _unpadded(state: State) -> State:
     return replace(state, found=tuple(left))
 
 
+@dataclass(frozen=True)
+class Packing:
+    """A graph on the rows of tokens: what is looked at before it runs, and its further inputs as fake tensors."""
+
+    prologue: Prologue
+    given: tuple[Any, ...]
+
+
+def _packed(state: State) -> State:
+    """What of a padded batch nothing reads is not computed, from the graph's inputs on."""
+    view, emitter, settings = state.view, state.emitter, state.settings
+    if view is None or emitter is None or settings.padding == "keep" or settings.nan_policy == "eager":
+        return state
+    if settings.sequence_parallel is not None or emitter.touched or not state.takes_more:
+        return state
+    sites = [x for x in state.found if isinstance(x, Site)]
+
+    def runs(spec: Attention, site: Site) -> Reason | None:
+        try:
+            _kernel(spec, site, state)
+        except EmitError as error:
+            return error.reason
+        return None
+
+    def stays(reason: Reason) -> State:
+        return replace(state, padding=(str(reasons.PADDING_STAYS(why=reason)),))
+
+    try:
+        region = find_whole(view, sites, runs, settings.padding == "drop")
+        if region is None:
+            return state
+        if isinstance(region, Reason):
+            return stays(region)
+        barred = state.barred or (reasons.PADDING_COLLECTIVES() if _has_collectives(state.gm) else None)
+        if barred is not None:
+            return stays(barred)
+        own = [a.original for a in region.attentions]
+        if state.fuel is not None and len(own) > state.fuel:
+            return stays(reasons.PADDING_FUEL())
+        kernels = [_kernel(a.spec, a.site, state) for a in region.attentions]
+        before = prologue(emitter, region)
+        made = [_report(a.site, emitter, a.spec) for a in region.attentions]
+        rewriter = RegionRewriter(emitter, region, kernels)
+        with emitter.attempt(own[0].final):
+            rewriter.emit()
+    except EmitError as error:
+        return stays(error.reason)
+    except Exception as error:
+        return stays(state.failures.reason(error))
+    reports = [report(status="fused", reason=None, kernel=name) for report, name in zip(made, kernels)]
+    return replace(
+        state,
+        found=tuple(x for x in state.found if x not in own),
+        settled=(*state.settled, *reports),
+        fused=(*state.fused, *own),
+        gone=state.gone | rewriter.inside,
+        packed=Packing(before, tuple(r.index for r in rewriter.given)),
+        padding=_lines(view, region),
+    )
+
+
+def _has_collectives(gm: fx.GraphModule) -> bool:
+    """Whether ranks meet in a graph, so that all must run the same one."""
+    modules = [m for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    names = (str(getattr(n.target, "__module__", "")) + str(n.target) for m in modules for n in m.graph.nodes)
+    return any("c10d" in name or "_functional_collectives" in name for name in names)
+
+
+def _lines(view: View, region: Whole) -> tuple[str, ...]:
+    """What the report says of a region."""
+    found = []
+    for rows in region.kept:
+        count = sum(rows in (a.q, a.k) for a in region.attentions)
+        sizes = f"{hint(rows.sequence)} x {hint(rows.place)} places"
+        attentions = f"{count} attention{'' if count == 1 else 's'}"
+        found.append(f"padding: {attentions}, and what lies between, run on the tokens of {sizes}")
+    begins = [view.input_of(e.node) if e.node.op == "placeholder" else op_of(e.node) for e in region.entries]
+    ends = [f"{op_of(e.node) or 'a result'} ({view.where(e.node)})" for e in region.exits]
+    found.append(f"tokens are taken out of {', '.join(dict.fromkeys(filter(None, begins)))}")
+    found.append(f"they end at {', '.join(dict.fromkeys(ends)) or 'attentions of dense queries'}")
+    if region.guards:
+        found.append(f"looked at before each call: {'; '.join(dict.fromkeys(map(str, region.guards)))}")
+    return (*found, *(str(reasons.PADDING_STAYS(why=why)) for why in region.read))
+
+
 def _paged(state: State) -> State:
     """Keys and values that the graph gathers from a cache are read through the block table, where a kernel can."""
     view = state.view
@@ -370,6 +467,7 @@ STAGES: tuple[tuple[str, Callable[[State], State]], ...] = (
     ("read", _read),
     ("unseen", _unseen),
     ("unpad", _unpadded),
+    ("pack", _packed),
     ("page", _paged),
     ("shard", _sharded),
     ("emit", _emitted),
@@ -385,6 +483,7 @@ class Work:
     fused: tuple[Site, ...] = ()
     spoiled: bool = False
     sharding: Sharding | None = None
+    packed: Packing | None = None
 
     @property
     def is_sharded(self) -> bool:
@@ -392,8 +491,11 @@ class Work:
         return self.sharding is not None and self.sharding.plan is not None and not self.spoiled
 
 
-def rewrite(gm: fx.GraphModule, settings: Settings) -> Work:
+def rewrite(gm: fx.GraphModule, settings: Settings, takes_more: bool = False, barred: Reason | None = None) -> Work:
     """Rewrite every attention of `gm` in place that can be, and report on all of them.
+
+    takes_more: whether the graph may be given further inputs, which `Work.packed` says then; barred: why the host may not look at
+    a batch before the graph runs, which it has to for that.
 
     An unexpected error costs the attention that it concerns, with a warning and a reason in the report. One that concerns
     none, or all, leaves a graph that must not be used (the caller has a copy). In strict mode errors are raised.
@@ -409,7 +511,7 @@ def rewrite(gm: fx.GraphModule, settings: Settings) -> Work:
         warn(f"graphs are left as they were: {unsupported}")
         return Work(Report((), before, before, name, (str(unsupported),)))
     seconds: dict[str, float] = {}
-    state = State(gm, settings, Failures(settings.strict))
+    state = State(gm, settings, Failures(settings.strict), takes_more=takes_more, barred=barred)
     notes = state.failures.notes
     try:
         prepare()
@@ -431,8 +533,8 @@ def rewrite(gm: fx.GraphModule, settings: Settings) -> Work:
         return Work(undone(report, reason), spoiled=True)
     after = readable(gm) if any(r.status == "fused" for r in state.reports) else before
     lines = () if state.sharding is None else state.sharding.lines
-    report = Report(state.reports, before, after, name, tuple(notes), seconds, lines)
-    return Work(report, state.fused, sharding=state.sharding)
+    report = Report(state.reports, before, after, name, tuple(notes), seconds, lines, state.padding)
+    return Work(report, state.fused, sharding=state.sharding, packed=state.packed)
 
 
 def undone(report: Report, reason: Reason) -> Report:

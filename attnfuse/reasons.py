@@ -1390,6 +1390,43 @@ SHARDED_KEPT = Cause("sharded-kept", "{op} of whole tensors is still needed by w
 
 PADDING_STAYS = Cause("padding-stays", "padding stays: {why}", "See what it says after the colon.", PADDING)
 PADDING_FUEL = Cause("padding-fuel", "too little fuel", "Raise the option fuel, or leave it out.", PADDING)
+PADDING_RETURNED = Cause(
+    "padding-returned",
+    "a result of the graph holds padding, so that its rows are computed",
+    "Compile what needs no padding (pooled rows, a loss) with the model, or say options={'padding': 'drop'} where nobody reads "
+    "results there: they are zeros then.",
+    PADDING,
+)
+PADDING_READ = Cause(
+    "padding-read",
+    "{op} ({at}) may read padding",
+    "Mask it before: what is 0, or low, in padding may be summed, or its greatest taken.",
+    PADDING,
+)
+PADDING_GUARD = Cause(
+    "padding-guard",
+    "where tokens are, or what must hold of them, takes more than small tensors of the batch to tell",
+    "Make the mask, and what selects tokens, of the inputs alone.",
+    PADDING,
+)
+PADDING_HOST = Cause(
+    "padding-host",
+    "{what}, so that the host may not look at where tokens are before each call",
+    "Leave that out, to have tokens alone computed.",
+    PADDING,
+)
+PADDING_COLLECTIVES = Cause(
+    "padding-collectives",
+    "the graph has collectives, and ranks have other batches",
+    "Nothing to do: ranks must run one graph.",
+    PADDING,
+)
+PADDING_GUARD_FAILED = Cause(
+    "padding-guard-failed",
+    "a call ran with its padding, since this does not hold of its batch: {guards}",
+    "Pad to the side that it says, or give what it says for padding, to have tokens alone computed.",
+    PADDING,
+)
 PADDINGS_MEET = Cause(
     "paddings-meet",
     "paddings that are taken out by themselves meet",

@@ -30,6 +30,8 @@ class Settings:
     sequence_parallel    deal the tokens of the model over ranks: a mesh, a process group, or attnfuse.SequenceParallel
     tune         measure configurations of kernels that can be tuned, once for each kind of input, and keep the fastest; also
                  mode="max-autotune" and "max-autotune-no-cudagraphs"
+    padding      'auto': rows of padding are not computed where nothing reads them, which is looked at before each call where the
+                 graph does not tell; 'drop': nobody reads results at padding, where they are zeros then; 'keep': all are computed
     tile_all_reduce
                  cut products whose results are all-reduced, in tensor-parallel models, into blocks of rows, so that the all_reduce
                  of one runs beside the next one's product: so many blocks, or True for a number chosen by sizes and link speeds
@@ -44,9 +46,14 @@ class Settings:
     tune: bool = False
     sequence_parallel: Dealt | None = None
     tile_all_reduce: bool | int = False
+    padding: Literal["auto", "drop", "keep"] = "auto"
 
 
-_CHOICES: dict[str, tuple[str, ...]] = {"inner": ("inductor", "aot_eager", "eager"), "nan_policy": ("skip", "eager")}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "inner": ("inductor", "aot_eager", "eager"),
+    "nan_policy": ("skip", "eager"),
+    "padding": ("auto", "drop", "keep"),
+}
 _NUMBERS = {"fuel", "verify"}
 _SWITCHES = {"strict", "tune"}
 _TUNING_MODES = {"max-autotune", "max-autotune-no-cudagraphs"}

@@ -101,6 +101,7 @@ class Report:
     warnings        what the user should know and that belongs to no single site
     seconds         time spent per stage
     sharding        under the option sequence_parallel: how tokens are dealt, and what is gathered, a line each
+    padding         where only tokens are computed, what is looked at before each call, and why padding stays elsewhere
     """
 
     sites: tuple[SiteReport, ...]
@@ -110,6 +111,7 @@ class Report:
     warnings: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     sharding: tuple[str, ...] = ()
+    padding: tuple[str, ...] = ()
 
     @property
     def fused(self) -> int:
@@ -148,6 +150,7 @@ class Report:
                 "sites": [site.to_dict() for site in self.sites],
                 "warnings": list(self.warnings),
                 "sharding": list(self.sharding),
+                "padding": list(self.padding),
                 "seconds": dict(self.seconds),
                 "before": self.before,
                 "after": self.after,
@@ -161,7 +164,7 @@ class Report:
 
         # Text, not str: what a graph holds (names, dtypes with brackets) must not be taken for markup
         advice = {name: what for site in self.sites for name, what in site.advice.items()}
-        lines = [*self.sharding, *(f"{name}: {what}" for name, what in advice.items())]
+        lines = [*self.padding, *self.sharding, *(f"{name}: {what}" for name, what in advice.items())]
         lines += [f"warning: {w}" for w in self.warnings]
         caption = "\n".join(lines)
         table = Table(title=Text(self.summary), caption=Text(caption) if caption else None, caption_justify="left")
@@ -178,7 +181,7 @@ class Report:
 
     def __str__(self) -> str:
         if not self.sites:
-            said = (*self.sharding, *(f"warning: {w}" for w in self.warnings))
+            said = (*self.padding, *self.sharding, *(f"warning: {w}" for w in self.warnings))
             return "\n".join([f"{self.summary} (no attention found)", *said])
         return as_text(self)
 
@@ -222,6 +225,7 @@ def merge(parts: Sequence[Report], name: str) -> Report:
         # the same warning from several graphs is one warning
         warnings=tuple(dict.fromkeys(w for part in parts for w in part.warnings)),
         sharding=tuple(line for part in parts for line in part.sharding),
+        padding=tuple(line for part in parts for line in part.padding),
         seconds=seconds,
     )
 

@@ -247,7 +247,18 @@ class _Structure:
     def _bias(self, step: Bias) -> list[Step]:
         """An added tensor as fills and as what is left of it."""
         leaf = self.site.operands[step.operand]
-        return self._added(self._term(leaf), step.alpha, dtype_of(leaf.node))
+        e = self._term(leaf)
+        return self._added(self._of_truths(e) if isinstance(e, Tensor) else e, step.alpha, dtype_of(leaf.node))
+
+    def _of_truths(self, e: Tensor) -> Expr:
+        """A tensor of one of two numbers by a mask that is there as well: that mask, which is smaller, and hides keys."""
+        made = self.terms.made(e)
+        if isinstance(made, Apply) and made.op == "where" and all(isinstance(x, Const) for x in made.args[1:]):
+            kept = made.args[0]
+            plain = kept.args[0] if isinstance(kept, Apply) and kept.op == "not" else kept
+            if isinstance(plain, Tensor):
+                return made
+        return e
 
     def _added(self, e: Expr, alpha: float, dtype: torch.dtype) -> list[Step]:
         """The steps for adding alpha * e to the scores."""
@@ -260,7 +271,7 @@ class _Structure:
                     return self._masked(keep, no.value)
                 if no.value == 0.0:
                     return self._masked(self.algebra.not_(keep), yes.value)
-            if is_joint(keep) and isinstance(yes, Const) != isinstance(no, Const):
+            if is_joint(e) and isinstance(yes, Const) != isinstance(no, Const):
                 return self._chosen(keep, yes, no, alpha, dtype)
         if isinstance(e, OpCall) and _is_sum(e) and is_joint(e):
             same = all(d in (None, dtype) for d in e.dtypes) and e.dtype == dtype and not e.kwargs
@@ -337,9 +348,12 @@ class _Structure:
         if isinstance(yes, Const):
             keep, yes, no = self.algebra.not_(keep), no, yes
         assert isinstance(no, Const)
-        keep = self._lowered(keep)
+        value = alpha * no.value
+        keep = self._kept(keep, value) if value else self._lowered(self.assume(keep, self.algebra))
+        if keep == TRUE:
+            return [self._term_added(yes, dtype, alpha, None)]
         steps: list[Step] = [self._term_added(yes, dtype, alpha, keep)]
-        return [*steps, AddFill(keep, alpha * no.value)] if no.value else steps
+        return [*steps, AddFill(keep, value)] if value else steps
 
     def _float(self, e: Expr, dtype: torch.dtype) -> Load:
         """A floating expression as an operand: the tensor itself, or one that is made of it."""

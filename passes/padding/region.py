@@ -15,37 +15,19 @@ import torch
 from torch import fx
 
 from attnfuse import _compat, reasons
-from attnfuse.expr import FALSE, TRUE, Algebra, Const, Expr, K, NotExpressible, Q, substitute
-from attnfuse.kernels.fills import BELOW_ALL_SCORES, HIDDEN_BELOW
+from attnfuse.expr import FALSE, Const, Expr, NotExpressible
 from attnfuse.passes.capture.view import View
 from attnfuse.passes.graph.aten import is_tensor, name_of, shape_of, value_of
-from attnfuse.passes.graph.labels import Atom, Axes, Dim, is_one, known_equal
+from attnfuse.passes.graph.labels import Axes, is_one, known_equal
 from attnfuse.passes.graph.memory import opaque, same_memory
-from attnfuse.passes.masks.structure import Fill, structured_assuming
 from attnfuse.passes.masks.terms import Axis
+from attnfuse.passes.padding.exits import Exit
+from attnfuse.passes.padding.packing import Packed, Packing
 from attnfuse.passes.padding.rowwise import Carried, Mixed, Rows
-from attnfuse.passes.padding.sources import Pad, Paddings, Unpad
+from attnfuse.passes.padding.sources import Entry, Pad, Paddings, Unpad
 from attnfuse.passes.read.isolation import read_by
-from attnfuse.passes.site import Leaf, Site
+from attnfuse.passes.site import Site
 from attnfuse.reasons import Reason
-from attnfuse.spec import AddFill, Attention, Bias, Cast, Layout, Ramp, ReplaceFill, Shift
-
-#: Steps after which a hidden score is hidden.
-_LEAVE_HIDDEN = (ReplaceFill, AddFill, Bias, Ramp, Shift, Cast)
-
-
-@dataclass(eq=False)
-class Packed:
-    """An attention on packed rows. site: as it is in the graph, but for what is known of the padding.
-
-    q, k: the rows of the queries, and of the keys and values; None where they are dense.
-    """
-
-    site: Site
-    original: Site
-    spec: Attention
-    q: Rows | None
-    k: Rows | None
 
 
 @dataclass(eq=False)
@@ -56,6 +38,8 @@ class Region:
     pads: list[Pad]
     attentions: list[Packed] = field(default_factory=list)
     unpads: list[Unpad] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
+    exits: list[Exit] = field(default_factory=list)
     inside: set[fx.Node] = field(default_factory=set)
     # the unpads, and what they make besides
     ends: set[fx.Node] = field(default_factory=set)
@@ -91,6 +75,7 @@ class _Finder:
     def __init__(self, view: View, paddings: Paddings, sites: Sequence[Site], rows: Sequence[Rows]) -> None:
         self.view = view
         self.paddings = paddings
+        self.packing = Packing(paddings)
         self.region = Region(Carried(Axes(), list(rows)), [pad for pad in paddings.pads if pad.rows in rows])
         self.carried = self.region.carried
         self.pads = {pad.node: pad for pad in self.region.pads}
@@ -174,8 +159,6 @@ class _Finder:
             if isinstance(e, Const):
                 self.carried.gathered[node, position] = replace(found, number=e.value)
 
-    # -- attentions
-
     def _attention(self, site: Site) -> None:
         carried = self.carried
         own = [leaf.node in carried.labels for leaf in (site.q, site.k, site.v)]
@@ -187,87 +170,17 @@ class _Finder:
             raise Mixed(reasons.PADDING_OF_KEYS_ALONE())
         if site.lse is not None:
             raise Mixed(reasons.PADDING_LOG_SUM_EXP())
-        q = self._side(site, site.q, site.q_dim) if own[0] else None
-        k = self._side(site, site.k, site.k_dim) if own[1] else None
-        if k is not None and self._side(site, site.v, site.k_dim) is not k:
+        q = self.packing.side(carried, site, site.q, site.q_dim) if own[0] else None
+        k = self.packing.side(carried, site, site.k, site.k_dim) if own[1] else None
+        if k is not None and self.packing.side(carried, site, site.v, site.k_dim) is not k:
             raise Mixed(reasons.PADDING_OTHER_LENGTHS())
-        raw = site.unread or site
-        ramps = any(isinstance(step, Ramp) for step in site.spec.steps)
-        assumed, fills, algebra = structured_assuming(
-            self.view, raw, lambda e, g: self._assume(e, g, raw, q, k), ramps=ramps
-        )
-        if any(n in carried.labels for leaf in assumed.operands for n in read_by(leaf)):
+        packed = self.packing.packed(self.view, site, q, k)
+        if any(n in carried.labels for leaf in packed.site.operands for n in read_by(leaf)):
             raise Mixed(reasons.PADDING_IN_MASK())
-        problem = None if k is None else self._unhidden(raw, fills, algebra, q, k)
-        if problem is not None:
-            raise Mixed(problem)
-        try:
-            spec = _packed_spec(assumed, q, k)
-        except ValueError as error:
-            raise Mixed(reasons.PADDING_NO_SPEC(error=error)) from error
-        self.region.attentions.append(Packed(assumed, site, spec, q, k))
+        self.region.attentions.append(packed)
         self.region.inside |= site.inside | {site.final}
         if q is not None:
-            self._label_result(site, q)
-
-    def _side(self, site: Site, leaf: Leaf, dim: Dim) -> Rows:
-        """The rows of q, k or v, if its padded dims are the first batch dim and that of the queries or keys."""
-        labels = self.carried.axes.resolve(self.carried.labels[leaf.node])
-        rows = self.carried.rows_of(labels)
-        if not site.batch or len(dim) != 1:
-            raise Mixed(reasons.PADDING_ONE_SEQUENCE())
-        expected = {rows.sequence: site.batch[0], rows.place: dim[0]}
-        for have, found in zip(labels, leaf.labels, strict=True):
-            if not self.carried.rows_in([have]):
-                continue
-            if len(have) != len(found) or any(
-                (a in expected and expected[a] is not b) or not known_equal(a.size, b.size) for a, b in zip(have, found)
-            ):
-                raise Mixed(reasons.PADDING_OTHER_BATCH())
-        return rows
-
-    def _assume(self, e: Expr, algebra: Algebra, site: Site, q: Rows | None, k: Rows | None) -> Expr:
-        sequence = Axis(site.batch[0])
-        if k is not None:
-            e = self.paddings.assumed(e, k, sequence, K, True, algebra)
-        if q is not None:
-            # other queries are not read
-            e = self.paddings.assumed(e, q, sequence, Q, True, algebra)
-        return e
-
-    def _unhidden(self, site: Site, fills: list[Fill], algebra: Algebra, q: Rows | None, k: Rows) -> Reason | None:
-        """Why keys of padding may have a weight, or be needed for a row that sees no other; None if neither is so."""
-        sequence = Axis(site.batch[0])
-        hiding = [f for f in fills if self.paddings.assumed(f.keep, k, sequence, K, False, algebra) == FALSE]
-        if not hiding:
-            return reasons.PADDING_NOT_HIDDEN()
-        last = hiding[-1]
-        if any(not isinstance(step, _LEAVE_HIDDEN) for step in site.spec.steps[last.step + 1 :]):
-            return reasons.PADDING_SHOWN()
-        later = [f.value for f in fills if f.step >= last.step]
-        if (
-            any(isinstance(x, (Bias, Ramp, Shift)) for x in site.spec.steps[last.step + 1 :])
-            and max(later) > HIDDEN_BELOW
-        ):
-            return reasons.PADDING_BIAS_AFTER()
-        if all(value == -torch.inf for value in later) and (q is k or site.spec.hidden == "zero"):
-            return None
-        if q is not k:
-            return reasons.PADDING_QUERY_WITHOUT_KEYS()
-        low = torch.finfo(torch.float16).min if site.spec.qk_dtype == "float16" else BELOW_ALL_SCORES
-        if any(value > low for value in later):
-            return reasons.PADDING_NEAR_FILL()
-        own = [substitute(self._assume(f.keep, algebra, site, q, k), {K: Q}, algebra) for f in fills]
-        if any(keep != TRUE for keep in own):
-            return reasons.PADDING_MASKED_ROW()
-        return None
-
-    def _label_result(self, site: Site, rows: Rows) -> None:
-        own = {site.batch[0]: rows.sequence, site.q_dim[0]: rows.place}
-        fresh: dict[Atom, Atom] = {}
-        self.carried.labels[site.final] = tuple(
-            tuple(own.get(a) or fresh.setdefault(a, Atom(a.size)) for a in dim) for dim in site.out_labels
-        )
+            self.packing.label_result(carried, site, q)
 
     # -- what must hold of the whole
 
@@ -303,7 +216,7 @@ class _Finder:
         for user in node.users:
             if user not in self.view.live or user in known or user in self.carried.labels or user in self.carried.parts:
                 continue
-            if is_tensor(user) or user.op == "output" or user.target is opaque or not _is_number(user):
+            if is_tensor(user) or user.op == "output" or user.target is opaque or not is_number(user):
                 what = "the graph's output" if user.op == "output" else name_of(user) or "other code"
                 raise Mixed(reasons.PADDING_USED(user=what))
 
@@ -333,18 +246,6 @@ class _Finder:
                 raise Mixed(reasons.PADDING_AUTOCAST())
 
 
-def _is_number(node: fx.Node) -> bool:
+def is_number(node: fx.Node) -> bool:
+    """Whether it is a number, symbolic or not, and no tensor."""
     return isinstance(value_of(node), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
-
-
-def _packed_spec(site: Site, q: Rows | None, k: Rows | None) -> Attention:
-    spec = site.spec
-    layout: Layout = "packed" if q and k else "packed_queries" if q else "packed_keys"
-    sizes = list(spec.sizes)
-    rank = len(spec.batch) + 2
-    sizes[0] = None
-    for rows, at in ((q, -4), (k, -3)):
-        if rows is not None:
-            sizes[at] = None
-    order = (0, rank - 2, *range(1, rank - 2), rank - 1) if q is not None else spec.out_order
-    return replace(spec, sizes=tuple(sizes), layout=layout, out_order=order)

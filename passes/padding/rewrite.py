@@ -21,9 +21,11 @@ from attnfuse.passes.emit.writer import NodeWriter
 from attnfuse.passes.graph import moves, views
 from attnfuse.passes.graph.aten import dtype_of, getitem_source, name_of, shape_of, source_of, value_of
 from attnfuse.passes.graph.labels import Atom, Dim, Labels, Size
-from attnfuse.passes.padding.region import Packed, Region
+from attnfuse.passes.padding.exits import Computed, Exit
+from attnfuse.passes.padding.packing import Packed
+from attnfuse.passes.padding.region import Region
 from attnfuse.passes.padding.rowwise import Gathered, Rows
-from attnfuse.passes.padding.sources import Pad, Unpad
+from attnfuse.passes.padding.sources import Entry, Pad, Unpad
 from attnfuse.passes.site import Leaf, Site
 
 
@@ -44,21 +46,28 @@ class RegionRewriter:
         for rows in self.carried.rows:
             self.sizes[rows.sequence], self.sizes[rows.place] = 1, rows.total
         self.pads = {pad.node: pad for pad in region.pads}
+        self.entries = {entry.node: entry for entry in region.entries}
+        #: rows that are taken out of the graph's own tensors: the numbers of their places are further inputs, in this order
+        self.given: list[Rows] = []
         self.attentions = {a.original.final: (a, kernel) for a, kernel in zip(region.attentions, kernels, strict=True)}
 
     def emit(self) -> None:
         """Replace the results of the region, inside of `Emitter.attempt`. Raises EmitError."""
-        ends: list[tuple[fx.Node, Unpad | Packed]] = [(u.node, u) for u in self.region.unpads]
+        ends: list[tuple[fx.Node, Unpad | Packed | Exit]] = [(u.node, u) for u in self.region.unpads]
+        ends += [(e.node, e) for e in self.region.exits]
         ends += [(a.original.final, a) for a in self.region.attentions if a.q is None]
         ends.sort(key=lambda end: self.view.order[end[0]])
         graph = self.scope.module.graph
         results = []
         for node, end in ends:
             owner = self.view.origin[node].node
-            writer = _PackedWriter(self, owner, value_of(node).device)
+            writer = PackedWriter(self, owner, value_of(node).device)
             with graph.inserting_before(owner):
-                source = end.source if isinstance(end, Unpad) else node
+                source = node if isinstance(end, Packed) else end.source
                 self._write(writer, source)
+                if isinstance(end, Computed):
+                    for other in self._sources(node):
+                        self._write(writer, other)
                 results.append((node, owner, writer, self._result(writer, end, source)))
             if isinstance(end, Packed) and self.scope.values[owner] is not node:
                 raise EmitError(reasons.PADDED_KEYS_IN_CALL())
@@ -74,12 +83,12 @@ class RegionRewriter:
     def inside(self) -> set[fx.Node]:
         """View nodes that nothing needs any more."""
         kept = {u.node for u in self.region.unpads if u.mask is not None}
-        own = set(self.carried.labels) | set(self.carried.parts)
+        own = (set(self.carried.labels) | set(self.carried.parts)) - set(self.entries)
         return (self.region.inside | own | self.region.ends) - kept
 
     # -- the order of things
 
-    def _write(self, writer: _PackedWriter, target: fx.Node) -> None:
+    def _write(self, writer: PackedWriter, target: fx.Node) -> None:
         """All that `target` needs, and itself."""
         needed: set[fx.Node] = set()
         stack = [target]
@@ -89,11 +98,11 @@ class RegionRewriter:
                 needed.add(node)
                 stack += self._sources(node)
         for node in sorted(needed, key=self.view.order.__getitem__):
-            writer.written_for = self.view.origin[node].node
+            writer.written_for = self.view.origin[node].node if node in self.view.origin else writer.owner
             self.made[node] = self._checked(writer, node, self._written(writer, node))
         writer.written_for = writer.owner
 
-    def _checked(self, writer: _PackedWriter, node: fx.Node, made: fx.Node) -> fx.Node:
+    def _checked(self, writer: PackedWriter, node: fx.Node, made: fx.Node) -> fx.Node:
         """`made`, if it is what `node` is but for the sizes of its rows. Raises EmitError."""
         if node not in self.carried.labels:
             return made
@@ -101,16 +110,18 @@ class RegionRewriter:
         return writer.checked(made, f"{name_of(node)} of packed rows", [self._size(d) for d in dims], dtype_of(node))
 
     def _sources(self, node: fx.Node) -> list[fx.Node]:
-        if node in self.pads:
+        if node in self.pads or node in self.entries:
             return []
         if node in self.attentions:
             site = self.attentions[node][0].site
             return [leaf.node for leaf in (site.q, site.k, site.v) if leaf.node in self.carried.labels]
         return [n for n in node.all_input_nodes if n in self.carried.labels or n in self.carried.parts]
 
-    def _written(self, writer: _PackedWriter, node: fx.Node) -> fx.Node:
+    def _written(self, writer: PackedWriter, node: fx.Node) -> fx.Node:
         if node in self.pads:
             return self._values(writer, self.pads[node])
+        if node in self.entries:
+            return self._taken_out(writer, self.entries[node])
         if node in self.attentions:
             return self._attended(writer, *self.attentions[node])
         source = getitem_source(node)
@@ -124,11 +135,15 @@ class RegionRewriter:
         moved = moves.dim_map(node)
         if moved is not None and moved.method is not None:
             return writer.method(moved.method, self.made[moved.source], *self._shape(writer, node))
+        return self.again(writer, node)
+
+    def again(self, writer: PackedWriter, node: fx.Node) -> fx.Node:
+        """The same op on the packed rows of its arguments."""
         args = [self._argument(writer, node, i, x) for i, x in enumerate(node.args)]
         kwargs = fx.node.map_arg(dict(node.kwargs), writer.node_for)
         return writer.call(cast("Callable[..., Any]", node.target), tuple(args), kwargs)
 
-    def _argument(self, writer: _PackedWriter, node: fx.Node, position: int, x: Any) -> Any:
+    def _argument(self, writer: PackedWriter, node: fx.Node, position: int, x: Any) -> Any:
         found = self.carried.gathered.get((node, position))
         if found is None:
             return fx.node.map_arg(x, writer.node_for)
@@ -139,7 +154,7 @@ class RegionRewriter:
             sizes = [1] * len(found.dims)
         return writer.checked(self._gathered(writer, found, x), "what packed rows read", sizes, dtype_of(x))
 
-    def _shape(self, writer: _PackedWriter, node: fx.Node) -> list[int | fx.Node]:
+    def _shape(self, writer: PackedWriter, node: fx.Node) -> list[int | fx.Node]:
         return writer.shape([self._size(dim) for dim in self.carried.axes.resolve(self.carried.labels[node])])
 
     def _size(self, dim: Dim) -> Any:
@@ -150,14 +165,51 @@ class RegionRewriter:
 
     # -- rows
 
-    def _values(self, writer: _PackedWriter, pad: Pad) -> fx.Node:
+    def _values(self, writer: PackedWriter, pad: Pad) -> fx.Node:
         if pad.values is not None:
             return writer.method("unsqueeze", writer.node_for(pad.values), 0)
         origin = self.view.origin[pad.node].node
         return writer.method("unsqueeze", writer.method("values", origin.args[0]), 0)
 
-    def _offsets(self, writer: _PackedWriter, rows: Rows) -> fx.Node:
+    def _taken_out(self, writer: PackedWriter, entry: Entry) -> fx.Node:
+        """The rows of tokens of a padded tensor."""
+        rows, whole = entry.rows, NodeWriter.node_for(writer, entry.node)
+        labels = self.carried.axes.resolve(self.carried.labels[entry.node])
+        index = self.table(writer, rows, "index")
+        if (rows.sequence, rows.place) in labels:
+            return writer.call(torch.index_select, (whole, labels.index((rows.sequence, rows.place)), index))
+        sequence, place = labels.index((rows.sequence,)), labels.index((rows.place,))
+        rest = [d for d in range(len(labels)) if d not in (sequence, place)]
+        order = [sequence, place, *rest]
+        if order != list(range(len(order))):
+            whole = writer.method("permute", whole, *order)
+        found = writer.call(torch.index_select, (writer.method("flatten", whole, 0, 1), 0, index))
+        found = writer.method("unsqueeze", found, 0)
+        back = [order.index(d) for d in range(len(order))]
+        return found if back == order else writer.method("permute", found, *back)
+
+    def row_of(self, writer: PackedWriter, rows: Rows, place: int | fx.Node) -> fx.Node:
+        """The packed row [B] of a place of each sequence: of one number, or of a view node [B]. A guard says that it is there."""
+        batch, longest = writer.size(rows.sequence.size), writer.size(rows.place.size)
+        numbers = writer.call(torch.mul, (writer.call(torch.arange, (batch,), {"device": writer.device}), longest))
+        if isinstance(place, int):
+            at: Any = place if place >= 0 else self._plus(writer, longest, place)
+        else:
+            at = writer.method("to", writer.here(place), torch.int64)
+            at = writer.call(torch.where, (writer.call(torch.lt, (at, 0)), writer.call(torch.add, (at, longest)), at))
+        wanted = writer.call(torch.add, (numbers, at))
+        return writer.call(torch.bucketize, (wanted, self.table(writer, rows, "index")))
+
+    def _plus(self, writer: PackedWriter, a: Any, b: int) -> Any:
+        return a + b if isinstance(a, int) else writer.call(operator.add, (a, b))
+
+    def _offsets(self, writer: PackedWriter, rows: Rows) -> fx.Node:
         """[B + 1]."""
+        if rows.kept is not None:
+            batch, longest = writer.size(rows.sequence.size), writer.size(rows.place.size)
+            numbers = writer.call(torch.arange, (self._plus(writer, batch, 1),), {"device": writer.device})
+            firsts = writer.call(torch.mul, (numbers, longest))
+            return writer.call(torch.bucketize, (firsts, self.table(writer, rows, "index")))
         if rows.nested is not None:
             found = writer.method("offsets", rows.nested)
         elif rows.offsets is not None:
@@ -176,24 +228,43 @@ class RegionRewriter:
         total = writer.size(rows.total)
         return writer.call(torch.ops.attnfuse.checked_offsets.default, (found, lengths, total))
 
-    def table(self, writer: _PackedWriter, rows: Rows, what: str) -> fx.Node:
-        """Made once: 'offsets' [B + 1]; 'bounds' [2, B] as the op takes them; of each packed row its 'sequence' and 'place',
-        and whether it 'lies' in the padded tensor; 'rows' [B, N], the packed row of each place."""
+    def _input(self, rows: Rows) -> fx.Node:
+        """A further input of the graph: the numbers of the places that are tokens."""
+        graph = self.scope.module.graph
+        last = next(n for n in reversed(graph.nodes) if n.op == "placeholder")
+        with graph.inserting_after(last):
+            node = graph.placeholder(f"attnfuse_rows_{len(self.given)}")
+        node.meta["example_value"] = rows.index
+        self.given.append(rows)
+        return node
+
+    def table(self, writer: PackedWriter, rows: Rows, what: str) -> fx.Node:
+        """Made once: 'index' [total], the places of tokens; whether sequences are 'padded' [B]; 'offsets' [B + 1]; 'bounds' [2, B]
+        as the op takes them; of each packed row its 'sequence' and 'place', and whether it 'lies' in the padded tensor; 'rows'
+        [B, N], the packed row of each place."""
         if (rows, what) not in self.tables:
             found, sequences = self._table(writer, rows, what), rows.sequence.size
-            shapes = {"bounds": (2, sequences), "rows": (sequences, rows.place.size)}
+            shapes = {"bounds": (2, sequences), "rows": (sequences, rows.place.size), "padded": (sequences,)}
             # there may be offsets of more sequences
             if what != "offsets":
                 found = writer.checked(found, f"the {what} of packed rows", shapes.get(what, (rows.total,)))
             self.tables[rows, what] = found
         return self.tables[rows, what]
 
-    def _table(self, writer: _PackedWriter, rows: Rows, what: str) -> fx.Node:
+    def _table(self, writer: PackedWriter, rows: Rows, what: str) -> fx.Node:
         call = writer.call
         if what == "offsets":
             return self._offsets(writer, rows)
+        if what == "index":
+            return self._input(rows)
+        if rows.kept is not None and what in ("sequence", "place"):
+            divided = torch.div if what == "sequence" else torch.remainder
+            given = (self.table(writer, rows, "index"), writer.size(rows.place.size))
+            return call(divided, given, {"rounding_mode": "floor"} if what == "sequence" else {})
         offsets = self.table(writer, rows, "offsets")
         start, end = (call(torch.narrow, (offsets, 0, at, writer.size(rows.sequence.size))) for at in (0, 1))
+        if what == "padded":
+            return call(torch.lt, (call(torch.sub, (end, start)), writer.size(rows.place.size)))
         if what == "bounds":
             # no kernel may read a mask or bias beyond the padded length, whatever the offsets are
             end = call(torch.minimum, (end, call(torch.add, (start, writer.size(rows.place.size)))))
@@ -213,14 +284,14 @@ class RegionRewriter:
         inside = call(torch.lt, (place, writer.size(rows.place.size)))
         return call(torch.logical_and, (inside, call(torch.lt, (numbers, ends))))
 
-    def _below(self, writer: _PackedWriter, x: fx.Node, size: Any) -> fx.Node:
+    def _below(self, writer: PackedWriter, x: fx.Node, size: Any) -> fx.Node:
         return writer.call(torch.clamp, (x,), {"min": 0, "max": self._less(writer, size)})
 
-    def _less(self, writer: _PackedWriter, size: Any) -> Any:
+    def _less(self, writer: PackedWriter, size: Any) -> Any:
         found = writer.size(size)
         return found - 1 if isinstance(found, int) else writer.call(operator.sub, (found, 1))
 
-    def _gathered(self, writer: _PackedWriter, found: Gathered, x: fx.Node) -> fx.Node:
+    def _gathered(self, writer: PackedWriter, found: Gathered, x: fx.Node) -> fx.Node:
         """What each packed row reads of x: like x, but with 1 for the sequences and all rows for the places."""
         rows = found.rows
         if found.number is not None:
@@ -248,12 +319,12 @@ class RegionRewriter:
         order = [0 if d == place else 1 + rest.index(d) for d in range(len(found.dims)) if d != sequence]
         return writer.method("unsqueeze", writer.method("permute", node, *order), sequence)
 
-    def _place_times(self, writer: _PackedWriter, rows: Rows) -> fx.Node:
+    def _place_times(self, writer: PackedWriter, rows: Rows) -> fx.Node:
         return writer.call(torch.mul, (self.table(writer, rows, "sequence"), writer.size(rows.place.size)))
 
     # -- attentions
 
-    def _attended(self, writer: _PackedWriter, a: Packed, kernel: str) -> fx.Node:
+    def _attended(self, writer: PackedWriter, a: Packed, kernel: str) -> fx.Node:
         site = a.site
         q = self._side(writer, site, site.q, a.q, site.q_dim, site.d_dim)
         k = self._side(writer, site, site.k, a.k, site.k_dim, site.d_dim)
@@ -279,7 +350,7 @@ class RegionRewriter:
             out = writer.method("permute", out, *order)
         return writer.method("reshape", out, *self._shape(writer, site.final))
 
-    def _side(self, writer: _PackedWriter, site: Site, leaf: Leaf, rows: Rows | None, dim: Dim, width: Dim) -> fx.Node:
+    def _side(self, writer: PackedWriter, site: Site, leaf: Leaf, rows: Rows | None, dim: Dim, width: Dim) -> fx.Node:
         """q, k or v as the op takes it: [1, *batch, rows, width] where it is packed."""
         if rows is None:
             return writer.canonical(leaf, site.batch, dim, width)
@@ -292,8 +363,12 @@ class RegionRewriter:
 
     # -- results
 
-    def _result(self, writer: _PackedWriter, end: Unpad | Packed, source: fx.Node) -> fx.Node:
+    def _result(self, writer: PackedWriter, end: Unpad | Packed | Exit, source: fx.Node) -> fx.Node:
         found = self.made[source]
+        if isinstance(end, Exit):
+            like = value_of(end.node)
+            result = writer.checked(end.write(writer, found), "what leaves packed rows", like.shape, like.dtype)
+            return writer.laid_out(result, like)
         if isinstance(end, Packed):
             return found
         for made, same in end.passed:
@@ -314,7 +389,7 @@ class RegionRewriter:
         # it is nobody else's memory: not the packed input's, nor what an op keeps for backward
         return writer.call(torch.clone, (found,), {"memory_format": torch.contiguous_format})
 
-    def _select(self, writer: _PackedWriter, node: fx.Node, owner: fx.Node, end: Unpad, packed: fx.Node) -> None:
+    def _select(self, writer: PackedWriter, node: fx.Node, owner: fx.Node, end: Unpad, packed: fx.Node) -> None:
         """padded[mask]: the same call on the numbers of the packed rows keeps the size it makes known."""
         rows = self.carried.rows_of(self.carried.labels[end.source])
         users = [u for u in owner.users if not _is_size(u)]
@@ -336,7 +411,7 @@ def _is_size(node: fx.Node) -> bool:
     return asks and node.args[1:] == (0,)
 
 
-class _PackedWriter(NodeWriter):
+class PackedWriter(NodeWriter):
     """Packed rows in the place of padded tensors."""
 
     def __init__(self, rewriter: RegionRewriter, owner: fx.Node, device: torch.device) -> None:
@@ -353,3 +428,11 @@ class _PackedWriter(NodeWriter):
             # made again it might be the size of a packed tensor
             return self.size(value_of(made))  # type: ignore[return-value]
         return super().node_for(made)
+
+    def product(self, sizes: Sequence[Size]) -> int | fx.Node:
+        """The product of sizes, as an argument."""
+        total: Any = 1
+        for size in map(self.size, sizes):
+            both = isinstance(total, int) and isinstance(size, int)
+            total = total * size if both else self.call(operator.mul, (total, size))
+        return total  # type: ignore[no-any-return]

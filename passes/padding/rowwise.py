@@ -20,6 +20,7 @@ from attnfuse.passes.graph.aten import arguments, getitem_source, is_tensor, nam
 from attnfuse.passes.graph.labels import Atom, Axes, Dim, Labels, Size, insert, is_one, known_equal
 from attnfuse.passes.graph.moves import DimMap
 from attnfuse.passes.graph.vocabulary import ELEMENTWISE
+from attnfuse.passes.padding.kept import Kept
 from attnfuse.reasons import Reason, ReasonError
 
 
@@ -36,6 +37,8 @@ class Rows:
     offsets, lengths  view nodes with the first row of each sequence [B + 1], and how many it has [B]; one may be None
     nested            the Dynamo node of the nested tensor that was padded, if it was one
     exact             no sequence is longer than N, and every packed row is of one
+    kept              the places that are tokens, where padded tensors are the graph's own and packed rows are taken out of them
+    index             then the fake value of the numbers of these places, sequence * N + place, in order [total]
     """
 
     sequence: Atom
@@ -45,6 +48,8 @@ class Rows:
     lengths: fx.Node | None = None
     nested: fx.Node | None = None
     exact: bool = False
+    kept: Kept | None = None
+    index: torch.Tensor | None = None
 
     @property
     def atoms(self) -> frozenset[Atom]:

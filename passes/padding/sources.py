@@ -54,6 +54,14 @@ class Pad:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """node is a padded tensor of the graph, whose tokens are taken out of it."""
+
+    node: fx.Node
+    rows: Rows
+
+
+@dataclass(frozen=True)
 class Unpad:
     """node [rows, ...] holds the rows of `source`, padded [B, N, ...]: all of them, or those where `mask` is True.
 
@@ -97,12 +105,13 @@ def _op(node: fx.Node) -> str:
 class Paddings:
     """The pads and unpads of a view."""
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: View, of_graph: bool = True) -> None:
+        """of_graph: whether those of the graph are looked for."""
         self.view = view
         self.rows: list[Rows] = []
         self.pads: list[Pad] = []
         for node in view.graph.nodes:
-            if node in view.live and is_tensor(node):
+            if of_graph and node in view.live and is_tensor(node):
                 found = self._pad(node)
                 if found is not None:
                     self.pads.append(found)
@@ -302,7 +311,9 @@ class Paddings:
         return isinstance(of, fx.Node) and _same_nested(of, nested)
 
     def assumed(self, e: Expr, rows: Rows, sequence: Expr, place: Expr, holds: bool, algebra: Algebra) -> Expr:
-        """e, where `place < length of sequence` holds, or does not."""
+        """e, where there is a token at a place of a sequence, or none."""
+        if rows.kept is not None:
+            return rows.kept.assumed(e, sequence, place, holds, algebra)
         known: dict[Expr, Expr] = {}
         starts: dict[fx.Node, list[Tensor]] = {}
         for x in _tensors(e):

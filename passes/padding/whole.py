@@ -1,0 +1,740 @@
+"""Padding that comes in with the batch: which rows of padded tensors nothing reads, from the graph's inputs to its results.
+
+A mask that hides keys says which places of a batch [B, N] are tokens. Tensors with these two dims are labelled going forward:
+what that says is only which index each dim runs over. Going back, a tensor is read at hidden places if something does that reads
+it there: an op that keeps rows apart and whose own result is, a result of the graph, an op that mixes rows. Attentions do not read
+hidden keys, and of queries those that are read; and some ops read a padded tensor, but not its padding (exits.py). What is not read
+at hidden places is written anew on the rows of the tokens (rewrite.py), which come out of the tensors that stay as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnfuse import _compat, reasons
+from attnfuse.expr import Algebra, Apply, Const, Expr, Index, K, Linear, Load, NotExpressible, Q, substitute, walk
+from attnfuse.passes.capture.view import View
+from attnfuse.passes.graph.aten import (
+    arguments,
+    dtype_of,
+    is_tensor,
+    name_of,
+    shape_of,
+    source_of,
+    value_of,
+)
+from attnfuse.passes.graph.constants import constant
+from attnfuse.passes.graph.labels import Atom, Axes, Labels, is_one, known_equal
+from attnfuse.passes.graph.memory import is_mutating, opaque
+from attnfuse.passes.masks.structure import structured_assuming
+from attnfuse.passes.masks.terms import Axis
+from attnfuse.passes.padding.exits import Computed, Exit, Greatest, Guard, Returned, Selected, Summed
+from attnfuse.passes.padding.kept import Kept, conditions
+from attnfuse.passes.padding.packing import Packed, Packing
+from attnfuse.passes.padding.region import Region, is_number
+from attnfuse.passes.padding.rowwise import Carried, Mixed, Rows
+from attnfuse.passes.padding.sources import Entry, Paddings
+from attnfuse.passes.read.isolation import read_by
+from attnfuse.passes.site import Leaf, Site
+from attnfuse.reasons import Reason, ReasonError
+from attnfuse.spec import Attention
+
+#: A fill of masked places that no value of a tensor is taken to be as low as.
+_LOW = -1e4
+
+
+@dataclass(eq=False)
+class Whole(Region):
+    """A region that begins in tensors of the graph. kept: what says where tokens are."""
+
+    kept: list[Rows] = field(default_factory=list)
+    guards: list[Guard] = field(default_factory=list)
+    # why some tensors stay padded: what reads them, with the line
+    read: list[Reason] = field(default_factory=list)
+
+
+def find_whole(
+    view: View, sites: Sequence[Site], runs: Callable[[Attention, Site], Reason | None], drop: bool
+) -> Whole | Reason | None:
+    """The region, why there is none though something is padded, or None where nothing is. drop: results are not read there."""
+    finder = _Finder(view, sites, runs, drop)
+    if not finder.rows:
+        return None
+    try:
+        return finder.run()
+    except Mixed as error:
+        return error.reason
+
+
+class _Finder:
+    def __init__(
+        self, view: View, sites: Sequence[Site], runs: Callable[[Attention, Site], Reason | None], drop: bool
+    ) -> None:
+        self.view = view
+        self.runs = runs
+        self.drop = drop
+        self.sites = list(sites)
+        self.finals = {site.final: site for site in sites}
+        self.inside: set[fx.Node] = set().union(*(site.inside for site in sites))
+        self.packing = Packing(Paddings(view, of_graph=False))
+        self.rows: list[Rows] = []
+        # the rows of each attention's keys
+        self.keys: dict[Site, Rows] = {}
+        for site in sites:
+            self._find_rows(site)
+        self.carried = Carried(Axes(), list(self.rows))
+        # labelled by an op on labelled tensors; the others stand for themselves
+        self.derived: set[fx.Node] = set()
+        # what an attention takes, and as what
+        self.leaves: dict[fx.Node, list[tuple[Site, str]]] = {}
+        for site in sites:
+            for leaf, role in ((site.q, "q"), (site.k, "k"), (site.v, "v"), *((x, "operand") for x in site.operands)):
+                for node in read_by(leaf):
+                    self.leaves.setdefault(node, []).append((site, role))
+        self.problems: dict[fx.Node, Reason] = {}
+
+    # -- which places are kept
+
+    def _find_rows(self, site: Site) -> None:
+        raw = site.unread or site
+        if not site.batch or not site.k_dim or is_one(site.batch[0].size) or is_one(site.k_dim[0].size):
+            return
+        fills = structured_assuming(self.view, raw, lambda e, algebra: e)[1]
+        for condition in conditions(raw, fills):
+            for rows in self.rows:
+                assert rows.kept is not None
+                same = all(
+                    known_equal(a.size, b.size)
+                    for a, b in ((rows.sequence, site.batch[0]), (rows.place, site.k_dim[0]))
+                )
+                if same and rows.kept.at(Axis(site.batch[0]), K, Algebra()) == condition:
+                    self.keys[site] = rows
+                    return
+            sequence, place = Atom(site.batch[0].size), Atom(site.k_dim[0].size)
+            own: dict[Expr, Expr] = {Axis(site.batch[0]): Axis(sequence), K: Axis(place)}
+            kept = Kept(sequence, place, substitute(condition, own, Algebra()))
+            rows = Rows(sequence, place, None, exact=True, kept=kept)
+            self.rows.append(rows)
+            self.keys[site] = rows
+            return
+
+    # -- labels
+
+    def run(self) -> Whole | Reason | None:
+        self._label()
+        forced = self._forced()
+        while True:
+            found = self._liveness(forced)
+            # what cannot be gathered, since its dims lie otherwise, makes what would read it stay
+            more = {user for x, users in found.entries.items() for user in users if not self._can_be_gathered(x)}
+            if not more - forced:
+                break
+            forced |= more
+        return self._whole(found) if found.packs else self._why_not(found)
+
+    def _label(self) -> None:
+        view, carried = self.view, self.carried
+        for node in view.graph.nodes:
+            site = self.finals.get(node)
+            if site is not None:
+                self._label_site(site)
+                continue
+            if node not in view.live or node in self.inside:
+                continue
+            origin = view.origin.get(node)
+            if (origin is not None and origin.scope.parent is not None) or node.op == "output":
+                continue
+            if node.target is not opaque and not is_mutating(node) and carried.takes(node):
+                if not (is_tensor(node) or isinstance(value_of(node), (list, tuple))):
+                    continue
+                before = dict(carried.axes.parts)
+                try:
+                    carried.carry(node)
+                except Mixed as error:
+                    carried.axes.parts = before
+                    carried.labels.pop(node, None)
+                    carried.parts.pop(node, None)
+                    self.problems[node] = error.reason
+                else:
+                    self.derived.add(node)
+                    continue
+            self._label_anew(node)
+
+    def _label_anew(self, node: fx.Node) -> None:
+        """A tensor with dims of sequences and places that none of the labelled ones gave it."""
+        if not is_tensor(node) or value_of(node).dim() < 2 or _is_parameter(self.view, node):
+            return
+        fitting = [r for r in self.rows if all(map(known_equal, shape_of(node)[:2], (r.sequence.size, r.place.size)))]
+        if len(fitting) > 1:
+            fitting = [r for r in fitting if r is self._reached(node)]
+        if fitting:
+            rows, axes = fitting[0], self.carried.axes
+            self.carried.labels[node] = (
+                (rows.sequence,),
+                (rows.place,),
+                *(axes.fresh(n) for n in shape_of(node)[2:]),
+            )
+
+    def _reached(self, node: fx.Node) -> Rows | None:
+        """The rows of the first attention whose keys are made of a tensor, without another attention between."""
+        order = self.view.order
+        queue, seen = [node], {node}
+        while queue:
+            queue.sort(key=order.__getitem__)
+            at = queue.pop(0)
+            for site, role in self.leaves.get(at, ()):
+                if role == "k":
+                    return self.keys.get(site)
+            more = {u for u in at.users if u not in seen and u not in self.finals and u not in self.inside}
+            seen |= more
+            queue += more
+        return None
+
+    def _label_site(self, site: Site) -> None:
+        leaf = site.q
+        if leaf.node not in self.carried.labels or not _is_plain(leaf):
+            return
+        try:
+            rows = self.packing.side(self.carried, site, leaf, site.q_dim)
+        except Mixed as error:
+            self.problems[site.final] = error.reason
+            return
+        self.packing.label_result(self.carried, site, rows)
+        self.derived.add(site.final)
+
+    def _forced(self) -> set[fx.Node]:
+        """What stays as it is, whatever reads it: written in place, or computed in another mode than the attentions are."""
+        view = self.view
+        modes = _modes(view)
+
+        def mode(node: fx.Node) -> Any:
+            origin = view.origin.get(node)
+            return None if origin is None else modes.get(origin.node, ())
+
+        main = {(view.grad.get(s.final, True), mode(s.final)) for s in self.sites}
+        found: set[fx.Node] = set()
+        for node in (*self.carried.labels, *self.carried.parts):
+            if node.op == "placeholder":
+                continue
+            odd = len(main) > 1 or (view.grad.get(node, True), mode(node)) not in main
+            if odd or view.writes.to(node):
+                found.add(node)
+        return found
+
+    # -- what is read at hidden places
+
+    def _liveness(self, forced: set[fx.Node]) -> _Found:
+        view, carried = self.view, self.carried
+        found = _Found(set(forced))
+        for node in reversed(view.graph.nodes):
+            site = self.finals.get(node)
+            is_labelled = node in carried.labels or node in carried.parts
+            if not is_labelled and site is None:
+                continue
+            if not is_labelled or node in found.read or self._is_read(node, found):
+                found.read.add(node)
+            if site is None:
+                continue
+            try:
+                found.packs[node] = self._packed(site, node not in found.read, found)
+            except ReasonError as error:
+                found.read.add(node)
+                found.reasons.setdefault(site, error.reason)
+
+        def reads(x: fx.Node, user: fx.Node) -> None:
+            if x in carried.labels and (x in found.read or x not in self.derived):
+                found.entries.setdefault(x, []).append(user)
+
+        for node in self.derived - found.read - set(self.finals):
+            for x in node.all_input_nodes:
+                reads(x, node)
+        for final, packed in found.packs.items():
+            site = packed.original
+            for leaf in (*((site.q,) if packed.q is not None else ()), site.k, site.v):
+                reads(leaf.node, final)
+        for each in found.exits.values():
+            for x in {each.source, *(each.node.all_input_nodes if isinstance(each, Computed) else ())}:
+                reads(x, each.node)
+        return found
+
+    def _is_read(self, node: fx.Node, found: _Found) -> bool:
+        """Whether something reads it where padding is."""
+        for site, role in self.leaves.get(node, ()):
+            packed = found.packs.get(site.final)
+            if packed is None or role == "operand" or (role == "q" and packed.q is None):
+                found.readers.setdefault(node, site.final)
+                return True
+        exits: dict[fx.Node, Exit] = {}
+        for user in node.users:
+            if user not in self.view.live or user in self.inside or user in self.finals:
+                continue
+            each = None
+            if user in self.derived:
+                is_read = user in found.read
+            elif user.op != "output" and is_number(user):
+                is_read = False
+            else:
+                each = self._exit(user, node)
+                is_read = each is None
+            if is_read:
+                found.readers.setdefault(node, user)
+                return True
+            if each is not None:
+                exits[each.node] = each
+        found.exits |= exits
+        return False
+
+    # -- attentions
+
+    def _packed(self, site: Site, with_queries: bool, found: _Found) -> Packed:
+        """An attention on packed rows: of queries too, where its result is not read at hidden places. Raises Mixed."""
+        carried = self.carried
+        k_rows = self.keys.get(site)
+        if k_rows is None:
+            raise Mixed(reasons.PADDING_NOT_HIDDEN())
+        if site.lse is not None:
+            raise Mixed(reasons.PADDING_LOG_SUM_EXP())
+        for leaf in (site.k, site.v):
+            if leaf.node not in carried.labels or not _is_plain(leaf):
+                raise Mixed(reasons.PADDING_OF_KEYS_ALONE())
+            if self.packing.side(carried, site, leaf, site.k_dim) is not k_rows:
+                raise Mixed(reasons.PADDING_OTHER_LENGTHS())
+        q_rows = self.packing.side(carried, site, site.q, site.q_dim) if with_queries else None
+        if (
+            q_rows is None
+            and site.q.node in carried.labels
+            and self.packing.side(carried, site, site.q, site.q_dim) is k_rows
+        ):
+            # its keys are skipped as it is
+            raise Mixed(reasons.PADDING_READ(op="an attention", at=site.where))
+        packed = self.packing.packed(self.view, site, q_rows, k_rows)
+        problem = self.runs(packed.spec, packed.site)
+        if problem is not None:
+            raise Mixed(problem)
+        if packed.some:
+            found.some.add(k_rows)
+        need = _needed(packed.site, q_rows is k_rows)
+        if need is not None:
+            found.need(k_rows, need)
+            if q_rows is not None:
+                found.need(q_rows, need)
+        return packed
+
+    # -- exits
+
+    def _exit(self, user: fx.Node, x: fx.Node) -> Exit | None:
+        """How `user` reads a labelled tensor without its padding; None if it may read that."""
+        if user.op == "output":
+            if not self.drop:
+                return None
+            labels = self._dims(x)
+            return None if labels is None else Returned(x, x, self.carried.rows_of(labels), labels)
+        name = name_of(user)
+        rule = _EXITS.get(name)
+        origin = self.view.origin.get(user)
+        if rule is None or origin is None or origin.scope.parent is not None or x not in self.carried.labels:
+            return None
+        try:
+            return rule(self, user, x)
+        except ReasonError:
+            return None
+
+    def _dims(self, x: fx.Node) -> Labels | None:
+        """The labels of a tensor that has one dim for sequences and one for places."""
+        labels = self.carried.axes.resolve(self.carried.labels[x])
+        rows = self.carried.rows_of(labels)
+        return labels if (rows.sequence,) in labels and (rows.place,) in labels else None
+
+    def _at(self, x: fx.Node, index: tuple[Expr, ...], rows: Rows, holds: bool) -> Expr | None:
+        """What x is at an index of Axis(sequence) and Axis(place) of rows, where there is a token, or none."""
+        assert rows.kept is not None
+        terms = self.packing.paddings.terms()
+        try:
+            e = terms.at(x, index)
+        except NotExpressible:
+            return None
+        return rows.kept.assumed(e, Axis(rows.sequence), Axis(rows.place), holds, terms.algebra)
+
+    def hidden(self, x: Any, out: Labels) -> float | None:
+        """The one number that x, broadcast to a tensor with labels `out`, is in all places of padding; None if it is not known."""
+        if not isinstance(x, fx.Node):
+            return float(x) if isinstance(x, (int, float, bool)) else None
+        rows = self.carried.rows_of(out)
+        if not is_tensor(x):
+            return None
+        known = self._index_number(x, out, rows)
+        if known is not None or x not in self.derived:
+            return known
+        labels = self.carried.labels.get(x)
+        if labels is None or x.target is opaque:
+            return None
+        name, args = name_of(x), x.args
+        if name in _MOVED:
+            return (
+                self.hidden(args[0], self.carried.labels[source_of(x)]) if source_of(x) in self.carried.labels else None
+            )
+        if name == "mul":
+            # what padding holds is finite, as docs/padding.md says
+            return 0.0 if 0.0 in [self.hidden(a, labels) for a in args[:2]] else None
+        if name == "masked_fill":
+            mask = self.hidden(args[1], labels)
+            return None if mask is None else self.hidden(args[2] if mask else args[0], labels)
+        if name == "where" and len(args) == 3:
+            mask = self.hidden(args[0], labels)
+            return None if mask is None else self.hidden(args[1] if mask else args[2], labels)
+        return None
+
+    def _index_number(self, x: fx.Node, out: Labels, rows: Rows) -> float | None:
+        """The number that is read off how x is made of indices."""
+        index: list[Expr] = []
+        for size, dim in zip(shape_of(x), out[len(out) - len(shape_of(x)) :]):
+            atoms = self.carried.axes.atoms(dim)
+            if is_one(size) or not atoms:
+                index.append(Const(0))
+            elif len(atoms) == 1:
+                index.append(Axis(atoms[0]))
+            else:
+                return None
+        e = self._at(x, tuple(index), rows, False)
+        return e.value if isinstance(e, Const) else None
+
+    def is_numbered(self, x: Any, size: Any) -> bool:
+        """Whether x [size] is 0, 1, 2 and so on."""
+        if not is_tensor(x) or len(shape_of(x)) != 1 or not known_equal(shape_of(x)[0], size):
+            return False
+        line = Axis(Atom(size))
+        try:
+            return bool(self.packing.paddings.terms().at(x, (line,)) == line)
+        except NotExpressible:
+            return False
+
+    # -- the region
+
+    def _can_be_gathered(self, x: fx.Node) -> bool:
+        labels = self.carried.axes.resolve(self.carried.labels[x])
+        rows = self.carried.rows_of(labels)
+        apart = (rows.sequence,) in labels and (rows.place,) in labels
+        return apart or (rows.sequence, rows.place) in labels
+
+    def _why_not(self, found: _Found) -> Reason | None:
+        return next(self._readers(found), None) or next(iter(found.reasons.values()), None)
+
+    def _readers(self, found: _Found) -> Iterator[Reason]:
+        """Why tensors of features are read at hidden places, the last ones first."""
+        for node, user in found.readers.items():
+            if (
+                not is_tensor(node)
+                or not dtype_of(node).is_floating_point
+                or user in self.derived
+                or user in self.finals
+            ):
+                continue
+            if user.op == "output":
+                yield reasons.PADDING_RETURNED()
+            else:
+                why = self.problems.get(user)
+                at = self.view.where(user)
+                yield why if why is not None else reasons.PADDING_READ(op=name_of(user) or "other code", at=at)
+
+    def _whole(self, found: _Found) -> Whole:
+        carried, view = self.carried, self.view
+        # only what leads to an exit is written
+        ends = [each for each in found.exits.values() if each.source not in found.read]
+        packs = [found.packs[f] for f in sorted(found.packs, key=view.order.__getitem__)]
+        needed = self._needed_for(ends, [p for p in packs if p.q is None], found)
+        packs = [p for p in packs if p.q is None or p.original.final in needed]
+        if not packs:
+            raise Mixed(reasons.PADDING_NOT_HIDDEN())
+        own = Carried(carried.axes, list(self.rows))
+        own.labels = {n: labels for n, labels in carried.labels.items() if n in needed}
+        own.parts = {n: parts for n, parts in carried.parts.items() if n in needed}
+        own.gathered = {key: g for key, g in carried.gathered.items() if key[0] in needed or key[0] in found.exits}
+        rows = [r for r in self.rows if any(r in (p.q, p.k) for p in packs)]
+        for r in rows:
+            r.index = _compat.unknown_rows(view.fake_mode, value_of(packs[0].original.q.node).device)
+            r.total = r.index.shape[0]
+        entries = [
+            Entry(x, carried.rows_of(carried.axes.resolve(carried.labels[x]))) for x in found.entries if x in needed
+        ]
+        region = Whole(own, [], packs, entries=entries, exits=ends, kept=rows)
+        guards = [Guard(kind, r) for r, kind in found.needs.items() if r in rows]
+        guards += [Guard("some", r) for r in rows if r in found.some]
+        region.guards = list(dict.fromkeys([*guards, *(g for each in ends for g in each.guards)]))
+        region.read = list(dict.fromkeys(self._readers(found)))
+        for p in packs:
+            region.inside |= p.original.inside | {p.original.final}
+        region.ends |= {each.node for each in ends if not isinstance(each, Returned)}
+        self._check(region)
+        return region
+
+    def _needed_for(self, ends: Sequence[Exit], alone: Sequence[Packed], found: _Found) -> set[fx.Node]:
+        """What is packed for the exits, and for attentions of dense queries."""
+        carried = self.carried
+        stack = [leaf.node for p in alone for leaf in (p.original.k, p.original.v)]
+        for each in ends:
+            stack += [each.source, *(each.node.all_input_nodes if isinstance(each, Computed) else ())]
+        needed: set[fx.Node] = set()
+        while stack:
+            node = stack.pop()
+            if node in needed or not (node in carried.labels or node in carried.parts):
+                continue
+            needed.add(node)
+            if node in found.entries:
+                continue
+            packed = found.packs.get(node)
+            if packed is None:
+                stack += node.all_input_nodes
+            else:
+                stack += [leaf.node for leaf in (packed.original.q, packed.original.k, packed.original.v)]
+        return needed
+
+    def _check(self, region: Whole) -> None:
+        """Nothing that is read where the region is written has changed since."""
+        view = self.view
+        order, writes = view.order, view.writes
+        ends = [*(each.node for each in region.exits), *(p.original.final for p in region.attentions if p.q is None)]
+        last = max(map(order.__getitem__, ends))
+        read = {e.node for e in region.entries}
+        for p in region.attentions:
+            for leaf in (p.site.q, p.site.k, p.site.v, *p.site.operands):
+                read.update(n for n in read_by(leaf) if n not in region.carried.labels)
+        for node in region.carried.labels:
+            read.update(x for x in node.all_input_nodes if x not in region.carried.labels)
+        for node in read:
+            if writes.between(node, order[node], last):
+                raise Mixed(reasons.PADDING_WRITES_NEAR())
+        modes = _modes(view)
+        inside = {modes.get(view.origin[n].node, ()) for n in region.inside if n in view.origin}
+        inside |= {modes.get(view.origin[n].node, ()) for n in ends if n in view.origin}
+        if len(inside) > 1:
+            raise Mixed(reasons.PADDING_AUTOCAST())
+
+
+@dataclass(eq=False)
+class _Found:
+    """read: what is read at hidden places, and what stays as it is; packs: attentions on packed rows, by results; exits, by what
+    they give; entries: what comes into packed rows, and what reads it there; readers: what reads a tensor at hidden places; needs:
+    what masks need of the places of tokens; some: rows of which each sequence must have one; reasons: why attentions stay."""
+
+    read: set[fx.Node]
+    packs: dict[fx.Node, Packed] = field(default_factory=dict)
+    exits: dict[fx.Node, Exit] = field(default_factory=dict)
+    entries: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    readers: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    needs: dict[Rows, str] = field(default_factory=dict)
+    reasons: dict[Site, Reason] = field(default_factory=dict)
+    some: set[Rows] = field(default_factory=set)
+
+    def need(self, rows: Rows, kind: str) -> None:
+        if self.needs.get(rows) != "prefix":
+            self.needs[rows] = kind
+
+
+def _is_plain(leaf: Leaf) -> bool:
+    return leaf.made is None and not (leaf.number or leaf.depth or leaf.starts)
+
+
+def _is_parameter(view: View, node: fx.Node) -> bool:
+    if node.op != "placeholder":
+        return False
+    dynamo = view.scopes[0].nodes.get(node)
+    if dynamo is None:
+        return False
+    name = str(dynamo.target)
+    return (
+        isinstance(dynamo.meta.get("example_value"), torch.nn.Parameter)
+        or "_parameters_" in name
+        or "_buffers_" in name
+    )
+
+
+def _modes(view: View) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    """The autocast regions that each node of the main Dynamo graph lies in."""
+    found: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    open_: list[fx.Node] = []
+    for node in view.scopes[0].module.graph.nodes:
+        if node.target is _compat.exit_autocast and open_:
+            open_.pop()
+        found[node] = tuple(open_)
+        if node.target is _compat.enter_autocast:
+            open_.append(node)
+    return found
+
+
+# -- what packed rows may not tell
+
+
+def _needed(site: Site, same: bool) -> str | None:
+    """What the places of tokens must be for masks and biases to mean the same of packed rows: 'prefix', 'run', or None for any.
+
+    same: queries and keys are of the same rows, so that which comes first, and how far they are apart, is as in the padded tensor.
+    """
+    spec = site.spec
+    found = [_level(x, site, same) for x in _expressions(spec)]
+    for leaf in site.operands:
+        if leaf.row is None and leaf.column is None:
+            atoms = {a for dim in leaf.labels for a in dim}
+            found += [2 for dim in (site.q_dim, site.k_dim) if dim and dim[0] in atoms]
+        elif leaf.row in (site.q_dim, site.k_dim) and leaf.row:
+            found.append(2)
+    return (None, "run", "prefix")[max(found, default=0)]
+
+
+def _expressions(spec: Attention) -> Iterator[Expr]:
+    for step in (*spec.steps, *spec.weight_steps):
+        for name in ("keep", "number", "row", "col"):
+            e = getattr(step, name, None)
+            if isinstance(e, Expr):
+                yield e
+
+
+def _level(e: Expr, site: Site, same: bool) -> int:
+    """0: what it tells depends on which of two tokens comes first; 1: on how far they are apart; 2: on where they are."""
+    if not any(isinstance(x, Index) for x in walk(e)):
+        return 0 if not any(isinstance(x, Load) for x in walk(e)) else _loaded(e, site, same)
+    if isinstance(e, Index):
+        return 2
+    if isinstance(e, Apply) and e.op in ("le", "eq", "ne"):
+        difference = Algebra().sub(*e.args)
+        apart = _apart(difference)
+        if apart is not None and same:
+            return 0 if apart in (0, 1) and (e.op == "le" or apart == 0) else 1
+    if isinstance(e, Linear) and _apart(e) is not None:
+        return 1 if same else 2
+    if isinstance(e, Load):
+        return _loaded(e, site, same)
+    return max((_level(x, site, same) for x in e.parts), default=0)
+
+
+def _loaded(e: Expr, site: Site, same: bool) -> int:
+    """Of elements of operands: those that are read at the query or the key are told by their dims."""
+    return max((_level(p, site, same) for x in walk(e) if isinstance(x, Load) for p in x.parts), default=0)
+
+
+def _apart(e: Expr) -> float | None:
+    """c, where e is K - Q + c or Q - K + c."""
+    if not isinstance(e, Linear) or len(e.terms) != 2:
+        return None
+    terms = {x: c for c, x in e.terms}
+    return e.const if set(terms) == {Q, K} and sorted(terms.values()) == [-1, 1] else None
+
+
+# -- the rules of exits
+
+
+_Rule = Callable[[_Finder, fx.Node, fx.Node], "Exit | None"]
+_MOVED = frozenset({"to", "view", "permute", "expand", "clone", "contiguous", "detach", "alias"})
+
+
+def _select(f: _Finder, user: fx.Node, x: fx.Node) -> Exit | None:
+    args = arguments(user)
+    labels, number = f._dims(x), constant(args["index"])
+    if args["self"] is not x or labels is None or not isinstance(number, int):
+        return None
+    rows = f.carried.rows_of(labels)
+    if labels[args["dim"] % len(labels)] != (rows.place,):
+        return None
+    return Selected(user, x, rows, labels, (Guard("at", rows, None, number),), number)
+
+
+def _slice(f: _Finder, user: fx.Node, x: fx.Node) -> Exit | None:
+    args = arguments(user)
+    labels = f._dims(x)
+    size = shape_of(user)
+    if args["self"] is not x or labels is None:
+        return None
+    rows = f.carried.rows_of(labels)
+    at = args["dim"] % len(labels)
+    start = constant(args["start"]) if args["start"] is not None else 0
+    if labels[at] != (rows.place,) or not is_one(size[at]) or not isinstance(start, int):
+        return None
+    return Selected(user, x, rows, labels, (Guard("at", rows, None, start),), start, keeps=True)
+
+
+def _index(f: _Finder, user: fx.Node, x: fx.Node) -> Exit | None:
+    """x[arange(B), index]."""
+    args = arguments(user)
+    labels, indices = f._dims(x), args["indices"]
+    if args["self"] is not x or labels is None or len(indices) != 2:
+        return None
+    rows = f.carried.rows_of(labels)
+    if labels[:2] != ((rows.sequence,), (rows.place,)) or not f.is_numbered(indices[0], rows.sequence.size):
+        return None
+    index = indices[1]
+    if not is_tensor(index) or dtype_of(index) not in (torch.int64, torch.int32) or len(shape_of(index)) != 1:
+        return None
+    if index in f.carried.labels or not known_equal(shape_of(index)[0], rows.sequence.size):
+        return None
+    return Selected(user, x, rows, labels, (Guard("at", rows, index),), 0, index)
+
+
+def _sum(f: _Finder, user: fx.Node, x: fx.Node) -> Exit | None:
+    args = arguments(user)
+    labels = f.carried.axes.resolve(f.carried.labels[x])
+    rows = f.carried.rows_of(labels)
+    if f.hidden(x, labels) != 0.0:
+        return None
+    dims = args.get("dim")
+    dims = [dims] if isinstance(dims, int) else dims
+    gone = set(range(len(labels))) if not dims else {d % len(labels) for d in dims}
+    of_rows = {d for d, dim in enumerate(labels) if f.carried.rows_in([dim])}
+    mean = name_of(user) == "mean"
+    if of_rows <= gone:
+        return None if mean else Computed(user, x, rows, labels)
+    if f._dims(x) is None or gone != {labels.index((rows.place,))}:
+        return None
+    return Summed(user, x, rows, labels, (), bool(args.get("keepdim")), mean)
+
+
+def _amax(f: _Finder, user: fx.Node, x: fx.Node) -> Exit | None:
+    args = arguments(user)
+    labels = f._dims(x)
+    if labels is None:
+        return None
+    rows, dims = f.carried.rows_of(labels), args.get("dim")
+    dims = [dims] if isinstance(dims, int) else dims
+    fill = f.hidden(x, labels)
+    if not dims or {d % len(labels) for d in dims} != {labels.index((rows.place,))} or fill is None or fill > _LOW:
+        return None
+    return Greatest(user, x, rows, labels, (), bool(args.get("keepdim")), max(fill, -math.inf))
+
+
+def _loss(f: _Finder, user: fx.Node, x: fx.Node) -> Exit | None:
+    """A loss whose labels say which rows count."""
+    args = arguments(user)
+    given, target = args["self"], args["target"]
+    if reduction_of(args) == 0 or target not in f.carried.labels or given not in f.carried.labels:
+        return None
+    labels = f.carried.axes.resolve(f.carried.labels[given])
+    own = f.carried.axes.resolve(f.carried.labels[target])
+    rows = f.carried.rows_of(labels)
+    if len(labels) != 2 or labels[0] != (rows.sequence, rows.place) or own != labels[:1]:
+        return None
+    if dtype_of(target) not in (torch.int64, torch.int32, torch.uint8):
+        return None
+    guard = Guard("ignored", rows, target, int(args["ignore_index"]))
+    return Computed(user, given, rows, labels, (guard,))
+
+
+def reduction_of(args: dict[str, Any]) -> int:
+    """0 none, 1 mean, 2 sum."""
+    return int(args["reduction"])
+
+
+_EXITS: dict[str, _Rule] = {
+    "select": _select,
+    "slice": _slice,
+    "index": _index,
+    "sum": _sum,
+    "mean": _sum,
+    "amax": _amax,
+    "cross_entropy_loss": _loss,
+    "nll_loss": _loss,
+    "nll_loss_nd": _loss,
+}

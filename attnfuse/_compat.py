@@ -58,11 +58,13 @@ __all__ = [
     "detect_fake_mode",
     "enter_autocast",
     "equal_by_guard",
+    "force_stride_order",
     "exit_autocast",
     "free_unbacked_symbols",
     "gives_gradients_of",
     "has_tangent",
     "hooks_of",
+    "has_unknown_size",
     "inductor_has",
     "inductor_mode_options",
     "inductor_options",
@@ -76,7 +78,9 @@ __all__ = [
     "pytree",
     "record_opaque",
     "save_for_backward",
+    "say_source",
     "some_memory",
+    "strides_unknown_to_inductor",
     "statically_known_true",
     "symbolic_range",
     "tensors_in",
@@ -183,6 +187,13 @@ def unknown_rows(mode: FakeTensorMode, device: torch.device) -> FakeTensor:
         found = torch.empty_strided((size,), (1,), dtype=torch.int64, device=device)
     assert isinstance(found, FakeTensor)
     return found
+
+
+def say_source(placeholder: fx.Node) -> None:
+    """Give an input that Dynamo does not know of a source, which AOTAutograd looks for: its name."""
+    from torch._dynamo.source import LocalSource
+
+    placeholder._dynamo_source = LocalSource(placeholder.name)  # type: ignore[attr-defined]
 
 
 def is_functorch_tensor(value: Any) -> bool:
@@ -433,6 +444,41 @@ def compile_fx(
     with functorch.patch(enable_autograd_cache=False, enable_remote_autograd_cache=False):
         compiled = inductor(gm, example_inputs, inner_compile=inner, config_patches=config_patches)
     return compiled  # type: ignore[no-any-return]
+
+
+def has_unknown_size(x: Any) -> bool:
+    """Whether a tensor has a size that no call tells before."""
+    return isinstance(x, torch.Tensor) and bool(free_unbacked_symbols([s for s in x.shape if isinstance(s, torch.SymInt)]))
+
+
+def strides_unknown_to_inductor(value: Any) -> list[int] | None:
+    """Numbers in the order of the strides of a dense tensor, if these hold a size that no call tells before; else None."""
+    if not isinstance(value, torch.Tensor) or not any(isinstance(s, torch.SymInt) for s in value.stride()):
+        return None
+    if not free_unbacked_symbols(value.stride()) or any(isinstance(s, int) and s == 0 for s in value.stride()):
+        return None
+    # no size that is known is taken for as long
+    numbers = [int(s) if isinstance(s, int) else _with_sizes(s) for s in value.stride()]
+    return None if None in numbers else numbers  # type: ignore[return-value]
+
+
+def _with_sizes(x: torch.SymInt) -> int | None:
+    import sympy  # type: ignore[import-untyped]
+
+    env = x.node.shape_env
+    # up to torch 2.12 by another name
+    known = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
+    unknown = free_unbacked_symbols(x)
+    sizes = {s: sympy.Integer(1 << 20) if s in unknown else known.get(s) for s in x.node.expr.free_symbols}
+    return None if None in sizes.values() else int(x.node.expr.xreplace(sizes))
+
+
+def force_stride_order() -> OpOverload:
+    """Inductor's op that gives a tensor strides in the order of some numbers."""
+    from torch._inductor import inductor_prims
+
+    found: OpOverload = inductor_prims.force_stride_order
+    return found
 
 
 def inductor_has(device_type: str) -> bool:

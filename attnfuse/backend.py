@@ -20,7 +20,7 @@ from attnfuse.distributed import agreement
 from attnfuse.graphs import copied
 from attnfuse.kernels.ascend import chips
 from attnfuse.kernels.device import Device
-from attnfuse.passes.lowered import all_reduce, tiling
+from attnfuse.passes.lowered import all_reduce, strides, tiling
 from attnfuse.pipeline import Packing, Work, rewrite, undone
 from attnfuse.reasons import Reason
 from attnfuse.report import registry
@@ -274,10 +274,26 @@ def _inner(
 def _passes(example_inputs: Sequence[Any], chosen: Settings, notes: _Notes) -> tuple[Any, ...]:
     """What compilers are given to do after AOTAutograd: `lowered` and `tiled` of _compat.compile_fx."""
     lowered = _lowered(example_inputs, chosen)
+    if chosen.inner == "inductor" and any(map(_compat.has_unknown_size, example_inputs)):
+        return lowered, functools.partial(_with_strides, strict=chosen.strict)
     if not chosen.tile_all_reduce or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return (lowered,)
     even = all(map(_is_even, example_inputs))
     return lowered, functools.partial(_with_blocks, chosen=chosen, even=even, notes=notes)
+
+
+def _with_strides(gm: fx.GraphModule, backward: bool, strict: bool) -> None:
+    """What is kept for backward is laid out as backward takes it."""
+    if backward:
+        return
+    try:
+        strides.keep_strides(gm)
+    except Exception as error:
+        if strict:
+            raise
+        # backward checks its inputs: nothing silent comes of it
+        log.debug("strides are left to Inductor", exc_info=True)
+        warn(f"the strides of what a graph keeps for backward are left to Inductor: {said(error)}")
 
 
 def _is_even(x: Any) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from attnfuse import reasons
+from attnfuse import _compat, reasons
 from attnfuse.passes.emit.edits import EmitError
 from attnfuse.passes.emit.emitter import Emitter
 from attnfuse.passes.emit.writer import NodeWriter
@@ -235,6 +235,7 @@ class RegionRewriter:
         with graph.inserting_after(last):
             node = graph.placeholder(f"attnfuse_rows_{len(self.given)}")
         node.meta["example_value"] = rows.index
+        _compat.say_source(node)
         self.given.append(rows)
         return node
 

@@ -448,7 +448,9 @@ def compile_fx(
 
 def has_unknown_size(x: Any) -> bool:
     """Whether a tensor has a size that no call tells before."""
-    return isinstance(x, torch.Tensor) and bool(free_unbacked_symbols([s for s in x.shape if isinstance(s, torch.SymInt)]))
+    return isinstance(x, torch.Tensor) and bool(
+        free_unbacked_symbols([s for s in x.shape if isinstance(s, torch.SymInt)])
+    )
 
 
 def strides_unknown_to_inductor(value: Any) -> list[int] | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from attnfuse.expr import FALSE, TRUE, Algebra, Apply, Const, Expr, K, substitute, transform, walk
+from attnfuse.expr import FALSE, TRUE, Algebra, Apply, Const, Expr, K, Linear, Q, substitute, transform, walk
 from attnfuse.passes.graph.aten import dtype_of, is_tensor, name_of, shape_of, source_of
 from attnfuse.passes.graph.constants import constant
 from attnfuse.passes.graph.labels import Atom
@@ -55,6 +55,44 @@ class Kept:
             return TRUE if x.op == "or" and negated <= set(x.args) else None
 
         return transform(e, decided, algebra)
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled(Kept):
+    """The places [B, N] up to the last one of each sequence whose label counts: `labels` [B, N] are `ignored` behind it.
+
+    Of queries there, a causal attention sees no key behind them.
+    """
+
+    labels: fx.Node
+    ignored: int
+
+    def assumed(self, e: Expr, sequence: Expr, place: Expr, holds: bool, algebra: Algebra) -> Expr:
+        """e, where the place is one of them, or is not; K that is not is behind every query that is."""
+        if holds:
+            return e
+
+        def decided(x: Expr) -> Expr | None:
+            if isinstance(x, Tensor) and x.node is self.labels and x.index == (sequence, place):
+                return Const(self.ignored)
+            if place == K and isinstance(x, Apply) and x.op in ("le", "eq"):
+                apart = _behind(algebra.sub(*x.args), x.op == "eq")
+                return FALSE if apart else None
+            return None
+
+        return transform(e, decided, algebra)
+
+
+def _behind(difference: Expr, is_equal: bool) -> bool:
+    """Whether K - Q + c <= 0, or = 0, does not hold of any K behind Q."""
+    if not isinstance(difference, Linear) or {x for _, x in difference.terms} != {Q, K}:
+        return False
+    terms = {x: c for c, x in difference.terms}
+    if is_equal and terms[K] == -1:
+        terms, const = {x: -c for x, c in terms.items()}, -difference.const
+    else:
+        const = difference.const
+    return terms == {K: 1, Q: -1} and const >= 0
 
 
 def _conjuncts(e: Expr) -> tuple[Expr, ...]:

@@ -15,6 +15,7 @@ from attnfuse.passes.emit.writer import NodeWriter, is_pure
 from attnfuse.passes.graph.aten import value_of
 from attnfuse.passes.graph.memory import opaque
 from attnfuse.passes.padding.exits import Guard
+from attnfuse.passes.padding.kept import Labelled
 from attnfuse.passes.padding.rowwise import Rows
 from attnfuse.passes.padding.whole import Whole
 from attnfuse.passes.site import Leaf
@@ -51,12 +52,24 @@ def _written(writer: NodeWriter, region: Whole) -> list[fx.Node]:
     masks: dict[Rows, fx.Node] = {}
     for rows in region.kept:
         assert rows.kept is not None
+        if isinstance(rows.kept, Labelled):
+            masks[rows] = _labelled(writer, rows, rows.kept)
+            continue
         labels = ((rows.sequence,), (rows.place,))
         leaf = Leaf(region.entries[0].node, labels, made=rows.kept.condition, dtype=torch.bool)
         masks[rows] = writer.canonical(leaf, (rows.sequence,), (rows.place,))
     numbers = [writer.method("sum", mask) for mask in masks.values()]
     numbers += [writer.method("to", _guarded(writer, guard, masks[guard.rows]), torch.int64) for guard in region.guards]
     return [writer.call(torch.stack, (numbers,)), *masks.values()]
+
+
+def _labelled(writer: NodeWriter, rows: Rows, kept: Labelled) -> fx.Node:
+    """The places up to the last label that counts."""
+    call = writer.call
+    line = call(torch.arange, (writer.size(rows.place.size),), {"device": writer.device})
+    counts = call(torch.ne, (writer.here(kept.labels), kept.ignored))
+    last = call(torch.amax, (call(torch.where, (counts, line, -1)), 1, True))
+    return call(torch.le, (line, last))
 
 
 def _guarded(writer: NodeWriter, guard: Guard, mask: fx.Node) -> fx.Node:

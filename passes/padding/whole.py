@@ -18,7 +18,22 @@ import torch
 from torch import fx
 
 from attnfuse import _compat, reasons
-from attnfuse.expr import Algebra, Apply, Const, Expr, Index, K, Linear, Load, NotExpressible, Q, substitute, walk
+from attnfuse.expr import (
+    FALSE,
+    TRUE,
+    Algebra,
+    Apply,
+    Const,
+    Expr,
+    Index,
+    K,
+    Linear,
+    Load,
+    NotExpressible,
+    Q,
+    substitute,
+    walk,
+)
 from attnfuse.passes.capture.view import View
 from attnfuse.passes.graph.aten import (
     arguments,
@@ -31,11 +46,11 @@ from attnfuse.passes.graph.aten import (
 )
 from attnfuse.passes.graph.constants import constant
 from attnfuse.passes.graph.labels import Atom, Axes, Labels, is_one, known_equal
-from attnfuse.passes.graph.memory import is_mutating, opaque
-from attnfuse.passes.masks.structure import structured_assuming
+from attnfuse.passes.graph.memory import is_mutating, is_stale, opaque
+from attnfuse.passes.masks.structure import Fill, structured_assuming
 from attnfuse.passes.masks.terms import Axis
 from attnfuse.passes.padding.exits import Computed, Exit, Greatest, Guard, Returned, Selected, Summed
-from attnfuse.passes.padding.kept import Kept, conditions
+from attnfuse.passes.padding.kept import Kept, Labelled, conditions
 from attnfuse.passes.padding.packing import Packed, Packing
 from attnfuse.passes.padding.region import Region, is_number
 from attnfuse.passes.padding.rowwise import Carried, Mixed, Rows
@@ -106,9 +121,50 @@ class _Finder:
         if not site.batch or not site.k_dim or is_one(site.batch[0].size) or is_one(site.k_dim[0].size):
             return
         fills = structured_assuming(self.view, raw, lambda e, algebra: e)[1]
+        self._find_masked(site, raw, fills)
+        if site not in self.keys:
+            self._find_labelled(site, fills)
+
+    def _find_labelled(self, site: Site, fills: Sequence[Fill]) -> None:
+        """The rows of an attention that sees no key behind a query, where a loss says which queries count."""
+        batch, longest = site.batch[0].size, site.k_dim[0].size
+        if not site.q_dim or not known_equal(site.q_dim[0].size, longest):
+            return
+        for node, ignored in self._labels():
+            if not all(map(known_equal, shape_of(node), (batch, longest))):
+                continue
+            for rows in self.rows:
+                if isinstance(rows.kept, Labelled) and rows.kept.labels is node:
+                    self.keys[site] = rows
+                    return
+            sequence, place = Atom(batch), Atom(longest)
+            kept = Labelled(sequence, place, TRUE, node, ignored)
+            if not any(kept.assumed(f.keep, Axis(site.batch[0]), K, False, Algebra()) == FALSE for f in fills):
+                continue
+            rows = Rows(sequence, place, None, exact=True, kept=kept)
+            self.rows.append(rows)
+            self.keys[site] = rows
+            return
+
+    def _labels(self) -> Iterator[tuple[fx.Node, int]]:
+        """The labels [B, N] of losses, with the number that does not count."""
+        for node in self.view.graph.nodes:
+            if name_of(node) not in _LOSSES or node not in self.view.live:
+                continue
+            args = arguments(node)
+            target = args["target"]
+            while (
+                is_tensor(target) and len(shape_of(target)) != 2 and name_of(target) in _MOVED and not is_stale(target)
+            ):
+                target = source_of(target)
+            if is_tensor(target) and len(shape_of(target)) == 2 and not dtype_of(target).is_floating_point:
+                yield target, int(args["ignore_index"])
+
+    def _find_masked(self, site: Site, raw: Site, fills: Sequence[Fill]) -> None:
         for condition in conditions(raw, fills):
             for rows in self.rows:
-                assert rows.kept is not None
+                if rows.kept is None or isinstance(rows.kept, Labelled):
+                    continue
                 same = all(
                     known_equal(a.size, b.size)
                     for a, b in ((rows.sequence, site.batch[0]), (rows.place, site.k_dim[0]))
@@ -256,8 +312,9 @@ class _Finder:
                 reads(x, node)
         for final, packed in found.packs.items():
             site = packed.original
-            for leaf in (*((site.q,) if packed.q is not None else ()), site.k, site.v):
-                reads(leaf.node, final)
+            for leaf, rows in ((site.q, packed.q), (site.k, packed.k), (site.v, packed.k)):
+                if rows is not None:
+                    reads(leaf.node, final)
         for each in found.exits.values():
             for x in {each.source, *(each.node.all_input_nodes if isinstance(each, Computed) else ())}:
                 reads(x, each.node)
@@ -267,7 +324,8 @@ class _Finder:
         """Whether something reads it where padding is."""
         for site, role in self.leaves.get(node, ()):
             packed = found.packs.get(site.final)
-            if packed is None or role == "operand" or (role == "q" and packed.q is None):
+            dense = packed is None or (packed.q if role == "q" else packed.k) is None
+            if dense or role == "operand":
                 found.readers.setdefault(node, site.final)
                 return True
         exits: dict[fx.Node, Exit] = {}
@@ -296,11 +354,11 @@ class _Finder:
         """An attention on packed rows: of queries too, where its result is not read at hidden places. Raises Mixed."""
         carried = self.carried
         k_rows = self.keys.get(site)
-        if k_rows is None:
-            raise Mixed(reasons.PADDING_NOT_HIDDEN())
         if site.lse is not None:
             raise Mixed(reasons.PADDING_LOG_SUM_EXP())
-        for leaf in (site.k, site.v):
+        if k_rows is None and not (with_queries and self._is_apart(site)):
+            raise Mixed(reasons.PADDING_NOT_HIDDEN())
+        for leaf in (site.k, site.v) if k_rows is not None else ():
             if leaf.node not in carried.labels or not _is_plain(leaf):
                 raise Mixed(reasons.PADDING_OF_KEYS_ALONE())
             if self.packing.side(carried, site, leaf, site.k_dim) is not k_rows:
@@ -317,14 +375,21 @@ class _Finder:
         problem = self.runs(packed.spec, packed.site)
         if problem is not None:
             raise Mixed(problem)
-        if packed.some:
+        if packed.some and k_rows is not None:
             found.some.add(k_rows)
         need = _needed(packed.site, q_rows is k_rows)
-        if need is not None:
-            found.need(k_rows, need)
-            if q_rows is not None:
-                found.need(q_rows, need)
+        for rows in {q_rows, k_rows} - {None}:
+            if need is not None and rows is not None:
+                found.need(rows, need)
         return packed
+
+    def _is_apart(self, site: Site) -> bool:
+        """Whether the keys are no tensor of the rows of the queries."""
+        labels = self.carried.labels
+        if site.q.node not in labels or not _is_plain(site.q):
+            return False
+        own = self.carried.rows_in(labels[site.q.node])
+        return not any(own & self.carried.rows_in(labels[x.node]) for x in (site.k, site.v) if x.node in labels)
 
     # -- exits
 
@@ -368,6 +433,8 @@ class _Finder:
         rows = self.carried.rows_of(out)
         if not is_tensor(x):
             return None
+        if isinstance(rows.kept, Labelled) and x is rows.kept.labels:
+            return rows.kept.ignored
         known = self._index_number(x, out, rows)
         if known is not None or x not in self.derived:
             return known
@@ -463,7 +530,8 @@ class _Finder:
             Entry(x, carried.rows_of(carried.axes.resolve(carried.labels[x]))) for x in found.entries if x in needed
         ]
         region = Whole(own, [], packs, entries=entries, exits=ends, kept=rows)
-        guards = [Guard(kind, r) for r, kind in found.needs.items() if r in rows]
+        # up to the last label that counts they are the first ones as it is
+        guards = [Guard(kind, r) for r, kind in found.needs.items() if r in rows and not isinstance(r.kept, Labelled)]
         guards += [Guard("some", r) for r in rows if r in found.some]
         region.guards = list(dict.fromkeys([*guards, *(g for each in ends for g in each.guards)]))
         region.read = list(dict.fromkeys(self._readers(found)))
@@ -491,7 +559,9 @@ class _Finder:
             if packed is None:
                 stack += node.all_input_nodes
             else:
-                stack += [leaf.node for leaf in (packed.original.q, packed.original.k, packed.original.v)]
+                site = packed.original
+                stack += [site.q.node] if packed.q is not None else []
+                stack += [site.k.node, site.v.node] if packed.k is not None else []
         return needed
 
     def _check(self, region: Whole) -> None:
@@ -504,7 +574,7 @@ class _Finder:
         for p in region.attentions:
             for leaf in (p.site.q, p.site.k, p.site.v, *p.site.operands):
                 read.update(n for n in read_by(leaf) if n not in region.carried.labels)
-        for node in region.carried.labels:
+        for node in (*region.carried.labels.keys() - read, *(each.node for each in region.exits)):
             read.update(x for x in node.all_input_nodes if x not in region.carried.labels)
         for node in read:
             if writes.between(node, order[node], last):
@@ -718,8 +788,9 @@ def _loss(f: _Finder, user: fx.Node, x: fx.Node) -> Exit | None:
         return None
     if dtype_of(target) not in (torch.int64, torch.int32, torch.uint8):
         return None
-    guard = Guard("ignored", rows, target, int(args["ignore_index"]))
-    return Computed(user, given, rows, labels, (guard,))
+    ignored = int(args["ignore_index"])
+    known = f.hidden(target, own) == ignored
+    return Computed(user, given, rows, labels, () if known else (Guard("ignored", rows, target, ignored),))
 
 
 def reduction_of(args: dict[str, Any]) -> int:
@@ -727,6 +798,8 @@ def reduction_of(args: dict[str, Any]) -> int:
     return int(args["reduction"])
 
 
+#: Losses whose labels say which rows count.
+_LOSSES = frozenset({"cross_entropy_loss", "nll_loss", "nll_loss_nd"})
 _EXITS: dict[str, _Rule] = {
     "select": _select,
     "slice": _slice,
@@ -734,7 +807,5 @@ _EXITS: dict[str, _Rule] = {
     "sum": _sum,
     "mean": _sum,
     "amax": _amax,
-    "cross_entropy_loss": _loss,
-    "nll_loss": _loss,
-    "nll_loss_nd": _loss,
+    **dict.fromkeys(_LOSSES, _loss),
 }

@@ -21,7 +21,7 @@ from attnfuse.passes.emit.writer import NodeWriter
 from attnfuse.passes.graph import moves, views
 from attnfuse.passes.graph.aten import dtype_of, getitem_source, name_of, shape_of, source_of, value_of
 from attnfuse.passes.graph.labels import Atom, Dim, Labels, Size
-from attnfuse.passes.padding.exits import Computed, Exit
+from attnfuse.passes.padding.exits import Computed, Contracted, Exit
 from attnfuse.passes.padding.packing import Packed
 from attnfuse.passes.padding.region import Region
 from attnfuse.passes.padding.rowwise import Gathered, Rows
@@ -65,7 +65,7 @@ class RegionRewriter:
             with graph.inserting_before(owner):
                 source = node if isinstance(end, Packed) else end.source
                 self._write(writer, source)
-                if isinstance(end, Computed):
+                if isinstance(end, (Computed, Contracted)):
                     for other in self._sources(node):
                         self._write(writer, other)
                 results.append((node, owner, writer, self._result(writer, end, source)))
@@ -195,7 +195,7 @@ class RegionRewriter:
         if isinstance(place, int):
             at: Any = place if place >= 0 else self._plus(writer, longest, place)
         else:
-            at = writer.method("to", writer.here(place), torch.int64)
+            at = writer.method("to", writer.method("reshape", writer.here(place), -1), torch.int64)
             at = writer.call(torch.where, (writer.call(torch.lt, (at, 0)), writer.call(torch.add, (at, longest)), at))
         wanted = writer.call(torch.add, (numbers, at))
         return writer.call(torch.bucketize, (wanted, self.table(writer, rows, "index")))
@@ -258,6 +258,11 @@ class RegionRewriter:
             return self._offsets(writer, rows)
         if what == "index":
             return self._input(rows)
+        if rows.kept is not None and what == "rows":
+            sizes = (rows.sequence.size, rows.place.size)
+            places = call(torch.arange, (writer.product(sizes),), {"device": writer.device})
+            found = call(torch.bucketize, (places, self.table(writer, rows, "index")))
+            return writer.method("view", found, *writer.shape(sizes))
         if rows.kept is not None and what in ("sequence", "place"):
             divided = torch.div if what == "sequence" else torch.remainder
             given = (self.table(writer, rows, "index"), writer.size(rows.place.size))

@@ -36,7 +36,7 @@ from attnfuse.expr import (
     walk,
 )
 from attnfuse.kernels.fills import HIDDEN_BELOW
-from attnfuse.passes.capture.view import View
+from attnfuse.passes.capture.view import Origin, Scope, View
 from attnfuse.passes.graph.aten import (
     arguments,
     dtype_of,
@@ -51,8 +51,10 @@ from attnfuse.passes.graph.labels import Atom, Axes, Labels, is_one, known_equal
 from attnfuse.passes.graph.memory import is_mutating, is_stale, opaque
 from attnfuse.passes.masks.structure import Fill, structured_assuming
 from attnfuse.passes.masks.terms import Axis
+from attnfuse.passes.padding.checkpointed import is_checkpointed
 from attnfuse.passes.padding.exits import Computed, Contracted, Exit, Greatest, Guard, Selected, Spread, Summed
 from attnfuse.passes.padding.kept import Kept, Labelled, conditions
+from attnfuse.passes.padding.modes import autocast_regions
 from attnfuse.passes.padding.packing import Packed, Packing
 from attnfuse.passes.padding.region import Region, is_number
 from attnfuse.passes.padding.rowwise import Carried, Mixed, Rows
@@ -115,6 +117,8 @@ class _Finder:
                 for node in read_by(leaf):
                     self.leaves.setdefault(node, []).append((site, role))
         self.problems: dict[fx.Node, Reason] = {}
+        # whether what regions make can be packed
+        self.regions: dict[Scope, bool] = {}
         # rows of which each sequence must have one for what is known of padding
         self.some: set[Rows] = set()
 
@@ -207,8 +211,7 @@ class _Finder:
                 continue
             if node not in view.live or node in self.inside:
                 continue
-            origin = view.origin.get(node)
-            if (origin is not None and origin.scope.parent is not None) or node.op == "output":
+            if node.op == "output" or not self._is_in_reach(node):
                 continue
             if node.target is not opaque and not is_mutating(node) and carried.takes(node):
                 if not (is_tensor(node) or isinstance(value_of(node), (list, tuple))):
@@ -225,6 +228,17 @@ class _Finder:
                     self.derived.add(node)
                     continue
             self._label_anew(node)
+
+    def _is_in_reach(self, node: fx.Node) -> bool:
+        """Whether it is made in the main graph, or in a checkpointed region of it that has no modes of its own."""
+        origin = self.view.origin.get(node)
+        if origin is None or origin.scope.parent is None:
+            return True
+        if origin.scope not in self.regions:
+            modes = (_compat.enter_autocast, _compat.exit_autocast, torch._C._set_grad_enabled)
+            plain = not any(n.target in modes for n in origin.scope.module.graph.nodes)
+            self.regions[origin.scope] = plain and is_checkpointed(origin.scope)
+        return self.regions[origin.scope]
 
     def _label_anew(self, node: fx.Node) -> None:
         """A tensor with dims of sequences and places that none of the labelled ones gave it."""
@@ -258,6 +272,8 @@ class _Finder:
 
     def _label_site(self, site: Site) -> None:
         leaf = site.q
+        if not self._is_in_reach(site.final):
+            return
         if leaf.node not in self.carried.labels or not _is_plain(leaf):
             return
         try:
@@ -271,11 +287,11 @@ class _Finder:
     def _forced(self) -> set[fx.Node]:
         """What stays as it is, whatever reads it: written in place, or computed in another mode than the attentions are."""
         view = self.view
-        modes = _modes(view)
+        modes = autocast_regions(view)
 
         def mode(node: fx.Node) -> Any:
             origin = view.origin.get(node)
-            return None if origin is None else modes.get(origin.node, ())
+            return None if origin is None else modes.get(_in_main(origin), ())
 
         main = {(view.grad.get(s.final, True), mode(s.final)) for s in self.sites}
         found: set[fx.Node] = set()
@@ -364,6 +380,8 @@ class _Finder:
         k_rows = self.keys.get(site)
         if site.lse is not None:
             raise Mixed(reasons.PADDING_LOG_SUM_EXP())
+        if not self._is_in_reach(site.final):
+            raise Mixed(reasons.PADDING_CHECKPOINT())
         if k_rows is None and not (with_queries and self._is_apart(site)):
             raise Mixed(reasons.PADDING_NOT_HIDDEN())
         for leaf in (site.k, site.v) if k_rows is not None else ():
@@ -631,9 +649,8 @@ class _Finder:
         for node in read:
             if writes.between(node, order[node], last):
                 raise Mixed(reasons.PADDING_WRITES_NEAR())
-        modes = _modes(view)
-        inside = {modes.get(view.origin[n].node, ()) for n in region.inside if n in view.origin}
-        inside |= {modes.get(view.origin[n].node, ()) for n in ends if n in view.origin}
+        modes = autocast_regions(view)
+        inside = {modes.get(_in_main(view.origin[n]), ()) for n in (*region.inside, *ends) if n in view.origin}
         if len(inside) > 1:
             raise Mixed(reasons.PADDING_AUTOCAST())
 
@@ -658,6 +675,14 @@ class _Found:
             self.needs[rows] = kind
 
 
+def _in_main(origin: Origin) -> fx.Node:
+    """The node of the main graph that made a value, or runs the region that did."""
+    scope, node = origin.scope, origin.node
+    while scope.parent is not None and scope.call is not None:
+        node, scope = scope.call, scope.parent
+    return node
+
+
 def _is_plain(leaf: Leaf) -> bool:
     return leaf.made is None and not (leaf.number or leaf.depth or leaf.starts)
 
@@ -674,19 +699,6 @@ def _is_parameter(view: View, node: fx.Node) -> bool:
         or "_parameters_" in name
         or "_buffers_" in name
     )
-
-
-def _modes(view: View) -> dict[fx.Node, tuple[fx.Node, ...]]:
-    """The autocast regions that each node of the main Dynamo graph lies in."""
-    found: dict[fx.Node, tuple[fx.Node, ...]] = {}
-    open_: list[fx.Node] = []
-    for node in view.scopes[0].module.graph.nodes:
-        if node.target is _compat.exit_autocast and open_:
-            open_.pop()
-        found[node] = tuple(open_)
-        if node.target is _compat.enter_autocast:
-            open_.append(node)
-    return found
 
 
 # -- what packed rows may not tell

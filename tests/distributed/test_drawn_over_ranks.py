@@ -75,7 +75,7 @@ def one_case(written, trains, layout, algorithms, kernel):
 
 
 @given(wholes(), st.sampled_from((2, 4, 2, 1)), st.sampled_from(LAYOUTS))
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_drawn_attentions(drawn, ranks, layout):
     for found in run(one_case, ranks, drawn.data, drawn.trains, layout, ALGORITHMS, "reference"):
         assert {name: error for name, error in found.items() if not error < 1e-8} == {}

@@ -268,7 +268,7 @@ def check_drawn(drawn, layout, shape):
 
 
 @given(wholes(), st.sampled_from(LAYOUTS[:2]), st.sampled_from([(2,), (2, 2)]))
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_drawn_attentions(drawn, layout, shape):
     check_drawn(drawn, layout, shape)
 

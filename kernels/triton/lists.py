@@ -2,6 +2,8 @@
 
 A loop over a list needs no test inside, which would keep loads from being made ahead; and tiles in which a mask hides nothing are
 known apart, so that it is not evaluated there. Masks are looked at once for all batch elements that share them.
+
+Ids of documents that ascend give a range of tiles by bisection, and no other tile is looked at: one more kernel says whether they do.
 """
 
 from __future__ import annotations
@@ -29,16 +31,21 @@ _WARPS = 4
 
 def rows(call: Call, made: Config, ragged: bool) -> dict[str, Any]:
     """What a kernel takes that goes through the keys of a tile of queries. ragged: as `listed` takes it."""
-    return _lists(call, made, call.Q, made.BM, call.K, made.BN, RANGE=call.functions.keys, COLUMNS=False, RAGGED=ragged)
+    f = call.functions
+    by = getattr(f, "documents_of_queries", None)
+    return _lists(call, made, call.Q, made.BM, call.K, made.BN, by, RANGE=f.keys, COLUMNS=False, RAGGED=ragged)
 
 
 def columns(call: Call, made: Config) -> dict[str, Any]:
     """The same for the queries of a tile of keys."""
-    functions = call.functions
-    return _lists(call, made, call.K, made.BN, call.Q, made.BM, RANGE=functions.queries, COLUMNS=True, RAGGED=False)
+    f = call.functions
+    by = getattr(f, "documents_of_keys", None)
+    return _lists(call, made, call.K, made.BN, call.Q, made.BM, by, RANGE=f.queries, COLUMNS=True, RAGGED=False)
 
 
-def _lists(call: Call, made: Config, own: int, own_size: int, other: int, size: int, **how: Any) -> dict[str, Any]:
+def _lists(
+    call: Call, made: Config, own: int, own_size: int, other: int, size: int, documents: Any, **how: Any
+) -> dict[str, Any]:
     from attnfuse.kernels.triton import template
 
     unlisted = {"LIST": call.q, "lb": (0,) * len(call.batch), "LISTED": False, "CHECKED": call.traits.checked}
@@ -52,12 +59,17 @@ def _lists(call: Call, made: Config, own: int, own_size: int, other: int, size: 
         return unlisted
     found = call.scratch(*sizes, entries, dtype=torch.int32)
     shared = call.shared()
+    if others <= many(size):
+        # they are looked at at once
+        documents = None
     call.launch(
         template.listed,
         math.prod(sizes) * tiles,
         {
             **{name: shared[name] for name in ("ops", "bst", "st", "n")},
             "LIST": found,
+            "FALLING": found if documents is None else _falling(call, sizes),
+            "DOCUMENTS": documents,
             "entries": entries,
             "sizes": sizes,
             "Qn": call.Q,
@@ -73,6 +85,31 @@ def _lists(call: Call, made: Config, own: int, own_size: int, other: int, size: 
     )
     strides = tuple(0 if n == 1 else s for n, s in zip(sizes, found.stride()))
     return {"LIST": found, "lb": strides, "LISTED": True, "CHECKED": False}
+
+
+def _falling(call: Call, sizes: tuple[int, ...]) -> torch.Tensor:
+    """Whether ids of documents do not ascend, found once for a call."""
+    from attnfuse.kernels.triton import template
+
+    if call.falling is None:
+        call.falling = call.scratch(math.prod(sizes), dtype=torch.int32)
+        shared = call.shared()
+        call.launch(
+            template.ascending,
+            math.prod(sizes),
+            {
+                **{name: shared[name] for name in ("ops", "bst", "st", "n")},
+                "FALLING": call.falling,
+                "sizes": sizes,
+                "Qn": call.Q,
+                "Kn": call.K,
+                "BASES": call.functions.bases,
+                "FALLS": call.functions.falling,
+                "SIZE": _WIDTH,
+                "num_warps": _WARPS,
+            },
+        )
+    return call.falling
 
 
 def worthwhile(spec: Attention, others: int, entries: int) -> bool:

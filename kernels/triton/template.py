@@ -353,16 +353,26 @@ def full_tile(i, first, LIST, SIZE: tl.constexpr, LISTED: tl.constexpr):
 
 
 @triton.jit(do_not_specialize_on_alignment=COUNTS)
+def ascending(
+    FALLING, ops, sizes, bst, st, n, Qn, Kn, BASES: tl.constexpr, FALLS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Of which pairs of documents the ids do not ascend, as bits: FALLING int32 [elements], of the masks."""
+    at = BASES(tl.program_id(0).to(tl.int64), sizes, ops, bst)
+    tl.store(FALLING + tl.program_id(0), FALLS(SIZE, at, st, n, Qn, Kn))
+
+
+@triton.jit(do_not_specialize_on_alignment=COUNTS)
 def listed(
-    LIST, entries, ops, sizes, bst, st, n, Qn, Kn,
-    BM: tl.constexpr, BN: tl.constexpr, MANY: tl.constexpr, BASES: tl.constexpr, RANGE: tl.constexpr, SEEN: tl.constexpr,
-    COLUMNS: tl.constexpr, RAGGED: tl.constexpr,
+    LIST, FALLING, entries, ops, sizes, bst, st, n, Qn, Kn,
+    BM: tl.constexpr, BN: tl.constexpr, MANY: tl.constexpr, BASES: tl.constexpr, RANGE: tl.constexpr, DOCUMENTS: tl.constexpr,
+    SEEN: tl.constexpr, COLUMNS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Which tiles of keys a tile of queries needs, MANY looked at at once; with COLUMNS which of queries a tile of keys needs.
 
     LIST int32 [elements, entries], of which [tiles, 2 + others]: the numbers of other and of full tiles, then the full ones'
     numbers, and at the end those of the others, backwards. Elements are those of the masks, which may be fewer than the batch
-    has. RAGGED: rows behind the last query do not make a tile less than full.
+    has. RAGGED: rows behind the last query do not make a tile less than full. DOCUMENTS: what finds the tiles by ids that ascend,
+    which FALLING [elements] tells, or None.
     """
     SIZE: tl.constexpr = BM if COLUMNS else BN
     if COLUMNS:
@@ -377,6 +387,9 @@ def listed(
         begin, beyond, count = tile * BM, tile * BM + BM, Qn
     end = tl.minimum(beyond, count) - 1
     lo, hi, first, last = RANGE(begin, end, at, st, n, Qn, Kn)
+    if DOCUMENTS is not None:
+        low, high = DOCUMENTS(begin, end, tl.load(FALLING + tl.program_id(0) // own), at, st, n, Qn, Kn)
+        lo, hi = tl.maximum(lo, low), tl.minimum(hi, high)
     lo, hi = clipped(lo, hi, total, SIZE)
     if not RAGGED:
         last = tl.where(beyond <= count, last, 0)

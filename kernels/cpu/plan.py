@@ -451,7 +451,10 @@ class Programs:
     def packed(self) -> bytes:
         if len(self.words) > MAX_INSTRS:
             raise _TooMany(f"masks of at most {MAX_INSTRS} operations; got {len(self.words)}")
-        room = bytes(_INSTR.size * (MAX_INSTRS - len(self.words))), bytes(_ORDER.size * (MAX_ORDERS - len(self._orders)))
+        room = (
+            bytes(_INSTR.size * (MAX_INSTRS - len(self.words))),
+            bytes(_ORDER.size * (MAX_ORDERS - len(self._orders))),
+        )
         return b"".join([*self.words, room[0], *self._orders, room[1]])
 
     def add_orders(self, keep: Expr | None) -> tuple[tuple[int, int], tuple[int, int]]:

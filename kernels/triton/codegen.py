@@ -218,7 +218,7 @@ def _bases(operands: int) -> list[str]:
 
 
 def _documents(spec: Attention) -> list[str]:
-    """The functions of documents, where there are any: ids of keys are in a row of columns, those of queries in a column of rows."""
+    """The functions of documents, where there are any: ids of keys lie in columns, those of queries in rows."""
     pairs = documents(spec)
     if not pairs:
         return []

@@ -3,7 +3,7 @@
 A loop over a list needs no test inside, which would keep loads from being made ahead; and tiles in which a mask hides nothing are
 known apart, so that it is not evaluated there. Masks are looked at once for all batch elements that share them.
 
-Ids of documents that ascend give a range of tiles by bisection, and no other tile is looked at: one more kernel says whether they do.
+Of ids of documents that ascend, which one more kernel finds out, bisection gives a range of tiles, and no others are looked at.
 """
 
 from __future__ import annotations

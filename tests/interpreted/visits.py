@@ -60,7 +60,7 @@ def run(
         found[name] = Run(programs)
         if "SCORE" in arguments:
             arguments = {**arguments, "SCORE": _counting(found[name], name, arguments)}
-        with _counted(found[name]) if traffic else contextlib.nullcontext():
+        with counted_bytes(found[name]) if traffic else contextlib.nullcontext():
             kernel[(programs,)](**arguments)
 
     inputs = Inputs(q, k, v, operands, seed)
@@ -90,7 +90,7 @@ def _counting(into: Run, name: str, arguments: dict[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _counted(into: Run) -> Iterator[None]:
+def counted_bytes(into: Run) -> Iterator[None]:
     """Adds up the bytes that loads, stores and atomic operations name while it lasts."""
     builder = interpreter.InterpreterBuilder
     load, store, atomic = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw

@@ -5,7 +5,7 @@ python -m benchmarks.position_ids --samples 64 --no-write
 
 H8 D64 float32, 2 threads, samples of 16 to 64 tokens. The mask is what a model of transformers makes of position_ids: the same
 document, a running sum, and a place that is not later; -inf under sdpa attention, finfo.min under eager attention.
-The packed layout has bounds in its place and a causal mask. A result that is not the packed layout's, up to rounding, stops the run.
+The packed layout has bounds in its place and a causal mask. Results that differ by more than rounding stop the run.
 """
 
 from __future__ import annotations

@@ -48,20 +48,29 @@ def _lists(
 ) -> dict[str, Any]:
     from attnfuse.kernels.triton import template
 
-    unlisted = {"LIST": call.q, "lb": (0,) * len(call.batch), "LISTED": False, "CHECKED": call.traits.checked}
+    unlisted = {
+        "LIST": call.q,
+        "lb": (0,) * len(call.batch),
+        "DOCUMENTS": None,
+        "LISTED": False,
+        "CHECKED": call.traits.checked,
+    }
     if not call.traits.checked:
         return unlisted
     tiles, others = -(-own // own_size), -(-other // size)
     sizes = elements(call.spec, call.operands, call.batch)
     # strides that 16 divides, whatever the length: others would compile the kernels anew
     entries = -(-tiles * (2 + others) // 16) * 16
+    if call.spec.layout != "dense" or others <= many(size):
+        # ids of sequences lie elsewhere, and few tiles are looked at at once
+        documents = None
     if not worthwhile(call.spec, others, math.prod(sizes) * entries):
-        return unlisted
+        if documents is None:
+            return unlisted
+        falling = _falling(call, sizes)
+        return {**unlisted, "LIST": falling, "lb": _strides(falling, sizes), "DOCUMENTS": documents}
     found = call.scratch(*sizes, entries, dtype=torch.int32)
     shared = call.shared()
-    if others <= many(size):
-        # they are looked at at once
-        documents = None
     call.launch(
         template.listed,
         math.prod(sizes) * tiles,
@@ -83,16 +92,20 @@ def _lists(
             **how,
         },
     )
-    strides = tuple(0 if n == 1 else s for n, s in zip(sizes, found.stride()))
-    return {"LIST": found, "lb": strides, "LISTED": True, "CHECKED": False}
+    return {"LIST": found, "lb": _strides(found, sizes), "DOCUMENTS": None, "LISTED": True, "CHECKED": False}
+
+
+def _strides(x: torch.Tensor, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the batch dims of masks."""
+    return tuple(0 if n == 1 else s for n, s in zip(sizes, x.stride()))
 
 
 def _falling(call: Call, sizes: tuple[int, ...]) -> torch.Tensor:
-    """Whether ids of documents do not ascend, found once for a call."""
+    """Whether ids of documents do not ascend, int32 of the masks' batch dims; found once for a call."""
     from attnfuse.kernels.triton import template
 
     if call.falling is None:
-        call.falling = call.scratch(math.prod(sizes), dtype=torch.int32)
+        call.falling = call.scratch(*sizes, dtype=torch.int32)
         shared = call.shared()
         call.launch(
             template.ascending,

@@ -14,10 +14,10 @@ from kernel_cases import FLOAT_MIN, INF, assert_close, check, evaluate, make_spe
 from visits import Run, as_set, counted_bytes, run
 
 from attnfuse.expr import Algebra, Const, Expr, K, Load, Q, causal, dense, documents, window
-from attnfuse.kernels import reference, triton
+from attnfuse.kernels import layout, reference, triton
 from attnfuse.kernels.device import Device
 from attnfuse.kernels.inputs import Inputs
-from attnfuse.kernels.triton import configs, lists
+from attnfuse.kernels.triton import configs, launch, lists
 from attnfuse.kernels.triton.call import Call
 from attnfuse.spec import AddFill, ReplaceFill, Scale
 from benchmarks.traffic import tiles_of
@@ -361,12 +361,12 @@ def lists_of(mask: Expr, ids: tuple[torch.Tensor, torch.Tensor]) -> tuple[dict[s
     spec = make_spec(q, k, v, ids, steps=(ReplaceFill(mask, -INF),), hidden="zero")
     counted, names = Run(0), []
 
-    def launch(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
+    def counting(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
         names.append(kernel.__name__)
         with counted_bytes(counted):
             kernel[(programs,)](**arguments)
 
-    call = Call(spec, Inputs(q, k, v, list(ids)), CPU, launch)
+    call = Call(spec, Inputs(q, k, v, list(ids)), CPU, counting)
     BM, BN = size(CPU, "forward")
     made = configs.Config(BM, BN, 4, 1)
     found = {}
@@ -435,6 +435,35 @@ def test_bisection_leaves_the_tiles_that_ids_leave(kind: str, dtype: torch.dtype
         assert tiles >= tiles_left(mask, ids)
         # of ids that do not ascend no more than the least and the greatest of a tile is known
         assert tiles == tiles_left(mask, ids) or kind == "one falls"
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("fall", [False, True])
+def test_where_lists_would_be_too_large_loops_begin_and_end_by_bisection(
+    fall: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lists, "_MOST", 0)
+    looked: list[int] = []
+    first, second = ids_of(*(40,) * 8), ids_of(*(64, 16) * 4)
+    ids = tuple(torch.cat(x) for x in zip(first, second, strict=True))
+    if fall:
+        ids[0][1, ..., 100, :] = 99
+    q, k, v = qkv(2, 2, 320, 320, 8)
+    spec = make_spec(q, k, v, ids, steps=(HALF, ReplaceFill(documents(0, 1), -INF)), hidden="zero")
+
+    def counting(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
+        if "SEEN" in arguments:
+            seen = arguments["SEEN"]
+            arguments = {**arguments, "SEEN": lambda *given: looked.append(1) or seen(*given)}
+        kernel[(programs,)](**arguments)
+
+    out, stats = layout.allocate(spec, Inputs(q, k, v, list(ids)))
+    call = Call(spec, Inputs(q, k, v, list(ids)), CPU, counting)
+    launch.forward(call, out, stats)
+    # 10 tiles of queries by 5 of keys, of each element and head
+    left = 2 * len(tiles_left(documents(0, 1), ids))  # type: ignore[arg-type]
+    assert len(looked) == left if not fall else len(looked) >= left + 10
+    check(triton, q, k, v, ids, steps=(HALF, AddFill(documents(0, 1), FLOAT_MIN)))
 
 
 @pytest.mark.usefixtures("narrow")

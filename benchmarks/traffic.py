@@ -1,8 +1,9 @@
 """Bytes that the Triton kernels ask memory for, counted from a spec and its sizes. Caches are not part of the count.
 
 A load or store instruction of a program counts the distinct addresses that it names; an atomic addition counts as a store.
-Not counted: the second look at rows that see hidden keys after all, and tiles that are computed in vain where masks are
-looked at one by one (docs/kernels.md). tests/interpreted/test_traffic.py compares with what the kernels load and store.
+Not counted: the second look at rows that see hidden keys after all, tiles that are computed in vain where masks are looked at one
+by one, and what bisection by ids of documents reads and leaves out (docs/kernels.md). tests/interpreted/test_traffic.py compares
+with what the kernels load and store.
 """
 
 from __future__ import annotations

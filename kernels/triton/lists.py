@@ -61,11 +61,8 @@ def _lists(
     sizes = elements(call.spec, call.operands, call.batch)
     # strides that 16 divides, whatever the length: others would compile the kernels anew
     entries = -(-tiles * (2 + others) // 16) * 16
-    if call.spec.layout != "dense" or others <= many(size):
-        # ids of sequences lie elsewhere, and few tiles are looked at at once
-        documents = None
     if not worthwhile(call.spec, others, math.prod(sizes) * entries):
-        if documents is None:
+        if documents is None or call.spec.layout != "dense" or others <= _FEW:
             return unlisted
         falling = _falling(call, sizes)
         return {**unlisted, "LIST": falling, "lb": _strides(falling, sizes), "DOCUMENTS": documents}

@@ -54,7 +54,7 @@ def run(
 
     def record(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
         name = kernel.__name__
-        if name == "listed":
+        if name in ("ascending", "listed"):
             # before the kernel whose list it is
             name = f"{name}/{len(found)}"
         found[name] = Run(programs)
@@ -65,10 +65,11 @@ def run(
 
     inputs = Inputs(q, k, v, operands, seed)
     out, stats = layout.allocate(spec, inputs)
-    call = Call(spec, inputs, device, record)
-    launch.forward(call, out, stats)
+    launch.forward(Call(spec, inputs, device, record), out, stats)
     dout = torch.randn(out.shape).to(out.dtype) if dout is None else dout
-    gradients.backward(call, dout, out, stats, [x.is_floating_point() for x in inputs.tensors])
+    gradients.backward(
+        Call(spec, inputs, device, record), dout, out, stats, [x.is_floating_point() for x in inputs.tensors]
+    )
     return found
 
 

@@ -120,6 +120,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.paged
 	$(BIN)/python -m benchmarks.models
 	$(BIN)/python -m benchmarks.packing
+	$(BIN)/python -m benchmarks.position_ids
 
 # nothing is installed: the Python that PYTHON names, else that of .venv if there is one, runs the source tree
 ifeq ($(origin PYTHON),file)

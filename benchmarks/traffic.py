@@ -1,8 +1,8 @@
 """Bytes that the Triton kernels ask memory for, counted from a spec and its sizes. Caches are not part of the count.
 
 A load or store instruction of a program counts the distinct addresses that it names; an atomic addition counts as a store.
-Not counted: the second look at rows that see hidden keys after all, and tiles that are computed in vain where masks are
-looked at one by one (docs/kernels.md). tests/interpreted/test_traffic.py compares with what the kernels load and store.
+Not counted: the second look at rows that see hidden keys after all, tiles that are computed in vain where masks are looked at one
+by one (docs/kernels.md). tests/interpreted/test_traffic.py compares with what the kernels load and store.
 """
 
 from __future__ import annotations
@@ -105,7 +105,11 @@ def backward(spec: Attention, inputs: Inputs, tiles: Config) -> Pass:
 
     gradients = sum(x.numel() * x.element_size() for x in inputs.tensors if x.is_floating_point())
     least = c.queries * _row(q) + out + dout + statistics + c.once() + gradients
-    return Pass((prepare, *(() if tiles.adds else (*row_lists, rows)), *column_lists, columns), least)
+    by_rows = () if tiles.adds else (*row_lists, rows)
+    # whether ids ascend is found out once
+    known = any(x.kernel == "ascending" for x in by_rows)
+    of_columns = tuple(x for x in column_lists if not (known and x.kernel == "ascending"))
+    return Pass((prepare, *by_rows, *of_columns, columns), least)
 
 
 def tiles_of(kept: torch.Tensor, BM: int, BN: int, whole: bool = False) -> torch.Tensor:
@@ -145,6 +149,19 @@ def _in(masks: Iterable[Expr]) -> list[Load]:
 
 def _weighing(spec: Attention) -> list[Load]:
     return [*_used(spec.weight_steps), *_in(x.keep for x in spec.weight_steps if isinstance(x, ReplaceFill))]
+
+
+def _bisect(ids: list[int], x: int, after: bool) -> tuple[int, int]:
+    """The place of the first id that is not less than x, or with `after` that is more, and how many are looked at to find it."""
+    low, high, steps = 0, len(ids), 0
+    while low < high:
+        middle = (low + high) // 2
+        steps += 1
+        if ids[middle] < x or (after and ids[middle] == x):
+            low = middle + 1
+        else:
+            high = middle
+    return low, steps
 
 
 def _sizes(total: int, size: int) -> torch.Tensor:
@@ -257,7 +274,9 @@ class _Count:
         elements, tiles = math.prod(sizes), len(own)
         if not self.checked or not lists.worthwhile(self.spec, len(others), elements * tiles * (2 + len(others))):
             return ()
-        size = self.tiles.BM if columns else self.tiles.BN
+        size, own_size = (self.tiles.BM, self.tiles.BN) if columns else (self.tiles.BN, self.tiles.BM)
+        if documents := codegen.documents(self.spec):
+            return self._bisected(documents, sizes, own_size, size, columns, visited)
         many, read = lists.many(size), 0
         for element in candidates:
             for tile, row in zip(own.tolist(), element.tolist()):
@@ -276,6 +295,56 @@ class _Count:
         read += sum(self.operands[x.operand].element_size() for x in _in(self.limits)) * programs
         written = int(visited.sum()) * (elements // len(visited)) * _FLAG + 2 * programs * _FLAG
         return (Traffic("listed", programs, read, written),)
+
+    def _bisected(
+        self,
+        documents: list[tuple[int, int]],
+        sizes: tuple[int, ...],
+        own_size: int,
+        size: int,
+        columns: bool,
+        visited: torch.Tensor,
+    ) -> tuple[Traffic, ...]:
+        """As lists(), where ids that ascend say which tiles are looked at. What finds out whether they do comes first."""
+        elements, (count, total) = math.prod(sizes), (self.K, self.Q) if columns else (self.Q, self.K)
+        ids = [
+            [self.operands[x].expand(*sizes, -1, -1).reshape(elements, -1) for x in (pair if columns else pair[::-1])]
+            for pair in documents
+        ]
+        ascend = [
+            [all(bool((x[1:] >= x[:-1]).all()) for x in sides) for sides in zip(*pair, strict=True)] for pair in ids
+        ]
+        every = sum(2 * (x.shape[1] - 1) * x.element_size() for pair in ids for x in pair)
+        bounds = self._kept(
+            _bounding(kind, x) for i in hiding(self.spec).steps for kind, x in self.cuts[i].bounds.items()
+        )
+        bounds = (bounds.mT if columns else bounds).expand(elements, -1, -1)
+        many, read, programs = lists.many(size), 0, 0
+        for e in range(elements):
+            for begin in range(0, count, own_size):
+                programs += 1
+                end = min(begin + own_size, count)
+                seen = bounds[e, begin:end].any(0).nonzero().flatten().tolist()
+                lo, hi = (seen[0], seen[-1] + 1) if seen else (0, 0)
+                read += _FLAG
+                for pair, fine in zip(ids, ascend, strict=True):
+                    if fine[e]:
+                        own, other = (x[e].tolist() for x in pair)
+                        low, steps = _bisect(other, own[begin], after=False)
+                        high, more = _bisect(other, own[end - 1], after=True)
+                        lo, hi = max(lo, low), min(hi, high)
+                        read += 2 * pair[0].element_size() + (steps + more) * pair[1].element_size()
+                for place in range(lo // size, -(-hi // size), many) if lo < hi else ():
+                    wide = min(total, (place + many) * size) - place * size
+                    for load in self._spread():
+                        dims = self.spec.operands[load.operand].dims[-2:]
+                        across, along = dims if columns else dims[::-1]
+                        places = (1 if across == "1" else wide) * (1 if along == "1" else end - begin)
+                        read += places * self.operands[load.operand].element_size()
+        read += sum(self.operands[x.operand].element_size() for x in _in(self.limits)) * programs
+        written = int(visited.sum()) * (elements // len(visited)) * _FLAG + 2 * programs * _FLAG
+        found = Traffic("ascending", elements, every * elements, _FLAG * elements)
+        return found, Traffic("listed", programs, read, written)
 
     def added(self, by_columns: bool) -> int:
         """Bytes of float32 additions to the gradients of operands."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from attnfuse import expr
 from attnfuse.expr import Expr
@@ -37,6 +39,57 @@ def cut(keep: Expr, uniform: frozenset[int] = frozenset()) -> Cut:
     if not rest:
         return Cut(bounds, None)
     return Cut(bounds, rest[0] if len(rest) == 1 else expr.Apply("and", tuple(rest)))
+
+
+@dataclass(frozen=True)
+class Order:
+    """A comparison of a number of the key, which depends on k alone, with one of the query: key `how` query."""
+
+    how: Literal["eq", "le", "lt", "ge", "gt"]
+    key: Expr
+    query: Expr
+
+
+_TURNED: dict[str, Literal["le", "lt", "ge", "gt"]] = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt"}
+
+
+def orders(keep: Expr | None, uses: Callable[[Expr], set[str]]) -> tuple[tuple[Order, ...], Expr | None]:
+    """The parts of a mask that are orders, 'eq' first, and what is left of it.
+
+    Where the keys' numbers ascend, what an order keeps for a query is a range of keys, which bisection finds; among keys that all
+    'eq' keep, it is enough that numbers ascend there. uses: which of 'q' and 'k' an expression depends on.
+    """
+    parts = keep.args if isinstance(keep, expr.Apply) and keep.op == "and" else () if keep is None else (keep,)
+    found: list[Order] = []
+    rest = []
+    for part in parts:
+        order = _order(part, uses)
+        if order is None:
+            rest.append(part)
+        else:
+            found.append(order)
+    found.sort(key=lambda x: x.how != "eq")
+    if not rest:
+        return tuple(found), None
+    return tuple(found), rest[0] if len(rest) == 1 else expr.Apply("and", tuple(rest))
+
+
+def _order(part: Expr, uses: Callable[[Expr], set[str]]) -> Order | None:
+    how: Literal["eq", "le", "lt", "ge", "gt"]
+    if isinstance(part, expr.Apply) and part.op == "not" and isinstance(part.args[0], expr.Apply):
+        # not a <= b is b < a
+        part, how = part.args[0], "gt"
+        if part.op != "le":
+            return None
+    elif isinstance(part, expr.Apply) and part.op in ("eq", "le"):
+        how = "eq" if part.op == "eq" else "le"
+    else:
+        return None
+    a, b = part.args
+    used = uses(a), uses(b)
+    if used == ({"k"}, {"q"}):
+        return Order(how, a, b)
+    return Order(_TURNED.get(how, "eq"), b, a) if used == ({"q"}, {"k"}) else None
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def _launched(monkeypatch, **flags):
 
     def record(kernel, programs, arguments):
         names = [name for name, x in arguments.items() if isinstance(x, TensorDescriptor)]
-        if kernel.__name__ != "listed":
+        if kernel.__name__ not in ("ascending", "listed"):
             found.append((kernel.__name__, "".join(names)))
         run(kernel, programs, arguments)
 

@@ -95,6 +95,9 @@ EXPORT void attnfuse_set_launch(Launch f) { launch = f; }
 // Keys of a tile, which bounds how far the keys can be split.
 EXPORT i64 attnfuse_key_tile() { return KT; }
 
+// Tiles whose masks have been looked at, of all calls so far but those that decode.
+EXPORT i64 attnfuse_tiles() { return tiles_looked_at.load(std::memory_order_relaxed); }
+
 // 0, -1 when memory ran out, or what read_pages gives.
 EXPORT int attnfuse_forward(const Plan* plan, const i64* layout_words, const i64* pointer_words) {
   Problem p;

@@ -11,10 +11,14 @@ struct BackwardItem {
   Limits limits;
   i64 qt, q_tiles, kt, k_tiles, element = 0, chunk = 0;
   i64 index[BATCH];
+  i64 looked = 0;
   bool want_scores;
   float *q, *dout, *dq, *m, *inverse, *delta, *k_cols, *k_rows, *v_cols, *dk, *dv, *s, *g, *weight, *spare;
   // tiles that see all keys; rows of zero weights; rows without a gradient, which are passed over
   uint8_t *full, *zero, *idle;
+  // of each query tile the keys that it sees; of each key tile the first query tile that sees one of them, and the one after the
+  // last
+  i64 *key_from, *key_beyond, *first, *last;
 
   explicit BackwardItem(const Problem& problem) : p(problem), rows(problem) {
     const i64 nq = (p.Q + QT - 1) / QT, nk = (p.K + KT - 1) / KT;
@@ -46,6 +50,8 @@ struct BackwardItem {
     full = reinterpret_cast<uint8_t*>(c.bytes(q_tiles));
     zero = reinterpret_cast<uint8_t*>(c.bytes(p.Q));
     idle = reinterpret_cast<uint8_t*>(c.bytes(p.Q));
+    for (i64** x : {&key_from, &key_beyond}) *x = reinterpret_cast<i64*>(c.bytes(q_tiles * 8));
+    for (i64** x : {&first, &last}) *x = reinterpret_cast<i64*>(c.bytes(k_tiles * 8));
     rows.carve(c, true);
   }
 
@@ -136,9 +142,25 @@ struct BackwardItem {
     }
   }
 
+  // Which tiles may hold something, by what comparisons and ranges say.
+  void find_tiles() {
+    for (i64 t = 0; t < k_tiles; ++t) first[t] = q_tiles, last[t] = 0;
+    for (i64 u = 0; u < q_tiles; ++u) {
+      const i64 q0 = u * qt;
+      key_from[u] = 0;
+      key_beyond[u] = p.K;
+      if (!full[u]) rows.masks.keys_of(q0, p.Q - q0 < qt ? p.Q - q0 : qt, key_from[u], key_beyond[u]);
+      for (i64 t = key_from[u] / kt; t * kt < key_beyond[u]; ++t) {
+        first[t] = u < first[t] ? u : first[t];
+        last[t] = u + 1;
+      }
+    }
+  }
+
   void tile(i64 k_tile, i64 q_tile, bool delta_only) {
     const i64 k0 = k_tile * kt, keys = p.K - k0 < kt ? p.K - k0 : kt;
     const i64 q0 = q_tile * qt, n = p.Q - q0 < qt ? p.Q - q0 : qt, padded = round_up(n, MR);
+    ++looked;
     rows.enter_tile(q0, n, k0, keys, full[q_tile], limits);
     if (!limits.any) return;
     if (std::memchr(idle + q0, 1, n)) {
@@ -213,16 +235,19 @@ struct BackwardItem {
   void run(i64 begin, i64 end) {
     rows.enter_element(element, index);
     prepare();
+    find_tiles();
     std::memset(dq, 0, dq_floats() * sizeof(float));
     for (i64 t = begin; t < end; ++t) {
       const i64 k0 = t * kt, keys = p.K - k0 < kt ? p.K - k0 : kt;
       pack_tile(t);
       std::memset(dk, 0, keys * p.Dp * sizeof(float));
       std::memset(dv, 0, keys * p.Ep * sizeof(float));
-      for (i64 u = 0; u < q_tiles; ++u) tile(t, u, false);
+      for (i64 u = first[t]; u < last[t]; ++u)
+        if (key_from[u] < k0 + keys && key_beyond[u] > k0) tile(t, u, false);
       put(p.dk, k0, keys, p.D, dk, p.Dp, 1.0f);
       put(p.dv, k0, keys, p.E, dv, p.Ep, 1.0f);
     }
+    tiles_looked_at.fetch_add(looked, std::memory_order_relaxed);
   }
 
   void put(const Grad& t, i64 row, i64 n, i64 cols, const float* src, i64 ld, float scale) const {
@@ -232,7 +257,7 @@ struct BackwardItem {
   }
 };
 
-inline bool backward_all(const Problem& p, i64 chunks) {
+inline bool backward_ranged(const Problem& p, i64 threads, i64 chunks) {
   // dims over which some gradient is summed: one thread walks them, in order
   const Split classes(p.batch, [&](int d) {
     const auto summed = [d](const Grad& g) { return g.mode && g.stride[d] == 0; };
@@ -240,8 +265,6 @@ inline bool backward_all(const Problem& p, i64 chunks) {
     for (int i = 0; i < p.plan->n_operands; ++i) any |= summed(p.doperand[i]);
     return any;
   });
-  const double work = static_cast<double>(p.elements) * p.Q * p.K * (p.D + p.E);
-  const i64 threads = work < 4e5 ? 1 : p.threads;
   std::atomic<bool> failed{false};
   const auto item = [&](i64 c, i64 e, i64 chunk, float* dq) {
     BackwardItem t(p);
@@ -283,4 +306,10 @@ inline bool backward_all(const Problem& p, i64 chunks) {
   }
   shared_arena.trim(KEPT_BYTES);
   return !failed;
+}
+
+inline bool backward_all(const Problem& p, i64 chunks) {
+  const double work = static_cast<double>(p.elements) * p.Q * p.K * (p.D + p.E);
+  const i64 threads = work < 4e5 ? 1 : p.threads;
+  return with_ranges(p, threads, [&](const Problem& x) { return backward_ranged(x, threads, chunks); });
 }

@@ -39,6 +39,7 @@ _SOURCES = (
     "masks.h",
     "packed.h",
     "problem.h",
+    "ranges.h",
     "rows.h",
     "simd.h",
 )
@@ -249,7 +250,7 @@ def _open(path: Path) -> ctypes.CDLL:
     for function in (library.attnfuse_forward, library.attnfuse_backward):
         function.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p]
         function.restype = ctypes.c_int
-    library.attnfuse_key_tile.restype = ctypes.c_int64
+    library.attnfuse_key_tile.restype = library.attnfuse_tiles.restype = ctypes.c_int64
     library.attnfuse_set_launch.argtypes = [ctypes.c_void_p]
     library.attnfuse_set_launch.restype = None
     library.attnfuse_set_launch(_torch_launch())

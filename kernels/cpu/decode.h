@@ -250,5 +250,5 @@ inline bool forward_all(const Problem& p) {
   const Split heads(p.batch, [&](int d) { return p.k.shared(d) && p.v.shared(d); });
   const bool straight = (p.k.col() == 1 || p.D <= 1) && (p.v.col() == 1 || p.E <= 1);
   if (p.Q <= 8 && heads.inner * p.Q <= FEW && straight && !p.fills_weights) return forward_few(p, heads, threads, false);
-  return forward_tiled(p, threads);
+  return with_ranges(p, threads, [&](const Problem& x) { return forward_tiled(x, threads); });
 }

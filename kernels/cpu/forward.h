@@ -1,6 +1,7 @@
 // Forward: online softmax over key tiles, and a direct path for a handful of queries.
 #pragma once
 
+#include "ranges.h"
 #include "rows.h"
 
 // Splits the batch dims in two: `outer` counts the combinations of those not flagged, `inner` of those flagged.
@@ -106,6 +107,7 @@ struct ForwardTile {
   Limits limits;
   i64 kt;
   bool seen[QT];
+  i64 looked = 0;  // tiles
 
   explicit ForwardTile(const Problem& problem) : p(problem), rows(problem) {
     const i64 tiles = (p.K + KT - 1) / KT;
@@ -125,10 +127,14 @@ struct ForwardTile {
     if (kind != EXACT)
       for (i64 r = 0; r < n; ++r) begin_row(p, index, q0 + r, m[r], l[r]), seen[r] = false;
     if (kind != STATS_ONLY) std::memset(o, 0, padded * p.Ep * sizeof(float));
-    const i64 begin = full ? 0 : rows.masks.first_key(q0) / kt * kt, end = full ? p.K : rows.masks.last_key(q0 + n - 1);
+    i64 begin = 0, end = p.K;
+    if (!full) rows.masks.keys_of(q0, n, begin, end);
+    // tiles lie on one grid, but for those of ranges, where a whole range is one tile where it can be
+    begin = begin / (p.ranges ? NR : kt) * (p.ranges ? NR : kt);
     bool later = false;
     for (i64 k0 = begin; k0 < end; k0 += kt) {
-      const i64 keys = p.K - k0 < kt ? p.K - k0 : kt;
+      const i64 left = (p.ranges ? std::min(p.K, round_up(end, NR)) : p.K) - k0, keys = left < kt ? left : kt;
+      ++looked;
       rows.enter_tile(q0, n, k0, keys, full, limits);
       if (!limits.any) continue;
       products(s, q, padded * NR, kp + k0 * p.D, n, keys, p.D, limits);
@@ -234,6 +240,8 @@ struct ForwardTile {
     const bool exact = p.nonlinear_weights || (p.fills_weights && nan);
     if (exact) pass(EXACT, true, q0, n, kp, vp, ends);
     finish_tile(element, index, q0, n, ends, exact);
+    tiles_looked_at.fetch_add(looked, std::memory_order_relaxed);
+    looked = 0;
   }
 
   void finish_tile(i64 element, const i64* index, i64 q0, i64 n, const Finish* ends, bool exact) {
@@ -283,8 +291,6 @@ inline void pack_keys(const Problem& p, const i64* index, i64 k0, i64 k1, float*
   pack(vp + k0 * NR, p.K * NR, p.v.dtype, p.v.at(index) + k0 * p.v.row() * size_of(p.v.dtype), p.v.row(), p.v.col(),
        k1 - k0, p.E, k1 - k0, 1.0f);
 }
-
-inline thread_local Arena tile_arena, shared_arena;
 
 inline bool forward_tiled(const Problem& p, i64 threads) {
   const Split heads(p.batch, [&](int d) { return p.k.shared(d) && p.v.shared(d); });

@@ -3,6 +3,9 @@
 
 #include "problem.h"
 
+// Tiles that forward and backward have looked at in this process.
+inline std::atomic<i64> tiles_looked_at{0};
+
 // What is known of a fill on the current tile.
 enum State : int { KEEPS_ALL, KEEPS_NONE, MIXED };
 
@@ -10,6 +13,7 @@ struct Fill {
   // keys kept by the comparisons with q: k < q + below_q, k >= q + from_q, k < below, k >= from
   i64 below_q, from_q, below, from;
   State band, rest;  // of those comparisons; of what is left of the mask
+  Span program;      // of that rest
   uint8_t* kept;     // [QT][LD], where rest is MIXED
 };
 
@@ -164,8 +168,13 @@ struct Masks {
   uint8_t* kept = nullptr;
   i64* vectors = nullptr;
   i64 q0 = 0, k0 = 0, keys = 0;
+  // the keys of the tile that vectors are made for
+  i64 from = 0, to = 0;
   i64 scalar[MAX_INSTRS];
   Interval range[MAX_INSTRS];
+  // of each score step, the keys that its ranges leave each query, or null; whether they say all that its orders do
+  const int32_t *first[MAX_STEPS], *last[MAX_STEPS];
+  bool decided[MAX_STEPS];
 
   explicit Masks(const Problem& problem) : p(problem) {}
 
@@ -201,29 +210,40 @@ struct Masks {
         at += QT * LD;
       }
     }
+    for (int i = 0; i < plan.n_steps; ++i) {
+      first[i] = last[i] = nullptr;
+      const Ranges* r = p.ranges ? &p.ranges[i] : nullptr;
+      if (!r || !r->first) continue;
+      i64 e = 0;
+      for (int d = 0; d < BATCH; ++d) e += index[d] * r->stride[d];
+      if (r->left[e] == Ranges::ALL) continue;
+      first[i] = r->first + e * p.Q;
+      last[i] = r->last + e * p.Q;
+      decided[i] = r->left[e] == Ranges::NONE;
+    }
   }
   i64 number(const Span& s, i64 otherwise) { return s.begin < s.end ? value_at(s, 0, 0) : otherwise; }
 
-  // The first key, and the one after the last, that hiding comparisons let query tile [q, q + n) see.
-  i64 first_key(i64 q) const {
-    i64 k = 0;
-    for (int i = 0; i < p.plan->n_steps; ++i)
-      if (cuts(i)) {
-        const i64 a = plus(fill[i].from_q, q), b = fill[i].from;
-        k = a > k ? a : k;
-        k = b > k ? b : k;
+  // The keys [begin, end) that hiding comparisons and ranges let queries [q, q + n) see.
+  void keys_of(i64 q, i64 n, i64& begin, i64& end) const {
+    begin = 0;
+    end = p.K;
+    for (int i = 0; i < p.plan->n_steps; ++i) {
+      if (!cuts(i)) continue;
+      const Fill& f = fill[i];
+      for (const i64 k : {plus(f.from_q, q), f.from}) begin = k > begin ? k : begin;
+      for (const i64 k : {plus(f.below_q, q + n - 1), f.below}) end = k < end ? k : end;
+      if (!first[i]) continue;
+      i64 low = p.K, high = 0;
+      for (i64 r = q; r < q + n; ++r) {
+        if (first[i][r] >= last[i][r]) continue;
+        low = first[i][r] < low ? first[i][r] : low;
+        high = last[i][r] > high ? last[i][r] : high;
       }
-    return k > p.K ? p.K : k;
-  }
-  i64 last_key(i64 q) const {
-    i64 k = p.K;
-    for (int i = 0; i < p.plan->n_steps; ++i)
-      if (cuts(i)) {
-        const i64 a = plus(fill[i].below_q, q), b = fill[i].below;
-        k = a < k ? a : k;
-        k = b < k ? b : k;
-      }
-    return k < 0 ? 0 : k;
+      begin = low > begin ? low : begin;
+      end = high < end ? high : end;
+    }
+    if (begin >= end) begin = end = 0;
   }
 
   // Enters the tile of queries [q, q + n) and keys [k, k + count). Sets the limits; without any where no row needs the tile.
@@ -236,18 +256,21 @@ struct Masks {
       const Step& s = step(i);
       if (!s.has_mask()) continue;
       Fill& f = fill[i];
-      const bool hides = !full && cuts(i);
-      classify(s, f, n);
+      const bool hides = !full && cuts(i), ranged = hides && first[i];
+      f.program = ranged && decided[i] ? s.other : s.keep;
+      classify(f, n);
       if (hides && (f.band == KEEPS_NONE || f.rest == KEEPS_NONE)) return none(n, limits);
       if (hides && f.band == MIXED)
         for (i64 r = 0; r < n; ++r) edges(f, q + r, limits.lo[r], limits.hi[r]);
+      if (ranged)
+        for (i64 r = 0; r < n; ++r) narrow_to(first[i][q + r], last[i][q + r], limits.lo[r], limits.hi[r]);
     }
     bool some = false;
     for (i64 r = 0; r < n && !some; ++r) some = limits.lo[r] < limits.hi[r];
     if (!some) return none(n, limits);
     for (int i = 0; i < steps(); ++i) {
       const Step& s = step(i);
-      if (s.has_mask() && fill[i].rest == MIXED) evaluate(s, fill[i], n, !full && cuts(i), limits);
+      if (s.has_mask() && fill[i].rest == MIXED) evaluate(fill[i], n, !full && cuts(i), limits);
       if (s.kind == BIAS && !full && i < p.plan->n_steps && s.hides) look_through(s, n, limits);
     }
     limits.settle(n, count);
@@ -257,23 +280,26 @@ struct Masks {
     limits.settle(n, 0);
   }
 
-  void classify(const Step& s, Fill& f, i64 n) {
+  void classify(Fill& f, i64 n) {
     const i64 last = q0 + n - 1, end = k0 + keys;
     f.band = MIXED;
     if (end <= plus(f.below_q, q0) && end <= f.below && k0 >= plus(f.from_q, last) && k0 >= f.from) f.band = KEEPS_ALL;
     else if (k0 >= plus(f.below_q, last) || k0 >= f.below || end <= plus(f.from_q, q0) || end <= f.from)
       f.band = KEEPS_NONE;
     f.rest = KEEPS_ALL;
-    if (!f.kept || f.band == KEEPS_NONE) return;
-    const Interval x = interval(s.keep, n);
+    if (f.program.empty() || f.band == KEEPS_NONE) return;
+    const Interval x = interval(f.program, n);
     f.rest = x.lo > 0 ? KEEPS_ALL : (x.hi <= 0 ? KEEPS_NONE : MIXED);
   }
 
   // Narrows [lo, hi) to what the comparisons keep for a query. It stays within what it was, empty or not.
   void edges(const Fill& f, i64 query, i64& lo, i64& hi) const {
-    i64 a = plus(f.from_q, query), b = plus(f.below_q, query);
-    a = (a > f.from ? a : f.from) < k0 ? 0 : (a > f.from ? a : f.from) - k0;
-    b = b < f.below ? b : f.below;
+    const i64 a = plus(f.from_q, query), b = plus(f.below_q, query);
+    narrow_to(a > f.from ? a : f.from, b < f.below ? b : f.below, lo, hi);
+  }
+  // The same to keys [a, b).
+  INLINE void narrow_to(i64 a, i64 b, i64& lo, i64& hi) const {
+    a = a < k0 ? 0 : a - k0;
     b = b < k0 ? 0 : b - k0;
     a = a > hi ? hi : a;
     lo = a > lo ? a : lo;
@@ -281,28 +307,32 @@ struct Masks {
     if (hi < lo) hi = lo;
   }
 
-  // What is left of a mask, for every key that the limits leave; narrows them if it hides.
-  void evaluate(const Step& s, const Fill& f, i64 n, bool hides, Limits& limits) {
-    const i64 last = s.keep.end - 1;
-    const Instr& only = p.plan->instrs[s.keep.begin];
-    const Ref* bytes = last == s.keep.begin && only.op == X_LOAD && only.a < 0 && only.b < 0 ? &p.operand[only.operand] : nullptr;
+  // What is left of a mask, for every key that the limits leave; narrows them if it hides. (Where there are no ranges for every key
+  // of the tile: decoding does not go by the limits of rows.)
+  void evaluate(const Fill& f, i64 n, bool hides, Limits& limits) {
+    const Span& s = f.program;
+    const i64 result = s.end - 1;
+    const Instr& only = p.plan->instrs[s.begin];
+    const Ref* bytes = result == s.begin && only.op == X_LOAD && only.a < 0 && only.b < 0 ? &p.operand[only.operand] : nullptr;
     if (bytes && (bytes->dtype != U8 || bytes->col() != 1)) bytes = nullptr;
-    if (!bytes) key_vectors(s.keep);
+    if (!bytes) key_vectors(s);
     for (i64 r = 0; r < n; ++r) {
       i64 &lo = limits.lo[r], &hi = limits.hi[r];
-      uint8_t* to = f.kept + r * LD;
-      if (!bytes) row_vectors(s.keep, q0 + r);
+      const i64 a = p.ranges ? lo : 0, b = p.ranges ? hi : keys;
+      if (a >= b) continue;
+      uint8_t* kept_row = f.kept + r * LD;
+      if (!bytes) row_vectors(s, q0 + r, a, b);
       if (bytes) {
-        std::memcpy(to, element(only.operand, q0 + r, k0), keys);
-      } else if (p.depends[last] & ON_KEY) {
-        const i64* x = vectors + p.slot[last] * LD;
-        for (i64 j = 0; j < keys; ++j) to[j] = x[j] != 0;
+        std::memcpy(kept_row + a, element(only.operand, q0 + r, k0 + a), b - a);
+      } else if (p.depends[result] & ON_KEY) {
+        const i64* x = vectors + p.slot[result] * LD;
+        for (i64 j = a; j < b; ++j) kept_row[j] = x[j] != 0;
       } else {
-        std::memset(to, scalar[last] != 0, keys);
+        std::memset(kept_row + a, scalar[result] != 0, b - a);
       }
       if (!hides) continue;
-      while (lo < hi && !to[lo]) ++lo;
-      while (lo < hi && !to[hi - 1]) --hi;
+      while (lo < hi && !kept_row[lo]) ++lo;
+      while (lo < hi && !kept_row[hi - 1]) --hi;
     }
   }
 
@@ -401,13 +431,18 @@ struct Masks {
 
   // Results that depend on the key alone, for the keys of the tile.
   void key_vectors(const Span& s) {
+    from = 0;
+    to = keys;
     for (i64 i = s.begin; i < s.end; ++i) {
       if (p.depends[i] == ON_KEY) vector(i, 0);
       else if (p.depends[i] == 0) scalar[i] = one(p.plan->instrs[i], 0, 0);
     }
   }
-  // The others, for one query.
-  void row_vectors(const Span& s, i64 q) {
+  // The others, for one query and keys [first_key, beyond) of the tile.
+  void row_vectors(const Span& s, i64 q) { row_vectors(s, q, 0, keys); }
+  void row_vectors(const Span& s, i64 q, i64 first_key, i64 beyond) {
+    from = first_key;
+    to = beyond;
     for (i64 i = s.begin; i < s.end; ++i) {
       if (p.depends[i] == (ON_KEY | ON_QUERY)) vector(i, q);
       else if (p.depends[i] == ON_QUERY) scalar[i] = one(p.plan->instrs[i], q, 0);
@@ -423,54 +458,54 @@ struct Masks {
     return {nullptr, scalar[i]};
   }
   template <class F>
-  INLINE void each(i64* __restrict to, Argument a, Argument b, F f) {
-    if (a.v && b.v) for (i64 j = 0; j < keys; ++j) to[j] = f(a.v[j], b.v[j]);
-    else if (a.v) for (i64 j = 0; j < keys; ++j) to[j] = f(a.v[j], b.x);
-    else for (i64 j = 0; j < keys; ++j) to[j] = f(a.x, b.v[j]);
+  INLINE void each(i64* __restrict result, Argument a, Argument b, F f) {
+    if (a.v && b.v) for (i64 j = from; j < to; ++j) result[j] = f(a.v[j], b.v[j]);
+    else if (a.v) for (i64 j = from; j < to; ++j) result[j] = f(a.v[j], b.x);
+    else for (i64 j = from; j < to; ++j) result[j] = f(a.x, b.v[j]);
   }
 
   void vector(i64 i, i64 q) {
     const Instr& x = p.plan->instrs[i];
-    i64* to = vectors + p.slot[i] * LD;
+    i64* result = vectors + p.slot[i] * LD;
     const Argument none{nullptr, 0};
     const Argument a = x.a >= 0 ? argument(x.a) : none, b = x.b >= 0 ? argument(x.b) : none;
     switch (x.op) {
       case X_KEY:
-        for (i64 j = 0; j < keys; ++j) to[j] = k0 + j;
+        for (i64 j = from; j < to; ++j) result[j] = k0 + j;
         return;
-      case X_LOAD: return gather(x, a, b, q, to);
-      case X_ADD: return each(to, a, b, [](i64 s, i64 t) { return wrap_add(s, t); });
-      case X_TIMES: return each(to, a, none, [&](i64 s, i64) { return wrap_mul(s, x.value); });
-      case X_MIN: return each(to, a, b, [](i64 s, i64 t) { return s < t ? s : t; });
-      case X_MAX: return each(to, a, b, [](i64 s, i64 t) { return s > t ? s : t; });
-      case X_ABS: return each(to, a, none, [](i64 s, i64) { return s < 0 ? wrap_mul(s, -1) : s; });
-      case X_FLOORDIV: return each(to, a, none, [&](i64 s, i64) { return floor_div(s, x.value); });
-      case X_MOD: return each(to, a, none, [&](i64 s, i64) { return floor_mod(s, x.value); });
+      case X_LOAD: return gather(x, a, b, q, result);
+      case X_ADD: return each(result, a, b, [](i64 s, i64 t) { return wrap_add(s, t); });
+      case X_TIMES: return each(result, a, none, [&](i64 s, i64) { return wrap_mul(s, x.value); });
+      case X_MIN: return each(result, a, b, [](i64 s, i64 t) { return s < t ? s : t; });
+      case X_MAX: return each(result, a, b, [](i64 s, i64 t) { return s > t ? s : t; });
+      case X_ABS: return each(result, a, none, [](i64 s, i64) { return s < 0 ? wrap_mul(s, -1) : s; });
+      case X_FLOORDIV: return each(result, a, none, [&](i64 s, i64) { return floor_div(s, x.value); });
+      case X_MOD: return each(result, a, none, [&](i64 s, i64) { return floor_mod(s, x.value); });
       case X_WHERE: {
         const Argument c = argument(x.c);
-        for (i64 j = 0; j < keys; ++j)
-          to[j] = (a.v ? a.v[j] : a.x) ? (b.v ? b.v[j] : b.x) : (c.v ? c.v[j] : c.x);
+        for (i64 j = from; j < to; ++j)
+          result[j] = (a.v ? a.v[j] : a.x) ? (b.v ? b.v[j] : b.x) : (c.v ? c.v[j] : c.x);
         return;
       }
-      case X_LE: return each(to, a, b, [](i64 s, i64 t) -> i64 { return s <= t; });
-      case X_EQ: return each(to, a, b, [](i64 s, i64 t) -> i64 { return s == t; });
-      case X_NE: return each(to, a, b, [](i64 s, i64 t) -> i64 { return s != t; });
-      case X_AND: return each(to, a, b, [](i64 s, i64 t) { return s & t; });
-      case X_OR: return each(to, a, b, [](i64 s, i64 t) { return s | t; });
-      default: return each(to, a, none, [](i64 s, i64) -> i64 { return !s; });
+      case X_LE: return each(result, a, b, [](i64 s, i64 t) -> i64 { return s <= t; });
+      case X_EQ: return each(result, a, b, [](i64 s, i64 t) -> i64 { return s == t; });
+      case X_NE: return each(result, a, b, [](i64 s, i64 t) -> i64 { return s != t; });
+      case X_AND: return each(result, a, b, [](i64 s, i64 t) { return s & t; });
+      case X_OR: return each(result, a, b, [](i64 s, i64 t) { return s | t; });
+      default: return each(result, a, none, [](i64 s, i64) -> i64 { return !s; });
     }
   }
 
-  void gather(const Instr& x, Argument a, Argument b, i64 q, i64* to) const {
+  void gather(const Instr& x, Argument a, Argument b, i64 q, i64* result) const {
     const Operand& r = p.operand[x.operand];
     if (!a.v && x.b < 0) {
       const i64 row = x.a >= 0 ? clamped(a.x, r.rows) : q;
-      return widen(r.dtype, element(x.operand, row, k0), r.col(), to, keys);
+      return widen(r.dtype, element(x.operand, row, k0 + (r.col() ? from : 0)), r.col(), result + from, to - from);
     }
-    for (i64 j = 0; j < keys; ++j) {
+    for (i64 j = from; j < to; ++j) {
       const i64 row = x.a >= 0 ? clamped(a.v ? a.v[j] : a.x, r.rows) : q;
       const i64 col = x.b >= 0 ? clamped(b.v ? b.v[j] : b.x, r.cols) : k0 + j;
-      to[j] = integer(r.dtype, element(x.operand, row, col));
+      result[j] = integer(r.dtype, element(x.operand, row, col));
     }
   }
 

@@ -5,10 +5,11 @@ The field order here is that of `Plan`, `Step`, `Ref` and `Grad` in problem.h.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
@@ -18,8 +19,9 @@ from attnfuse import expr, rounding
 from attnfuse.expr import Expr
 from attnfuse.kernels import dropout, fills, layout
 from attnfuse.kernels.inputs import Inputs
-from attnfuse.kernels.mask_ranges import cut
+from attnfuse.kernels.mask_ranges import cut, orders
 from attnfuse.kernels.pages import check_pages
+from attnfuse.kernels.program.traits import uses
 from attnfuse.spec import (
     AddFill,
     Attention,
@@ -38,6 +40,7 @@ from attnfuse.spec import (
 MAX_OPERANDS = 16
 MAX_STEPS = 32
 MAX_INSTRS = 192
+MAX_ORDERS = 16
 BATCH = 6
 _MAX_LAYOUTS = 512
 _DTYPES = {
@@ -55,8 +58,11 @@ _DTYPES = {
 _T = TypeVar("_T")
 _HIDDEN = {"nan": 0, "zero": 1, "nan_to_zero": 2}
 _PLAN = struct.Struct("=7q4d6q")
-_STEP = struct.Struct("=18q2d")
+_STEP = struct.Struct("=22q2d")
 _INSTR = struct.Struct("=6q")
+_ORDER = struct.Struct("=5q")
+#: In the order of `Compared` in problem.h.
+_COMPARED = ("eq", "le", "lt", "ge", "gt")
 
 
 class Words(NamedTuple):
@@ -131,8 +137,14 @@ class Plan:
         return self._unhidden
 
     def _encode(self) -> bytes:
+        try:
+            return self._encoded(Programs(functools.partial(uses, self.spec)))
+        except _TooMany:
+            # what a bisection may decide comes on top of what decides it otherwise
+            return self._encoded(Programs())
+
+    def _encoded(self, programs: Programs) -> bytes:
         spec = self.spec
-        programs = Programs()
         uniform = frozenset(i for i, o in enumerate(spec.operands) if o.dims[-2:] == ("1", "1"))
         joined = {end: end - first for first, end in rounding.joined(spec.steps).items()}
         hiding = fills.hiding(spec, in_biases=True)
@@ -420,17 +432,41 @@ def _pad(steps: Sequence[bytes]) -> bytes:
     return b"".join(steps) + bytes(_STEP.size * (MAX_STEPS - len(steps)))
 
 
-class Programs:
-    """Instructions of all expressions of a spec, one after the other."""
+class _TooMany(ValueError):
+    """A plan has no room for so many operations."""
 
-    def __init__(self) -> None:
+
+class Programs:
+    """Instructions of all expressions of a spec, one after the other, and the orders of its masks.
+
+    uses: which of 'q' and 'k' an expression depends on; without it there are no orders.
+    """
+
+    def __init__(self, uses: Callable[[Expr], set[str]] | None = None) -> None:
         self.words: list[bytes] = []
+        self._uses = uses
+        self._orders: list[bytes] = []
         self._spans: dict[Expr, tuple[int, int]] = {}
 
     def packed(self) -> bytes:
         if len(self.words) > MAX_INSTRS:
-            raise ValueError(f"masks of at most {MAX_INSTRS} operations; got {len(self.words)}")
-        return b"".join(self.words) + bytes(_INSTR.size * (MAX_INSTRS - len(self.words)))
+            raise _TooMany(f"masks of at most {MAX_INSTRS} operations; got {len(self.words)}")
+        room = (
+            bytes(_INSTR.size * (MAX_INSTRS - len(self.words))),
+            bytes(_ORDER.size * (MAX_ORDERS - len(self._orders))),
+        )
+        return b"".join([*self.words, room[0], *self._orders, room[1]])
+
+    def add_orders(self, keep: Expr | None) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The span of a mask's orders, empty where there are none or no room for them, and that of the program of its rest."""
+        found, rest = ((), None) if self._uses is None else orders(keep, self._uses)
+        if not found or len(self._orders) + len(found) > MAX_ORDERS:
+            return (0, 0), (0, 0)
+        begin = len(self._orders)
+        for order in found:
+            spans = (*self.add(order.key), *self.add(order.query))
+            self._orders.append(_ORDER.pack(_COMPARED.index(order.how), *spans))
+        return (begin, len(self._orders)), self.add(rest)
 
     def add(self, e: Expr | None) -> tuple[int, int]:
         """The span of the program for e, empty for None: one span for equal expressions. What occurs twice in it is computed
@@ -500,13 +536,16 @@ _OPS = (
 
 def _words(step: Step, programs: Programs, uniform: frozenset[int], joined: int = 0, hides: bool = False) -> bytes:
     """joined: how many of the steps before a cast are summed on their own. hides: it hides keys for good (kernels/fills.py)."""
-    spans = dict.fromkeys(("keep", "below_q", "from_q", "below", "from", "row", "col"), (0, 0))
+    names = ("keep", "orders", "other", "below_q", "from_q", "below", "from", "row", "col")
+    spans = dict.fromkeys(names, (0, 0))
     mask = getattr(step, "keep", None)
     if mask is not None:
         found = cut(mask, uniform)
         spans["keep"] = programs.add(found.rest)
         for name, bound in found.bounds.items():
             spans[name] = programs.add(bound)
+        if hides and not isinstance(step, Bias):
+            spans["orders"], spans["other"] = programs.add_orders(found.rest)
     kind, operand, slides, value, high = 0, -1, 0, 0.0, 0.0
     if isinstance(step, Scale):
         kind, operand, value = 0, -1 if step.operand is None else step.operand, step.value

@@ -1,6 +1,7 @@
 // What Python hands over (Plan, from the spec; the layout; the pointers) and what follows from it.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <thread>
@@ -20,7 +21,7 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
-constexpr int MAX_OPERANDS = 16, MAX_STEPS = 32, MAX_INSTRS = 192, BATCH = 6;
+constexpr int MAX_OPERANDS = 16, MAX_STEPS = 32, MAX_INSTRS = 192, MAX_ORDERS = 16, BATCH = 6;
 // A tile holds QT queries and KT keys; LD is the row pitch of a score tile, off any power of two.
 constexpr i64 QT = 96, KT = ATTNFUSE_VL == 16 ? 288 : 240, LD = KT + 8;
 static_assert(QT % MR == 0 && KT % MR == 0 && KT % NR == 0, "tiles are whole blocks");
@@ -46,12 +47,22 @@ struct Span {
   bool operator==(const Span& o) const { return begin == o.begin && end == o.end; }
 };
 
+// How the number of a key must compare with that of a query.
+enum Compared : i64 { SAME, AT_MOST, BELOW, AT_LEAST, ABOVE };
+
+// A comparison of a number of the key with one of the query, by programs that depend on no other index.
+struct Order {
+  i64 how;
+  Span key, query;
+};
+
 struct Step {
   // operand -1: a number. Of HALF, BRAIN and SINGLE (casts to float16, bfloat16 and what does not round): how many steps before it
   // are summed on their own
   i64 kind, operand;
   // fills, and added operands with a mask: the keys kept are k < q + below_q, k >= q + from_q, k < below, k >= from, and `keep` on top of these
-  Span keep, below_q, from_q, below, from;
+  // orders: parts of `keep` that a bisection may decide (ranges.h), a span of those of the plan, SAME first; other: the other parts
+  Span keep, orders, other, below_q, from_q, below, from;
   // an added table's own indices; slides: its column is k + something that does not depend on k
   Span row, col;
   i64 slides;
@@ -77,6 +88,7 @@ struct Plan {
   i64 operand_dtype[MAX_OPERANDS];
   Step steps[MAX_STEPS], weights[MAX_STEPS];
   Instr instrs[MAX_INSTRS];
+  Order orders[MAX_ORDERS];
 };
 
 // Why no load or store leaves its memory.
@@ -161,6 +173,14 @@ struct Numbers {
   uint64_t of(i64 i) const { return base + stride * static_cast<uint64_t>(i) + (i >= half ? jump : 0); }
 };
 
+// What bisection has found of a step's mask: the keys that each query sees are within [first, last).
+struct Ranges {
+  enum Left : uint8_t { ALL, SOME, NONE };
+  int32_t *first = nullptr, *last = nullptr;  // [elements][Q]; null for no ranges
+  uint8_t* left = nullptr;                    // [elements]: which of the step's orders the ranges do not say
+  i64 elements = 0, stride[BATCH];            // of batch dims; 0 where the masks are the same
+};
+
 struct Problem {
   const Plan* plan;
   i64 threads, Q, K, D, E, Dp, Ep, elements;
@@ -193,6 +213,7 @@ struct Problem {
   // of each instruction, what its value depends on, and for those of ON_KEY the place of its vector
   uint8_t depends[MAX_INSTRS], slot[MAX_INSTRS];
   i64 n_vectors, n_kept;
+  const Ranges* ranges = nullptr;  // [n_steps], or null
 
   i64 line(i64 element, i64 query) const { return first_line + element * line_step + query; }
   void index_of(i64 element, i64* index) const {
@@ -319,6 +340,9 @@ class Arena {
 };
 
 constexpr i64 KEPT_BYTES = i64(48) << 20;
+
+// What each thread works in, and what all threads of a call read.
+inline thread_local Arena tile_arena, shared_arena;
 
 // Adds up the parts of one allocation, then hands them out.
 struct Carver {

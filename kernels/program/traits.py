@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from attnfuse import expr
 from attnfuse.expr import Algebra, Apply, Const, Expr, Index, Linear, Load
 from attnfuse.kernels.fills import hiding
-from attnfuse.kernels.mask_ranges import Cut, cut
+from attnfuse.kernels.mask_ranges import Cut, cut, orders
 from attnfuse.spec import AddFill, Attention, Bias, Clamp, Ramp, ReplaceFill, Scale, Softcap, Step, Tanh
 
 #: No query or key index is larger: sums with constants below it fit 32 bits.
@@ -133,6 +133,22 @@ def looked_at_steps(spec: Attention) -> list[int]:
     made = cuts(spec)
     rests = {i: made[i].rest for i in sorted(hiding(spec).steps)}
     return [i for i, rest in rests.items() if rest is not None and tells(spec, rest)]
+
+
+def documents(spec: Attention) -> list[tuple[int, int]]:
+    """Integers that a key and a query must have in common, as operands of keys and of queries, in masks that hide."""
+    found: dict[tuple[int, int], None] = {}
+    for rest in looked_at(spec):
+        for order in orders(rest, functools.partial(uses, spec))[0]:
+            sides = order.key, order.query
+            if order.how == "eq" and all(_is_own(x) for x in sides):
+                found[order.key.operand, order.query.operand] = None  # type: ignore[attr-defined]
+    return list(found)
+
+
+def _is_own(e: Expr) -> bool:
+    """Whether e is an integer of the query's or the key's own."""
+    return isinstance(e, Load) and e.dtype != "bool" and e.row is None and e.col is None
 
 
 #: Bounds on a tile: a number, or None for one that is found out there.

@@ -51,6 +51,8 @@ class Call(Sizes):
     launch: Callable[[Any, int, dict[str, Any]], Any]
     fixed: Config | None = None
     recorder: plans.Recorder = plans.PLAIN
+    #: made where the first list needs it
+    falling: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         from attnfuse.kernels.triton import codegen, generated

@@ -17,6 +17,9 @@ queries and keys).
     left(q, k, ...)                              which weights their fills leave
     keys(q0, q1, ...)                            the keys that queries q0 to q1 may see, and those that all of them see
     queries(k0, k1, ...)                         the queries that may see keys k0 to k1, and those that see all of them
+    falling(SIZE, ...)                           which pairs of documents have ids that do not ascend, as bits
+    documents_of_keys(k0, k1, falling, ...)      the queries that may see keys k0 to k1, by ids that ascend
+    documents_of_queries(q0, q1, falling, ...)   the keys that queries q0 to q1 may see, by the same
     seen(q0, q1, k0, k1, BM, BN, MANY, ...)      whether a tile may hold a key that is not hidden, and whether it surely holds no
                                                  other by what is no bound; MANY: 1 where k0 and k1 are those of many tiles, 2
                                                  where q0 and q1 are
@@ -39,6 +42,7 @@ from attnfuse.kernels.program.traits import Traits as Traits
 from attnfuse.kernels.program.traits import approximable as approximable
 from attnfuse.kernels.program.traits import by_columns as by_columns
 from attnfuse.kernels.program.traits import cuts as cuts
+from attnfuse.kernels.program.traits import documents as documents
 from attnfuse.kernels.program.traits import indices as indices
 from attnfuse.kernels.program.traits import limits as limits
 from attnfuse.kernels.program.traits import looked_at as looked_at
@@ -58,6 +62,9 @@ _ARGUMENTS = {
     "keys": f"q0, q1, {_CONTEXT}",
     "queries": f"k0, k1, {_CONTEXT}",
     "seen": f"q0, q1, k0, k1, BM: tl.constexpr, BN: tl.constexpr, MANY: tl.constexpr, {_CONTEXT}",
+    "falling": f"SIZE: tl.constexpr, {_CONTEXT}",
+    "documents_of_keys": f"k0, k1, falling, {_CONTEXT}",
+    "documents_of_queries": f"q0, q1, falling, {_CONTEXT}",
     "sink": f"q, {_CONTEXT}",
 }
 _HEADER = '''"""Written by attnfuse."""
@@ -126,6 +133,32 @@ def ends_of(place, first, last, stride, SIZE: tl.constexpr, MANY: tl.constexpr):
 
 
 @triton.jit
+def falls(place, stride, count, SIZE: tl.constexpr):
+    # whether one of `count` integers is less than the one before, SIZE looked at at once
+    found = tl.full([], 0, tl.int32)
+    for start in range(1, count, SIZE):
+        i = start + tl.arange(0, SIZE)
+        x = tl.load(place + (i - 1).to(tl.int64) * stride, mask=i < count, other=0)
+        y = tl.load(place + i.to(tl.int64) * stride, mask=i < count, other=0)
+        found = found | tl.max(((y < x) & (i < count)).to(tl.int32), 0)
+    return found
+
+
+@triton.jit
+def bisected(place, stride, count, x, AFTER: tl.constexpr):
+    # the place of the first of `count` ascending integers that is x or more, or with AFTER of the first that is more
+    low = tl.full([], 0, tl.int32)
+    high = low + count
+    while low < high:
+        middle = (low + high) // 2
+        y = tl.load(place + middle.to(tl.int64) * stride).to(tl.int64)
+        before = y <= x if AFTER else y < x
+        low = tl.where(before, middle + 1, low)
+        high = tl.where(before, high, middle)
+    return low
+
+
+@triton.jit
 def floor_mod(a, b: tl.constexpr):
     return ((a % b) + b) % b
 
@@ -166,6 +199,7 @@ def source(spec: Attention, approximate: bool = False, far: bool = False, inside
             made.queries(),
             made.seen(),
             made.sink(),
+            *_documents(spec),
         ]
     )
 
@@ -181,6 +215,31 @@ def _offset(rank: int) -> list[str]:
 def _bases(operands: int) -> list[str]:
     made = ", ".join(f"ops[{i}] + offset(e, sizes, bst[{i}])" for i in range(operands))
     return [f"return ({made}{',' if made else ''})"]
+
+
+def _documents(spec: Attention) -> list[str]:
+    """The functions of documents, where there are any: ids of keys lie in columns, those of queries in rows."""
+    pairs = documents(spec)
+    if not pairs:
+        return []
+    falling = [f"falls(at[{x}], st[{x}][1], Kn, SIZE) | falls(at[{y}], st[{y}][0], Qn, SIZE)" for x, y in pairs]
+    made = [TRITON.define("falling", [f"return {' | '.join(f'(({f}) << {i})' for i, f in enumerate(falling))}"])]
+    for name, first, last, own, other, count in (
+        ("documents_of_keys", "k0", "k1", 1, 0, "Qn"),
+        ("documents_of_queries", "q0", "q1", 0, 1, "Kn"),
+    ):
+        lines = ["lo = tl.full([], 0, tl.int32)", f"hi = lo + {count}"]
+        for i, (key, query) in enumerate(pairs):
+            x, y = (key, query) if own else (query, key)
+            ids = [f"tl.load(at[{x}] + {end}.to(tl.int64) * st[{x}][{own}]).to(tl.int64)" for end in (first, last)]
+            place = f"at[{y}], st[{y}][{other}], {count}"
+            lines += [
+                f"if (falling >> {i}) & 1 == 0:",
+                f"    lo = tl.maximum(lo, bisected({place}, {ids[0]}, False))",
+                f"    hi = tl.minimum(hi, bisected({place}, {ids[1]}, True))",
+            ]
+        made.append(TRITON.define(name, [*lines, "return lo, hi"]))
+    return made
 
 
 class _Triton(Dialect):

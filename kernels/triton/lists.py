@@ -2,6 +2,8 @@
 
 A loop over a list needs no test inside, which would keep loads from being made ahead; and tiles in which a mask hides nothing are
 known apart, so that it is not evaluated there. Masks are looked at once for all batch elements that share them.
+
+Of ids of documents that ascend, which one more kernel finds out, bisection gives a range of tiles, and no others are looked at.
 """
 
 from __future__ import annotations
@@ -29,19 +31,30 @@ _WARPS = 4
 
 def rows(call: Call, made: Config, ragged: bool) -> dict[str, Any]:
     """What a kernel takes that goes through the keys of a tile of queries. ragged: as `listed` takes it."""
-    return _lists(call, made, call.Q, made.BM, call.K, made.BN, RANGE=call.functions.keys, COLUMNS=False, RAGGED=ragged)
+    f = call.functions
+    by = getattr(f, "documents_of_queries", None)
+    return _lists(call, made, call.Q, made.BM, call.K, made.BN, by, RANGE=f.keys, COLUMNS=False, RAGGED=ragged)
 
 
 def columns(call: Call, made: Config) -> dict[str, Any]:
     """The same for the queries of a tile of keys."""
-    functions = call.functions
-    return _lists(call, made, call.K, made.BN, call.Q, made.BM, RANGE=functions.queries, COLUMNS=True, RAGGED=False)
+    f = call.functions
+    by = getattr(f, "documents_of_keys", None)
+    return _lists(call, made, call.K, made.BN, call.Q, made.BM, by, RANGE=f.queries, COLUMNS=True, RAGGED=False)
 
 
-def _lists(call: Call, made: Config, own: int, own_size: int, other: int, size: int, **how: Any) -> dict[str, Any]:
+def _lists(
+    call: Call, made: Config, own: int, own_size: int, other: int, size: int, documents: Any, **how: Any
+) -> dict[str, Any]:
     from attnfuse.kernels.triton import template
 
-    unlisted = {"LIST": call.q, "lb": (0,) * len(call.batch), "LISTED": False, "CHECKED": call.traits.checked}
+    unlisted = {
+        "LIST": call.q,
+        "lb": (0,) * len(call.batch),
+        "DOCUMENTS": None,
+        "LISTED": False,
+        "CHECKED": call.traits.checked,
+    }
     if not call.traits.checked:
         return unlisted
     tiles, others = -(-own // own_size), -(-other // size)
@@ -49,7 +62,10 @@ def _lists(call: Call, made: Config, own: int, own_size: int, other: int, size: 
     # strides that 16 divides, whatever the length: others would compile the kernels anew
     entries = -(-tiles * (2 + others) // 16) * 16
     if not worthwhile(call.spec, others, math.prod(sizes) * entries):
-        return unlisted
+        if documents is None or call.spec.layout != "dense" or others <= _FEW:
+            return unlisted
+        falling = _falling(call, sizes)
+        return {**unlisted, "LIST": falling, "lb": _strides(falling, sizes), "DOCUMENTS": documents}
     found = call.scratch(*sizes, entries, dtype=torch.int32)
     shared = call.shared()
     call.launch(
@@ -58,6 +74,8 @@ def _lists(call: Call, made: Config, own: int, own_size: int, other: int, size: 
         {
             **{name: shared[name] for name in ("ops", "bst", "st", "n")},
             "LIST": found,
+            "FALLING": found if documents is None else _falling(call, sizes),
+            "DOCUMENTS": documents,
             "entries": entries,
             "sizes": sizes,
             "Qn": call.Q,
@@ -71,8 +89,37 @@ def _lists(call: Call, made: Config, own: int, own_size: int, other: int, size: 
             **how,
         },
     )
-    strides = tuple(0 if n == 1 else s for n, s in zip(sizes, found.stride()))
-    return {"LIST": found, "lb": strides, "LISTED": True, "CHECKED": False}
+    return {"LIST": found, "lb": _strides(found, sizes), "DOCUMENTS": None, "LISTED": True, "CHECKED": False}
+
+
+def _strides(x: torch.Tensor, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the batch dims of masks."""
+    return tuple(0 if n == 1 else s for n, s in zip(sizes, x.stride()))
+
+
+def _falling(call: Call, sizes: tuple[int, ...]) -> torch.Tensor:
+    """Whether ids of documents do not ascend, int32 of the masks' batch dims; found once for a call."""
+    from attnfuse.kernels.triton import template
+
+    if call.falling is None:
+        call.falling = call.scratch(*sizes, dtype=torch.int32)
+        shared = call.shared()
+        call.launch(
+            template.ascending,
+            math.prod(sizes),
+            {
+                **{name: shared[name] for name in ("ops", "bst", "st", "n")},
+                "FALLING": call.falling,
+                "sizes": sizes,
+                "Qn": call.Q,
+                "Kn": call.K,
+                "BASES": call.functions.bases,
+                "FALLS": call.functions.falling,
+                "SIZE": _WIDTH,
+                "num_warps": _WARPS,
+            },
+        )
+    return call.falling
 
 
 def worthwhile(spec: Attention, others: int, entries: int) -> bool:

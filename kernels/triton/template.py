@@ -353,16 +353,26 @@ def full_tile(i, first, LIST, SIZE: tl.constexpr, LISTED: tl.constexpr):
 
 
 @triton.jit(do_not_specialize_on_alignment=COUNTS)
+def ascending(
+    FALLING, ops, sizes, bst, st, n, Qn, Kn, BASES: tl.constexpr, FALLS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Of which pairs of documents the ids do not ascend, as bits: FALLING int32 [elements], of the masks."""
+    at = BASES(tl.program_id(0).to(tl.int64), sizes, ops, bst)
+    tl.store(FALLING + tl.program_id(0), FALLS(SIZE, at, st, n, Qn, Kn))
+
+
+@triton.jit(do_not_specialize_on_alignment=COUNTS)
 def listed(
-    LIST, entries, ops, sizes, bst, st, n, Qn, Kn,
-    BM: tl.constexpr, BN: tl.constexpr, MANY: tl.constexpr, BASES: tl.constexpr, RANGE: tl.constexpr, SEEN: tl.constexpr,
-    COLUMNS: tl.constexpr, RAGGED: tl.constexpr,
+    LIST, FALLING, entries, ops, sizes, bst, st, n, Qn, Kn,
+    BM: tl.constexpr, BN: tl.constexpr, MANY: tl.constexpr, BASES: tl.constexpr, RANGE: tl.constexpr, DOCUMENTS: tl.constexpr,
+    SEEN: tl.constexpr, COLUMNS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Which tiles of keys a tile of queries needs, MANY looked at at once; with COLUMNS which of queries a tile of keys needs.
 
     LIST int32 [elements, entries], of which [tiles, 2 + others]: the numbers of other and of full tiles, then the full ones'
     numbers, and at the end those of the others, backwards. Elements are those of the masks, which may be fewer than the batch
-    has. RAGGED: rows behind the last query do not make a tile less than full.
+    has. RAGGED: rows behind the last query do not make a tile less than full. DOCUMENTS: what finds the tiles by ids that ascend,
+    which FALLING [elements] tells, or None.
     """
     SIZE: tl.constexpr = BM if COLUMNS else BN
     if COLUMNS:
@@ -377,6 +387,9 @@ def listed(
         begin, beyond, count = tile * BM, tile * BM + BM, Qn
     end = tl.minimum(beyond, count) - 1
     lo, hi, first, last = RANGE(begin, end, at, st, n, Qn, Kn)
+    if DOCUMENTS is not None:
+        low, high = DOCUMENTS(begin, end, tl.load(FALLING + tl.program_id(0) // own), at, st, n, Qn, Kn)
+        lo, hi = tl.maximum(lo, low), tl.minimum(hi, high)
     lo, hi = clipped(lo, hi, total, SIZE)
     if not RAGGED:
         last = tl.where(beyond <= count, last, 0)
@@ -410,12 +423,13 @@ def forward(
     sequences, heads, lines, Qn, Kn,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     OFFSET: tl.constexpr, BASES: tl.constexpr, SCORE: tl.constexpr, WEIGH: tl.constexpr, SINK: tl.constexpr,
-    LEFT: tl.constexpr, KEYS: tl.constexpr, SEEN: tl.constexpr, LISTED: tl.constexpr, CHECKED: tl.constexpr, DOUBT: tl.constexpr,
-    FILLS: tl.constexpr, DROPOUT: tl.constexpr, NEAR: tl.constexpr, FACTOR: tl.constexpr, HIDDEN: tl.constexpr,
-    UNSHIFTED: tl.constexpr, PRECISION: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr, STAGES: tl.constexpr,
-    SPECIALISED: tl.constexpr, RAGGED: tl.constexpr,
+    LEFT: tl.constexpr, KEYS: tl.constexpr, DOCUMENTS: tl.constexpr, SEEN: tl.constexpr, LISTED: tl.constexpr,
+    CHECKED: tl.constexpr, DOUBT: tl.constexpr, FILLS: tl.constexpr, DROPOUT: tl.constexpr, NEAR: tl.constexpr,
+    FACTOR: tl.constexpr, HIDDEN: tl.constexpr, UNSHIFTED: tl.constexpr, PRECISION: tl.constexpr, PACKED_Q: tl.constexpr,
+    PACKED_K: tl.constexpr, STAGES: tl.constexpr, SPECIALISED: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """out and stats [2, lines] of one query tile of one batch element. RAGGED: as in `listed`."""
+    """out and stats [2, lines] of one query tile of one batch element. RAGGED, DOCUMENTS: as in `listed`; DOCUMENTS only without a
+    list, in whose place FALLING is."""
     # the last queries first: under a causal mask they take longest
     if PACKED_Q:
         s, tile = dealt(deal, sequences, tl.program_id(0) // heads)
@@ -446,6 +460,9 @@ def forward(
         lo, first, last, edges, fulls = 0, 0, 0, tl.load(LIST), tl.load(LIST + 1)
     else:
         lo, hi, first, last = KEYS(q0, q1, at, st, n, Qn, Kn)
+        if DOCUMENTS is not None:
+            low, high = DOCUMENTS(q0, q1, tl.load(LIST + OFFSET(wide, sizes, lb)), at, st, n, Qn, Kn)
+            lo, hi = tl.maximum(lo, low), tl.minimum(hi, high)
         lo, hi = clipped(lo, hi, Kn, BN)
         if not RAGGED:
             last = tl.where(q0 + BM <= Qn, last, 0)
@@ -814,7 +831,8 @@ def backward_rows(
     ks, vs, gs, dqs, QB, KB, deal, sequences, heads, lines, marks, Qn, Kn,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     OFFSET: tl.constexpr, BASES: tl.constexpr, SCORE: tl.constexpr, SCORE_GRAD: tl.constexpr,
-    WEIGH: tl.constexpr, WEIGH_GRAD: tl.constexpr, KEYS: tl.constexpr, SEEN: tl.constexpr, LISTED: tl.constexpr,
+    WEIGH: tl.constexpr, WEIGH_GRAD: tl.constexpr, KEYS: tl.constexpr, DOCUMENTS: tl.constexpr, SEEN: tl.constexpr,
+    LISTED: tl.constexpr,
     CHECKED: tl.constexpr, HIDES: tl.constexpr, DROPOUT: tl.constexpr, MERGED: tl.constexpr, FACTOR: tl.constexpr,
     SLOPE: tl.constexpr, ZEROS: tl.constexpr, PRECISION: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr,
     GIVE: tl.constexpr, STAGES: tl.constexpr, SPECIALISED: tl.constexpr,
@@ -858,6 +876,9 @@ def backward_rows(
         fulls = tl.where(whole, 0, tl.load(LIST + 1))
     else:
         lo, hi, first, last = KEYS(q0, q1, at, st, n, Qn, Kn)
+        if DOCUMENTS is not None:
+            low, high = DOCUMENTS(q0, q1, tl.load(LIST + OFFSET(wide, sizes, lb)), at, st, n, Qn, Kn)
+            lo, hi = tl.maximum(lo, low), tl.minimum(hi, high)
         lo, hi = clipped(lo, hi, Kn, BN)
         if HIDES:
             lo = tl.where(whole, 0, lo)
@@ -889,7 +910,8 @@ def backward_columns(
     eb, dqb, dkb, dvb, bst, gbst, st, gst, n, qs, ks, vs, gs, dks, dvs, QB, KB, deal, sequences, heads, outer_heads, lines, marks,
     Qn, Kn, D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     OFFSET: tl.constexpr, BASES: tl.constexpr, SCORE: tl.constexpr, SCORE_GRAD: tl.constexpr,
-    WEIGH: tl.constexpr, WEIGH_GRAD: tl.constexpr, QUERIES: tl.constexpr, SEEN: tl.constexpr, LISTED: tl.constexpr,
+    WEIGH: tl.constexpr, WEIGH_GRAD: tl.constexpr, QUERIES: tl.constexpr, DOCUMENTS: tl.constexpr, SEEN: tl.constexpr,
+    LISTED: tl.constexpr,
     CHECKED: tl.constexpr, HIDES: tl.constexpr, DROPOUT: tl.constexpr, MERGED: tl.constexpr, FACTOR: tl.constexpr,
     SLOPE: tl.constexpr, ZEROS: tl.constexpr, PRECISION: tl.constexpr, PACKED_Q: tl.constexpr, PACKED_K: tl.constexpr,
     GIVE: tl.constexpr, MARKED: tl.constexpr, ADDS: tl.constexpr, STAGES: tl.constexpr,
@@ -946,6 +968,9 @@ def backward_columns(
         else:
             tiles_of_member = LIST
             lo, hi, first, last = QUERIES(k0, k1, at, st, n, own, Kn)
+            if DOCUMENTS is not None:
+                low, high = DOCUMENTS(k0, k1, tl.load(LIST + OFFSET(wide, sizes, lb)), at, st, n, own, Kn)
+                lo, hi = tl.maximum(lo, low), tl.minimum(hi, high)
             lo, hi = clipped(lo, hi, own, BM)
             if HIDES:
                 lo = tl.where(any_whole, 0, lo)

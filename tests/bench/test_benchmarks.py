@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import attnfuse
-from benchmarks import jagged, masks, models, packing, padding, paged, results, spelled, summary
+from benchmarks import jagged, masks, models, packing, padding, paged, position_ids, results, spelled, summary
 from benchmarks.memory import peak_of
 from benchmarks.spelled import Case, deviation
 from benchmarks.timing import copy_of, interleaved
@@ -144,6 +144,15 @@ def test_contenders_of_a_paged_cache_compute_the_same(layout: str, monkeypatch: 
     assert reads.endswith("GQA 4:1, reads through the block table")
     assert set(row["timings"]) == {"eager", "inductor", "attnfuse", "dense", "control"}
     assert "1.0 MiB" in paged._cells({**row, "peaks": {"attnfuse": 2**20}})[-1]
+
+
+@pytest.mark.parametrize("fill", position_ids.FILLS)
+def test_packs_by_position_ids_and_by_bounds_compute_the_same(fill: str) -> None:
+    # raises where one of them is off
+    row = position_ids.measure(position_ids.Case(12, "training", fill, heads=2, head_dim=8), 0.1)
+    assert set(row["timings"]) == {"position_ids", "packed layout", "control"}
+    # a tile of queries has one of keys or two, forward and backward
+    assert row["tiles"]["position_ids"] <= 2 * 2 * 2 * -(-row["tokens"] // 96)
 
 
 @pytest.mark.parametrize("share", [0.5, 0.7, 0.85])

@@ -209,7 +209,7 @@ def test_what_is_compiled_is_what_the_spec_runs(monkeypatch: pytest.MonkeyPatch,
     found = kernels.compiled(kernels.Case(90, "float16", 64, spec))
     assert found["failed"] == ""
     launched = [k["kernel"] for k in kernels.compiled(kernels.Case(90, "float16", 64, "documents"))["kernels"]]
-    assert launched == ["listed", "forward", "prepare", "listed", "backward_columns"]
+    assert launched == ["ascending", "listed", "forward", "prepare", "ascending", "listed", "backward_columns"]
     del packed[-len(launched) :]
     assert [k["kernel"] for k in found["kernels"]] == names
     assert (True in packed) == (spec == "packed")

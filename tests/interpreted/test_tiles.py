@@ -6,16 +6,18 @@ Which elements those are is taken from the mask evaluated for every query and ke
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
-from kernel_cases import FLOAT_MIN, INF, check, make_spec, qkv, randn
-from visits import Run, as_set, run
+from kernel_cases import FLOAT_MIN, INF, assert_close, check, evaluate, make_spec, qkv, randn
+from visits import Run, as_set, counted_bytes, run
 
 from attnfuse.expr import Algebra, Const, Expr, K, Load, Q, causal, dense, documents, window
-from attnfuse.kernels import reference, triton
+from attnfuse.kernels import layout, reference, triton
 from attnfuse.kernels.device import Device
-from attnfuse.kernels.triton import configs, lists
+from attnfuse.kernels.inputs import Inputs
+from attnfuse.kernels.triton import configs, launch, lists
 from attnfuse.kernels.triton.call import Call
 from attnfuse.spec import AddFill, ReplaceFill, Scale
 from benchmarks.traffic import tiles_of
@@ -333,3 +335,150 @@ def test_a_list_is_made_of_chunks_of_tiles(monkeypatch: pytest.MonkeyPatch) -> N
         assert set(found[name].full) == inside(kept, name), name
     given = qkv(2, 2, 300, 500, 8)
     check(triton, *given, [keep], steps=(HALF, ReplaceFill(A.and_(causal(150), dense(0)), -INF)), hidden="zero")
+
+
+# -- ids that ascend, of which bisection finds the tiles
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tiles are looked at at once, as if there were many."""
+    monkeypatch.setattr(lists, "_WIDTH", 128)
+
+
+def samples_of(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of samples of 16 to 64 tokens in a row of that length."""
+    lengths = torch.randint(16, 65, (length // 16,), generator=torch.Generator().manual_seed(0)).tolist()
+    ids, keys = ids_of(*lengths)
+    return ids[..., :length, :], keys[..., :length]
+
+
+def lists_of(mask: Expr, ids: tuple[torch.Tensor, torch.Tensor]) -> tuple[dict[str, Tiles], int]:
+    """What `listed` names for the queries of a tile and for the keys of one, as the kernels' tiles, and the bytes that are read for
+    it. Ids are those of a whole batch, of which each element has lists of its own."""
+    B, Qn, Kn = ids[0].shape[0], ids[0].shape[-2], ids[1].shape[-1]
+    q, k, v = qkv(B, 1, Qn, Kn, 1)
+    spec = make_spec(q, k, v, ids, steps=(ReplaceFill(mask, -INF),), hidden="zero")
+    counted, names = Run(0), []
+
+    def counting(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
+        names.append(kernel.__name__)
+        with counted_bytes(counted):
+            kernel[(programs,)](**arguments)
+
+    call = Call(spec, Inputs(q, k, v, list(ids)), CPU, counting)
+    BM, BN = size(CPU, "forward")
+    made = configs.Config(BM, BN, 4, 1)
+    found = {}
+    for name, given, own, others in (
+        ("forward", lists.rows(call, made, ragged=False), -(-Qn // BM), -(-Kn // BN)),
+        ("columns", lists.columns(call, made), -(-Kn // BN), -(-Qn // BM)),
+    ):
+        assert given["LISTED"]
+        found[name] = {
+            (e, tile, other) if name == "forward" else (e, other, tile)
+            for e, row in enumerate(given["LIST"].flatten(0, -2).tolist())
+            for tile in range(own)
+            for one in [row[tile * (2 + others) : (tile + 1) * (2 + others)]]
+            for other in one[2 : 2 + one[1]] + one[2 + others - one[0] : 2 + others]
+        }
+    assert names == ["ascending", "listed", "listed"]
+    return found, counted.read
+
+
+def tiles_left(mask: Expr, ids: tuple[torch.Tensor, torch.Tensor]) -> Tiles:
+    """The tiles of 32 queries and 64 keys that hold an element."""
+    scores = torch.zeros(ids[0].shape[0], 1, ids[0].shape[-2], ids[1].shape[-1])
+    return as_set(
+        tiles_of(reference.keep_of(mask, scores, ids).expand_as(scores).flatten(0, -3), *size(CPU, "forward"))
+    )
+
+
+@pytest.mark.usefixtures("narrow")
+def test_lists_of_short_samples_cost_what_is_linear_in_their_number() -> None:
+    mask = A.and_(causal(), documents(0, 1))
+    once, twice = (lists_of(mask, samples_of(length))[1] for length in (512, 1024))
+    # a step of the bisections more
+    assert 1.9 * once < twice < 2.2 * once
+    of_queries, of_keys = (x.clone() for x in samples_of(1024))
+    of_queries[..., -1, :] = of_keys[..., -1] = -1
+    # all tiles of the causal half
+    assert lists_of(mask, (of_queries, of_keys))[1] > 2 * twice
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("ascending", torch.int32),
+        ("other keys", torch.int64),
+        ("one falls", torch.int64),
+        ("by element", torch.uint8),
+    ],
+)
+def test_bisection_leaves_the_tiles_that_ids_leave(kind: str, dtype: torch.dtype) -> None:
+    mask = documents(0, 1, str(dtype).removeprefix("torch."))
+    of_queries, of_keys = (x.clone() for x in samples_of(500))
+    if kind == "other keys":
+        # of other lengths, with ids that no query has
+        of_queries, of_keys = (
+            of_queries[..., 130:430, :],
+            torch.arange(500).div(37, rounding_mode="floor").view(1, 1, 1, 500),
+        )
+    if kind == "one falls":
+        of_keys[..., 250] = 0
+    if kind == "by element":
+        falling = of_keys.flip(-1)
+        of_queries, of_keys = torch.cat([of_queries, falling.mT]), torch.cat([of_keys, falling])
+    ids = (of_queries.to(dtype), of_keys.to(dtype))
+    for tiles in lists_of(mask, ids)[0].values():
+        assert tiles >= tiles_left(mask, ids)
+        # of ids that do not ascend no more than the least and the greatest of a tile is known
+        assert tiles == tiles_left(mask, ids) or kind == "one falls"
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("fall", [False, True])
+def test_where_lists_would_be_too_large_loops_begin_and_end_by_bisection(
+    fall: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lists, "_MOST", 0)
+    looked: list[int] = []
+    first, second = ids_of(*(40,) * 8), ids_of(*(64, 16) * 4)
+    ids = tuple(torch.cat(x) for x in zip(first, second, strict=True))
+    if fall:
+        ids[0][1, ..., 100, :] = 99
+    q, k, v = qkv(2, 2, 320, 320, 8)
+    spec = make_spec(q, k, v, ids, steps=(HALF, ReplaceFill(documents(0, 1), -INF)), hidden="zero")
+
+    def counting(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
+        if "SEEN" in arguments:
+            seen = arguments["SEEN"]
+            arguments = {**arguments, "SEEN": lambda *given: looked.append(1) or seen(*given)}
+        kernel[(programs,)](**arguments)
+
+    out, stats = layout.allocate(spec, Inputs(q, k, v, list(ids)))
+    call = Call(spec, Inputs(q, k, v, list(ids)), CPU, counting)
+    launch.forward(call, out, stats)
+    # 10 tiles of queries by 5 of keys, of each element and head
+    left = 2 * len(tiles_left(documents(0, 1), ids))  # type: ignore[arg-type]
+    assert len(looked) == left if not fall else len(looked) >= left + 10
+    check(triton, q, k, v, ids, steps=(HALF, AddFill(documents(0, 1), FLOAT_MIN)))
+
+
+@pytest.mark.usefixtures("narrow")
+def test_a_planned_call_finds_out_anew_whether_ids_ascend() -> None:
+    q, k, v = qkv(1, 1, 192, 192, 8)
+    ids = ids_of(*(32,) * 6)
+    spec = make_spec(q, k, v, ids, steps=(HALF, ReplaceFill(documents(0, 1), -INF)))
+    for _ in range(3):
+        triton.forward(spec, Inputs(q, k, v, list(ids)))
+    for x in ids:
+        x[..., -1, -1] = 0
+    out, _ = triton.forward(spec, Inputs(q, k, v, list(ids)))
+    exact, eager = (
+        evaluate(spec, [q, k, v, *ids], None, dtype, torch.ones_like(out))[0]
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert_close(out, exact, eager, "out")
+    check(triton, q, k, v, ids, steps=(HALF, AddFill(documents(0, 1), FLOAT_MIN)))

@@ -54,21 +54,22 @@ def run(
 
     def record(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
         name = kernel.__name__
-        if name == "listed":
+        if name in ("ascending", "listed"):
             # before the kernel whose list it is
             name = f"{name}/{len(found)}"
         found[name] = Run(programs)
         if "SCORE" in arguments:
             arguments = {**arguments, "SCORE": _counting(found[name], name, arguments)}
-        with _counted(found[name]) if traffic else contextlib.nullcontext():
+        with counted_bytes(found[name]) if traffic else contextlib.nullcontext():
             kernel[(programs,)](**arguments)
 
     inputs = Inputs(q, k, v, operands, seed)
     out, stats = layout.allocate(spec, inputs)
-    call = Call(spec, inputs, device, record)
-    launch.forward(call, out, stats)
+    launch.forward(Call(spec, inputs, device, record), out, stats)
     dout = torch.randn(out.shape).to(out.dtype) if dout is None else dout
-    gradients.backward(call, dout, out, stats, [x.is_floating_point() for x in inputs.tensors])
+    gradients.backward(
+        Call(spec, inputs, device, record), dout, out, stats, [x.is_floating_point() for x in inputs.tensors]
+    )
     return found
 
 
@@ -90,7 +91,7 @@ def _counting(into: Run, name: str, arguments: dict[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _counted(into: Run) -> Iterator[None]:
+def counted_bytes(into: Run) -> Iterator[None]:
     """Adds up the bytes that loads, stores and atomic operations name while it lasts."""
     builder = interpreter.InterpreterBuilder
     load, store, atomic = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw

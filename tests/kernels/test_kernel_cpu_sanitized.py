@@ -89,7 +89,7 @@ def test_a_sample_of_the_kernels_tests_finds_nothing(sanitized):
 @pytest.mark.slow
 def test_no_test_of_the_kernel_finds_anything(sanitized):
     names = ("kernels/test_kernel_cpu.py", "kernels/test_kernel_cpu_bounds.py", "kernels/test_packed.py")
-    names += ("kernels/test_paged.py",)
+    names += ("kernels/test_paged.py", "kernels/test_kernel_cpu_ranges.py")
     names += ("passes/test_rounding.py", "passes/test_sinks.py")
     status, said = _pytest(sanitized, *(str(TESTS / name) for name in names), "-m", "not slow")
     assert status == 0, said[-4000:]

@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import attnfuse
 from attnfuse import _measure, pipeline
+from attnfuse.kernels.cpu.build import load
 from attnfuse.packing import PackingCollator, sequence_ids, unpack
 from attnfuse.report.drawing import SKIPPED, tile_map
 from attnfuse.settings import Settings
@@ -358,6 +359,13 @@ def test_one_compilation_serves_packs_of_all_sizes(attention: str, dynamic: bool
             expected.loss.backward()
             torch.testing.assert_close(out.logits, expected.logits, **TOLERANCE)
             torch.testing.assert_close(grads, [p.grad for p in model.parameters()], **TOLERANCE)
+        # of 96 queries, whose samples are within 96 + 2 * 39 keys: short ones cost what is linear in the length of the row
+        for count in (8, 32):
+            batch = packed(samples_of((40,) * count), return_labels=True)
+            before = load().attnfuse_tiles()
+            run(**batch)
+            tiles = model.config.num_attention_heads * -(-40 * count // 96)
+            assert tiles <= load().attnfuse_tiles() - before <= 2 * tiles
     assert all(site.status == "fused" for report in attnfuse.reports() for site in report.sites)
 
 

@@ -40,6 +40,7 @@ except ImportError as error:
 
 __all__ = [
     "ENCODER_LAYER",
+    "MODE_CALLS",
     "NATIVE_MULTI_HEAD_ATTENTION",
     "SCALED_DOT_PRODUCT_ATTENTION",
     "FakeTensor",
@@ -173,6 +174,10 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 def detect_fake_mode(values: list[Any]) -> FakeTensorMode | None:
     """The fake mode of the first fake tensor among `values`, and among what they hold."""
     return next((x.fake_mode for v in values for x in tensors_in(v) if isinstance(x, FakeTensor)), None)
+
+
+#: The calls that begin and end modes in a graph of Dynamo's.
+MODE_CALLS = (enter_autocast, exit_autocast, torch._C._set_grad_enabled)
 
 
 def unknown_rows(mode: FakeTensorMode, device: torch.device) -> FakeTensor:

@@ -235,8 +235,7 @@ class _Finder:
         if origin is None or origin.scope.parent is None:
             return True
         if origin.scope not in self.regions:
-            modes = (_compat.enter_autocast, _compat.exit_autocast, torch._C._set_grad_enabled)
-            plain = not any(n.target in modes for n in origin.scope.module.graph.nodes)
+            plain = not any(n.target in _compat.MODE_CALLS for n in origin.scope.module.graph.nodes)
             self.regions[origin.scope] = plain and is_checkpointed(origin.scope)
         return self.regions[origin.scope]
 

@@ -97,7 +97,7 @@ class Returned(Exit):
         rest = [n for d, n in enumerate(shape_of(self.source)) if d not in (self.sequence, self.place)]
         sizes = (self.rows.sequence.size, self.rows.place.size)
         own = self._leading(writer, packed)
-        flat = writer.method("new_zeros", own, [writer.product(sizes), *writer.shape(rest)])
+        flat = writer.method("new_zeros", own, [writer.product(sizes), *map(writer.size, rest)])
         index = writer.rewriter.table(writer, self.rows, "index")
         whole = writer.method("unflatten", writer.call(torch.index_copy, (flat, 0, index, own)), 0, writer.shape(sizes))
         others = [d for d in range(len(self.labels)) if d not in (self.sequence, self.place)]
@@ -117,11 +117,16 @@ class Selected(Exit):
     keeps: bool = False
 
     def write(self, writer: PackedWriter, packed: fx.Node) -> fx.Node:
-        row = writer.rewriter.row_of(writer, self.rows, self.number if self.index is None else self.index)
-        found = writer.call(torch.index_select, (self._leading(writer, packed), 0, row))
         if self.index is not None:
+            row = writer.rewriter.row_of(writer, self.rows, self.index)
             # advanced indices give their dim in front
-            return found
+            return writer.call(torch.index_select, (self._leading(writer, packed), 0, row))
+        # views of the same place stay views of the same memory
+        made = writer.rewriter.places
+        if (packed, self.number) not in made:
+            row = writer.rewriter.row_of(writer, self.rows, self.number)
+            made[packed, self.number] = writer.call(torch.index_select, (self._leading(writer, packed), 0, row))
+        found = made[packed, self.number]
         found = self._back(writer, found)
         return writer.method("unsqueeze", found, self.place) if self.keeps else found
 
@@ -143,7 +148,7 @@ class Summed(Exit):
         if dtype_of(self.source) != compute:
             own = writer.method("to", own, compute)
         rest = [n for d, n in enumerate(shape_of(self.source)) if d not in (self.sequence, self.place)]
-        zeros = writer.method("new_zeros", own, [writer.size(self.rows.sequence.size), *writer.shape(rest)])
+        zeros = writer.method("new_zeros", own, [writer.size(self.rows.sequence.size), *map(writer.size, rest)])
         sequence = writer.rewriter.table(writer, self.rows, "sequence")
         found = writer.call(torch.index_add, (zeros, 0, sequence, own))
         if self.mean:
@@ -164,7 +169,7 @@ class Greatest(Exit):
     def write(self, writer: PackedWriter, packed: fx.Node) -> fx.Node:
         own = self._leading(writer, packed)
         rest = [n for d, n in enumerate(shape_of(self.source)) if d not in (self.sequence, self.place)]
-        shape = [writer.size(self.rows.sequence.size), *writer.shape(rest)]
+        shape = [writer.size(self.rows.sequence.size), *map(writer.size, rest)]
         # what padding holds counts where there is padding
         padded = writer.rewriter.table(writer, self.rows, "padded")
         padded = writer.method("view", padded, -1, *[1] * len(rest))

@@ -42,6 +42,8 @@ class RegionRewriter:
         self.made: dict[fx.Node, fx.Node] = {}
         self.calls: dict[fx.Node, fx.Node] = {}
         self.tables: dict[tuple[Rows, str], fx.Node] = {}
+        # (packed rows, number of a place) -> that of each sequence
+        self.places: dict[tuple[fx.Node, int], fx.Node] = {}
         self.sizes: dict[Atom, Size] = {}
         for rows in self.carried.rows:
             self.sizes[rows.sequence], self.sizes[rows.place] = 1, rows.total
@@ -58,6 +60,10 @@ class RegionRewriter:
         ends += [(a.original.final, a) for a in self.region.attentions if a.q is None]
         ends.sort(key=lambda end: self.view.order[end[0]])
         graph = self.scope.module.graph
+        for rows in self.carried.rows:
+            if rows.index is not None:
+                # as the prologue gives them, whichever is read first
+                self.tables[rows, "index"] = self._input(rows)
         results = []
         for node, end in ends:
             owner = self.view.origin[node].node
@@ -256,8 +262,6 @@ class RegionRewriter:
         call = writer.call
         if what == "offsets":
             return self._offsets(writer, rows)
-        if what == "index":
-            return self._input(rows)
         if rows.kept is not None and what in ("sequence", "place"):
             divided = torch.div if what == "sequence" else torch.remainder
             given = (self.table(writer, rows, "index"), writer.size(rows.place.size))

@@ -181,13 +181,14 @@ MODE_CALLS = (enter_autocast, exit_autocast, torch._C._set_grad_enabled)
 
 
 def unknown_rows(mode: FakeTensorMode, device: torch.device) -> FakeTensor:
-    """A fake int64 tensor [u] whose length u is known of no call: code for it is right for all lengths, and guards on none."""
+    """A fake int64 tensor [u] whose length u is known of no call: code for it is right for all from 2 on, and guards on none."""
     env = mode.shape_env
     if env is None:
         raise ValueError("fake tensors without a shape environment have known sizes")
     with env.ignore_fresh_unbacked_symbols():
         size = env.create_unbacked_symint()
-    torch._check(size >= 0)
+    # ops ask whether there is nothing, or one row to broadcast
+    torch._check(size >= 2)
     with mode:
         found = torch.empty_strided((size,), (1,), dtype=torch.int64, device=device)
     assert isinstance(found, FakeTensor)

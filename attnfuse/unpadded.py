@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from attnfuse import _compat
 from attnfuse.passes.padding.prologue import Prologue
 
 Compiled = Callable[..., Any]
@@ -18,8 +19,8 @@ class Unpadded:
 
     packed   the compiled graph on tokens
     prologue what is looked at before, which the host reads once
-    padded   gives the graph with padding, compiled, when it is first needed: where a guard fails, there is no token, or the host
-             may not read
+    padded   gives the graph with padding, compiled, when it is first needed: where a guard fails, there are not two tokens, or the
+             host may not read
     say      told the guards that failed, once for each set of them
     """
 
@@ -43,7 +44,7 @@ class Unpadded:
 
     def _places(self, args: Sequence[Any]) -> list[torch.Tensor] | None:
         """The numbers of the places of tokens, for each of the rows; None where the graph with padding is to run."""
-        if _is_recording():
+        if _is_recording() or any(map(_is_fake, args)):
             return None
         with torch.no_grad():
             numbers, masks = self._prologue.module(*args)
@@ -52,7 +53,7 @@ class Unpadded:
             if not all(holds):
                 self._tell(tuple(i for i, x in enumerate(holds) if not x))
                 return None
-            if not all(counts):
+            if min(counts) < 2:
                 return None
             return [
                 torch.nonzero_static(mask.reshape(-1), size=count).view(-1)
@@ -69,6 +70,11 @@ class Unpadded:
             if self._other is None:
                 self._other = self._padded()
             return self._other
+
+
+def _is_fake(x: Any) -> bool:
+    """Whether it has no values to look at."""
+    return isinstance(x, torch.Tensor) and (x.is_meta or isinstance(x, _compat.FakeTensor))
 
 
 def _is_recording() -> bool:

@@ -100,7 +100,7 @@ class Spread(Exit):
         rest = [n for d, n in enumerate(shape_of(self.source)) if d not in (self.sequence, self.place)]
         sizes = (self.rows.sequence.size, self.rows.place.size)
         own = self._leading(writer, packed)
-        flat = writer.method("new_full", own, [writer.product(sizes), *writer.shape(rest)], self.fill)
+        flat = writer.method("new_full", own, [writer.product(sizes), *map(writer.size, rest)], self.fill)
         index = writer.rewriter.table(writer, self.rows, "index")
         whole = writer.method("unflatten", writer.call(torch.index_copy, (flat, 0, index, own)), 0, writer.shape(sizes))
         others = [d for d in range(len(self.labels)) if d not in (self.sequence, self.place)]
@@ -120,11 +120,19 @@ class Selected(Exit):
     keeps: bool = False
 
     def write(self, writer: PackedWriter, packed: fx.Node) -> fx.Node:
-        row = writer.rewriter.row_of(writer, self.rows, self.number if self.index is None else self.index)
-        found = writer.call(torch.index_select, (self._leading(writer, packed), 0, row))
-        if self.index is not None and not self.keeps:
+        if self.index is not None:
+            row = writer.rewriter.row_of(writer, self.rows, self.index)
+            found = writer.call(torch.index_select, (self._leading(writer, packed), 0, row))
+            if self.keeps:
+                return writer.method("unsqueeze", self._back(writer, found), self.place)
             # advanced indices give their dim in front
             return found
+        # views of the same place stay views of the same memory
+        made = writer.rewriter.places
+        if (packed, self.number) not in made:
+            row = writer.rewriter.row_of(writer, self.rows, self.number)
+            made[packed, self.number] = writer.call(torch.index_select, (self._leading(writer, packed), 0, row))
+        found = made[packed, self.number]
         found = self._back(writer, found)
         return writer.method("unsqueeze", found, self.place) if self.keeps else found
 
@@ -146,7 +154,7 @@ class Summed(Exit):
         if dtype_of(self.source) != compute:
             own = writer.method("to", own, compute)
         rest = [n for d, n in enumerate(shape_of(self.source)) if d not in (self.sequence, self.place)]
-        zeros = writer.method("new_zeros", own, [writer.size(self.rows.sequence.size), *writer.shape(rest)])
+        zeros = writer.method("new_zeros", own, [writer.size(self.rows.sequence.size), *map(writer.size, rest)])
         sequence = writer.rewriter.table(writer, self.rows, "sequence")
         found = writer.call(torch.index_add, (zeros, 0, sequence, own))
         if self.mean:
@@ -185,7 +193,7 @@ class Contracted(Exit):
         of_each = self.result.replace(self.batch, "")
         terms = writer.call(torch.einsum, (f"{','.join(letters)}->{self.along}{of_each}", *rows))
         sizes = {letter: n for node, own in self.factors for letter, n in zip(own, shape_of(node))}
-        shape = writer.shape([sizes[letter] for letter in (self.batch, *of_each)])
+        shape = [writer.size(sizes[letter]) for letter in (self.batch, *of_each)]
         zeros = writer.method("new_zeros", terms, shape)
         found = writer.call(torch.index_add, (zeros, 0, writer.rewriter.table(writer, self.rows, "sequence"), terms))
         found = writer.method("movedim", found, 0, self.result.index(self.batch))
@@ -202,7 +210,7 @@ class Greatest(Exit):
     def write(self, writer: PackedWriter, packed: fx.Node) -> fx.Node:
         own = self._leading(writer, packed)
         rest = [n for d, n in enumerate(shape_of(self.source)) if d not in (self.sequence, self.place)]
-        shape = [writer.size(self.rows.sequence.size), *writer.shape(rest)]
+        shape = [writer.size(self.rows.sequence.size), *map(writer.size, rest)]
         # what padding holds counts where there is padding
         padded = writer.rewriter.table(writer, self.rows, "padded")
         padded = writer.method("view", padded, -1, *[1] * len(rest))

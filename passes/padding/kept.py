@@ -151,6 +151,9 @@ def _compared(node: fx.Node, index: tuple[Expr, ...], algebra: Algebra) -> Expr 
     number = constant(node.args[1]) if name in COMPARISONS and len(node.args) == 2 else None
     if number is None or number != int(number) or given == torch.bool:
         return None
+    if not torch.iinfo(given).min <= number <= torch.iinfo(given).max:
+        # it is cut to the dtype, and is not what it says
+        return None
     return algebra.compare(name, of, Const(int(number)))
 
 

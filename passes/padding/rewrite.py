@@ -47,6 +47,8 @@ class RegionRewriter:
         self.tables: dict[tuple[Rows, str], fx.Node] = {}
         #: the checkpointed region that a node was written for
         self.written_for: dict[fx.Node, Scope] = {}
+        # (packed rows, number of a place) -> that of each sequence
+        self.places: dict[tuple[fx.Node, int], fx.Node] = {}
         self.sizes: dict[Atom, Size] = {}
         for rows in self.carried.rows:
             self.sizes[rows.sequence], self.sizes[rows.place] = 1, rows.total
@@ -63,6 +65,10 @@ class RegionRewriter:
         ends += [(a.original.final, a) for a in self.region.attentions if a.q is None]
         ends.sort(key=lambda end: self.view.order[end[0]])
         graph = self.scope.module.graph
+        for rows in self.carried.rows:
+            if rows.index is not None:
+                # as the prologue gives them, whichever is read first
+                self.tables[rows, "index"] = self._input(rows)
         results = []
         regions = autocast_regions(self.view)
         for node, end in ends:
@@ -277,8 +283,6 @@ class RegionRewriter:
         call = writer.call
         if what == "offsets":
             return self._offsets(writer, rows)
-        if what == "index":
-            return self._input(rows)
         if rows.kept is not None and what == "rows":
             sizes = (rows.sequence.size, rows.place.size)
             places = call(torch.arange, (writer.product(sizes),), {"device": writer.device})

@@ -116,7 +116,10 @@ class Carried:
             self.labels[node] = found
             each = [found]
         for labels in each:
-            self.rows_of(labels)
+            rows = self.rows_of(labels)
+            if sum(a in rows.atoms for dim in labels for a in self.axes.atoms(dim)) > 2:
+                # rows by rows, such as a distance of each two
+                raise Mixed(reasons.PADDING_OTHER_PLACES(op=name_of(node)))
             for a in self.rows_in(labels):
                 if a in self.axes.parts:
                     raise Mixed(reasons.PADDING_SPLIT(op=name_of(node)))

@@ -48,7 +48,7 @@ from attnfuse.passes.graph.aten import (
 )
 from attnfuse.passes.graph.constants import constant
 from attnfuse.passes.graph.labels import Atom, Axes, Labels, is_one, known_equal
-from attnfuse.passes.graph.memory import is_mutating, is_stale, opaque
+from attnfuse.passes.graph.memory import is_mutating, is_stale, opaque, same_memory
 from attnfuse.passes.masks.structure import Fill, structured_assuming
 from attnfuse.passes.masks.terms import Axis
 from attnfuse.passes.padding.checkpointed import is_checkpointed
@@ -121,6 +121,8 @@ class _Finder:
         self.regions: dict[Scope, bool] = {}
         # rows of which each sequence must have one for what is known of padding
         self.some: set[Rows] = set()
+        self.modes = autocast_regions(view)
+        self.given = [n for n in view.graph.nodes if n.op == "placeholder" and is_tensor(n)]
 
     # -- which places are kept
 
@@ -285,22 +287,21 @@ class _Finder:
 
     def _forced(self) -> set[fx.Node]:
         """What stays as it is, whatever reads it: written in place, or computed in another mode than the attentions are."""
-        view = self.view
-        modes = autocast_regions(view)
-
-        def mode(node: fx.Node) -> Any:
-            origin = view.origin.get(node)
-            return None if origin is None else modes.get(_in_main(origin), ())
-
-        main = {(view.grad.get(s.final, True), mode(s.final)) for s in self.sites}
         found: set[fx.Node] = set()
         for node in (*self.carried.labels, *self.carried.parts):
-            if node.op == "placeholder":
-                continue
-            odd = len(main) > 1 or (view.grad.get(node, True), mode(node)) not in main
-            if odd or view.writes.to(node):
+            if node.op != "placeholder" and (self._is_odd(node) or self.view.writes.to(node)):
                 found.add(node)
         return found
+
+    def _mode(self, node: fx.Node) -> Any:
+        """Whether gradients are followed where a node is computed, and the autocast regions that it lies in."""
+        origin = self.view.origin.get(node)
+        return self.view.grad.get(node, True), None if origin is None else self.modes.get(_in_main(origin), ())
+
+    def _is_odd(self, node: fx.Node) -> bool:
+        """Whether it is computed in another mode than the attentions are."""
+        main = {self._mode(site.final) for site in self.sites}
+        return len(main) > 1 or self._mode(node) not in main
 
     # -- what is read at hidden places
 
@@ -421,7 +422,9 @@ class _Finder:
     def _exit(self, user: fx.Node, x: fx.Node) -> Exit | Unpad | None:
         """How `user` reads a labelled tensor without its padding; None if it may read that."""
         if user.op == "output":
-            if not self.drop:
+            # what shares memory with an input, or with another result, is to go on doing so
+            others = {*self.given, *user.all_input_nodes} - {x}
+            if not self.drop or x in self.given or any(same_memory(x, other) for other in others):
                 return None
             labels = self._dims(x)
             return None if labels is None else Spread(x, x, self.carried.rows_of(labels), labels)
@@ -430,6 +433,9 @@ class _Finder:
         rule = _EXITS.get(name_of(user))
         origin = self.view.origin.get(user)
         if rule is None or origin is None or origin.scope.parent is not None or x not in self.carried.labels:
+            return None
+        # the region is written at its exits, in their mode; and a view of an input is to stay one
+        if self._is_odd(user) or any(same_memory(user, given) for given in self.given):
             return None
         try:
             return rule(self, user, x)
@@ -577,6 +583,9 @@ class _Finder:
         packs = [p for p in packs if p.q is None or p.original.final in needed]
         if not packs:
             raise Mixed(reasons.PADDING_NOT_HIDDEN())
+        # what no attention is packed for is left as it is
+        ends = [each for each in ends if any(each.rows in (p.q, p.k) for p in packs)]
+        needed = self._needed_for(ends, [p for p in packs if p.q is None], found)
         own = Carried(carried.axes, list(self.rows))
         own.labels = {n: labels for n, labels in carried.labels.items() if n in needed}
         own.parts = {n: parts for n, parts in carried.parts.items() if n in needed}
@@ -802,6 +811,12 @@ def _slice(f: _Finder, user: fx.Node, x: fx.Node) -> Exit | None:
     start = constant(args["start"]) if args["start"] is not None else 0
     if labels[at] != (rows.place,) or not is_one(size[at]) or not isinstance(start, int):
         return None
+    longest = shape_of(x)[at]
+    if not _compat.statically_known_true(-longest <= start):
+        # it may begin before the first place, and is cut there
+        if not isinstance(longest, int):
+            return None
+        start = 0
     return Selected(user, x, rows, labels, (Guard("at", rows, None, start),), start, keeps=True)
 
 
@@ -937,7 +952,10 @@ def _amax(f: _Finder, user: fx.Node, x: fx.Node) -> Exit | None:
     rows, dims = f.carried.rows_of(labels), args.get("dim")
     dims = [dims] if isinstance(dims, int) else dims
     fill = f.hidden(x, labels)
-    if not dims or {d % len(labels) for d in dims} != {labels.index((rows.place,))} or fill is None or fill > _LOW:
+    if not dims or {d % len(labels) for d in dims} != {labels.index((rows.place,))}:
+        return None
+    # of a fill of nan all is nan; truths have nothing low
+    if fill is None or not fill <= _LOW or not dtype_of(x).is_floating_point:
         return None
     return Greatest(user, x, rows, labels, (), bool(args.get("keepdim")), max(fill, -math.inf))
 
@@ -947,6 +965,8 @@ def _loss(f: _Finder, user: fx.Node, x: fx.Node) -> Exit | None:
     args = arguments(user)
     given, target = args["self"], args["target"]
     if reduction_of(args) == 0 or target not in f.carried.labels or given not in f.carried.labels:
+        return None
+    if args["weight"] in f.carried.labels:
         return None
     labels = f.carried.axes.resolve(f.carried.labels[given])
     own = f.carried.axes.resolve(f.carried.labels[target])

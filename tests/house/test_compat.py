@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 import attnfuse
 import attnfuse.distributed.ops
 from attnfuse import _compat, ops
+from attnfuse.graphs import copied
 
 
 def fake(*shape, mode=None):
@@ -629,6 +630,7 @@ def test_an_input_that_dynamo_does_not_know_of_has_a_source_for_aotautograd():
     seen = []
 
     def more(gm, inputs):
+        gm = copied(gm)
         last = next(n for n in reversed(gm.graph.nodes) if n.op == "placeholder")
         with gm.graph.inserting_after(last):
             added = gm.graph.placeholder("one_more")

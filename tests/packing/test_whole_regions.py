@@ -12,7 +12,7 @@ from torch import fx
 
 import attnfuse
 from attnfuse import _compat, reasons
-from attnfuse.expr import FALSE, TRUE, Algebra, K, Q
+from attnfuse.expr import FALSE, TRUE, Algebra, Apply, K, Q
 from attnfuse.passes.capture.recorder import capture
 from attnfuse.passes.capture.view import View
 from attnfuse.passes.emit.emitter import Emitter
@@ -135,14 +135,17 @@ def test_masks_that_are_not_of_the_keys_of_each_sequence_say_nothing(mask: Any) 
 
 
 def test_a_conjunction_is_known_where_all_of_it_holds_and_where_it_does_not() -> None:
-    found = Looked(of_mask(lambda keep: keep[:, None, None] & keep.flip(0)[:, None, None]), *inputs())
+    def both_and_causal(keep: Tensor) -> Tensor:
+        return keep[:, None, None] & causal(keep) & keep.flip(0)[:, None, None]
+
+    found = Looked(of_mask(both_and_causal), *inputs())
     kept = found.whole.kept[0].kept
     assert isinstance(kept, Kept)
     algebra, (site,) = Algebra(), found.sites
     sequence = Axis(site.batch[0])
     condition = kept.at(sequence, K, algebra)
-    first, second = condition.parts
-    for part in (first, second):
+    assert isinstance(condition, Apply) and condition.op == "and" and len(condition.args) == 2
+    for part in condition.args:
         assert kept.assumed(part, sequence, K, True, algebra) == TRUE
         # one of them does not hold, and nobody knows which
         assert kept.assumed(part, sequence, K, False, algebra) == part

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 import attnfuse
 import attnfuse.distributed.ops
 from attnfuse import _compat, ops
+from attnfuse.graphs import copied
 
 
 def fake(*shape, mode=None):
@@ -598,3 +599,83 @@ def test_all_graphs_are_given_to_tiled_and_it_is_told_which_are_of_backward(comp
     torch.testing.assert_close(x.grad, x.detach().cos())
     assert [backward for backward, _ in seen] == [False, False, True]
     assert "aten.sin.default" in seen[0][1] and "aten.sin.default" in seen[1][1] and "aten.cos.default" in seen[2][1]
+
+
+def rows_unknown(*columns):
+    """A fake int64 tensor [u], and one [u, *columns] of floats."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = _compat.FakeTensorMode(shape_env=ShapeEnv())
+    index = _compat.unknown_rows(mode, torch.device("cpu"))
+    with mode:
+        return index, torch.empty(index.shape[0], *columns)
+
+
+def test_unknown_rows_have_a_length_that_no_guard_tells():
+    index, _ = rows_unknown(4)
+    assert index.dtype == torch.int64 and index.stride() == (1,)
+    size = index.shape[0]
+    assert len(_compat.free_unbacked_symbols(size)) == 1
+    env = index.fake_mode.shape_env
+    # none is pending, which a trace would look for in its outputs
+    assert not env.pending_fresh_unbacked_symbols and not env.guards
+    assert _compat.statically_known_true(size >= 0) and not _compat.statically_known_true(size >= 1)
+    with pytest.raises(ValueError, match="shape environment"):
+        _compat.unknown_rows(_compat.FakeTensorMode(), torch.device("cpu"))
+
+
+def test_an_input_that_dynamo_does_not_know_of_has_a_source_for_aotautograd():
+    from torch._dynamo.backends.common import aot_autograd
+
+    seen = []
+
+    def more(gm, inputs):
+        gm = copied(gm)
+        last = next(n for n in reversed(gm.graph.nodes) if n.op == "placeholder")
+        with gm.graph.inserting_after(last):
+            added = gm.graph.placeholder("one_more")
+        added.meta["example_value"] = inputs[0]
+        _compat.say_source(added)
+        output = gm.graph.output_node()
+        (first,) = output.args[0]
+        with gm.graph.inserting_before(output):
+            output.args = ((gm.graph.call_function(torch.add, (first, added)),),)
+        gm.recompile()
+        run = aot_autograd(fw_compiler=lambda g, _: seen.append(g) or g.forward)(gm, [*inputs, inputs[0]])
+        return lambda *args: run(*args, torch.ones(3))
+
+    assert torch.compile(lambda x: x * 2, backend=more)(torch.ones(3)).tolist() == [3.0] * 3
+    assert len(seen) == 1 and len([n for n in seen[0].graph.nodes if n.op == "placeholder"]) == 2
+
+
+def test_sizes_that_no_call_tells_before_are_seen():
+    index, rows = rows_unknown(4)
+    assert _compat.has_unknown_size(index) and _compat.has_unknown_size(rows.T)
+    assert (
+        not _compat.has_unknown_size(torch.ones(2))
+        and not _compat.has_unknown_size(fake(2))
+        and not _compat.has_unknown_size(3)
+    )
+
+
+def test_the_order_of_strides_is_told_where_they_hold_an_unknown_size():
+    _, rows = rows_unknown(2, 4)
+    order = _compat.strides_unknown_to_inductor
+    # [u, 2, 4], [2, u, 4] and [4, 2, u] by rows
+    assert order(rows) is None and order(rows.transpose(0, 1)) is None
+    for dims in ((1, 0, 2), (2, 1, 0), (1, 2, 0)):
+        back = sorted(range(3), key=dims.__getitem__)
+        made = rows.permute(dims).contiguous().permute(back)
+        numbers = order(made)
+        assert sorted(range(3), key=lambda d: -numbers[d]) == list(dims)
+    assert order(rows[None]) == [8 << 20, 8, 4, 1]
+    assert order(rows.transpose(0, 1).contiguous()[:1].expand(3, -1, -1)) is None
+    assert order(3) is None and order(torch.ones(2, 3)) is None
+
+
+def test_inductor_gives_the_order_of_strides_that_is_forced():
+    def run(x):
+        return _compat.force_stride_order()(x + 1.0, [1, 2])
+
+    assert torch.compile(run)(torch.ones(2, 3)).stride() == (1, 2)
+    assert torch.compile(lambda x: x + 1.0)(torch.ones(2, 3)).stride() == (3, 1)

@@ -337,7 +337,8 @@ def _lines(view: View, region: Whole) -> tuple[str, ...]:
         attentions = f"{count} attention{'' if count == 1 else 's'}"
         found.append(f"padding: {attentions}, and what lies between, run on the tokens of {sizes}")
     begins = [view.input_of(e.node) if e.node.op == "placeholder" else op_of(e.node) for e in region.entries]
-    ends = [f"{op_of(e.node) or 'a result'} ({view.where(e.node)})" for e in region.exits]
+    leaving = [*(e.node for e in region.exits), *(u.node for u in region.unpads)]
+    ends = [f"{op_of(node) or 'a result'} ({view.where(node)})" for node in leaving]
     found.append(f"tokens are taken out of {', '.join(dict.fromkeys(filter(None, begins)))}")
     found.append(f"they end at {', '.join(dict.fromkeys(ends)) or 'attentions of dense queries'}")
     if region.guards:

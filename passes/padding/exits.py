@@ -90,14 +90,17 @@ class Computed(Exit):
         return writer.rewriter.again(writer, self.node)
 
 
-class Returned(Exit):
-    """A padded result, with zeros for padding: the user says that it is not read."""
+@dataclass(frozen=True, eq=False)
+class Spread(Exit):
+    """A padded tensor again, with `fill` for padding: which it has there, or, for a result that is not read there, 0."""
+
+    fill: float = 0.0
 
     def write(self, writer: PackedWriter, packed: fx.Node) -> fx.Node:
         rest = [n for d, n in enumerate(shape_of(self.source)) if d not in (self.sequence, self.place)]
         sizes = (self.rows.sequence.size, self.rows.place.size)
         own = self._leading(writer, packed)
-        flat = writer.method("new_zeros", own, [writer.product(sizes), *writer.shape(rest)])
+        flat = writer.method("new_full", own, [writer.product(sizes), *writer.shape(rest)], self.fill)
         index = writer.rewriter.table(writer, self.rows, "index")
         whole = writer.method("unflatten", writer.call(torch.index_copy, (flat, 0, index, own)), 0, writer.shape(sizes))
         others = [d for d in range(len(self.labels)) if d not in (self.sequence, self.place)]
@@ -119,7 +122,7 @@ class Selected(Exit):
     def write(self, writer: PackedWriter, packed: fx.Node) -> fx.Node:
         row = writer.rewriter.row_of(writer, self.rows, self.number if self.index is None else self.index)
         found = writer.call(torch.index_select, (self._leading(writer, packed), 0, row))
-        if self.index is not None:
+        if self.index is not None and not self.keeps:
             # advanced indices give their dim in front
             return found
         found = self._back(writer, found)
@@ -152,6 +155,41 @@ class Summed(Exit):
             found = writer.method("to", found, wanted)
         found = self._back(writer, found)
         return writer.method("unsqueeze", found, self.place) if self.keeps else found
+
+
+@dataclass(frozen=True, eq=False)
+class Contracted(Exit):
+    """A product that sums over places, of which one factor is 0 in padding.
+
+    factors: the two tensors, with the letters of their dims as einsum has them, and those of the result; batch and place are the
+    letters of sequences and places.
+    """
+
+    factors: tuple[tuple[fx.Node, str], ...] = ()
+    result: str = ""
+    batch: str = ""
+    along: str = ""
+
+    def write(self, writer: PackedWriter, packed: fx.Node) -> fx.Node:
+        wanted = dtype_of(self.node)
+        # a product adds up in float32 and rounds once
+        compute = torch.promote_types(wanted, torch.float32)
+        rows, letters = [], []
+        for node, own in self.factors:
+            x = writer.rewriter.made[node]
+            rest = [d for d, letter in enumerate(own) if letter not in (self.batch, self.along)]
+            x = writer.method("permute", x, own.index(self.batch), own.index(self.along), *rest)
+            x = writer.method("squeeze", x, 0)
+            rows.append(x if dtype_of(node) == compute else writer.method("to", x, compute))
+            letters.append(self.along + "".join(own[d] for d in rest))
+        of_each = self.result.replace(self.batch, "")
+        terms = writer.call(torch.einsum, (f"{','.join(letters)}->{self.along}{of_each}", *rows))
+        sizes = {letter: n for node, own in self.factors for letter, n in zip(own, shape_of(node))}
+        shape = writer.shape([sizes[letter] for letter in (self.batch, *of_each)])
+        zeros = writer.method("new_zeros", terms, shape)
+        found = writer.call(torch.index_add, (zeros, 0, writer.rewriter.table(writer, self.rows, "sequence"), terms))
+        found = writer.method("movedim", found, 0, self.result.index(self.batch))
+        return found if wanted == compute else writer.method("to", found, wanted)
 
 
 @dataclass(frozen=True, eq=False)

@@ -92,7 +92,7 @@ def _guarded(writer: NodeWriter, guard: Guard, mask: fx.Node) -> fx.Node:
             holds = call(torch.select, (mask, 1, guard.number))
         else:
             lines = call(torch.arange, (batch,), {"device": writer.device})
-            at = writer.method("to", writer.here(guard.node), torch.int64)
+            at = writer.method("to", writer.method("reshape", writer.here(guard.node), -1), torch.int64)
             holds = call(torch.ops.aten.index.Tensor, (mask, [lines, at]))
     else:
         assert guard.kind == "ignored" and guard.node is not None

@@ -15,13 +15,16 @@ import torch
 from torch import fx
 
 from attnfuse import _compat, reasons
+from attnfuse.passes.capture.view import Scope
 from attnfuse.passes.emit.edits import EmitError
 from attnfuse.passes.emit.emitter import Emitter
 from attnfuse.passes.emit.writer import NodeWriter
 from attnfuse.passes.graph import moves, views
 from attnfuse.passes.graph.aten import dtype_of, getitem_source, name_of, shape_of, source_of, value_of
 from attnfuse.passes.graph.labels import Atom, Dim, Labels, Size
-from attnfuse.passes.padding.exits import Computed, Exit
+from attnfuse.passes.padding.checkpointed import erase_unused, fold
+from attnfuse.passes.padding.exits import Computed, Contracted, Exit
+from attnfuse.passes.padding.modes import autocast_regions, within
 from attnfuse.passes.padding.packing import Packed
 from attnfuse.passes.padding.region import Region
 from attnfuse.passes.padding.rowwise import Gathered, Rows
@@ -42,6 +45,8 @@ class RegionRewriter:
         self.made: dict[fx.Node, fx.Node] = {}
         self.calls: dict[fx.Node, fx.Node] = {}
         self.tables: dict[tuple[Rows, str], fx.Node] = {}
+        #: the checkpointed region that a node was written for
+        self.written_for: dict[fx.Node, Scope] = {}
         self.sizes: dict[Atom, Size] = {}
         for rows in self.carried.rows:
             self.sizes[rows.sequence], self.sizes[rows.place] = 1, rows.total
@@ -59,13 +64,17 @@ class RegionRewriter:
         ends.sort(key=lambda end: self.view.order[end[0]])
         graph = self.scope.module.graph
         results = []
+        regions = autocast_regions(self.view)
         for node, end in ends:
-            owner = self.view.origin[node].node
+            origin = self.view.origin[node]
+            if origin.scope is not self.scope:
+                raise EmitError(reasons.PADDING_CHECKPOINT())
+            owner = origin.node
             writer = PackedWriter(self, owner, value_of(node).device)
-            with graph.inserting_before(owner):
+            with graph.inserting_before(owner), within(regions.get(owner, ())):
                 source = node if isinstance(end, Packed) else end.source
                 self._write(writer, source)
-                if isinstance(end, Computed):
+                if isinstance(end, (Computed, Contracted)):
                     for other in self._sources(node):
                         self._write(writer, other)
                 results.append((node, owner, writer, self._result(writer, end, source)))
@@ -76,6 +85,9 @@ class RegionRewriter:
                 self._select(writer, node, owner, end, result)
             else:
                 self.emitter.redirect(node, self.scope, owner, result, writer)
+        for number, scope in enumerate(dict.fromkeys(self.written_for.values())):
+            fold(scope, [n for n, s in self.written_for.items() if s is scope and not n._erased], number)
+            erase_unused(scope)
         self.emitter.touched.add(self.scope)
         self.emitter.calls += [self.calls[a.original.final] for a in self.region.attentions]
 
@@ -99,8 +111,15 @@ class RegionRewriter:
                 stack += self._sources(node)
         for node in sorted(needed, key=self.view.order.__getitem__):
             writer.written_for = self.view.origin[node].node if node in self.view.origin else writer.owner
+            writer.region = self._region(node)
             self.made[node] = self._checked(writer, node, self._written(writer, node))
+            writer.region = None
         writer.written_for = writer.owner
+
+    def _region(self, node: fx.Node) -> Scope | None:
+        """The checkpointed region that a value is computed in; what comes into packed rows is taken out before."""
+        origin = self.view.origin.get(node)
+        return None if node in self.entries or origin is None or origin.scope is self.scope else origin.scope
 
     def _checked(self, writer: PackedWriter, node: fx.Node, made: fx.Node) -> fx.Node:
         """`made`, if it is what `node` is but for the sizes of its rows. Raises EmitError."""
@@ -195,7 +214,7 @@ class RegionRewriter:
         if isinstance(place, int):
             at: Any = place if place >= 0 else self._plus(writer, longest, place)
         else:
-            at = writer.method("to", writer.here(place), torch.int64)
+            at = writer.method("to", writer.method("reshape", writer.here(place), -1), torch.int64)
             at = writer.call(torch.where, (writer.call(torch.lt, (at, 0)), writer.call(torch.add, (at, longest)), at))
         wanted = writer.call(torch.add, (numbers, at))
         return writer.call(torch.bucketize, (wanted, self.table(writer, rows, "index")))
@@ -244,12 +263,14 @@ class RegionRewriter:
         as the op takes them; of each packed row its 'sequence' and 'place', and whether it 'lies' in the padded tensor; 'rows'
         [B, N], the packed row of each place."""
         if (rows, what) not in self.tables:
+            region, writer.region = writer.region, None
             found, sequences = self._table(writer, rows, what), rows.sequence.size
             shapes = {"bounds": (2, sequences), "rows": (sequences, rows.place.size), "padded": (sequences,)}
             # there may be offsets of more sequences
             if what != "offsets":
                 found = writer.checked(found, f"the {what} of packed rows", shapes.get(what, (rows.total,)))
             self.tables[rows, what] = found
+            writer.region = region
         return self.tables[rows, what]
 
     def _table(self, writer: PackedWriter, rows: Rows, what: str) -> fx.Node:
@@ -258,6 +279,11 @@ class RegionRewriter:
             return self._offsets(writer, rows)
         if what == "index":
             return self._input(rows)
+        if rows.kept is not None and what == "rows":
+            sizes = (rows.sequence.size, rows.place.size)
+            places = call(torch.arange, (writer.product(sizes),), {"device": writer.device})
+            found = call(torch.bucketize, (places, self.table(writer, rows, "index")))
+            return writer.method("view", found, *writer.shape(sizes))
         if rows.kept is not None and what in ("sequence", "place"):
             divided = torch.div if what == "sequence" else torch.remainder
             given = (self.table(writer, rows, "index"), writer.size(rows.place.size))
@@ -418,6 +444,13 @@ class PackedWriter(NodeWriter):
     def __init__(self, rewriter: RegionRewriter, owner: fx.Node, device: torch.device) -> None:
         super().__init__(rewriter.emitter, rewriter.scope, owner, device)
         self.rewriter = rewriter
+        # the checkpointed region that is written for
+        self.region: Scope | None = None
+
+    def _describe(self, node: fx.Node) -> None:
+        super()._describe(node)
+        if self.region is not None:
+            self.rewriter.written_for[node] = self.region
 
     def node_for(self, made: fx.Node) -> fx.Node:
         known = self.rewriter

@@ -10,6 +10,7 @@ at hidden places is written anew on the rows of the tokens (rewrite.py), which c
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +35,8 @@ from attnfuse.expr import (
     substitute,
     walk,
 )
-from attnfuse.passes.capture.view import View
+from attnfuse.kernels.fills import HIDDEN_BELOW
+from attnfuse.passes.capture.view import Origin, Scope, View
 from attnfuse.passes.graph.aten import (
     arguments,
     dtype_of,
@@ -49,12 +51,14 @@ from attnfuse.passes.graph.labels import Atom, Axes, Labels, is_one, known_equal
 from attnfuse.passes.graph.memory import is_mutating, is_stale, opaque
 from attnfuse.passes.masks.structure import Fill, structured_assuming
 from attnfuse.passes.masks.terms import Axis
-from attnfuse.passes.padding.exits import Computed, Exit, Greatest, Guard, Returned, Selected, Summed
+from attnfuse.passes.padding.checkpointed import is_checkpointed
+from attnfuse.passes.padding.exits import Computed, Contracted, Exit, Greatest, Guard, Selected, Spread, Summed
 from attnfuse.passes.padding.kept import Kept, Labelled, conditions
+from attnfuse.passes.padding.modes import autocast_regions
 from attnfuse.passes.padding.packing import Packed, Packing
 from attnfuse.passes.padding.region import Region, is_number
 from attnfuse.passes.padding.rowwise import Carried, Mixed, Rows
-from attnfuse.passes.padding.sources import Entry, Paddings
+from attnfuse.passes.padding.sources import Entry, Paddings, Unpad
 from attnfuse.passes.read.isolation import read_by
 from attnfuse.passes.site import Leaf, Site
 from attnfuse.reasons import Reason, ReasonError
@@ -113,6 +117,10 @@ class _Finder:
                 for node in read_by(leaf):
                     self.leaves.setdefault(node, []).append((site, role))
         self.problems: dict[fx.Node, Reason] = {}
+        # whether what regions make can be packed
+        self.regions: dict[Scope, bool] = {}
+        # rows of which each sequence must have one for what is known of padding
+        self.some: set[Rows] = set()
 
     # -- which places are kept
 
@@ -203,8 +211,7 @@ class _Finder:
                 continue
             if node not in view.live or node in self.inside:
                 continue
-            origin = view.origin.get(node)
-            if (origin is not None and origin.scope.parent is not None) or node.op == "output":
+            if node.op == "output" or not self._is_in_reach(node):
                 continue
             if node.target is not opaque and not is_mutating(node) and carried.takes(node):
                 if not (is_tensor(node) or isinstance(value_of(node), (list, tuple))):
@@ -221,6 +228,17 @@ class _Finder:
                     self.derived.add(node)
                     continue
             self._label_anew(node)
+
+    def _is_in_reach(self, node: fx.Node) -> bool:
+        """Whether it is made in the main graph, or in a checkpointed region of it that has no modes of its own."""
+        origin = self.view.origin.get(node)
+        if origin is None or origin.scope.parent is None:
+            return True
+        if origin.scope not in self.regions:
+            modes = (_compat.enter_autocast, _compat.exit_autocast, torch._C._set_grad_enabled)
+            plain = not any(n.target in modes for n in origin.scope.module.graph.nodes)
+            self.regions[origin.scope] = plain and is_checkpointed(origin.scope)
+        return self.regions[origin.scope]
 
     def _label_anew(self, node: fx.Node) -> None:
         """A tensor with dims of sequences and places that none of the labelled ones gave it."""
@@ -254,6 +272,8 @@ class _Finder:
 
     def _label_site(self, site: Site) -> None:
         leaf = site.q
+        if not self._is_in_reach(site.final):
+            return
         if leaf.node not in self.carried.labels or not _is_plain(leaf):
             return
         try:
@@ -267,11 +287,11 @@ class _Finder:
     def _forced(self) -> set[fx.Node]:
         """What stays as it is, whatever reads it: written in place, or computed in another mode than the attentions are."""
         view = self.view
-        modes = _modes(view)
+        modes = autocast_regions(view)
 
         def mode(node: fx.Node) -> Any:
             origin = view.origin.get(node)
-            return None if origin is None else modes.get(origin.node, ())
+            return None if origin is None else modes.get(_in_main(origin), ())
 
         main = {(view.grad.get(s.final, True), mode(s.final)) for s in self.sites}
         found: set[fx.Node] = set()
@@ -316,7 +336,7 @@ class _Finder:
                 if rows is not None:
                     reads(leaf.node, final)
         for each in found.exits.values():
-            for x in {each.source, *(each.node.all_input_nodes if isinstance(each, Computed) else ())}:
+            for x in self._sources(each):
                 reads(x, each.node)
         return found
 
@@ -328,11 +348,11 @@ class _Finder:
             if dense or role == "operand":
                 found.readers.setdefault(node, site.final)
                 return True
-        exits: dict[fx.Node, Exit] = {}
+        exits: dict[fx.Node, Exit | Unpad] = {}
         for user in node.users:
             if user not in self.view.live or user in self.inside or user in self.finals:
                 continue
-            each = None
+            each: Exit | Unpad | None = None
             if user in self.derived:
                 is_read = user in found.read
             elif user.op != "output" and is_number(user):
@@ -341,6 +361,10 @@ class _Finder:
                 each = self._exit(user, node)
                 is_read = each is None
             if is_read:
+                spread = self._spread(node)
+                if spread is not None:
+                    found.exits |= {node: spread}
+                    return False
                 found.readers.setdefault(node, user)
                 return True
             if each is not None:
@@ -356,6 +380,8 @@ class _Finder:
         k_rows = self.keys.get(site)
         if site.lse is not None:
             raise Mixed(reasons.PADDING_LOG_SUM_EXP())
+        if not self._is_in_reach(site.final):
+            raise Mixed(reasons.PADDING_CHECKPOINT())
         if k_rows is None and not (with_queries and self._is_apart(site)):
             raise Mixed(reasons.PADDING_NOT_HIDDEN())
         for leaf in (site.k, site.v) if k_rows is not None else ():
@@ -393,15 +419,16 @@ class _Finder:
 
     # -- exits
 
-    def _exit(self, user: fx.Node, x: fx.Node) -> Exit | None:
+    def _exit(self, user: fx.Node, x: fx.Node) -> Exit | Unpad | None:
         """How `user` reads a labelled tensor without its padding; None if it may read that."""
         if user.op == "output":
             if not self.drop:
                 return None
             labels = self._dims(x)
-            return None if labels is None else Returned(x, x, self.carried.rows_of(labels), labels)
-        name = name_of(user)
-        rule = _EXITS.get(name)
+            return None if labels is None else Spread(x, x, self.carried.rows_of(labels), labels)
+        if user.target is opaque:
+            return _masked(self, user, x) if x in self.carried.labels else None
+        rule = _EXITS.get(name_of(user))
         origin = self.view.origin.get(user)
         if rule is None or origin is None or origin.scope.parent is not None or x not in self.carried.labels:
             return None
@@ -409,6 +436,22 @@ class _Finder:
             return rule(self, user, x)
         except ReasonError:
             return None
+
+    def _spread(self, x: fx.Node) -> Spread | None:
+        """A tensor of features that is one number in padding can be padded again for what reads it there."""
+        if (
+            x not in self.derived
+            or x in self.finals
+            or x not in self.carried.labels
+            or not dtype_of(x).is_floating_point
+        ):
+            return None
+        labels = self._dims(x)
+        origin = self.view.origin.get(x)
+        if labels is None or origin is None or origin.scope.values.get(origin.node) is not x:
+            return None
+        number = self.hidden(x, labels)
+        return None if number is None else Spread(x, x, self.carried.rows_of(labels), labels, fill=number)
 
     def _dims(self, x: fx.Node) -> Labels | None:
         """The labels of a tensor that has one dim for sequences and one for places."""
@@ -436,6 +479,8 @@ class _Finder:
         if isinstance(rows.kept, Labelled) and x is rows.kept.labels:
             return rows.kept.ignored
         known = self._index_number(x, out, rows)
+        if known is None and name_of(x) == "softmax":
+            known = self._weight(x, rows)
         if known is not None or x not in self.derived:
             return known
         labels = self.carried.labels.get(x)
@@ -456,6 +501,21 @@ class _Finder:
             mask = self.hidden(args[0], labels)
             return None if mask is None else self.hidden(args[1] if mask else args[2], labels)
         return None
+
+    def _weight(self, x: fx.Node, rows: Rows) -> float | None:
+        """0 for a softmax over the places of scores that are hidden in padding; each sequence must have others."""
+        scores = source_of(x)
+        if scores not in self.carried.labels:
+            return None
+        labels = self.carried.axes.resolve(self.carried.labels[scores])
+        at = arguments(x)["dim"]
+        if self.carried.rows_of(labels) is not rows or labels[at % len(labels)] != (rows.place,):
+            return None
+        fill = self.hidden(scores, labels)
+        if fill is None or fill > HIDDEN_BELOW:
+            return None
+        self.some.add(rows)
+        return 0.0
 
     def _index_number(self, x: fx.Node, out: Labels, rows: Rows) -> float | None:
         """The number that is read off how x is made of indices."""
@@ -529,24 +589,30 @@ class _Finder:
         entries = [
             Entry(x, carried.rows_of(carried.axes.resolve(carried.labels[x]))) for x in found.entries if x in needed
         ]
-        region = Whole(own, [], packs, entries=entries, exits=ends, kept=rows)
+        exits = [each for each in ends if isinstance(each, Exit)]
+        unpads = [each for each in ends if isinstance(each, Unpad)]
+        region = Whole(own, [], packs, unpads, entries=entries, exits=exits, kept=rows)
         # up to the last label that counts they are the first ones as it is
         guards = [Guard(kind, r) for r, kind in found.needs.items() if r in rows and not isinstance(r.kept, Labelled)]
-        guards += [Guard("some", r) for r in rows if r in found.some]
-        region.guards = list(dict.fromkeys([*guards, *(g for each in ends for g in each.guards)]))
+        guards += [Guard("some", r) for r in rows if r in found.some | self.some]
+        region.guards = list(dict.fromkeys([*guards, *(g for each in exits for g in each.guards)]))
         region.read = list(dict.fromkeys(self._readers(found)))
         for p in packs:
             region.inside |= p.original.inside | {p.original.final}
-        region.ends |= {each.node for each in ends if not isinstance(each, Returned)}
+        region.ends |= {each.node for each in ends if not isinstance(each, Spread)}
         self._check(region)
         return region
 
-    def _needed_for(self, ends: Sequence[Exit], alone: Sequence[Packed], found: _Found) -> set[fx.Node]:
+    def _sources(self, each: Exit | Unpad) -> set[fx.Node]:
+        """The packed tensors that an exit reads."""
+        return {each.source, *(each.node.all_input_nodes if isinstance(each, (Computed, Contracted)) else ())}
+
+    def _needed_for(self, ends: Sequence[Exit | Unpad], alone: Sequence[Packed], found: _Found) -> set[fx.Node]:
         """What is packed for the exits, and for attentions of dense queries."""
         carried = self.carried
         stack = [leaf.node for p in alone for leaf in (p.original.k, p.original.v)]
         for each in ends:
-            stack += [each.source, *(each.node.all_input_nodes if isinstance(each, Computed) else ())]
+            stack += self._sources(each)
         needed: set[fx.Node] = set()
         while stack:
             node = stack.pop()
@@ -567,21 +633,24 @@ class _Finder:
     def _check(self, region: Whole) -> None:
         """Nothing that is read where the region is written has changed since."""
         view = self.view
+        leaving = [*(e.node for e in region.exits), *(u.node for u in region.unpads)]
         order, writes = view.order, view.writes
-        ends = [*(each.node for each in region.exits), *(p.original.final for p in region.attentions if p.q is None)]
+        ends = [
+            *leaving,
+            *(p.original.final for p in region.attentions if p.q is None),
+        ]
         last = max(map(order.__getitem__, ends))
         read = {e.node for e in region.entries}
         for p in region.attentions:
             for leaf in (p.site.q, p.site.k, p.site.v, *p.site.operands):
                 read.update(n for n in read_by(leaf) if n not in region.carried.labels)
-        for node in (*region.carried.labels.keys() - read, *(each.node for each in region.exits)):
+        for node in (*region.carried.labels.keys() - read, *leaving):
             read.update(x for x in node.all_input_nodes if x not in region.carried.labels)
         for node in read:
             if writes.between(node, order[node], last):
                 raise Mixed(reasons.PADDING_WRITES_NEAR())
-        modes = _modes(view)
-        inside = {modes.get(view.origin[n].node, ()) for n in region.inside if n in view.origin}
-        inside |= {modes.get(view.origin[n].node, ()) for n in ends if n in view.origin}
+        modes = autocast_regions(view)
+        inside = {modes.get(_in_main(view.origin[n]), ()) for n in (*region.inside, *ends) if n in view.origin}
         if len(inside) > 1:
             raise Mixed(reasons.PADDING_AUTOCAST())
 
@@ -594,7 +663,7 @@ class _Found:
 
     read: set[fx.Node]
     packs: dict[fx.Node, Packed] = field(default_factory=dict)
-    exits: dict[fx.Node, Exit] = field(default_factory=dict)
+    exits: dict[fx.Node, Exit | Unpad] = field(default_factory=dict)
     entries: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
     readers: dict[fx.Node, fx.Node] = field(default_factory=dict)
     needs: dict[Rows, str] = field(default_factory=dict)
@@ -604,6 +673,14 @@ class _Found:
     def need(self, rows: Rows, kind: str) -> None:
         if self.needs.get(rows) != "prefix":
             self.needs[rows] = kind
+
+
+def _in_main(origin: Origin) -> fx.Node:
+    """The node of the main graph that made a value, or runs the region that did."""
+    scope, node = origin.scope, origin.node
+    while scope.parent is not None and scope.call is not None:
+        node, scope = scope.call, scope.parent
+    return node
 
 
 def _is_plain(leaf: Leaf) -> bool:
@@ -622,19 +699,6 @@ def _is_parameter(view: View, node: fx.Node) -> bool:
         or "_parameters_" in name
         or "_buffers_" in name
     )
-
-
-def _modes(view: View) -> dict[fx.Node, tuple[fx.Node, ...]]:
-    """The autocast regions that each node of the main Dynamo graph lies in."""
-    found: dict[fx.Node, tuple[fx.Node, ...]] = {}
-    open_: list[fx.Node] = []
-    for node in view.scopes[0].module.graph.nodes:
-        if node.target is _compat.exit_autocast and open_:
-            open_.pop()
-        found[node] = tuple(open_)
-        if node.target is _compat.enter_autocast:
-            open_.append(node)
-    return found
 
 
 # -- what packed rows may not tell
@@ -702,6 +766,21 @@ _Rule = Callable[[_Finder, fx.Node, fx.Node], "Exit | None"]
 _MOVED = frozenset({"to", "view", "permute", "expand", "clone", "contiguous", "detach", "alias"})
 
 
+def _masked(f: _Finder, user: fx.Node, x: fx.Node) -> Unpad | None:
+    """x[mask], where the mask keeps tokens alone."""
+    unpad = f.packing.paddings.unpad(user)
+    if unpad is None or unpad.mask is None or unpad.source is not x:
+        return None
+    labels = f._dims(x)
+    if labels is None:
+        return None
+    rows = f.carried.rows_of(labels)
+    if labels[:2] != ((rows.sequence,), (rows.place,)):
+        return None
+    hidden = f._at(unpad.mask, (Axis(rows.sequence), Axis(rows.place)), rows, False)
+    return unpad if hidden == FALSE else None
+
+
 def _select(f: _Finder, user: fx.Node, x: fx.Node) -> Exit | None:
     args = arguments(user)
     labels, number = f._dims(x), constant(args["index"])
@@ -742,6 +821,95 @@ def _index(f: _Finder, user: fx.Node, x: fx.Node) -> Exit | None:
     if index in f.carried.labels or not known_equal(shape_of(index)[0], rows.sequence.size):
         return None
     return Selected(user, x, rows, labels, (Guard("at", rows, index),), 0, index)
+
+
+def _gather(f: _Finder, user: fx.Node, x: fx.Node) -> Exit | None:
+    """x.gather(1, index), where index is one place for all features of a sequence."""
+    args = arguments(user)
+    labels = f._dims(x)
+    if args["self"] is not x or labels is None or args["sparse_grad"]:
+        return None
+    rows, index = f.carried.rows_of(labels), args["index"]
+    at, shape = args["dim"] % len(labels), shape_of(user)
+    if labels[at] != (rows.place,) or not is_one(shape[at]) or index in f.carried.labels:
+        return None
+    if not all(known_equal(a, b) for d, (a, b) in enumerate(zip(shape, shape_of(x))) if d != at):
+        return None
+    sequence = labels.index((rows.sequence,))
+    while name_of(index) == "expand" and not is_stale(index):
+        index = source_of(index)
+    size = rows.sequence.size
+    if (
+        len(shape_of(index)) != len(labels)
+        or not _is_line(index, size)
+        or not known_equal(shape_of(index)[sequence], size)
+    ):
+        return None
+    return Selected(user, x, rows, labels, (Guard("at", rows, index),), 0, index, keeps=True)
+
+
+def _is_line(x: fx.Node, size: Any) -> bool:
+    """Whether all dims but one of that size are 1."""
+    long = [n for n in shape_of(x) if not is_one(n)]
+    return len(long) == 1 and known_equal(long[0], size)
+
+
+def _product(f: _Finder, user: fx.Node, x: fx.Node) -> Exit | None:
+    """weights [B, M, N] @ values [B, N, E], with weights or values of 0 in padding."""
+    if len(user.args) != 2 or any(not is_tensor(n) or len(shape_of(n)) != 3 for n in user.args):
+        return None
+    first, second = user.args
+    return _contracted(f, user, ((first, "bmn"), (second, "bne")), "bme")  # type: ignore[arg-type]
+
+
+def _einsum(f: _Finder, user: fx.Node, x: fx.Node) -> Exit | None:
+    args = arguments(user)
+    equation, tensors = str(args["equation"]).replace(" ", ""), args["tensors"]
+    if not re.fullmatch(r"[a-zA-Z]+,[a-zA-Z]+->[a-zA-Z]+", equation) or len(tensors) != 2:
+        return None
+    given, result = equation.split("->")
+    factors = tuple(zip(tensors, given.split(",")))
+    if any(len(set(own)) != len(own) or len(own) != len(shape_of(n)) for n, own in factors) or len(set(result)) != len(
+        result
+    ):
+        return None
+    return _contracted(f, user, factors, result)
+
+
+def _contracted(f: _Finder, user: fx.Node, factors: tuple[tuple[fx.Node, str], ...], result: str) -> Exit | None:
+    found = []
+    for node, own in factors:
+        labels = f._dims(node) if node in f.carried.labels else None
+        if labels is None:
+            return None
+        rows = f.carried.rows_of(labels)
+        letters = own[labels.index((rows.sequence,))], own[labels.index((rows.place,))]
+        found.append((node, rows, labels, letters))
+    (node, rows, labels, letters), other = found
+    batch, along = letters
+    if other[1] is not rows or other[3] != letters or batch not in result or along in result:
+        return None
+    # a letter that one factor has alone is summed there, which is another product
+    if any(set(own) - set(result) != {along} for _, own in factors):
+        return None
+    if 0.0 not in [f.hidden(n, of) for n, _, of, _ in found]:
+        return None
+    return Contracted(user, node, rows, labels, (), factors, result, batch, along)
+
+
+def _max(f: _Finder, user: fx.Node, x: fx.Node) -> Exit | None:
+    """x.max(1) of which the places are not used; ties give gradients to the first, so that none may be needed."""
+    parts = [u for u in user.users if u in f.view.live]
+    args = arguments(user)
+    labels = f._dims(x)
+    if "dim" not in args or labels is None or len(parts) != 1 or parts[0].args[1:] != (0,):
+        return None
+    if f.view.trains and f.view.grad.get(user, True):
+        return None
+    rows, fill = f.carried.rows_of(labels), f.hidden(x, labels)
+    if labels[args["dim"] % len(labels)] != (rows.place,) or fill is None or fill > _LOW:
+        return None
+    return Greatest(parts[0], x, rows, labels, (), bool(args.get("keepdim")), fill)
 
 
 def _sum(f: _Finder, user: fx.Node, x: fx.Node) -> Exit | None:
@@ -807,5 +975,10 @@ _EXITS: dict[str, _Rule] = {
     "sum": _sum,
     "mean": _sum,
     "amax": _amax,
+    "max": _max,
+    "gather": _gather,
+    "bmm": _product,
+    "matmul": _product,
+    "einsum": _einsum,
     **dict.fromkeys(_LOSSES, _loss),
 }

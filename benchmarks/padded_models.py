@@ -295,14 +295,14 @@ def _document(content: Row) -> str:
 
 
 def _before(environment: Row) -> Row:
-    """What was measured of the same commit on the same machine."""
+    """What was measured of the same commit on the same machine; that what is written here makes it another is no matter."""
     empty: Row = {"environment": environment, "times": [], "memory": [], "compile": []}
     path = results.RESULTS / f"{NAME}.json"
-    if not path.exists() or environment["commit"] == "unknown" or environment["commit"].endswith("+"):
+    if not path.exists() or environment["commit"] == "unknown":
         return empty
     found: Row = json.loads(path.read_text())
-    same = {**found["environment"], "date": None} == {**environment, "date": None}
-    return {**found, "environment": environment} if same else empty
+    then, now = ({**x, "date": None, "commit": x["commit"].rstrip("+")} for x in (found["environment"], environment))
+    return found if then == now else empty
 
 
 def _put(content: Row, part: str, row: Row) -> None:

@@ -117,6 +117,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.masks
 	$(BIN)/python -m benchmarks.jagged --full
 	$(BIN)/python -m benchmarks.padding
+	$(BIN)/python -m benchmarks.padded_models
 	$(BIN)/python -m benchmarks.paged
 	$(BIN)/python -m benchmarks.models
 	$(BIN)/python -m benchmarks.packing

@@ -56,9 +56,9 @@ class Case:
         return f"{self.dtype} {self.mode} N={self.longest} padding={self.padding:.0%}"
 
 
-def lengths_of(case: Case) -> torch.Tensor:
-    """int64 [B], log-normal and cut off at `longest`, with the mean that the padding leaves; the same on every call."""
-    normal = torch.randn(B, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * SPREAD
+def lengths_of(case: Case, batch: int | None = None) -> torch.Tensor:
+    """int64 [batch or B], log-normal and cut off at `longest`, with the mean that the padding leaves; the same on every call."""
+    normal = torch.randn(batch or B, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * SPREAD
     low, high = 0.0, math.log(case.longest)
     for _ in range(60):
         middle = (low + high) / 2

@@ -19,11 +19,10 @@ DOCUMENT = ROOT / "docs" / "benchmarks.md"
 
 _HEAD = """# Benchmarks
 
-Made by `python -m benchmarks.attention`, `.masks`, `.jagged`, `.padding`, `.models`, `.packing` and
-`.position_ids`; each section is written by
-its command. All contenders of a row are timed in turns in one process, and a speed-up is the median over rounds of the base's time
-over the contender's, so that the machine's other work hits both. The control is the base against itself: how far it is
-from 1 is how far the other figures of the row may be off.
+Made by `python -m benchmarks.attention`, `.masks`, `.jagged`, `.padding`, `.padded_models`, `.paged`, `.models`, `.packing` and
+`.position_ids`; each section is written by its command. All contenders of a row are timed in turns in one process, and a speed-up
+is the median over rounds of the base's time over the contender's, so that the machine's other work hits both. The control is the
+base against itself: how far it is from 1 is how far the other figures of the row may be off.
 """
 
 

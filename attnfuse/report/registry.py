@@ -68,7 +68,8 @@ def add_warning(report: Report, text: str) -> None:
     logger.info("%s: %s", report.name, text)
     with _lock:
         for index, recorded in enumerate(_recorded):
-            if recorded.sites == report.sites and recorded.name == report.name and text not in recorded.warnings:
+            same = (recorded.name, recorded.sites, recorded.padding) == (report.name, report.sites, report.padding)
+            if same and text not in recorded.warnings:
                 _recorded[index] = replace(recorded, warnings=(*recorded.warnings, text))
 
 

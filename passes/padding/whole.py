@@ -584,7 +584,8 @@ class _Finder:
         if not packs:
             raise Mixed(reasons.PADDING_NOT_HIDDEN())
         # what no attention is packed for is left as it is
-        ends = [each for each in ends if any(each.rows in (p.q, p.k) for p in packs)]
+        mine = {rows for p in packs for rows in (p.q, p.k)}
+        ends = [each for each in ends if carried.rows_of(carried.axes.resolve(carried.labels[each.source])) in mine]
         needed = self._needed_for(ends, [p for p in packs if p.q is None], found)
         own = Carried(carried.axes, list(self.rows))
         own.labels = {n: labels for n, labels in carried.labels.items() if n in needed}

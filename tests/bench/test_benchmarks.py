@@ -14,7 +14,19 @@ import pytest
 import torch
 
 import attnfuse
-from benchmarks import jagged, masks, models, packing, padding, paged, position_ids, results, spelled, summary
+from benchmarks import (
+    jagged,
+    masks,
+    models,
+    packing,
+    padded_models,
+    padding,
+    paged,
+    position_ids,
+    results,
+    spelled,
+    summary,
+)
 from benchmarks.memory import peak_of
 from benchmarks.spelled import Case, deviation
 from benchmarks.timing import copy_of, interleaved
@@ -133,6 +145,27 @@ def test_contenders_of_a_block_with_padding_compute_the_same(mode: str, monkeypa
     assert row["reads"] == "scale 0.125, packed"
     assert set(row["timings"]) == {"eager", "inductor", "attnfuse", "control"}
     assert "1 MiB" in padding._cells({**row, "peaks": {"attnfuse": 2**20}})[-1]
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("mode", ["forward", "training"])
+def test_contenders_of_a_padded_model_compute_the_same(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, (backend, attention, options) in padded_models.CONTENDERS.items():
+        # Inductor says nothing of the instrument, and takes long
+        quick = ("eager", attention, None) if options is None else (backend, attention, {**options, "inner": "eager"})
+        monkeypatch.setitem(padded_models.CONTENDERS, name, quick)
+    case = padded_models.Case(mode, hidden=64, batch=4, longest=40, layers=1)
+    # raises where one of them is off
+    row = padded_models.measure(case, tuple(padded_models.CONTENDERS), 0.1)
+    assert row["tokens"] < 4 * 40 and set(row["timings"]) == {"auto", "keep", "sdpa", "eager", "control"}
+    # one graph, and of 'auto' alone
+    assert [line for line in row["padding"] if line.startswith("padding: ")] == [
+        "padding: 1 attention, and what lies between, run on the tokens of 4 x 40 places"
+    ]
+    content = {"environment": results.environment(1), "times": [], "compile": [], "memory": []}
+    padded_models._put(content, "times", row)
+    padded_models._put(content, "times", row)
+    assert len(content["times"]) == 1 and f"{row['tokens']} of 160" in padded_models._document(content)
 
 
 @pytest.mark.parametrize("layout", ["blocks", pytest.param("blocks of heads", marks=pytest.mark.slow)])

@@ -475,7 +475,8 @@ def _with_sizes(x: torch.SymInt) -> int | None:
 
     env = x.node.shape_env
     # up to torch 2.12 by another name
-    known = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
+    known = getattr(env, "backed_var_to_val", None)
+    known = env.var_to_val if known is None else known
     unknown = free_unbacked_symbols(x)
     sizes = {s: sympy.Integer(1 << 20) if s in unknown else known.get(s) for s in x.node.expr.free_symbols}
     return None if None in sizes.values() else int(x.node.expr.xreplace(sizes))

@@ -99,6 +99,7 @@ class _Finder:
                     self.leaves.setdefault(node, []).append((site, role))
         self.problems: dict[fx.Node, Reason] = {}
         self.modes = _modes(view)
+        self.main = {self._mode(site.final) for site in sites}
         self.given = [n for n in view.graph.nodes if n.op == "placeholder" and is_tensor(n)]
 
     # -- which places are kept
@@ -225,8 +226,7 @@ class _Finder:
 
     def _is_odd(self, node: fx.Node) -> bool:
         """Whether it is computed in another mode than the attentions are."""
-        main = {self._mode(site.final) for site in self.sites}
-        return len(main) > 1 or self._mode(node) not in main
+        return len(self.main) > 1 or self._mode(node) not in self.main
 
     # -- what is read at hidden places
 

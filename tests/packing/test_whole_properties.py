@@ -168,7 +168,7 @@ WRONG: dict[str, End] = {
 
 def _without(x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return x[:, 0]
+        return x[:, 0] * 1.0
 
 
 def attended(x: torch.Tensor, t: Tensors, m: torch.Tensor, how: str, q: Any = None, k: Any = None) -> torch.Tensor:

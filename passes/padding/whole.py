@@ -122,6 +122,7 @@ class _Finder:
         # rows of which each sequence must have one for what is known of padding
         self.some: set[Rows] = set()
         self.modes = autocast_regions(view)
+        self.main = {self._mode(site.final) for site in sites}
         self.given = [n for n in view.graph.nodes if n.op == "placeholder" and is_tensor(n)]
 
     # -- which places are kept
@@ -300,8 +301,7 @@ class _Finder:
 
     def _is_odd(self, node: fx.Node) -> bool:
         """Whether it is computed in another mode than the attentions are."""
-        main = {self._mode(site.final) for site in self.sites}
-        return len(main) > 1 or self._mode(node) not in main
+        return len(self.main) > 1 or self._mode(node) not in self.main
 
     # -- what is read at hidden places
 

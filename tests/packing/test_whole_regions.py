@@ -202,13 +202,14 @@ EXITS: dict[str, tuple[Function, type[exits.Exit], tuple[str, ...]]] = {
     "sum of rows": (lambda h, keep: hidden(h, keep).sum((0, 1)), exits.Computed, ()),
     "amax": (lambda h, keep: hidden(h, keep, LOW).amax(1), exits.Greatest, ()),
     "amax, keepdim": (lambda h, keep: hidden(h, keep, -torch.inf).amax(1, keepdim=True), exits.Greatest, ()),
+    "amax of zeros, which are there again": (lambda h, keep: hidden(h, keep).amax(1), exits.Spread, ()),
     "amax, sequences last": (lambda h, keep: hidden(h, keep, LOW).permute(1, 2, 0).amax(0), exits.Greatest, ()),
     "loss": (
-        lambda h, keep: F.cross_entropy(h.flatten(0, 1), torch.where(keep, 3, -100).view(-1)), exits.Computed, ("ignored",),
+        lambda h, keep: F.cross_entropy(h.flatten(0, 1), torch.where(keep, 3, -100).view(-1)), exits.Computed, (),
     ),
     "loss, summed, of another number": (
         lambda h, keep: F.cross_entropy(h.flatten(0, 1), torch.where(keep, 3, 1).view(-1), ignore_index=1, reduction="sum"),
-        exits.Computed, ("ignored",),
+        exits.Computed, (),
     ),
 }  # fmt: skip
 
@@ -245,7 +246,7 @@ def test_returned_results_are_zeros_at_padding_where_they_are_dropped(order: tup
 
     found = Looked(returned, *inputs(), drop=True)
     (end,) = found.whole.exits
-    assert isinstance(end, exits.Returned)
+    assert isinstance(end, exits.Spread)
     torch.compiler.reset()
     options = {"inner": "eager", "kernel": "reference", "strict": True, "padding": "drop"}
     x, keep = inputs(holes())
@@ -258,7 +259,6 @@ def test_returned_results_are_zeros_at_padding_where_they_are_dropped(order: tup
 READ: dict[str, tuple[Function, Cause]] = {
     "returned": (lambda h, keep: h, reasons.PADDING_RETURNED),
     "summed as it is": (lambda h, keep: h.sum(1), reasons.PADDING_ALONG),
-    "amax of zeros": (lambda h, keep: hidden(h, keep).amax(1), reasons.PADDING_ALONG),
 }
 
 
@@ -295,7 +295,6 @@ GUARDED: dict[str, tuple[Function, Callable[[Tensor], bool]]] = {
         ended(lambda h, keep: h[torch.arange(B), keep.sum(1) - 1]),
         lambda keep: bool(keep[torch.arange(B), keep.sum(1) - 1].all()),
     ),
-    "ignored": (ended(EXITS["loss"][0]), lambda keep: True),
     "ignored, of first places": (
         ended(
             lambda h, keep: F.cross_entropy(

@@ -65,7 +65,7 @@ def _compiled(
     dealt = chosen.sequence_parallel
     name = "" if dealt is None else graphs.name_of(gm)
     try:
-        original, rewritten, work = _rewritten(gm, chosen, _barred(example_inputs, patches))
+        original, rewritten, work = _rewritten(gm, chosen, example_inputs, patches)
     except Exception as error:
         if dealt is not None and not _compat.is_restart(error):
             # the others must not wait for this rank; what it failed of is more than that they did not answer
@@ -185,13 +185,13 @@ def _barred(example_inputs: Sequence[Any], patches: Mapping[str, Any]) -> Reason
 
 
 def _rewritten(
-    gm: fx.GraphModule, chosen: Settings, barred: Reason | None
+    gm: fx.GraphModule, chosen: Settings, example_inputs: Sequence[Any], patches: Mapping[str, Any]
 ) -> tuple[fx.GraphModule, fx.GraphModule, Work]:
     """The graph as it was, a copy of it that was rewritten, and what was done; where nothing can be done, the graph itself."""
     try:
         made = copied(gm)
         with _compat.undisturbed():
-            work = rewrite(made, chosen, True, barred)
+            work = rewrite(made, chosen, True, _barred(example_inputs, patches))
         if work.fused and not work.spoiled:
             _compat.save_attention_too(made, gm)
         return gm, made, work

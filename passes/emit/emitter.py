@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from attnfuse import reasons
-from attnfuse._compat import pytree
+from attnfuse._compat import HigherOrderOperator, pytree
 from attnfuse.kernels.statistics import log_sum_exp
 from attnfuse.passes.capture.recorder import is_assertion, is_choice
 from attnfuse.passes.capture.view import Scope, View
@@ -21,7 +21,7 @@ from attnfuse.passes.emit.repeated import partners
 from attnfuse.passes.emit.transaction import undone_on_error
 from attnfuse.passes.emit.writer import NodeWriter, is_pure, writes_own_memory
 from attnfuse.passes.graph.aten import value_of
-from attnfuse.passes.graph.memory import same_memory
+from attnfuse.passes.graph.memory import same_memory, written
 from attnfuse.passes.masks.terms import Tensor
 from attnfuse.passes.site import Leaf, Refusal, Site
 
@@ -200,6 +200,14 @@ class Emitter(Edits):
             claims = [u for u in node.users if is_assertion(u)]
             if len(claims) < len(node.users) or node.op in ("placeholder", "output"):
                 continue
+            body = next((s for s in self.view.scopes if s.call is node), None)
+            if body is not None and _is_checkpoint(node):
+                made = [n for n, origin in self.view.origin.items() if origin.scope is body]
+                # what it gave is made elsewhere
+                gone = [n in inside for n in made]
+                if any(gone) and all(x or is_pure(n) or self._writes_inside(n, body) for x, n in zip(gone, made)):
+                    scope.module.graph.erase_node(node)
+                continue
             parts = self.owned.get((scope, node), [])
             unneeded = all(n in inside or is_pure(n) or writes_own_memory(self.view, n) for n in parts)
             value = scope.values.get(node)
@@ -209,6 +217,12 @@ class Emitter(Edits):
                 for done in (*claims, node):
                     scope.module.graph.erase_node(done)
 
+    def _writes_inside(self, node: fx.Node, body: Scope) -> bool:
+        """Whether a writing op only writes to memory that the body of a region makes itself."""
+        targets = written(node)
+        first = [next(n for n in self.view.graph.nodes if same_memory(n, target)) for target in targets]
+        return bool(first) and all(n in self.view.origin and self.view.origin[n].scope is body for n in first)
+
     @functools.cached_property
     def owned(self) -> dict[tuple[Scope, fx.Node], list[fx.Node]]:
         """What each Dynamo node made in the view."""
@@ -216,6 +230,10 @@ class Emitter(Edits):
         for made, origin in self.view.origin.items():
             owned.setdefault((origin.scope, origin.node), []).append(made)
         return owned
+
+
+def _is_checkpoint(node: fx.Node) -> bool:
+    return isinstance(node.target, HigherOrderOperator) and node.target.name() == "tag_activation_checkpoint"
 
 
 def _may_go(node: fx.Node, made: list[fx.Node]) -> bool:

@@ -90,15 +90,3 @@ def _from(first: fx.Node, last: fx.Node) -> list[fx.Node]:
         found.append(node)
         node = node.next
     return [*found, last]
-
-
-def erase_unused(scope: Scope) -> None:
-    """Erase the call of a region of which nothing is used any more; it would compute padding."""
-    call, parent = scope.call, scope.parent
-    if call is None or parent is None or call._erased:
-        return
-    for user in list(call.users):
-        if user.target is operator.getitem and not user.users:
-            parent.module.graph.erase_node(user)
-    if not call.users:
-        parent.module.graph.erase_node(call)

@@ -22,7 +22,7 @@ from attnfuse.passes.emit.writer import NodeWriter
 from attnfuse.passes.graph import moves, views
 from attnfuse.passes.graph.aten import dtype_of, getitem_source, name_of, shape_of, source_of, value_of
 from attnfuse.passes.graph.labels import Atom, Dim, Labels, Size
-from attnfuse.passes.padding.checkpointed import erase_unused, fold
+from attnfuse.passes.padding.checkpointed import fold
 from attnfuse.passes.padding.exits import Computed, Contracted, Exit
 from attnfuse.passes.padding.modes import autocast_regions, within
 from attnfuse.passes.padding.packing import Packed
@@ -93,7 +93,6 @@ class RegionRewriter:
                 self.emitter.redirect(node, self.scope, owner, result, writer)
         for number, scope in enumerate(dict.fromkeys(self.written_for.values())):
             fold(scope, [n for n, s in self.written_for.items() if s is scope and not n._erased], number)
-            erase_unused(scope)
         self.emitter.touched.add(self.scope)
         self.emitter.calls += [self.calls[a.original.final] for a in self.region.attentions]
 

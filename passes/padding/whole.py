@@ -327,7 +327,7 @@ class _Finder:
             if x in carried.labels and (x in found.read or x not in self.derived):
                 found.entries.setdefault(x, []).append(user)
 
-        for node in self.derived - found.read - set(self.finals):
+        for node in sorted(self.derived - found.read - set(self.finals), key=view.order.__getitem__):
             for x in node.all_input_nodes:
                 reads(x, node)
         for final, packed in found.packs.items():
@@ -404,7 +404,7 @@ class _Finder:
         if packed.some and k_rows is not None:
             found.some.add(k_rows)
         need = _needed(packed.site, q_rows is k_rows)
-        for rows in {q_rows, k_rows} - {None}:
+        for rows in (q_rows, k_rows):
             if need is not None and rows is not None:
                 found.need(rows, need)
         return packed
@@ -612,9 +612,10 @@ class _Finder:
         self._check(region)
         return region
 
-    def _sources(self, each: Exit | Unpad) -> set[fx.Node]:
+    def _sources(self, each: Exit | Unpad) -> list[fx.Node]:
         """The packed tensors that an exit reads."""
-        return {each.source, *(each.node.all_input_nodes if isinstance(each, (Computed, Contracted)) else ())}
+        more = each.node.all_input_nodes if isinstance(each, (Computed, Contracted)) else ()
+        return list(dict.fromkeys([each.source, *more]))
 
     def _needed_for(self, ends: Sequence[Exit | Unpad], alone: Sequence[Packed], found: _Found) -> set[fx.Node]:
         """What is packed for the exits, and for attentions of dense queries."""

@@ -274,9 +274,9 @@ def captured_for_attnfuse(run: Callable[..., Any], *args: Any) -> fx.GraphModule
     with pytest.MonkeyPatch.context() as patch:
         rewrite = pipeline.rewrite
 
-        def keep(gm: fx.GraphModule, chosen: Settings) -> pipeline.Work:
+        def keep(gm: fx.GraphModule, chosen: Settings, *rest: Any) -> pipeline.Work:
             found.append(graphs.copied(gm))
-            return rewrite(gm, chosen)
+            return rewrite(gm, chosen, *rest)
 
         patch.setattr(backend, "rewrite", keep)
         torch.compile(run, backend="attnfuse", options={"inner": "eager"})(*args)

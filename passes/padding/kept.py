@@ -11,7 +11,7 @@ from torch import fx
 from attnfuse.expr import FALSE, TRUE, Algebra, Apply, Const, Expr, K, Linear, Q, substitute, transform, walk
 from attnfuse.passes.graph.aten import dtype_of, is_tensor, name_of, shape_of, source_of
 from attnfuse.passes.graph.constants import constant
-from attnfuse.passes.graph.labels import Atom
+from attnfuse.passes.graph.labels import Atom, is_one, same_sizes
 from attnfuse.passes.graph.memory import is_stale
 from attnfuse.passes.graph.vocabulary import COMPARISONS, COPIES, NOTS
 from attnfuse.passes.masks.structure import Fill
@@ -122,19 +122,37 @@ def canonical(e: Expr, algebra: Algebra) -> Expr:
     def of_number(x: Expr) -> Expr | None:
         if not isinstance(x, Tensor):
             return None
-        node = x.node
-        while (name_of(node) in COPIES or _is_cast(node)) and not is_stale(node) and not is_stale(source_of(node)):
-            node = source_of(node)
+        node, index = x.node, x.index
+        while is_tensor(node.args[0] if node.args else None) and not is_stale(node) and not is_stale(source_of(node)):
+            below = index if name_of(node) in COPIES or _is_cast(node) else _viewed(node, index)
+            if below is None:
+                break
+            node, index = source_of(node), below
         found: Expr | None = None
         if dtype_of(node) == torch.bool and not is_stale(node):
-            found = _compared(node, x.index, algebra)
+            found = _compared(node, index, algebra)
         if found is None:
-            found = None if node is x.node else Tensor(node, x.index)
+            found = None if node is x.node else Tensor(node, index)
         else:
             found = transform(found, of_number, algebra)
         return algebra.truth(found) if found is not None and x.type == "bool" else found
 
     return transform(e, of_number, algebra)
+
+
+def _viewed(node: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...] | None:
+    """The index in what a view, but for dims of 1 that come or go or are made longer, is of; None for another op."""
+    own, given = shape_of(node), shape_of(source_of(node))
+    if name_of(node) == "expand":
+        own, index = own[len(own) - len(given) :], index[len(index) - len(given) :]
+        return tuple(Const(0) if is_one(n) else i for n, i in zip(given, index, strict=True))
+    if name_of(node) != "view":
+        return None
+    long = [(n, i) for n, i in zip(own, index, strict=True) if not is_one(n)]
+    if not same_sizes([n for n, _ in long], [n for n in given if not is_one(n)]):
+        return None
+    rest = iter(i for _, i in long)
+    return tuple(Const(0) if is_one(n) else next(rest) for n in given)
 
 
 def _compared(node: fx.Node, index: tuple[Expr, ...], algebra: Algebra) -> Expr | None:

@@ -100,6 +100,8 @@ MASKS: dict[str, Callable[[Tensor], Tensor]] = {
     "expanded": lambda keep: keep[:, None, None].expand(-1, 2, N, -1),
     "integers": lambda keep: keep.long().bool()[:, None, None],
     "compared": lambda keep: (keep.long() != 0)[:, None, None],
+    "viewed, then cast": lambda keep: keep.long()[:, None, None].bool(),
+    "expanded, then compared": lambda keep: keep.long()[:, None, None].expand(-1, 1, N, -1) != 0,
     "negated": lambda keep: ~(keep.int() == 0)[:, None, None],
     "and causal": lambda keep: keep[:, None, None] & causal(keep),
     "of queries too": lambda keep: keep[:, None, None] & keep[:, None, :, None],

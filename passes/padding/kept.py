@@ -135,7 +135,9 @@ def canonical(e: Expr, algebra: Algebra) -> Expr:
             found = None if node is x.node else Tensor(node, index)
         else:
             found = transform(found, of_number, algebra)
-        return algebra.truth(found) if found is not None and x.type == "bool" else found
+        if found is None or x.type == found.type:
+            return found
+        return algebra.truth(found) if x.type == "bool" else algebra.int_(found)
 
     return transform(e, of_number, algebra)
 

@@ -37,10 +37,12 @@ class Kept:
         condition = self.at(sequence, place, algebra)
         known = dict(_facts(condition, holds, algebra))
         for x in walk(e):
-            if isinstance(x, Tensor) and dtype_of(x.node) == torch.bool:
+            if isinstance(x, Tensor) and x.type != "float":
                 found = substitute(canonical(x, algebra), known, algebra)
-                if found in (TRUE, FALSE):
-                    known[x], known[algebra.not_(x)] = found, algebra.not_(found)
+                if isinstance(found, Const):
+                    known[x] = found
+                    if x.type == "bool":
+                        known[algebra.not_(x)] = algebra.not_(found)
         e = substitute(e, known, algebra)
         parts = set(_conjuncts(condition))
         if holds or len(parts) == 1:

@@ -203,7 +203,10 @@ class _Finder:
             if not more - forced:
                 break
             forced |= more
-        return self._whole(found) if found.packs else self._why_not(found)
+        if not found.packs:
+            return self._why_not(found)
+        # hidden keys of dense queries are skipped as it is, and a cache may be read through its block table
+        return self._whole(found) if any(p.q is not None for p in found.packs.values()) else None
 
     def _label(self) -> None:
         view, carried = self.view, self.carried

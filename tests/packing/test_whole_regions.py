@@ -313,7 +313,10 @@ GUARDED: dict[str, tuple[Function, Callable[[Tensor], bool]]] = {
         lambda x, keep: (spelled(x, x, keep, squares()) * keep[..., None]).sum(1),
         lambda keep: bool((keep == right(*keep.sum(1).tolist())).all()),
     ),
-    "some": (lambda x, keep: spelled(x[:, :3] * 0.0 + 1.0, x, keep), lambda keep: bool(keep.any(1).all())),
+    "some": (
+        lambda x, keep: spelled(x[:, :3] * 0.0 + 1.0, attend(x, keep[:, None, None]), keep),
+        lambda keep: bool(keep.any(1).all()),
+    ),
 }
 
 

@@ -400,6 +400,9 @@ class _Finder:
         ):
             # its keys are skipped as it is
             raise Mixed(reasons.PADDING_READ(op="an attention", at=site.where))
+        if k_rows is not None and isinstance(k_rows.kept, Labelled) and q_rows is not k_rows:
+            # that no key behind the labels is seen holds of the queries before them alone
+            raise Mixed(reasons.PADDING_NOT_HIDDEN())
         packed = self.packing.packed(self.view, site, q_rows, k_rows)
         problem = self.runs(packed.spec, packed.site)
         if problem is not None:

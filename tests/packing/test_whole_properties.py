@@ -663,3 +663,26 @@ def test_what_many_random_models_give_is_eagers() -> None:
 def test_it_is_so_behind_aot_autograd(dynamic: bool | None) -> None:
     counts = explore(PROGRAMS // 10, inner="aot_eager", dynamic=dynamic)
     assert counts["packed"] >= counts.total() / 3, counts
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_other_queries_see_keys_behind_the_last_label(masked: bool) -> None:
+    """A causal attention of queries that are kept by a mask, or all of them, on keys of which a loss counts the first alone."""
+    m = torch.tensor([[True] * 6 + [False] * 2, [True] * 8, [True] * 5 + [False] * 3])
+    labels = torch.randint(0, C, (3, 8)).index_fill(1, torch.arange(3, 8), -100)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, **given: Any) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q[:, None], k[:, None], k[:, None], **given)[:, 0]
+
+    def model(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        queries = attend(x, x, attn_mask=m[:, None, None])
+        keys = attend(y, y, is_causal=True)
+        loss = F.cross_entropy(keys.flatten(0, 1), labels.view(-1))
+        seen = attend(queries, keys, is_causal=True)
+        return loss, (seen * m[..., None]).sum(1) if masked else seen
+
+    inputs = [torch.randn(3, 8, C, dtype=torch.float64) for _ in range(2)]
+    torch.compiler.reset()
+    found = torch.compile(model, backend="attnfuse", options={"inner": "eager", "kernel": "reference"})(*inputs)
+    for got, expected in zip(found, model(*inputs), strict=True):
+        torch.testing.assert_close(got, expected)

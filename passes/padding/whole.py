@@ -46,7 +46,7 @@ from attnfuse.passes.graph.aten import (
     source_of,
     value_of,
 )
-from attnfuse.passes.graph.constants import constant
+from attnfuse.passes.graph.constants import constant, converted
 from attnfuse.passes.graph.labels import Atom, Axes, Labels, is_one, known_equal
 from attnfuse.passes.graph.memory import is_mutating, is_stale, opaque, same_memory
 from attnfuse.passes.masks.structure import Fill, structured_assuming
@@ -499,9 +499,9 @@ class _Finder:
             return None
         name, args = name_of(x), x.args
         if name in _MOVED:
-            return (
-                self.hidden(args[0], self.carried.labels[source_of(x)]) if source_of(x) in self.carried.labels else None
-            )
+            source = source_of(x)
+            number = self.hidden(source, self.carried.labels[source]) if source in self.carried.labels else None
+            return number if number is None or name != "to" else converted(number, dtype_of(source), dtype_of(x))
         if name == "mul":
             # what padding holds is finite, as docs/padding.md says
             return 0.0 if 0.0 in [self.hidden(a, labels) for a in args[:2]] else None
@@ -523,10 +523,26 @@ class _Finder:
         if self.carried.rows_of(labels) is not rows or labels[at % len(labels)] != (rows.place,):
             return None
         fill = self.hidden(scores, labels)
-        if fill is None or fill > HIDDEN_BELOW:
+        # a fill that is a number is what is left of a sequence whose tokens are hidden for good
+        if fill is None or not (fill == -math.inf or (fill <= HIDDEN_BELOW and self._is_filled_once(scores))):
             return None
         self.some.add(rows)
         return 0.0
+
+    def _is_filled_once(self, x: fx.Node) -> bool:
+        """Whether scores are finite but for one fill: of what is made of products, norms and bounded functions alone."""
+        fills, stack = 0, [x]
+        while stack:
+            node = stack.pop()
+            name = name_of(node)
+            if name in ("masked_fill", "where"):
+                fills += 1
+            elif name in _FINITE:
+                continue
+            elif name not in _MOVED | {"add", "mul", "sub"}:
+                return False
+            stack += [n for n in node.all_input_nodes if n in self.derived and dtype_of(n).is_floating_point]
+        return fills == 1
 
     def _index_number(self, x: fx.Node, out: Labels, rows: Rows) -> float | None:
         """The number that is read off how x is made of indices."""
@@ -779,6 +795,10 @@ def _apart(e: Expr) -> float | None:
 
 
 _Rule = Callable[[_Finder, fx.Node, fx.Node], "Exit | None"]
+#: What has a finite result of finite arguments, in the range of scores.
+_FINITE = frozenset(
+    {"linear", "matmul", "mm", "bmm", "addmm", "layer_norm", "rms_norm", "tanh", "sigmoid", "gelu", "relu"}
+)
 _MOVED = frozenset({"to", "view", "permute", "expand", "clone", "contiguous", "detach", "alias"})
 
 
@@ -922,16 +942,29 @@ def _contracted(f: _Finder, user: fx.Node, factors: tuple[tuple[fx.Node, str], .
 def _max(f: _Finder, user: fx.Node, x: fx.Node) -> Exit | None:
     """x.max(1) of which the places are not used; ties give gradients to the first, so that none may be needed."""
     parts = [u for u in user.users if u in f.view.live]
-    args = arguments(user)
+    if "dim" not in arguments(user) or len(parts) != 1 or parts[0].args[1:] != (0,):
+        return None
+    return None if f.view.trains and f.view.grad.get(user, True) else _greatest(f, user, parts[0], x)
+
+
+def _amax(f: _Finder, user: fx.Node, x: fx.Node) -> Exit | None:
+    return _greatest(f, user, user, x)
+
+
+def _greatest(f: _Finder, op: fx.Node, result: fx.Node, x: fx.Node) -> Exit | None:
+    """What an op finds of the places of each sequence, where padding is low."""
+    args = arguments(op)
     labels = f._dims(x)
-    if "dim" not in args or labels is None or len(parts) != 1 or parts[0].args[1:] != (0,):
+    if labels is None:
         return None
-    if f.view.trains and f.view.grad.get(user, True):
+    rows, dims, fill = f.carried.rows_of(labels), args.get("dim"), f.hidden(x, labels)
+    dims = [dims] if isinstance(dims, int) else dims
+    if not dims or {d % len(labels) for d in dims} != {labels.index((rows.place,))}:
         return None
-    rows, fill = f.carried.rows_of(labels), f.hidden(x, labels)
-    if labels[args["dim"] % len(labels)] != (rows.place,) or fill is None or fill > _LOW:
+    # of a fill of nan all is nan; truths have nothing low
+    if fill is None or not fill <= _LOW or not dtype_of(x).is_floating_point:
         return None
-    return Greatest(parts[0], x, rows, labels, (), bool(args.get("keepdim")), fill)
+    return Greatest(result, x, rows, labels, (), bool(args.get("keepdim")), fill)
 
 
 def _sum(f: _Finder, user: fx.Node, x: fx.Node) -> Exit | None:
@@ -952,27 +985,11 @@ def _sum(f: _Finder, user: fx.Node, x: fx.Node) -> Exit | None:
     return Summed(user, x, rows, labels, (), bool(args.get("keepdim")), mean)
 
 
-def _amax(f: _Finder, user: fx.Node, x: fx.Node) -> Exit | None:
-    args = arguments(user)
-    labels = f._dims(x)
-    if labels is None:
-        return None
-    rows, dims = f.carried.rows_of(labels), args.get("dim")
-    dims = [dims] if isinstance(dims, int) else dims
-    fill = f.hidden(x, labels)
-    if not dims or {d % len(labels) for d in dims} != {labels.index((rows.place,))}:
-        return None
-    # of a fill of nan all is nan; truths have nothing low
-    if fill is None or not fill <= _LOW or not dtype_of(x).is_floating_point:
-        return None
-    return Greatest(user, x, rows, labels, (), bool(args.get("keepdim")), max(fill, -math.inf))
-
-
 def _loss(f: _Finder, user: fx.Node, x: fx.Node) -> Exit | None:
     """A loss whose labels say which rows count."""
     args = arguments(user)
     given, target = args["self"], args["target"]
-    if reduction_of(args) == 0 or target not in f.carried.labels or given not in f.carried.labels:
+    if args["reduction"] == _EACH or target not in f.carried.labels or given not in f.carried.labels:
         return None
     if args["weight"] in f.carried.labels:
         return None
@@ -988,11 +1005,8 @@ def _loss(f: _Finder, user: fx.Node, x: fx.Node) -> Exit | None:
     return Computed(user, given, rows, labels, () if known else (Guard("ignored", rows, target, ignored),))
 
 
-def reduction_of(args: dict[str, Any]) -> int:
-    """0 none, 1 mean, 2 sum."""
-    return int(args["reduction"])
-
-
+#: The reduction 'none', as ATen numbers them.
+_EACH = 0
 #: Losses whose labels say which rows count.
 _LOSSES = frozenset({"cross_entropy_loss", "nll_loss", "nll_loss_nd"})
 _EXITS: dict[str, _Rule] = {

@@ -686,3 +686,49 @@ def test_other_queries_see_keys_behind_the_last_label(masked: bool) -> None:
     found = torch.compile(model, backend="attnfuse", options={"inner": "eager", "kernel": "reference"})(*inputs)
     for got, expected in zip(found, model(*inputs), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+WEIGHTS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    # of a sequence whose tokens are all hidden by -inf, what is left is the padding
+    "tokens hidden by another mask": lambda h, x, m: (
+        h[..., 0].masked_fill(x[..., 0] > -100, -torch.inf).masked_fill(~m, -1e30).softmax(1)
+    ),
+    "a fill of nan": lambda h, x, m: h[..., 0].masked_fill(~m, torch.nan).softmax(1),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_of_padding_are_what_eager_makes_of_them(name: str) -> None:
+    x, w = (t.double() for t in _batch(grad=False))
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        h = _layer(x, w, KEPT)
+        weights = WEIGHTS[name](h, x, KEPT)
+        return (h * weights[..., None]).sum(1)
+
+    torch.compiler.reset()
+    found = torch.compile(model, backend="attnfuse", options={"inner": "eager", "kernel": "reference"})(x)
+    torch.testing.assert_close(found, model(x), equal_nan=True)
+
+
+def test_a_number_of_padding_is_cut_as_its_tensor_is() -> None:
+    def model(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        h = _layer(x, w, KEPT)
+        cut = (KEPT * 1.0).masked_fill(~KEPT, 0.5).long().bool()
+        return torch.where(cut[..., None], 1.0, h * KEPT[..., None]).sum(1)
+
+    torch.compiler.reset()
+    inputs = _batch(grad=False)
+    found = torch.compile(model, backend="attnfuse", options={"inner": "eager"})(*inputs)
+    torch.testing.assert_close(found, model(*inputs))
+
+
+def test_a_greatest_of_nan_is_not_a_number() -> None:
+    x, w = _batch(grad=False)
+    for greatest in (lambda h: h.amax(1), lambda h: h.max(1).values):
+
+        def model(x: torch.Tensor, greatest: Any = greatest) -> torch.Tensor:
+            return greatest(_layer(x, w, KEPT).masked_fill(~KEPT[..., None], torch.nan))
+
+        found, _ = calls_of(model, x)
+        assert torch.equal(found.isnan().all(1), ~KEPT.all(1))

@@ -342,7 +342,7 @@ def region_of(node: fx.Node, args: Any) -> _Region | None:
     """What the node runs, if it is a call of that kind: checkpointing, a region that is compiled by itself, or a mode that
     torch.export made a region of."""
     name = node.target.name() if isinstance(node.target, HigherOrderOperator) else ""
-    if name == "tag_activation_checkpoint":
+    if is_checkpoint(node):
         return _Region(args[0], args[1:], contextlib.nullcontext())
     if name == "invoke_subgraph":
         return _Region(args[0], args[2:], contextlib.nullcontext())
@@ -352,6 +352,11 @@ def region_of(node: fx.Node, args: Any) -> _Region | None:
         device, dtype, enabled, cache, body, *operands = args
         return _Region(body, operands, torch.autocast(device, dtype, enabled, cache))
     return None
+
+
+def is_checkpoint(node: fx.Node) -> bool:
+    """Whether it is torch.utils.checkpoint of a region."""
+    return isinstance(node.target, HigherOrderOperator) and node.target.name() == "tag_activation_checkpoint"
 
 
 def is_choice(node: fx.Node) -> bool:

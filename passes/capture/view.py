@@ -60,6 +60,15 @@ class View:
         """The place of each node in the graph."""
         return self.writes.order
 
+    def is_parameter(self, node: fx.Node) -> bool:
+        """Whether it is an input of the graph that is a parameter or a buffer of a module."""
+        dynamo = self.scopes[0].nodes.get(node) if node.op == "placeholder" else None
+        if dynamo is None:
+            return False
+        name = str(dynamo.target)
+        given = isinstance(dynamo.meta.get("example_value"), torch.nn.Parameter)
+        return given or "_parameters_" in name or "_buffers_" in name
+
     def where(self, node: fx.Node) -> str:
         """'file.py:12' of the user's line that made `node`, or '' if it is not known."""
         origin = self.origin.get(node)

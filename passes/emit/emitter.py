@@ -12,9 +12,9 @@ import torch
 from torch import fx
 
 from attnfuse import reasons
-from attnfuse._compat import HigherOrderOperator, pytree
+from attnfuse._compat import pytree
 from attnfuse.kernels.statistics import log_sum_exp
-from attnfuse.passes.capture.recorder import is_assertion, is_choice
+from attnfuse.passes.capture.recorder import is_assertion, is_checkpoint, is_choice
 from attnfuse.passes.capture.view import Scope, View
 from attnfuse.passes.emit.edits import Edits, EmitError, known
 from attnfuse.passes.emit.repeated import partners
@@ -196,12 +196,13 @@ class Emitter(Edits):
 
     def clean(self, scope: Scope, inside: Set[fx.Node]) -> None:
         """Erase what nothing needs in one graph; those of the regions that it runs come first."""
+        bodies = {s.call: s for s in self.view.scopes if s.call is not None and is_checkpoint(s.call)}
         for node in reversed(list(scope.module.graph.nodes)):
             claims = [u for u in node.users if is_assertion(u)]
             if len(claims) < len(node.users) or node.op in ("placeholder", "output"):
                 continue
-            body = next((s for s in self.view.scopes if s.call is node), None)
-            if body is not None and _is_checkpoint(node):
+            body = bodies.get(node)
+            if body is not None:
                 made = [n for n, origin in self.view.origin.items() if origin.scope is body]
                 # what it gave is made elsewhere
                 gone = [n in inside for n in made]
@@ -230,10 +231,6 @@ class Emitter(Edits):
         for made, origin in self.view.origin.items():
             owned.setdefault((origin.scope, origin.node), []).append(made)
         return owned
-
-
-def _is_checkpoint(node: fx.Node) -> bool:
-    return isinstance(node.target, HigherOrderOperator) and node.target.name() == "tag_activation_checkpoint"
 
 
 def _may_go(node: fx.Node, made: list[fx.Node]) -> bool:

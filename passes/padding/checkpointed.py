@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import fx
 
 from attnfuse import reasons
-from attnfuse._compat import HigherOrderOperator
+from attnfuse.passes.capture.recorder import is_checkpoint
 from attnfuse.passes.capture.view import Scope
 from attnfuse.passes.emit.edits import EmitError
 
@@ -18,8 +18,7 @@ def is_checkpointed(scope: Scope) -> bool:
     """Whether it is the body of a checkpointed region of the main graph."""
     if scope.call is None or scope.parent is None or scope.parent.parent is not None:
         return False
-    target = scope.call.target
-    return isinstance(target, HigherOrderOperator) and target.name() == "tag_activation_checkpoint"
+    return is_checkpoint(scope.call)
 
 
 def fold(scope: Scope, own: Sequence[fx.Node], number: int) -> None:
@@ -44,7 +43,6 @@ def fold(scope: Scope, own: Sequence[fx.Node], number: int) -> None:
     name = f"attnfuse_packed_{number}"
     parent.module.add_module(name, module)
     with graph.inserting_after(own[-1]):
-        # the last comes first, as each is put behind the same node
         made = graph.call_function(cast("Callable[..., Any]", call.target), (), dict(call.kwargs))
     made.meta.update({k: v for k, v in call.meta.items() if k != "example_value"})
     made.meta["example_value"] = tuple(n.meta.get("example_value") for n in results)

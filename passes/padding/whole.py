@@ -247,7 +247,7 @@ class _Finder:
 
     def _label_anew(self, node: fx.Node) -> None:
         """A tensor with dims of sequences and places that none of the labelled ones gave it."""
-        if not is_tensor(node) or value_of(node).dim() < 2 or _is_parameter(self.view, node):
+        if not is_tensor(node) or value_of(node).dim() < 2 or self.view.is_parameter(node):
             return
         fitting = [r for r in self.rows if all(map(known_equal, shape_of(node)[:2], (r.sequence.size, r.place.size)))]
         if len(fitting) > 1:
@@ -681,8 +681,7 @@ class _Finder:
         for node in read:
             if writes.between(node, order[node], last):
                 raise Mixed(reasons.PADDING_WRITES_NEAR())
-        modes = autocast_regions(view)
-        inside = {modes.get(_in_main(view.origin[n]), ()) for n in (*region.inside, *ends) if n in view.origin}
+        inside = {self.modes.get(_in_main(view.origin[n]), ()) for n in (*region.inside, *ends) if n in view.origin}
         if len(inside) > 1:
             raise Mixed(reasons.PADDING_AUTOCAST())
 
@@ -717,20 +716,6 @@ def _in_main(origin: Origin) -> fx.Node:
 
 def _is_plain(leaf: Leaf) -> bool:
     return leaf.made is None and not (leaf.number or leaf.depth or leaf.starts)
-
-
-def _is_parameter(view: View, node: fx.Node) -> bool:
-    if node.op != "placeholder":
-        return False
-    dynamo = view.scopes[0].nodes.get(node)
-    if dynamo is None:
-        return False
-    name = str(dynamo.target)
-    return (
-        isinstance(dynamo.meta.get("example_value"), torch.nn.Parameter)
-        or "_parameters_" in name
-        or "_buffers_" in name
-    )
 
 
 # -- what packed rows may not tell

@@ -220,7 +220,7 @@ class _Finder:
             for node in sorted(above, key=self.view.order.__getitem__):
                 if tries == _TRIES or node in self.inside or not is_tensor(node):
                     continue
-                if (node.op == "placeholder" and self._is_parameter(node)) or (
+                if (node.op == "placeholder" and self.view.is_parameter(node)) or (
                     plan is not None and plan.is_sharded(node)
                 ):
                     continue
@@ -263,7 +263,7 @@ class _Finder:
                 continue
             dims = self._dims(node)
             if node.op == "placeholder":
-                if not self._is_parameter(node):
+                if not self.view.is_parameter(node):
                     given.add(node)
                     own += [(node, d) for d in dims]
                 continue
@@ -280,14 +280,6 @@ class _Finder:
 
     def _dims(self, node: fx.Node) -> list[int]:
         return [d for d, n in enumerate(shape_of(node)) if any(known_equal(n, length) for length in self.lengths)]
-
-    def _is_parameter(self, node: fx.Node) -> bool:
-        dynamo = self.view.scopes[0].nodes.get(node)
-        if dynamo is None:
-            return False
-        example = dynamo.meta.get("example_value")
-        name = str(dynamo.target)
-        return isinstance(example, torch.nn.Parameter) or "_parameters_" in name or "_buffers_" in name
 
     # -- what follows from them
 

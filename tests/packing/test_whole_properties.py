@@ -712,13 +712,13 @@ def test_weights_of_padding_are_what_eager_makes_of_them(name: str) -> None:
 
 
 def test_a_number_of_padding_is_cut_as_its_tensor_is() -> None:
-    def model(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        h = _layer(x, w, KEPT)
-        cut = (KEPT * 1.0).masked_fill(~KEPT, 0.5).long().bool()
-        return torch.where(cut[..., None], 1.0, h * KEPT[..., None]).sum(1)
+    def model(x: torch.Tensor, w: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        h = _layer(x, w, m.bool())
+        cut = (m * 1.0).masked_fill(m == 0, 0.5).long().bool()
+        return torch.where(cut[..., None], 1.0, h * m[..., None]).sum(1)
 
     torch.compiler.reset()
-    inputs = _batch(grad=False)
+    inputs = (*_batch(grad=False), KEPT.long())
     found = torch.compile(model, backend="attnfuse", options={"inner": "eager"})(*inputs)
     torch.testing.assert_close(found, model(*inputs))
 

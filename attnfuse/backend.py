@@ -21,7 +21,7 @@ from attnfuse.graphs import copied
 from attnfuse.kernels.ascend import chips
 from attnfuse.kernels.device import Device
 from attnfuse.passes.lowered import all_reduce, strides, tiling
-from attnfuse.pipeline import Packing, Work, rewrite, undone
+from attnfuse.pipeline import OnTokens, Work, rewrite, undone
 from attnfuse.reasons import Reason
 from attnfuse.report import registry
 from attnfuse.report.report import Report
@@ -148,7 +148,7 @@ def _compiled_whole(
 
 def _unpadded(
     packed: Compiled,
-    packing: Packing,
+    on_tokens: OnTokens,
     original: fx.GraphModule,
     chosen: Settings,
     patches: dict[str, Any],
@@ -166,7 +166,7 @@ def _unpadded(
     def say(guards: str) -> None:
         notes.add(str(reasons.PADDING_GUARD_FAILED(guards=guards)))
 
-    return Unpadded(packed, packing.prologue, padded, say)
+    return Unpadded(packed, on_tokens.prologue, padded, say)
 
 
 def _again(gm: fx.GraphModule, example_inputs: Sequence[Any], *, chosen: Settings, patches: dict[str, Any]) -> Compiled:

@@ -110,7 +110,7 @@ class State:
     sharding: Sharding | None = None
     takes_more: bool = False
     barred: Reason | None = None
-    packed: Packing | None = None
+    packed: OnTokens | None = None
     padding: tuple[str, ...] = ()
 
     @property
@@ -261,7 +261,7 @@ def _unpadded(state: State) -> State:
 
 
 @dataclass(frozen=True)
-class Packing:
+class OnTokens:
     """A graph on the rows of tokens: what is looked at before it runs, and its further inputs as fake tensors."""
 
     prologue: Prologue
@@ -316,7 +316,7 @@ def _packed(state: State) -> State:
         settled=(*state.settled, *reports),
         fused=(*state.fused, *own),
         gone=state.gone | rewriter.inside,
-        packed=Packing(before, tuple(r.index for r in rewriter.given)),
+        packed=OnTokens(before, tuple(r.index for r in rewriter.given)),
         padding=_lines(view, region),
     )
 
@@ -484,7 +484,7 @@ class Work:
     fused: tuple[Site, ...] = ()
     spoiled: bool = False
     sharding: Sharding | None = None
-    packed: Packing | None = None
+    packed: OnTokens | None = None
 
     @property
     def is_sharded(self) -> bool:

@@ -6,6 +6,8 @@ graph runs, and writes what it reads from the packed rows.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,7 +48,7 @@ class Guard:
 
 
 @dataclass(frozen=True, eq=False)
-class Exit:
+class Exit(ABC):
     """`node` is what the graph makes of `source`, whose rows are packed, with its labels."""
 
     node: fx.Node
@@ -65,22 +67,37 @@ class Exit:
         """The dim of the places, which is all rows in packed ones."""
         return self.labels.index((self.rows.place,))
 
+    @property
+    def rest(self) -> list[int]:
+        """The other dims."""
+        return [d for d in range(len(self.labels)) if d not in (self.sequence, self.place)]
+
+    @abstractmethod
     def write(self, writer: PackedWriter, packed: fx.Node) -> fx.Node:
         """What stands for `node`, made of the packed rows of `source`."""
-        raise NotImplementedError
 
     def _leading(self, writer: PackedWriter, packed: fx.Node) -> fx.Node:
         """[rows, *the other dims in their order]."""
-        rest = [d for d in range(len(self.labels)) if d not in (self.sequence, self.place)]
-        order = [self.sequence, self.place, *rest]
+        order = [self.sequence, self.place, *self.rest]
         if order != list(range(len(order))):
             packed = writer.method("permute", packed, *order)
         return writer.method("squeeze", packed, 0)
 
-    def _back(self, writer: PackedWriter, x: fx.Node) -> fx.Node:
-        """[B, *the other dims in their order], with the sequences where they were."""
+    def _back(self, writer: PackedWriter, x: fx.Node, keeps: bool) -> fx.Node:
+        """[B, *the other dims in their order], with the sequences where they were; keeps: and with 1 where the places were."""
         at = self.sequence - (self.place < self.sequence)
-        return x if at == 0 else writer.method("movedim", x, 0, at)
+        x = x if at == 0 else writer.method("movedim", x, 0, at)
+        return writer.method("unsqueeze", x, self.place) if keeps else x
+
+    def _shape(self, writer: PackedWriter) -> list[int | fx.Node]:
+        """[B, *the other dims in their order]."""
+        sizes = shape_of(self.source)
+        return [writer.size(self.rows.sequence.size), *(writer.size(sizes[d]) for d in self.rest)]
+
+    def _summed(self, writer: PackedWriter, own: fx.Node, shape: Sequence[int | fx.Node]) -> fx.Node:
+        """The sums [B, ...], of that shape, of the rows [rows, ...] of each sequence."""
+        zeros = writer.method("new_zeros", own, list(shape))
+        return writer.call(torch.index_add, (zeros, 0, writer.rewriter.table(writer, self.rows, "sequence"), own))
 
 
 class Computed(Exit):
@@ -97,14 +114,12 @@ class Spread(Exit):
     fill: float = 0.0
 
     def write(self, writer: PackedWriter, packed: fx.Node) -> fx.Node:
-        rest = [n for d, n in enumerate(shape_of(self.source)) if d not in (self.sequence, self.place)]
         sizes = (self.rows.sequence.size, self.rows.place.size)
         own = self._leading(writer, packed)
-        flat = writer.method("new_full", own, [writer.product(sizes), *map(writer.size, rest)], self.fill)
+        flat = writer.method("new_full", own, [writer.product(sizes), *self._shape(writer)[1:]], self.fill)
         index = writer.rewriter.table(writer, self.rows, "index")
         whole = writer.method("unflatten", writer.call(torch.index_copy, (flat, 0, index, own)), 0, writer.shape(sizes))
-        others = [d for d in range(len(self.labels)) if d not in (self.sequence, self.place)]
-        order = [self.sequence, self.place, *others]
+        order = [self.sequence, self.place, *self.rest]
         if order != list(range(len(order))):
             whole = writer.method("permute", whole, *[order.index(d) for d in range(len(order))])
         return writer.laid_out(whole, value_of(self.source))
@@ -123,18 +138,14 @@ class Selected(Exit):
         if self.index is not None:
             row = writer.rewriter.row_of(writer, self.rows, self.index)
             found = writer.call(torch.index_select, (self._leading(writer, packed), 0, row))
-            if self.keeps:
-                return writer.method("unsqueeze", self._back(writer, found), self.place)
             # advanced indices give their dim in front
-            return found
+            return self._back(writer, found, True) if self.keeps else found
         # views of the same place stay views of the same memory
         made = writer.rewriter.places
         if (packed, self.number) not in made:
             row = writer.rewriter.row_of(writer, self.rows, self.number)
             made[packed, self.number] = writer.call(torch.index_select, (self._leading(writer, packed), 0, row))
-        found = made[packed, self.number]
-        found = self._back(writer, found)
-        return writer.method("unsqueeze", found, self.place) if self.keeps else found
+        return self._back(writer, made[packed, self.number], self.keeps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,24 +164,20 @@ class Summed(Exit):
         compute = torch.promote_types(wanted, torch.float32) if wanted.is_floating_point else wanted
         if dtype_of(self.source) != compute:
             own = writer.method("to", own, compute)
-        rest = [n for d, n in enumerate(shape_of(self.source)) if d not in (self.sequence, self.place)]
-        zeros = writer.method("new_zeros", own, [writer.size(self.rows.sequence.size), *map(writer.size, rest)])
-        sequence = writer.rewriter.table(writer, self.rows, "sequence")
-        found = writer.call(torch.index_add, (zeros, 0, sequence, own))
+        found = self._summed(writer, own, self._shape(writer))
         if self.mean:
             found = writer.call(torch.div, (found, writer.size(self.rows.place.size)))
         if compute != wanted:
             found = writer.method("to", found, wanted)
-        found = self._back(writer, found)
-        return writer.method("unsqueeze", found, self.place) if self.keeps else found
+        return self._back(writer, found, self.keeps)
 
 
 @dataclass(frozen=True, eq=False)
 class Contracted(Exit):
     """A product that sums over places, of which one factor is 0 in padding.
 
-    factors: the two tensors, with the letters of their dims as einsum has them, and those of the result; batch and place are the
-    letters of sequences and places.
+    factors: the two tensors, with the letters of their dims as einsum has them; result: its letters; batch and along are those of
+    sequences and places.
     """
 
     factors: tuple[tuple[fx.Node, str], ...] = ()
@@ -193,9 +200,7 @@ class Contracted(Exit):
         of_each = self.result.replace(self.batch, "")
         terms = writer.call(torch.einsum, (f"{','.join(letters)}->{self.along}{of_each}", *rows))
         sizes = {letter: n for node, own in self.factors for letter, n in zip(own, shape_of(node))}
-        shape = [writer.size(sizes[letter]) for letter in (self.batch, *of_each)]
-        zeros = writer.method("new_zeros", terms, shape)
-        found = writer.call(torch.index_add, (zeros, 0, writer.rewriter.table(writer, self.rows, "sequence"), terms))
+        found = self._summed(writer, terms, [writer.size(sizes[letter]) for letter in (self.batch, *of_each)])
         found = writer.method("movedim", found, 0, self.result.index(self.batch))
         return found if wanted == compute else writer.method("to", found, wanted)
 
@@ -209,15 +214,13 @@ class Greatest(Exit):
 
     def write(self, writer: PackedWriter, packed: fx.Node) -> fx.Node:
         own = self._leading(writer, packed)
-        rest = [n for d, n in enumerate(shape_of(self.source)) if d not in (self.sequence, self.place)]
-        shape = [writer.size(self.rows.sequence.size), *map(writer.size, rest)]
+        shape = self._shape(writer)
         # what padding holds counts where there is padding
         padded = writer.rewriter.table(writer, self.rows, "padded")
-        padded = writer.method("view", padded, -1, *[1] * len(rest))
+        padded = writer.method("view", padded, -1, *[1] * len(self.rest))
         fill, none = (writer.method("new_full", own, shape, x) for x in (self.fill, -float("inf")))
         start = writer.call(torch.where, (padded, fill, none))
         index = writer.rewriter.table(writer, self.rows, "sequence")
-        index = writer.method("view", index, -1, *[1] * len(rest))
+        index = writer.method("view", index, -1, *[1] * len(self.rest))
         index = writer.method("expand_as", index, own)
-        found = self._back(writer, writer.call(torch.scatter_reduce, (start, 0, index, own, "amax")))
-        return writer.method("unsqueeze", found, self.place) if self.keeps else found
+        return self._back(writer, writer.call(torch.scatter_reduce, (start, 0, index, own, "amax")), self.keeps)

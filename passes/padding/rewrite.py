@@ -46,7 +46,7 @@ class RegionRewriter:
         self.calls: dict[fx.Node, fx.Node] = {}
         self.tables: dict[tuple[Rows, str], fx.Node] = {}
         #: the checkpointed region that a node was written for
-        self.written_for: dict[fx.Node, Scope] = {}
+        self.checkpointed: dict[fx.Node, Scope] = {}
         # (packed rows, number of a place) -> that of each sequence
         self.places: dict[tuple[fx.Node, int], fx.Node] = {}
         self.sizes: dict[Atom, Size] = {}
@@ -91,8 +91,8 @@ class RegionRewriter:
                 self._select(writer, node, owner, end, result)
             else:
                 self.emitter.redirect(node, self.scope, owner, result, writer)
-        for number, scope in enumerate(dict.fromkeys(self.written_for.values())):
-            fold(scope, [n for n, s in self.written_for.items() if s is scope and not n._erased], number)
+        for number, scope in enumerate(dict.fromkeys(self.checkpointed.values())):
+            fold(scope, [n for n, s in self.checkpointed.items() if s is scope and not n._erased], number)
         self.emitter.touched.add(self.scope)
         self.emitter.calls += [self.calls[a.original.final] for a in self.region.attentions]
 
@@ -453,7 +453,7 @@ class PackedWriter(NodeWriter):
     def _describe(self, node: fx.Node) -> None:
         super()._describe(node)
         if self.region is not None:
-            self.rewriter.written_for[node] = self.region
+            self.rewriter.checkpointed[node] = self.region
 
     def node_for(self, made: fx.Node) -> fx.Node:
         known = self.rewriter

@@ -459,7 +459,9 @@ class _Finder:
             return None
         labels = self._dims(x)
         origin = self.view.origin.get(x)
-        if labels is None or origin is None or origin.scope.values.get(origin.node) is not x:
+        if labels is None or origin is None or origin.scope.parent is not None:
+            return None
+        if origin.scope.values.get(origin.node) is not x:
             return None
         number = self.hidden(x, labels)
         return None if number is None else Spread(x, x, self.carried.rows_of(labels), labels, fill=number)

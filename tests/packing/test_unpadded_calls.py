@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import fx
 
+import attnfuse
 from attnfuse import _compat
 from attnfuse.passes.lowered.strides import keep_strides
 from attnfuse.passes.padding.prologue import Prologue
@@ -154,3 +155,18 @@ def unknown(columns: int) -> Any:
     index = _compat.unknown_rows(mode, torch.device("cpu"))
     with mode:
         return torch.empty(index.shape[0], columns)
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_the_host_looks_at_no_batch_of_a_recorded_graph(mode: str | None) -> None:
+    def pooled(x: Tensor, mask: Tensor) -> Tensor:
+        seen = torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask[:, None])
+        return (seen * mask[..., None]).sum(1)
+
+    # what is asked of Inductor is known, though it is not Inductor that compiles
+    options = {"inner": "eager", "strict": True, **torch._inductor.list_mode_options(mode or "default")}
+    x = torch.randn(2, 4, 8)
+    torch.testing.assert_close(torch.compile(pooled, backend="attnfuse", options=options)(x, KEEP), pooled(x, KEEP))
+    (report,) = attnfuse.reports()
+    assert ("packed" in report.sites[0].reads) == (mode is None)
+    assert any("recorded in CUDA graphs" in line for line in report.padding) == (mode is not None)
